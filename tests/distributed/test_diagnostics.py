@@ -33,8 +33,8 @@ from trainer.training.diagnostics import (
     TOPICS,
     Diagnostic,
     DiagnosticsMonitor,
-    OnlineLinearRegression,
     estimate_mean,
+    fit_line,
     welch_t,
 )
 from trainer.training.generation import GenerationEvaluator
@@ -46,16 +46,10 @@ from trainer.training.recorder import Observer
 
 def test_the_slope_and_its_t_are_those_of_the_textbook():
     """x 1..5, y 2 4 5 4 5: slope 0.6, residual 2.4, so its standard error is sqrt(0.8 / 10), worked out by hand."""
-    line = OnlineLinearRegression()
-    for x, y in enumerate([2, 4, 5, 4, 5], start=1):
-        line.add(x, y)
+    line = fit_line(range(1, 6), [2, 4, 5, 4, 5])
     assert line.slope == pytest.approx(0.6)
-    assert line.t_statistic == pytest.approx(0.6 / math.sqrt(0.08))
-    flat = OnlineLinearRegression()
-    assert flat.t_statistic == 0.0
-    for x in range(4):
-        flat.add(x, 1.0)
-    assert flat.t_statistic == 0.0
+    assert line.t == pytest.approx(0.6 / math.sqrt(0.08))
+    assert fit_line([1], [1.0]).t == fit_line(range(4), [1.0] * 4).t == 0.0
 
 
 def test_welchs_distance_is_in_standard_errors_of_the_difference():

@@ -96,13 +96,6 @@ class Checkpoint:
         """A function from a state's name to its tensor on `device`, read one at a time."""
         return safe_open(self.folder / STATE_FILE, framework="pt", device=str(device)).get_tensor
 
-    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor in it, by name."""
-        dtypes = {written: dtype for dtype, written in DTYPES.items()}
-        with safe_open(self.folder / STATE_FILE, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return {name: (tuple(part.get_shape()), dtypes[part.get_dtype()]) for name, part in slices.items()}
-
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
@@ -343,14 +336,21 @@ def load_for_evaluation(checkpoint: Checkpoint, engine: "Engine") -> None:
 def _open_tensors(
     checkpoint: Checkpoint, device: torch.device, context: "DistContext | None"
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor]]:
-    """`Checkpoint.layout` and `tensor_reader`; all ranks must read the same names in one order.
+    """({name: shape and dtype}, a function from a name to its tensor); all ranks must read the same names in one order.
 
     On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
     not see its folder, and what may lie under that name on their disks is not looked at.
     """
+
+    def read_layout() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        dtypes = {written: dtype for dtype, written in DTYPES.items()}
+        with safe_open(checkpoint.folder / STATE_FILE, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return {name: (tuple(part.get_shape()), dtypes[part.get_dtype()]) for name, part in slices.items()}
+
     if context is None or context.num_nodes == 1:
-        return checkpoint.layout(), checkpoint.tensor_reader(device)
-    layout = context.on_rank_zero(checkpoint.layout)
+        return read_layout(), checkpoint.tensor_reader(device)
+    layout = context.on_rank_zero(read_layout)
     read_from_disk = checkpoint.tensor_reader(torch.device("cpu")) if context.rank == 0 else None
 
     def read(name: str) -> Tensor:

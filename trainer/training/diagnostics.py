@@ -5,11 +5,14 @@ nothing twice. The rules on losses, gradients and adapters say the same on every
 """
 
 import math
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 
@@ -57,46 +60,21 @@ class Diagnostic:
         return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
 
 
-@dataclass
-class OnlineLinearRegression:
-    """A straight line through (x, y) by least squares, from running sums: a run of any length costs the same."""
+class LinearFit(NamedTuple):
+    """A straight line through (x, y) by least squares."""
 
-    n: int = 0
-    mean_x: float = 0.0
-    mean_y: float = 0.0
-    sum_xx: float = 0.0  #: sums of products of deviations from the means
-    sum_yy: float = 0.0
-    sum_xy: float = 0.0
+    slope: float
+    variance: float  #: of y around the line
+    t: float  #: the slope over its own standard error, sqrt(variance / sum of squares of x)
 
-    def add(self, x: float, y: float) -> None:
-        """Take one more point; the update of mean and deviations is Welford's (Technometrics 4, 1962)."""
-        self.n += 1
-        delta_x, delta_y = x - self.mean_x, y - self.mean_y
-        self.mean_x += delta_x / self.n
-        self.mean_y += delta_y / self.n
-        self.sum_xx += delta_x * (x - self.mean_x)
-        self.sum_yy += delta_y * (y - self.mean_y)
-        self.sum_xy += delta_x * (y - self.mean_y)
 
-    @property
-    def slope(self) -> float:
-        """Change of y for one x; 0 where it is not determined."""
-        return self.sum_xy / self.sum_xx if self.sum_xx else 0.0
-
-    @property
-    def residual_variance(self) -> float:
-        """The variance of y around the line."""
-        return max(0.0, self.sum_yy - self.slope * self.sum_xy) / max(1, self.n - 2)
-
-    @property
-    def t_statistic(self) -> float:
-        """The slope over its own standard error, sqrt(noise / sum of squares of x): how far it stands out of the noise.
-
-        Draper and Smith, Applied Regression Analysis, chapter 1. 0 for too few points, infinite without noise.
-        """
-        if self.n < 3 or not self.sum_xx:
-            return 0.0
-        return _in_std_errors(self.slope, self.residual_variance / self.sum_xx)
+def fit_line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
+    """Draper and Smith, Applied Regression Analysis, chapter 1. t is 0 for too few points, infinite without noise."""
+    dx, dy = np.asarray(x, float) - fmean(x), np.asarray(y, float) - fmean(y)
+    sum_xx, sum_xy, sum_yy = float(dx @ dx), float(dx @ dy), float(dy @ dy)
+    slope = sum_xy / sum_xx if sum_xx else 0.0
+    variance = max(0.0, sum_yy - slope * sum_xy) / max(1, len(x) - 2)
+    return LinearFit(slope, variance, _in_std_errors(slope, variance / sum_xx) if len(x) > 2 and sum_xx else 0.0)
 
 
 @dataclass(frozen=True)
@@ -108,9 +86,9 @@ class MeanEstimate:
 
 
 def estimate_mean(values: Sequence[float]) -> MeanEstimate:
-    """Of two values or more. In floats: statistics.variance takes fractions, 100 us for the 20 values of every step."""
-    mean = fmean(values)
-    return MeanEstimate(mean, math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    """Of one value the variance is 0. In floats: statistics.variance takes fractions, 100 us for a step's 20 values."""
+    mean, n = fmean(values), len(values)
+    return MeanEstimate(mean, math.fsum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)
 
 
 def welch_t(a: MeanEstimate, b: MeanEstimate) -> float:
@@ -127,7 +105,7 @@ def _in_std_errors(value: float, variance: float) -> float:
 class DiagnosticsMonitor:
     """Takes the records of a run in order and gives back what is new to say.
 
-    Remembers the same amount for each length of run, evaluations aside.
+    Remembers the losses of all steps and evaluations, and a window of the rest.
     """
 
     def __init__(self, metadata: Mapping[str, Any]):
@@ -138,11 +116,11 @@ class DiagnosticsMonitor:
         self.precision = metadata["resolved"]["precision"]
         self.masked_share = 1 - data["num_target_tokens"] / max(1, data["tokens"])
         self.reported_codes: set[str] = set()
-        self.loss_trend = OnlineLinearRegression()
-        self.recent_steps: deque[StepRecord] = deque(maxlen=WINDOW_STEPS)
+        self.steps, self.losses = array("d"), array("d")  # 16 bytes a step
+        self.recent_norms: deque[float] = deque(maxlen=TINY_STEPS)
         self.lowest_window: MeanEstimate | None = None  # of the windows so far
         self.evals: list[EvalRecord] = []
-        self.trend_since_eval = OnlineLinearRegression()
+        self.num_steps_at_eval = 0
         self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
         self.skipped_steps: deque[int] = deque(maxlen=NUM_HALVINGS + 1)
         self._seconds: Counter[str] = Counter()  # by what they were spent on
@@ -193,24 +171,24 @@ class DiagnosticsMonitor:
     def _apply_rules(self, record: Record) -> Iterator[Diagnostic | None]:
         """Remember the record and ask each rule that it concerns."""
         if isinstance(record, StepRecord):
-            self.loss_trend.add(record.step, record.loss)
-            self.trend_since_eval.add(record.step, record.loss)
-            self.recent_steps.append(record)
-            recent_losses = [row.loss for row in self.recent_steps]
+            self.steps.append(record.step)
+            self.losses.append(record.loss)
+            self.recent_norms.append(record.grad_norm)
+            window = estimate_mean(self.losses[-WINDOW_STEPS:])
             yield self._find_masked_labels()
             yield self._find_no_gradient()
-            yield self._find_rise(recent_losses)
-            yield self._find_flat_loss(recent_losses)
-            if self.loss_trend.n % WINDOW_STEPS == 0:
-                window = estimate_mean(recent_losses)
-                if self.lowest_window is None or window.value < self.lowest_window.value:
-                    self.lowest_window = window
+            yield self._find_rise(window)
+            yield self._find_flat_loss()
+            is_whole = len(self.losses) % WINDOW_STEPS == 0
+            if is_whole and (self.lowest_window is None or window.value < self.lowest_window.value):
+                self.lowest_window = window
         elif isinstance(record, EvalRecord):
-            trend = self.trend_since_eval
-            if self.evals and trend.n:
-                variance = trend.sum_yy / (trend.n - 1) / trend.n if trend.n > 1 else self.loss_trend.residual_variance
-                self.train_loss_means.append(MeanEstimate(trend.mean_y, variance))
-            self.trend_since_eval = OnlineLinearRegression()
+            if self.evals and (losses := self.losses[self.num_steps_at_eval :]):
+                mean = estimate_mean(losses)
+                if len(losses) == 1:
+                    mean = MeanEstimate(mean.value, fit_line(self.steps, self.losses).variance)
+                self.train_loss_means.append(mean)
+            self.num_steps_at_eval = len(self.losses)
             self.evals.append(replace(record, row_nll=None))
             yield self._find_worse_than_start()
             yield self._find_overfitting()
@@ -233,11 +211,10 @@ class DiagnosticsMonitor:
         Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1): under epsilon less than half
         of the rate is left of it. The norm over the square root of the number of weights is that mean.
         """
-        norms = [row.grad_norm for row in self.recent_steps][-TINY_STEPS:]
         num_weights, epsilon = self.metadata["model"]["trainable"], self.train_settings["epsilon"]
-        norm = median(norms)
+        norm = median(self.recent_norms)
         rms = norm / math.sqrt(num_weights)
-        if len(norms) < TINY_STEPS or rms >= epsilon:
+        if len(self.recent_norms) < TINY_STEPS or rms >= epsilon:
             return None
         cause, remedy = "the loss hardly depends on what is trained", "--objective blocks, where every token counts"
         if self.precision == "fp16":
@@ -250,34 +227,34 @@ class DiagnosticsMonitor:
         )
         return Diagnostic("no_gradient", seen, cause, remedy, {"grad_norm": norm, "rms": rms, "epsilon": epsilon})
 
-    def _find_flat_loss(self, recent_losses: Sequence[float]) -> Diagnostic | None:
+    def _find_flat_loss(self) -> Diagnostic | None:
         """The loss does not fall: its slope over all steps so far is not told from noise.
 
         Looked at when enough steps are done, at every doubling of that, and at the last step. The fall that this can
         tell in n steps is about 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
         """
-        trend, n, total_steps = self.loss_trend, self.loss_trend.n, self.metadata["resolved"]["total_steps"]
+        n, total_steps = len(self.losses), self.metadata["resolved"]["total_steps"]
         num_checks, remainder = divmod(n, max(FLAT_STEPS, math.ceil(FLAT_SHARE * total_steps)))
         is_doubled = not remainder and num_checks.bit_count() == 1
-        is_end = self.recent_steps[-1].step >= total_steps and n >= WINDOW_STEPS
-        if not (is_doubled or is_end) or trend.t_statistic <= FLAT_MAX_T:
+        is_end = self.steps[-1] >= total_steps and n >= WINDOW_STEPS
+        if not (is_doubled or is_end) or (trend := fit_line(self.steps, self.losses)).t <= FLAT_MAX_T:
             return None
         first_loss, *later_losses = [row.loss for row in self.evals] or [math.inf]
         if later_losses and min(later_losses) < first_loss * (1 - MIN_VAL_DROP):
             return None
-        has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
+        mean, has_risen = fmean(self.losses), bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
         return Diagnostic(
             "flat_loss",
             f"in {n} steps the training loss has no fall that stands out of its noise (slope {trend.slope:+.1e} a "
-            f"step, t {trend.t_statistic:+.1f}, mean {trend.mean_y:.4f})",
+            f"step, t {trend.t:+.1f}, mean {mean:.4f})",
             f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}",
             f"--lr {self.lr / 10 if has_risen else self.lr * 10:g}",
             {
                 "steps": n,
                 "slope": trend.slope,
-                "t": _finite_or_none(trend.t_statistic),
-                "mean": trend.mean_y,
-                "recent": fmean(recent_losses),
+                "t": _finite_or_none(trend.t),
+                "mean": mean,
+                "recent": fmean(self.losses[-WINDOW_STEPS:]),
             },
         )
 
@@ -285,15 +262,14 @@ class DiagnosticsMonitor:
         cause = f"the learning rate {self.lr:g} is too high{for_precision}"
         return Diagnostic("diverging", seen, cause, f"--lr {self.lr / 3:.1g}", evidence)
 
-    def _find_rise(self, recent_losses: Sequence[float]) -> Diagnostic | None:
+    def _find_rise(self, window: MeanEstimate) -> Diagnostic | None:
         """The loss has risen: the mean of the last window lies a tenth and six standard errors above the lowest one.
 
         Six, because of many windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
         """
         lowest = self.lowest_window
-        if lowest is None or self.loss_trend.n < 2 * WINDOW_STEPS:
+        if lowest is None or len(self.losses) < 2 * WINDOW_STEPS:
             return None
-        window = estimate_mean(recent_losses)
         std_errors = welch_t(window, lowest)
         if window.value < lowest.value * (1 + MIN_RISE) or std_errors < RISE_STD_ERRORS:
             return None

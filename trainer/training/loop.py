@@ -113,7 +113,20 @@ def _run_due_actions(
         if is_epoch_end:  # else a longer schedule may go on within the epoch
             state = replace(state, epoch_loss_sum=0.0, epoch_target_tokens=0)
     if is_early_stop:
-        yield _early_stop_event(schedule, state, stopwatch())
+        patience, min_delta, num_evals = (
+            train_settings.patience,
+            train_settings.min_delta,
+            state.evals_without_improvement,
+        )
+        assert state.best is not None, "evaluated"
+        margin = f" by more than {min_delta:g}" if min_delta else ""
+        evaluations = "1 evaluation" if num_evals == 1 else f"{num_evals} evaluations in a row"
+        message = (
+            f"stopped early after step {state.step} of {schedule.total_steps}: {evaluations} did not lower "
+            f"the validation loss{margin} (best {state.best.loss:.4f} at step {state.best.step})"
+        )
+        facts = {"patience": patience, "min_delta": min_delta, "stale": num_evals, "best": vars(state.best)}
+        yield EventRecord(event="early_stop", step=state.step, message=message, time=stopwatch(), facts=facts)
     return replace(state, eval_pending=False)
 
 
@@ -128,21 +141,3 @@ def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch,
         grad_norm=result.grad_norm,
         tokens_per_second=batch.num_tokens / result.elapsed_seconds,
     )
-
-
-def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_seconds: float) -> EventRecord:
-    train_settings, best, num_evals = schedule.settings.train, state.best, state.evals_without_improvement
-    assert best is not None, "evaluated"
-    margin = f" by more than {train_settings.min_delta:g}" if train_settings.min_delta else ""
-    evaluations = "1 evaluation" if num_evals == 1 else f"{num_evals} evaluations in a row"
-    message = (
-        f"stopped early after step {state.step} of {schedule.total_steps}: {evaluations} did not lower "
-        f"the validation loss{margin} (best {best.loss:.4f} at step {best.step})"
-    )
-    facts = {
-        "patience": train_settings.patience,
-        "min_delta": train_settings.min_delta,
-        "stale": num_evals,
-        "best": vars(best),
-    }
-    return EventRecord(event="early_stop", step=state.step, message=message, time=elapsed_seconds, facts=facts)

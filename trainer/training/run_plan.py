@@ -19,7 +19,7 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import TrainBatches, padding_share
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
-from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
+from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, PlanChange, make_execution_plan
 from trainer.distributed.memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
@@ -128,12 +128,8 @@ class RunPlan:
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         """What run.json keeps of how steps run from `step` on."""
-        return {
-            "step": step,
-            "reason": AS_PLANNED,
-            **self.execution.as_dict(),
-            "attention_kernel": self.attention_kernel,
-        }
+        entry = PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
+        return {**entry, "attention_kernel": self.attention_kernel}
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""

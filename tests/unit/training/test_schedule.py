@@ -13,24 +13,23 @@ from trainer.training.schedule import learning_rate, num_decay_steps
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
 
 
-def rates(steps: Iterable[int], **options: Any) -> list[float]:
-    """At these steps, of a peak of 1 and 8 steps in all."""
-    return [learning_rate(step, **{"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, **options}) for step in steps]
-
-
-def test_without_warmup_the_lr_falls_from_the_peak_to_one_decay_step_above_zero() -> None:
-    assert learning_rate(0, **CARD) == 3e-5
-    assert learning_rate(19_862, **CARD) == pytest.approx(3e-5 / 19_863, rel=1e-12)
-    assert learning_rate(19_863, **CARD) == 0.0
-
-
-def test_lr_warmup_rises_from_zero_to_the_peak_and_then_the_decay_begins() -> None:
-    assert rates(range(9)) == [1 - step / 8 for step in range(9)], "by the same amount every step"
-    assert rates(range(9), warmup_steps=4) == [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
-
-
-def test_the_learning_rate_never_goes_below_zero_after_the_end() -> None:
-    assert rates([12]) == rates([9], warmup_steps=8) == [0.0]
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        (CARD, (0, 19_862, 19_863), (3e-5, 3e-5 / 19_863, 0.0)),
+        ({}, range(9), [1 - step / 8 for step in range(9)]),
+        ({"warmup_steps": 4}, range(9), [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ({}, [12], [0.0]),
+        ({"warmup_steps": 8}, [9], [0.0]),
+        ({"min_lr": 0.2}, (0, 4, 8, 9), [1.0, 0.6, 0.2, 0.2]),
+    ],
+)
+def test_the_rate_rises_from_zero_to_the_peak_and_falls_by_equal_steps_to_the_minimum(
+    options: dict[str, Any], steps: Iterable[int], expected: list[float]
+) -> None:
+    """Without warm-up the first step has the peak, and the last one a decay step above the minimum."""
+    options = {"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, **options}
+    assert [learning_rate(step, **options) for step in steps] == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 0.06])
@@ -55,10 +54,6 @@ def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warm
         assert lr == scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-
-
-def test_a_linear_schedule_ends_at_the_minimum_rate() -> None:
-    assert rates((0, 4, 8, 9), min_lr=0.2) == pytest.approx([1.0, 0.6, 0.2, 0.2], rel=1e-15)
 
 
 def test_the_warm_up_share_is_rounded_up_as_transformers_does(tmp_path: Any) -> None:
