@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from trainer.distributed import cuda_graphs
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
+from trainer.distributed.process_group import simulated_context
+from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
 from trainer.model.loss import CausalLMLoss
 
@@ -66,17 +68,9 @@ def dropout_loss_module(loss_module: CausalLMLoss, tmp_path: Path) -> CausalLMLo
 
 
 def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
-    """With backward and forward as a stepper has them."""
-
-    def backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
-        loss_sum, row_losses = loss_module(ids, labels)
-        (loss_sum * loss_weight).backward()
-        return row_losses
-
-    params = list(loss_module.parameters())
-    return CUDAGraphRunner(
-        loss_module, params, backward, lambda ids, labels: loss_module(ids, labels)[1], precision="fp32"
-    )
+    params, context = list(loss_module.parameters()), simulated_context(1, "cpu")
+    stepper = PlainStepper(context, torch.optim.SGD(params), loss_module, params, 1.0, skips_on_device=False)
+    return CUDAGraphRunner(stepper, precision="fp32", checks=[])
 
 
 def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
@@ -85,7 +79,7 @@ def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
 
 def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]], eager: Any = None) -> None:
     """Each step, of micro-batches of so many rows, has the gradients of eager calls with the same dropout masks."""
-    eager = eager or runner.eager_backward
+    eager = eager or runner.stepper.backward
     for number, shape in enumerate(steps):
         gradients: list[list[torch.Tensor]] = []
         for backward in (eager, runner.backward):
@@ -156,8 +150,7 @@ def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_us
     runner = make_runner(loss_module)
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 3))
     assert FakeCapturedGraph.instances[StaleGraph.number].num_replays == 1
-    assert f"the recording of {kind} 2x16 gives loss" in runner.capture_error
-    assert "the eager step loss" in runner.capture_error
+    assert f"the recording of {kind} 2x16 and the eager step are " in runner.capture_error
     assert len(runner.checks) == StaleGraph.number
 
 
@@ -203,26 +196,26 @@ def test_after_a_failed_capture_steps_go_on_eagerly_and_what_was_recorded_before
     assert [graph.num_replays for graph in FakeCapturedGraph.instances] == replays
 
 
-@pytest.mark.parametrize("part", ["clone", "of", "replay"])
+def fail_without_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("part", ["_clone_all", "relative_difference", "replay"])
 def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recording_alone(
     part, loss_module, monkeypatch
 ):
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     runner = make_runner(loss_module)
     check_steps(runner, [[2, 2]] * NUM_WARMUP_CALLS)
-    owner = {"clone": cuda_graphs, "of": cuda_graphs.Measured, "replay": FakeCapturedGraph}[part]
-    monkeypatch.setattr(owner, "_clone_all" if part == "clone" else part, fail)
+    monkeypatch.setattr(FakeCapturedGraph if part == "replay" else cuda_graphs, part, fail_without_memory)
     check_steps(runner, [[2, 2]] * 2)
     assert runner.capture_error == "steps are not recorded as CUDA graphs: CUDA out of memory"
 
 
-def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropout_loss_module):
+def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropout_loss_module, monkeypatch):
     """A ragged step, after its forward has drawn its masks, or an evaluation."""
     runner = make_runner(dropout_loss_module)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
-    eager_backward = runner.eager_backward
+    eager_backward = runner.stepper.backward
 
     def fits_alone(*inputs: Any) -> torch.Tensor:
         if runner._captured:
@@ -230,10 +223,10 @@ def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return eager_backward(*inputs)
 
-    runner.eager_backward = fits_alone
+    monkeypatch.setattr(runner.stepper, "backward", fits_alone)
     check_steps(runner, [[1]], eager_backward)
     assert runner.capture_error == "steps are not recorded as CUDA graphs: beside the recordings CUDA out of memory"
-    runner.eager_backward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(runner.stepper, "backward", fail_without_memory)
     with pytest.raises(torch.OutOfMemoryError):
         check_steps(runner, [[1]], eager_backward)
 

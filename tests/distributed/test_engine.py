@@ -90,7 +90,10 @@ def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
         ),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key stage stands there twice"),
         ('{"zero_optimization": {}, "zero_optimization": {}}', "key zero_optimization stands there twice"),
-        (zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2), "under two of its names"),
+        (
+            zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2),
+            "another name of a key",
+        ),
         ('{"zero_optimization": ', "not JSON"),
         ("", "not JSON"),
         (zero_config(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer needs stage 1 or more, not 0"),

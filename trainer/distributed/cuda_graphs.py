@@ -9,16 +9,14 @@ eager kernel each for the second micro-batch and for the flat buffers that sever
 without gradients, so no evaluation; and after a capture that fails the generator would refuse the next dropout.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import chain, compress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
 
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
@@ -30,61 +28,34 @@ MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the 
 # in any order (atomics): float32 rounds sums of some thousand terms to about 1e-6; of bf16 the outputs differ by one of
 # 2**-8, and the gradients' elements from those of fp32 by 4e-3 to 7e-3 (seen on a CPU, GPT-2 of 2 to 12 layers).
 MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-3}
-NUM_SAMPLES = 64  # elements of each gradient that are compared one by one
 # Of the whole gradient; a smaller one may be nothing but rounding, as that of OPT's key bias, which is 0 by its formula
 # (1e-8 of the whole in bf16): its norm alone is compared.
-MIN_SAMPLED_SHARE = 1e-4
+MIN_COMPARED_SHARE = 1e-4
 
-BackwardFn = Callable[[Tensor, Tensor, float], Tensor]
+Grads = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a call is compared by: its loss, every gradient's norm, and some elements of each over its mean size."""
+def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, other_grads: Grads) -> float:
+    """The largest of three: of the losses, of a gradient's norm over that of all, and of the gradients' elements over
+    their size; NaN where one is, infinity where the other has not the same gradients.
 
-    loss: float
-    grad_norm: float
-    grad_norms: tuple[float, ...]
-    samples: tuple[tuple[float, ...], ...] = ()
-
-    @classmethod
-    def of(cls, row_losses: Tensor, grads: Sequence[Tensor | None]) -> "Measured":
-        """Of row losses [rows] and gradients; waits for the device."""
-        present = [gradient for gradient in grads if gradient is not None]
-        norms = [float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) for gradient in present]
-        samples = []
-        for gradient, norm in zip(present, norms, strict=True):
-            root_mean_square = norm / math.sqrt(gradient.numel()) or 1.0
-            elements = gradient.detach().flatten()[:: max(1, gradient.numel() // NUM_SAMPLES)][:NUM_SAMPLES]
-            samples.append(tuple((elements.double() / root_mean_square).tolist()))
-        return cls(float(row_losses.double().sum()), math.hypot(*norms), tuple(norms), tuple(samples))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether there is anything to compare with."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    def relative_difference(self, other: "Measured") -> float:
-        """The largest of three: of the losses, of a gradient's norm over that of all, and of the sampled elements as
-        vectors; NaN where one is, infinity where the other has not the same gradients.
-
-        Of the sampled elements each rounds its own: what counts is how far both are from their middle.
-        """
-        if list(map(len, self.samples)) != list(map(len, other.samples)):
-            return math.inf
-        scale = self.grad_norm or 1.0
-        is_sampled = [norm >= MIN_SAMPLED_SHARE * scale for norm in self.grad_norms]
-        own, others = (list(chain(*compress(measured.samples, is_sampled))) for measured in (self, other))
-        pairs = zip(self.grad_norms, other.grad_norms, strict=True)
-        differences = [
-            abs(self.loss - other.loss) / (abs(self.loss) or 1.0),
-            *(abs(a - b) / scale for a, b in pairs),
-            math.dist(own, others) / 2 / (math.hypot(*own) or 1.0),
-        ]
-        return math.nan if any(map(math.isnan, differences)) else max(differences)
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.6g} and gradient norm {self.grad_norm:.6g}"
+    Of the elements each side rounds its own: what counts is how far both are from their middle. Waits for the device.
+    """
+    if [gradient is None for gradient in grads] != [gradient is None for gradient in other_grads]:
+        return float("inf")
+    losses, others = row_losses.double().sum(), other_losses.double().sum()
+    differences = [(losses - others).abs() / losses.abs().clamp(min=1e-30)]
+    pairs = [(a, b) for a, b in zip(grads, other_grads, strict=True) if a is not None and b is not None]
+    if pairs:
+        norms, other_norms, distances = (
+            torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+            for tensors in ((a for a, _ in pairs), (b for _, b in pairs), (a - b for a, b in pairs))
+        )
+        norm = torch.linalg.vector_norm(norms).clamp(min=1e-30)
+        is_compared = norms >= MIN_COMPARED_SHARE * norm
+        element_differences = (distances / norms)[is_compared] / 2
+        differences += [(norms - other_norms).abs().max() / norm, element_differences.square().mean().sqrt()]
+    return float(torch.stack(differences).max())
 
 
 def root_cause(error: BaseException) -> str:
@@ -94,87 +65,46 @@ def root_cause(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def get_rng_state(device: torch.device) -> Tensor:
-    """Where the device's generator stands."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_rng_state(device: torch.device, state: Tensor) -> None:
-    """Put the device's generator there."""
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-
-
-@contextmanager
-def unchanged_rng(device: torch.device) -> Iterator[None]:
-    """Leave the generator as it was found: what is drawn inside is drawn again afterwards."""
-    state = get_rng_state(device)
-    try:
-        yield
-    finally:
-        set_rng_state(device, state)
-
-
 class CUDAGraphRunner:
     """Takes the place of an eager forward and backward where a shape comes again and again.
 
     `capture_error` is one line where a recording failed or was not equal to the eager call; from then on all is eager.
     """
 
-    def __init__(
-        self,
-        loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        trainable_params: Sequence[nn.Parameter],
-        eager_backward: BackwardFn,
-        eager_forward: Callable[[Tensor, Tensor], Tensor],
-        *,
-        precision: str,
-        static_grads: list[Tensor] | None = None,
-        checks: list[str] | None = None,
-    ):
-        """`eager_backward(ids, labels, loss_weight)` and `eager_forward(ids, labels)`: what is done where nothing is
-        recorded; the first adds to the gradients.
-
-        `static_grads`: where both leave them, if several ranks reduce them from one flat buffer. `checks`: gets a line
-        for each recording that was compared with its eager call.
-        """
-        self.loss_fn = loss_fn
-        self.trainable_params = list(trainable_params)
-        self.eager_backward, self.eager_forward = eager_backward, eager_forward
+    def __init__(self, stepper: PlainStepper, *, precision: str, checks: list[str]):
+        """`checks`: gets a line for each recording that was compared with its eager call."""
+        self.stepper, self.checks = stepper, checks  # the first does what is not recorded
+        self.trainable_params = stepper.trainable_params
         self.max_difference = MAX_DIFFERENCE[precision]
         self.capture_error = ""
-        self.checks = [] if checks is None else checks
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
         # All shapes write their gradients to the same addresses; None: those of the first recording.
-        self._static_grads: list[Tensor | None] | None = None if static_grads is None else list(static_grads)
+        self._static_grads: Grads | None = stepper.flat_grads
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Each row's sum; the gradients are added to those that the weights have."""
         grads = [parameter.grad for parameter in self.trainable_params]
-        overwrite = all(gradient is None for gradient in grads)
-        kind = "overwrite" if overwrite else "accumulate"
-        if not overwrite and not self._owns_grads(grads):
-            return self.eager_backward(ids, labels, loss_weight)  # an eager micro-batch of this step came before
-        graph = self._find(kind, ids)
-        if graph is not None:
+        kind = "overwrite" if all(gradient is None for gradient in grads) else "accumulate"
+        if kind == "accumulate" and not self._owns_grads(grads):
+            return self.stepper.backward(ids, labels, loss_weight)  # an eager micro-batch of this step came before
+        if graph := self._find(kind, ids):
             self._use_static_grads()
             return graph.replay(ids, labels, loss_weight)
         if not self._should_capture(kind, ids):
-            return self._call_eagerly(self.eager_backward, ids, labels, loss_weight)
+            return self._call_eagerly(self.stepper.backward, ids, labels, loss_weight)
         return self._capture_backward(kind, ids, labels, loss_weight)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's sum without gradients."""
-        graph = self._find("eval", ids)
-        if graph is not None:
+        if graph := self._find("eval", ids):
             return graph.replay(ids, labels, 1.0)
-        row_losses = self._call_eagerly(self.eager_forward, ids, labels)
+        row_losses = self._call_eagerly(self.stepper.forward, ids, labels)
         if self._should_capture("eval", ids):
             with self._gives_up_on_error():
-                graph = self._capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
-                replayed = Measured.of(graph.replay(ids, labels, 1.0), [])
-                self._keep_if_equal("eval", ids, graph, Measured.of(row_losses, []), replayed)
+                graph = self._capture(ids, lambda ids, labels, _: self.stepper.loss_module(ids, labels)[1])
+                self._keep_if_equal("eval", ids, graph, row_losses, [], graph.replay(ids, labels, 1.0), [])
         return row_losses
 
     def _find(self, kind: str, ids: Tensor) -> "CapturedGraph | None":
@@ -184,7 +114,8 @@ class CUDAGraphRunner:
     def _call_eagerly(self, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Without the recordings, where there is not enough memory beside what they hold."""
         may_repeat = bool(self._captured) and all(parameter.grad is None for parameter in self.trainable_params)
-        rng_before = get_rng_state(inputs[0].device)
+        generator = _generator(inputs[0].device)
+        rng_before = generator.get_state()
         try:
             return call(*inputs)
         except torch.OutOfMemoryError as error:
@@ -198,48 +129,57 @@ class CUDAGraphRunner:
         if inputs[0].is_cuda:
             torch.cuda.synchronize(inputs[0].device)  # a replay of what is dropped may still be under way
             torch.cuda.empty_cache()
-        set_rng_state(inputs[0].device, rng_before)
+        generator.set_state(rng_before)
         return call(*inputs)
 
     def _capture_backward(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """The eager call, and a recording of it that is kept where its replay gives the same."""
-        before: list[Tensor | None] = []
+        before: Grads = []
         with self._gives_up_on_error():
             before = _clone_all([p.grad for p in self.trainable_params])
-        rng_before = get_rng_state(ids.device)
-        row_losses = self.eager_backward(ids, labels, loss_weight)
+        generator = _generator(ids.device)
+        rng_before = generator.get_state()
+        row_losses = self.stepper.backward(ids, labels, loss_weight)
         if self.capture_error:
             return row_losses
-        rng_after = get_rng_state(ids.device)
-        eager_grads = [p.grad for p in self.trainable_params]
+        rng_after = generator.get_state()
+        eager_grads: Grads = [p.grad for p in self.trainable_params]
         is_kept, overwritten = False, None
         with self._gives_up_on_error():
-            eager = Measured.of(row_losses, eager_grads)
-            graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
+            graph = self._capture(ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
             assert self._static_grads is not None
-            overwritten = _clone_all(eager_grads) if self._owns_grads(eager_grads) else None
+            if self._owns_grads(eager_grads):
+                overwritten = eager_grads = _clone_all(eager_grads)
             _copy_all(before, self._static_grads)
-            set_rng_state(ids.device, rng_before)
-            replayed = Measured.of(graph.replay(ids, labels, loss_weight), self._static_grads)
-            is_kept = self._keep_if_equal(kind, ids, graph, eager, replayed)
+            generator.set_state(rng_before)
+            replayed = graph.replay(ids, labels, loss_weight)
+            is_kept = self._keep_if_equal(kind, ids, graph, row_losses, eager_grads, replayed, self._static_grads)
         if is_kept:
             self._use_static_grads()
         elif overwritten is not None and self._static_grads is not None:  # what the eager call left
             _copy_all(overwritten, self._static_grads)
-        set_rng_state(ids.device, rng_after)
+        generator.set_state(rng_after)
         return row_losses
 
     def _keep_if_equal(
-        self, kind: str, ids: Tensor, graph: "CapturedGraph", eager: Measured, replayed: Measured
+        self,
+        kind: str,
+        ids: Tensor,
+        graph: "CapturedGraph",
+        row_losses: Tensor,
+        grads: Grads,
+        replayed_losses: Tensor,
+        replayed_grads: Grads,
     ) -> bool:
-        if not eager.is_finite:
+        present = [row_losses, *(gradient for gradient in grads if gradient is not None)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in present):
             return False  # nothing to compare with: the step is refused, and the shape recorded at its next call
-        difference = eager.relative_difference(replayed)
+        difference = relative_difference(row_losses, grads, replayed_losses, replayed_grads)
         label = f"{kind} {'x'.join(map(str, ids.shape))}"
         if not difference <= self.max_difference:  # NaN is never equal
             self.capture_error = (
-                f"{NOT_RECORDED}: the recording of {label} gives {replayed}, the eager step {eager}: "
-                f"{difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
+                f"{NOT_RECORDED}: the recording of {label} and the eager step are {difference:.1e} apart, "
+                f"at most {self.max_difference:.0e} is rounding"
             )
             return False
         self.checks.append(f"{label} recorded, checked to {difference:.0e}")
@@ -252,22 +192,18 @@ class CUDAGraphRunner:
         for parameter, gradient in zip(self.trainable_params, self._static_grads, strict=True):
             parameter.grad = gradient
 
-    def _owns_grads(self, grads: Sequence[Tensor | None]) -> bool:
+    def _owns_grads(self, grads: Grads) -> bool:
         return self._static_grads is not None and all(a is b for a, b in zip(grads, self._static_grads, strict=True))
 
     def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
-        loss_sum, row_losses = self.loss_fn(ids, labels)
+        loss_sum, row_losses = self.stepper.loss_module(ids, labels)
         new_grads = torch.autograd.grad(loss_sum * loss_weight, self.trainable_params, allow_unused=True)
         if self._static_grads is None:
             self._static_grads = list(new_grads)
             return row_losses
-        pairs = [
-            (old, new)
-            for old, new in zip(self._static_grads, new_grads, strict=True)
-            if old is not None and new is not None
-        ]
-        static_grads, source_grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        (torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_)(static_grads, source_grads)
+        pairs = [(a, b) for a, b in zip(self._static_grads, new_grads, strict=True) if a is not None and b is not None]
+        combine = torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_
+        combine([old for old, _ in pairs], [new for _, new in pairs])
         return row_losses
 
     def _should_capture(self, kind: str, ids: Tensor) -> bool:
@@ -277,7 +213,7 @@ class CUDAGraphRunner:
         is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
         return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
 
-    def _capture(self, kind: str, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "CapturedGraph":
+    def _capture(self, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "CapturedGraph":
         """A recording; where it fails generator, stream and memory are as they were."""
         previous_grads = self._static_grads
         pool = self._pool or (torch.cuda.graph_pool_handle() if ids.is_cuda else None)
@@ -300,11 +236,15 @@ class CUDAGraphRunner:
             self.capture_error = f"{NOT_RECORDED}: {root_cause(error)}"
 
 
-def _clone_all(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
+def _clone_all(tensors: Grads) -> Grads:
     return [None if tensor is None else tensor.clone() for tensor in tensors]
 
 
-def _copy_all(sources: Sequence[Tensor | None], targets: Sequence[Tensor | None]) -> None:
+def _copy_all(sources: Grads, targets: Grads) -> None:
     for source, target in zip(sources, targets, strict=True):
         if source is not None and target is not None:
             target.copy_(source)
@@ -343,11 +283,10 @@ def _restored_on_failure(device: torch.device, pool: Any) -> Iterator[None]:
     to the pool: what the capture had taken would be held for good, and no cached memory released when it runs out.
     """
     if device.type != "cuda":
-        with unchanged_rng(device):
+        with torch.random.fork_rng(devices=[]):
             yield
         return
-    index = device.index or 0
-    generator, stream = torch.cuda.default_generators[index], torch.cuda.current_stream(device)
+    generator, stream = _generator(device), torch.cuda.current_stream(device)
     saved = generator.clone_state()
     try:
         yield
@@ -355,5 +294,5 @@ def _restored_on_failure(device: torch.device, pool: Any) -> Iterator[None]:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(saved)
         with suppress(RuntimeError):  # a capture that came to its end, as one out of memory does, has let go itself
-            torch_internals.release_capture_pool(index, pool)
+            torch_internals.release_capture_pool(device.index or 0, pool)
         raise

@@ -233,15 +233,7 @@ class Engine:
         self._graphs = None
         if self.plan.cuda_graphs:
             assert isinstance(self.stepper, PlainStepper)
-            self._graphs = CUDAGraphRunner(
-                self._loss_module,
-                list(self.trainable_params.values()),
-                self.stepper.backward,
-                self.stepper.forward,
-                precision=self.plan.precision,
-                static_grads=self.stepper.flat_grads,
-                checks=self.graph_checks,
-            )
+            self._graphs = CUDAGraphRunner(self.stepper, precision=self.plan.precision, checks=self.graph_checks)
 
     def fall_back(self, step: int) -> None:
         """Before a step: where recording a CUDA graph has failed, go on eagerly.
