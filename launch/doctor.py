@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             from trainer.tools.doctor.run_checks import run_check
 
             return run_check(Path(args.check_run), as_json=args.json, should_move=args.move_aside)
-        from trainer.tools.doctor.doctor import planned_context, run_doctor
+        from trainer.tools.doctor.doctor import run_doctor
 
-        gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
         return run_doctor(
             cli_args,
-            planned_context(args.ranks, gpu_memory_bytes),
+            world_size=args.ranks,
+            gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
             environ=environ,
             as_json=args.json,
             limit_seconds=None if args.no_rehearsal else args.limit,

@@ -85,7 +85,7 @@ def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, 
     """(exit code, {row: level}, {row: message})."""
     code = doctor.run_doctor(
         cli.parse_args(argv),
-        doctor.planned_context(ranks, None),
+        world_size=ranks,
         environ={},
         as_json=True,
         limit_seconds=200.0,

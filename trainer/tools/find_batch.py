@@ -23,7 +23,7 @@ from trainer.data.dataset import PreparedDataset, TokenDataset, load
 from trainer.data.sampler import GlobalBatch, step_batches, step_counts
 from trainer.distributed.engine import Engine
 from trainer.distributed.memory import required_bytes
-from trainer.tools.trial_engine import join_job, output_folder, start_trial, write_answer, write_result
+from trainer.tools.trial_engine import join_job, start_trial, write_answer, write_result
 from trainer.tools.worker_processes import run_job
 from trainer.training.run_plan import RunPlan
 
@@ -67,8 +67,7 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
         "suggestion": best["micro_batch_size"] if best else None,
         "budget": budget,
     }
-    with output_folder(plan) as folder:
-        path = write_result(folder, "find-batch.json", plan, content)
+    path = write_result("find-batch.json", plan, content)
     print("\n".join([*format_lines(sorted_trials, best), *([budget] if budget else [])]), flush=True)
     if best is None:
         raise TrainingError(

@@ -17,7 +17,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.stepper import NonFiniteError
 from trainer.report.plots import plot_lr_range_test
-from trainer.tools.trial_engine import output_folder, write_result
+from trainer.tools.trial_engine import write_result
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainSchedule
 
@@ -153,17 +153,16 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
         "steepest": suggestion.lr_at_steepest_fall,
         "warning": suggestion.warning,
     }
-    with output_folder(plan) as folder:
-        write_result(folder, "find-lr.json", plan, content)
-        plot_lr_range_test(
-            folder / "find-lr.png",
-            mode=mode,
-            lrs=lrs[: len(finite_losses)],
-            losses=finite_losses,
-            smoothed_losses=smoothed,
-            suggested_lr=suggestion.lr,
-            name=plan.settings.run_name,
-        )
+    plot = write_result("find-lr.json", plan, content).with_suffix(".png")
+    plot_lr_range_test(
+        plot,
+        mode=mode,
+        lrs=lrs[: len(finite_losses)],
+        losses=finite_losses,
+        smoothed_losses=smoothed,
+        suggested_lr=suggestion.lr,
+        name=plan.settings.run_name,
+    )
     if suggestion.lr is None:
         print("suggestion     none", flush=True)
     else:
@@ -175,4 +174,4 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
         )
     if suggestion.warning:
         print(f"range          {suggestion.warning}: --find-lr START:END", flush=True)
-    print(f"plot           {folder / 'find-lr.png'}, numbers in find-lr.json; nothing was trained", flush=True)
+    print(f"plot           {plot}, numbers in find-lr.json; nothing was trained", flush=True)

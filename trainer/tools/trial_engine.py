@@ -49,20 +49,11 @@ def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistCon
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 
 
-@contextlib.contextmanager
-def output_folder(plan: RunPlan) -> Iterator[Path]:
-    """The run folder, for a block that writes there; UserError where it cannot."""
-    folder = Path(plan.settings.run_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    except OSError as error:
-        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        raise UserError(message) from error
+def write_result(name: str, plan: RunPlan, content: Mapping[str, Any]) -> Path:
+    """Write what was measured to the run folder as JSON, with the settings and data that it was measured for.
 
-
-def write_result(folder: Path, name: str, plan: RunPlan, content: Mapping[str, Any]) -> Path:
-    """Write what was measured as JSON, with the settings and data that it was measured for."""
+    UserError where it cannot be written there.
+    """
     facts = {
         "format": 1,
         "mode": plan.settings.mode,
@@ -71,5 +62,11 @@ def write_result(folder: Path, name: str, plan: RunPlan, content: Mapping[str, A
         "data": plan.data_info["fingerprint"],
         **content,
     }
-    write_atomically(folder / name, json.dumps(facts, indent=1) + "\n")
+    folder = Path(plan.settings.run_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        raise UserError(message) from error
     return folder / name

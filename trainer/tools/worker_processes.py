@@ -81,14 +81,10 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def last_line(output: str) -> str:
-    """Why a process failed, by its output: its last error message, else its last line."""
+def failure_reason(log: Path, exit_code: int = 1) -> str:
+    """Why a process with this exit code failed, by its output in `log`: its last error message, else its last line."""
+    output = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if "Error" in line]
-    return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
-
-
-def failure_reason(log: Path, exit_code: int = 1) -> str:
-    """The same of a process with this exit code, whose output went to `log`."""
-    reason = last_line(log.read_text(encoding="utf-8", errors="replace"))
+    reason = (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
     return f"killed by signal {-exit_code}, after: {reason}" if exit_code < 0 else reason

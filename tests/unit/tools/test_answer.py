@@ -163,10 +163,8 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
 def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, message):
     for n, spec in enumerate(ANSWERS):
         write_run(tmp_path, spec, **(overrides if n == 3 else {}))
-    timing = Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason="not timed")
-    state = StudyState(needed=(), outcomes={}, answers=tuple(ANSWERS))
     with pytest.raises(AnswerRefusedError, match="these cannot be compared") as caught:
-        compare_study(tmp_path, make_rule(), state, {}, timing)
+        judge(read_groups(tmp_path, ANSWERS), make_rule())
     assert message in str(caught.value)
     assert caught.value.exit_code == 3
 

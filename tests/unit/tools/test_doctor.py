@@ -258,7 +258,8 @@ def run_doctor(
     """(exit code, what was printed)."""
     code = doctor.run_doctor(
         cli.parse_args(argv),
-        doctor.planned_context(ranks, gpu_memory_bytes),
+        world_size=ranks,
+        gpu_memory_bytes=gpu_memory_bytes,
         environ={},
         as_json=as_json,
         limit_seconds=limit_seconds,

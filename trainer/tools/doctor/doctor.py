@@ -58,27 +58,27 @@ class Report:
             self.print(f"  {'':<8} {'remedy':<13} {escape(check.remedy)}")
 
 
-def planned_context(world_size: int | None, gpu_memory_bytes: int | None) -> DistContext:
-    """The ranks that the run will have, by default one for each GPU of this machine."""
-    world_size = world_size or (torch.cuda.device_count() if torch.cuda.is_available() else 1)
-    return simulated_context(world_size, gpu_memory_bytes=gpu_memory_bytes)
-
-
 def run_doctor(
     cli_args: CliArgs,
-    dist_context: DistContext,
     *,
+    world_size: int | None,
+    gpu_memory_bytes: int | None = None,
     environ: Mapping[str, str],
     as_json: bool,
     limit_seconds: float | None,
     proves: bool = False,
 ) -> int:
-    """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
+    """All sections; 0, or 1 where there was an error.
+
+    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `environ`: as the user set it;
+    `limit_seconds`: of the rehearsal (None: there is none).
 
     For GPUs that are planned for and not here, what this machine has is not looked at. `proves`: in the place of the
     rehearsal every ZeRO stage and way to run steps is held against a plain loop.
     """
-    is_elsewhere = dist_context.planned_gpu_bytes is not None
+    world_size = world_size or max(1, torch.cuda.device_count())
+    dist_context = simulated_context(world_size, gpu_memory_bytes=gpu_memory_bytes)
+    is_elsewhere = gpu_memory_bytes is not None
     report = Report(quiet=as_json)
     if not is_elsewhere:
         report.add_section("environment", checks.check_environment(dist_context.world_size, environ))

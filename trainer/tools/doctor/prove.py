@@ -31,7 +31,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
-from trainer.tools.trial_engine import join_job, output_folder, start_trial, write_answer, write_result
+from trainer.tools.trial_engine import join_job, start_trial, write_answer, write_result
 from trainer.tools.worker_processes import run_job
 from trainer.training.run_plan import RunPlan, make_plan
 
@@ -91,8 +91,7 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
                     yield Check(ERROR, name, message, f"do not train with {flags} here; report this row")
     bounds = {"loss": MAX_DIFFERENCE[plan.precision], "weights": WEIGHT_BOUNDS[plan.precision][0]}
     content = {"precision": plan.precision, "steps": job["num_steps"], "bounds": bounds, "settings": settings}
-    with output_folder(plan) as folder:
-        yield Check(OK, "numbers", str(write_result(folder, "prove.json", plan, {**content, "rows": rows})))
+    yield Check(OK, "numbers", str(write_result("prove.json", plan, {**content, "rows": rows})))
 
 
 def proof_settings(settings: Settings) -> Settings:

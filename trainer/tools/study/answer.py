@@ -44,7 +44,20 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[str, See
 
 
 def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
-    """The primary comparison by the rule; AnswerRefusedError where it may not be drawn, UserError for few records."""
+    """The primary comparison by the rule. AnswerRefusedError where it may not be drawn, as where runs were not computed
+    alike (device, precision, ranks, execution or torch differ); UserError for few records."""
+    ways: dict[str, RunData] = {}
+    for run in (run for group in groups.values() for run in group.runs):
+        paths = dict.fromkeys(str(plan.get("path")) for plan in run.get("execution") or [{}])
+        device = run.get("hardware.gpu") or run.get("hardware.cpu")
+        way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}"
+        ways.setdefault(f"{way}, execution {' then '.join(paths)}, torch {run.get('versions.torch')}", run)
+    if len(ways) > 1:
+        (way, run), (other_way, other_run) = list(ways.items())[:2]
+        raise AnswerRefusedError(
+            f"{run.name} ran in {way}, {other_run.name} in {other_way}: these cannot be compared; run the answer's "
+            "trials on one kind of machine"
+        )
     full, lora = (groups[method] for method in PRIMARY)
     pair = compare_groups(full, lora, ComparisonOptions(margin=rule.margin, level=rule.level))
     if pair.blockers:
@@ -62,11 +75,8 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
 
 
 def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> Comparison:
-    """The answer with all that stands beside it. AnswerRefusedError, UserError as for `judge`."""
-    groups = read_groups(study_folder, state.answers)
-    check_one_execution(list(groups.values()))
-    judge(groups, rule)
-    outcomes = state.outcomes
+    """The answer, which `judge` lets be drawn, with all that stands beside it."""
+    groups, outcomes = read_groups(study_folder, state.answers), state.outcomes
     notes = [*(f"search of {outcome.describe()}" for outcome in outcomes.values()), timing.describe()]
     notes += [f"{m}: left out, a fresh run failed" for m, o in outcomes.items() if not o.problem and m not in groups]
     rule_line = (
@@ -91,22 +101,6 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     )
     options = ComparisonOptions(margin=rule.margin, level=rule.level, step_time=timing.cost, study=study)
     return compare_run_groups(list(groups.values()), with_reference=False, options=options)
-
-
-def check_one_execution(groups: Sequence[SeedGroup]) -> None:
-    """AnswerRefusedError where runs were not computed alike: device, precision, ranks, execution or torch differ."""
-    ways: dict[str, RunData] = {}
-    for run in (run for group in groups for run in group.runs):
-        paths = dict.fromkeys(str(plan.get("path")) for plan in run.get("execution") or [{}])
-        device = run.get("hardware.gpu") or run.get("hardware.cpu")
-        way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}"
-        ways.setdefault(f"{way}, execution {' then '.join(paths)}, torch {run.get('versions.torch')}", run)
-    if len(ways) > 1:
-        (way, run), (other_way, other_run) = list(ways.items())[:2]
-        raise AnswerRefusedError(
-            f"{run.name} ran in {way}, {other_run.name} in {other_way}: these cannot be compared; run the answer's "
-            "trials on one kind of machine"
-        )
 
 
 def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, ...]:
