@@ -89,7 +89,8 @@ def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[C
     if host := environ.get("MASTER_ADDR"):
         yield check_master_address(host)
     yield check_threads(world_size)
-    yield check_forwarded_variables(environ, is_multi_node=HOSTFILE.exists())
+    if HOSTFILE.exists():
+        yield check_forwarded_variables(environ)
 
 
 def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[Check]:
@@ -172,7 +173,7 @@ def check_threads(world_size: int) -> Check:
     return judge(num_threads > num_cores, WARNING, "threads", message, remedy)
 
 
-def check_forwarded_variables(environ: Mapping[str, str], *, is_multi_node: bool) -> Check:
+def check_forwarded_variables(environ: Mapping[str, str]) -> Check:
     """Variables set here that `deepspeed` would not hand to other machines; names only, their values may be secret."""
     in_files: set[str] = set()
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
@@ -184,8 +185,6 @@ def check_forwarded_variables(environ: Mapping[str, str], *, is_multi_node: bool
     if not names:
         return Check(OK, "variables", "none is set that other machines would miss")
     message = f"not forwarded to other machines: {list_some(names, 6)}"
-    if not is_multi_node:
-        return Check(OK, "variables", f"{message} (irrelevant on one)")
     remedy = "start with what launch/cluster.py --hosts writes, or put such lines into ~/.deepspeed_env: "
     return Check(WARNING, "variables", message, remedy + list_some((f"{name}=..." for name in names), 20))
 
