@@ -147,13 +147,10 @@ def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
     """The table and the suggestion for people."""
     lines = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
     for trial in trials:
-        outcome = (
-            "{:>11,.0f}  {tokens_per_second:>10,.0f}  {:.2f} GiB".format(
-                1000 * trial["step_seconds"], trial["peak_memory_bytes"] / 2**30, **trial
-            )
-            if trial["fits"]
-            else f"does not fit: {trial['failure_reason']}"
-        )
+        outcome = f"does not fit: {trial.get('failure_reason')}"
+        if trial["fits"]:
+            step_ms, peak_gib = 1000 * trial["step_seconds"], trial["peak_memory_bytes"] / 2**30
+            outcome = f"{step_ms:>11,.0f}  {trial['tokens_per_second']:>10,.0f}  {peak_gib:.2f} GiB"
         lines.append(f"{trial['micro_batch_size']:>11}  {trial['gradient_accumulation_steps']:>12}  {outcome}")
     if best is not None:
         largest = [trial for trial in trials if trial["fits"]][-1]
