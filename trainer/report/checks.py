@@ -1,7 +1,6 @@
 """Conditions on runs, for use in CI: `val_loss<=1.0048@epoch 2`, and the built-in `card`."""
 
 import math
-import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,14 @@ from trainer.report.comparable import reference_blockers
 from trainer.report.run_data import RunData, Series
 
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
-OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
+#: whether a value is on the right side of a limit, widened by a tolerance
+OPERATORS: dict[str, Callable[[float, float, float], bool]] = {
+    "<=": lambda value, limit, tolerance: value <= limit + tolerance,
+    "<": lambda value, limit, tolerance: value < limit + tolerance,
+    ">=": lambda value, limit, tolerance: value >= limit - tolerance,
+    ">": lambda value, limit, tolerance: value > limit - tolerance,
+    "==": lambda value, limit, tolerance: abs(value - limit) <= tolerance,
+}
 #: metrics that have a value at a place: which records hold it, and in which column
 SERIES_METRICS = {
     "val_loss": ("evals", "loss"),
@@ -96,7 +102,11 @@ def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) 
             if condition is None:
                 outcome, reason = _check_against_reference(run, tolerance)
             else:
-                outcome, reason = _check_condition(condition, run, tolerance)
+                value, reason = _find_value(condition, run)
+                outcome = FAILED
+                if value is not None:
+                    outcome = PASSED if OPERATORS[condition.op](value, condition.limit, tolerance) else FAILED
+                    reason = f"{value:.6g} {reason}" + (f", tolerance {tolerance:g}" if tolerance else "")
             results.append(CheckResult(text.strip(), run.name, outcome, reason))
     return results
 
@@ -105,19 +115,6 @@ def exit_code(results: Sequence[CheckResult]) -> int:
     """0 where all passed, 1 where one failed, 3 where none failed and one was not comparable."""
     outcomes = {result.outcome for result in results}
     return 1 if FAILED in outcomes else 3 if NOT_COMPARABLE in outcomes else 0
-
-
-def _check_condition(condition: Condition, run: RunData, tolerance: float) -> tuple[str, str]:
-    value, detail = _find_value(condition, run)
-    if value is None:
-        return FAILED, detail
-    if condition.op == "==":
-        is_satisfied = abs(value - condition.limit) <= tolerance
-    else:
-        widening = tolerance if condition.op.startswith("<") else -tolerance
-        is_satisfied = OPERATORS[condition.op](value, condition.limit + widening)
-    text = f"{value:.6g} {detail}" + (f", tolerance {tolerance:g}" if tolerance else "")
-    return (PASSED if is_satisfied else FAILED), text
 
 
 def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:

@@ -20,6 +20,7 @@ cover too seldom. Paired and clustered errors of evaluations: Miller, arXiv 2411
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +171,7 @@ def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> M
 
 
 def predict_half_width(
-    components: VarianceComponents, num_seeds: int, num_units: int, *, level: float = LEVEL, is_one_sided: bool = False
+    components: VarianceComponents, num_seeds: int, num_units: int, *, quantile: float = (1 + LEVEL) / 2
 ) -> float:
     """The half width (nats per token) that so many seeds and units give on average, by the same rule.
 
@@ -180,7 +181,6 @@ def predict_half_width(
     squares = _MeanSquares(
         seed=rest + num_units * seed, unit=rest + num_seeds * unit, rest=rest, num_seeds=num_seeds, num_units=num_units
     )
-    quantile = level if is_one_sided else (1 + level) / 2
     return max(float(stdtrit(f, quantile) * np.sqrt(2 / f) * poch(f / 2, 0.5)) * error for error, f in squares.errors())
 
 
@@ -193,26 +193,19 @@ class SampleSize:
     floor: float  #: half width (nats per token) that today's units allow with any number of seeds
 
 
-def plan_sample_size(
-    interval: PairedInterval, distance: float, *, level: float = LEVEL, is_one_sided: bool = False
-) -> SampleSize:
+def plan_sample_size(interval: PairedInterval, distance: float, *, is_one_sided: bool = False) -> SampleSize:
     """The seeds or units that make the half width smaller than `distance` (nats per token).
 
     That is the distance to 0 (two-sided) or to the margin (one-sided). `unit / N` of the variance is a floor that no
     number of seeds lowers. One seed knows no variance between seeds, so from one the answer is the smallest number of
     seeds by which a method can be judged.
     """
-    distance, seeds, units = abs(distance), interval.num_seeds, interval.num_units
-
-    def half_width(num_seeds: int, num_units: int) -> float:
-        return predict_half_width(interval.components, num_seeds, num_units, level=level, is_one_sided=is_one_sided)
-
-    z = float(stdtrit(1e9, level if is_one_sided else (1 + level) / 2))
-    floor = z * math.sqrt(interval.components.unit / units) if units else 0.0
-    enough_seeds = next(
-        (s for s in range(max(seeds + 1, MIN_SEEDS), MAX_PLANNED_SEEDS + 1) if half_width(s, max(units, 2)) < distance),
-        None,
-    )
+    quantile = interval.level if is_one_sided else (1 + interval.level) / 2
+    half_width = partial(predict_half_width, interval.components, quantile=quantile)
+    seeds, units, distance = interval.num_seeds, interval.num_units, abs(distance)
+    floor = float(stdtrit(1e9, quantile)) * math.sqrt(interval.components.unit / units) if units else 0.0
+    more_seeds = range(max(seeds + 1, MIN_SEEDS), MAX_PLANNED_SEEDS + 1)
+    enough_seeds = next((s for s in more_seeds if half_width(s, max(units, 2)) < distance), None)
     enough_units = None
     if units and seeds > 1:
         sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many

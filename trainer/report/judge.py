@@ -170,7 +170,7 @@ class FullVsLora:
         """Whether it cannot be told, and no number of seeds resolves the margin with these records."""
         if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
             return False
-        needed = plan_sample_size(self.contrast, self.contrast.estimate, level=self.contrast.level, is_one_sided=True)
+        needed = plan_sample_size(self.contrast, self.contrast.estimate, is_one_sided=True)
         return needed.floor >= self.excess.estimate - self.contrast.estimate
 
 

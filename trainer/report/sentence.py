@@ -183,10 +183,10 @@ def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
 def _describe_needed_records(pair: FullVsLora, excess: PairedInterval) -> str:
     """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
     unit_name = pair.losses.unit_name if pair.losses else "validation records"
-    options = [plan_sample_size(excess, excess.estimate, level=excess.level)]
+    options = [plan_sample_size(excess, excess.estimate)]
     if (gap := pair.contrast) is not None:
         options = options if excess.estimate < 0 else []
-        options.append(plan_sample_size(gap, gap.estimate, level=gap.level, is_one_sided=gap.estimate < 0))
+        options.append(plan_sample_size(gap, gap.estimate, is_one_sided=gap.estimate < 0))
     seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
     units = min((option.num_units for option in options if option.num_units), default=None)
     if seeds is not None:

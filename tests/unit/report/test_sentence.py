@@ -12,7 +12,7 @@ from helpers.fake_runs import write_eval_records
 from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
 from trainer.report.interval import margin_contrast, paired_interval
-from trainer.report.judge import Margin
+from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
 from trainer.report.sentence import describe_numbers, to_answer
 from trainer.tracking.eval_records import read_evaluations
@@ -42,45 +42,73 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
     assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
 
 
+def with_records(**options: Any) -> dict[str, Any]:
+    """Arguments of a study of three seeds whose LoRA is worse by 0.2, with these records."""
+    return {"num_seeds": 3, "excess": 0.2, "record_options": options}
+
+
+LORA, FULL = "LoRA (lr 0.005) is", "full (lr 0.0005)"
+FEW = {"num_seeds": 3, "unit_sd": 0.02}
+BY_SEEDS = {"num_seeds": 3, "excess": 0.05, "unit_sd": 0.01, "seed_sd": 0.06}
+BY_RECORDS = {"num_seeds": 3, "excess": 0.01, "unit_sd": 0.6, "seed_sd": 0.0}
+RECORDS = "on 120 validation blocks, seeds 0, 1 and 2, 30 steps"
+CLUSTERS = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
+BYTES = with_records(bytes_per_target=3)
+SHARED = "records also stand in the training data, over 5%"
+
+
 @pytest.mark.parametrize(
-    ("excess", "answer", "fragment"),
+    ("study", "margin", "answer", "start", "said"),
     [
-        (0.2, "worse", "LoRA (lr 0.005) is worse than full (lr 0.0005) by 0.2"),
-        (-0.2, "better", "LoRA (lr 0.005) is better than full (lr 0.0005) by 0."),
-        (0.01, "good enough", "is good enough beside full (lr 0.0005): worse by 0.0"),
+        ({**FEW, "excess": 0.2}, "2%", "worse", "LoRA (lr 0.005) is worse than full (lr 0.0005) by 0.2", RECORDS),
+        ({**FEW, "excess": -0.2}, "2%", "better", "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.", RECORDS),
+        ({**FEW, "excess": 0.01}, "2%", "good enough", f"{LORA} good enough beside {FULL}: worse by 0.0", RECORDS),
+        ({**FEW, "excess": 0.01}, "2%", "good enough", LORA, "within the margin of 2 % of what full gained (0.0"),
+        (BY_SEEDS, "2%", "cannot tell", "Cannot tell yet whether LoRA (lr 0.005) is good enough", "seeds are needed"),
+        (
+            BY_RECORDS,
+            "1e-4nats",
+            "cannot tell",
+            "Cannot",
+            "validation blocks no number of seeds resolves less than ±0.",
+        ),
+        ({"num_seeds": 1, "excess": 0.2}, "2%", "worse", f"Of these two models, {LORA}", "says nothing of the methods"),
+        ({"num_seeds": 2, "excess": 0.2}, "2%", "worse", "Provisionally, with 2 seeds, ", "seeds 0 and 1"),
+        # targets of 3 bytes: 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 bits per byte
+        (BYTES, "0.5nats", "good enough", LORA, "within the margin of 0.5 nats per token"),
+        (BYTES, "0.1nats", "worse", LORA, "more than the margin of 0.1 nats per token"),
+        (BYTES, "0.24bpb", "good enough", LORA, "within the margin of 0.24 bits per byte"),
+        (BYTES, "0.048bpb", "worse", LORA, "more than the margin of 0.048 bits per byte"),
+        (with_records(bytes_per_target=0), "0.24bpb", "worse", LORA, "the bytes of these records are not known"),
+        (with_records(**CLUSTERS), "2%", "worse", LORA, "on 30 clusters of validation records"),
+        (with_records(num_in_train=4), "2%", "worse", LORA, "on 116 validation blocks"),
+        (with_records(num_in_train=4), "2%", "worse", LORA, "4 records that equal a training record are left out"),
+        (with_records(num_in_train=6), "2%", "worse", LORA, "6 records that equal a training record are left out"),
+        (with_records(num_in_train=7), "2%", "not ranked", "LoRA", f"not ranked: 7 of 120 validation {SHARED}"),
     ],
 )
-def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
-    make_run: MakeRun, excess: float, answer: str, fragment: str
+def test_the_sentence_and_what_follows_it_say_the_answer_and_what_it_rests_on(
+    make_run: MakeRun, study: dict[str, Any], margin: str, answer: str, start: str, said: str
 ) -> None:
-    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=excess, unit_sd=0.02))
+    verdict = judge_runs(*make_study(make_run, **study), margin=parse_margin(margin))
     assert verdict.primary.answer == answer
-    assert fragment in verdict.sentence
-    assert verdict.sentence.endswith("on 120 validation blocks, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
-    interval = verdict.primary.excess
-    assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
-    if answer == "good enough":
-        assert "within the margin of 2 % of what full gained (0.0" in verdict.sentence
+    assert verdict.sentence.startswith(start)
+    assert said in "\n".join([verdict.sentence, *verdict.details])
+    if answer == "not ranked":
+        assert verdict.headlines[0].value == "-"
+    else:
+        interval = verdict.primary.excess
+        assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
+        assert verdict.sentence.endswith("; one rate each was tried.")
 
 
-def test_what_cannot_be_told_says_how_many_seeds_or_records_are_needed(make_run: MakeRun) -> None:
-    by_seeds = judge_runs(*make_study(make_run, num_seeds=3, excess=0.05, unit_sd=0.01, seed_sd=0.06))
-    start = "Cannot tell yet whether LoRA (lr 0.005) is good enough beside full (lr 0.0005)"
-    assert by_seeds.sentence.startswith(start)
-    assert "seeds are needed" in by_seeds.sentence
-    by_records = judge_runs(
-        *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0),
-        margin=Margin(kind="nats", value=1e-4),
-    )
-    assert "with these validation blocks no number of seeds resolves less than ±0." in by_records.sentence
-
-
-def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
-    verdict = judge_runs(*make_study(make_run, num_seeds=1, excess=0.2))
-    assert verdict.sentence.startswith("Of these two models, LoRA (lr 0.005) is worse than full")
-    assert verdict.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods; one rate each was tried.")
-    two = judge_runs(*make_study(make_run, num_seeds=2, excess=0.2))
-    assert two.sentence.startswith("Provisionally, with 2 seeds, ")
+def test_blocks_of_one_source_are_said_to_be_taken_for_independent(make_run: MakeRun) -> None:
+    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2))
+    assert not any("may stand in several blocks" in line for line in verdict.details)
+    for run in verdict.primary.full.runs:
+        run.metadata["data"]["split_by"] = "mr"
+    lines = describe_numbers(verdict.primary)
+    assert "records of one mr may stand in several blocks, which the interval takes for independent" in lines[-1]
 
 
 def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> None:
@@ -93,24 +121,6 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
     assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
     assert "on 120 test blocks" in verdict.sentence
     assert any("the base's losses of these records are not there" in line for line in verdict.details)
-
-
-def test_records_of_one_meaning_are_one_cluster(make_run: MakeRun) -> None:
-    options = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
-    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
-    assert "on 30 clusters of validation records" in verdict.sentence
-    assert verdict.primary.excess.num_units == 30
-
-
-def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run: MakeRun) -> None:
-    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
-    assert "on 116 validation blocks" in verdict.sentence
-    assert any("4 records that equal a training record are left out" in line for line in verdict.details)
-    assert not any("may stand in several blocks" in line for line in verdict.details)
-    for run in verdict.primary.full.runs:
-        run.metadata["data"]["split_by"] = "mr"
-    lines = describe_numbers(verdict.primary)
-    assert "records of one mr may stand in several blocks, which the interval takes for independent" in lines[-1]
 
 
 def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
