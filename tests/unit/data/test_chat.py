@@ -84,10 +84,14 @@ def test_a_call_of_a_tool_is_learnt_and_its_result_is_not(tokenizer, family):
     assert "parameters" in rest
 
 
-def test_turns_of_the_prompt_are_context(tokenizer):
-    learnt, rest = learnt_texts(tokenizer, "chatml", TURNS, num_context=3)
-    assert learnt == ["The answer is 42.<|im_end|>"]
-    assert "I am fine." in rest
+def test_turns_of_the_prompt_and_turns_of_weight_0_are_context(tokenizer):
+    for messages, options in (
+        (TURNS, {"num_context": 3}),
+        ([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]], {}),  # as OpenAI has it
+    ):
+        learnt, rest = learnt_texts(tokenizer, "chatml", messages, **options)
+        assert learnt == ["The answer is 42.<|im_end|>"]
+        assert "I am fine." in rest
 
 
 def test_marks_of_a_template_in_a_message_do_not_move_the_mask(tokenizer):
@@ -139,28 +143,27 @@ def prepare_chat(tmp_path, chat_model):
     return prepare_with_cache
 
 
-@pytest.mark.parametrize("kind", ["messages", "conversations", "prompt-completion", "parquet"])
-def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, tokenizer, kind):
+def as_conversations(record):
+    turns = [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]} for m in record["messages"][1:]]
+    return {"conversations": turns, "system": SYSTEM["content"]}
+
+
+def as_prompt_and_completion(record):
+    return {"prompt": record["messages"][:2], "completion": record["messages"][2:]}
+
+
+def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, tokenizer):
     records = chat_records()
-    file = samples.write_jsonl(tmp_path / "messages.jsonl", records)
-    expected = prepare_chat(file)
-    assert expected.metadata["form"] == "messages"
-    assert expected.metadata["objective"] == "completion"
-    if kind == "conversations":
-        names = {"user": "human", "assistant": "gpt"}
-        for record in records:
-            turns = record.pop("messages")[1:]
-            record["conversations"] = [{"from": names[m["role"]], "value": m["content"]} for m in turns]
-            record["system"] = SYSTEM["content"]
-    elif kind == "prompt-completion":
-        records = [{"prompt": r["messages"][:2], "completion": r["messages"][2:]} for r in records]
-    if kind == "parquet":
-        file = samples.write_parquet(tmp_path / "messages.parquet", records)
-    else:
-        file = samples.write_jsonl(tmp_path / "file.jsonl", records)
-    prepared = prepare_chat(file)
-    assert prepared.metadata["fingerprint"] == expected.metadata["fingerprint"]
-    assert prepared.metadata["form"] == ("messages" if kind == "parquet" else kind)
+    files = {
+        "messages": samples.write_parquet(tmp_path / "messages.parquet", records),
+        "conversations": samples.write_jsonl(tmp_path / "conversations.jsonl", map(as_conversations, records)),
+        "prompt-completion": samples.write_jsonl(tmp_path / "pairs.jsonl", map(as_prompt_and_completion, records)),
+    }
+    expected = prepare_chat(samples.write_jsonl(tmp_path / "messages.jsonl", records))
+    for form, file in files.items():
+        prepared = prepare_chat(file)
+        assert prepared.metadata["fingerprint"] == expected.metadata["fingerprint"]
+        assert (prepared.metadata["form"], prepared.metadata["objective"]) == (form, "completion")
     text = tokenizer.decode(prepared.train.row(0)[prepared.train.is_target(0)])
     assert text.startswith("It is ")
     assert text.endswith(".<|im_end|>")
@@ -201,12 +204,15 @@ def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokeniz
         assert num_bytes == len(text.encode())
 
 
-def test_a_long_conversation_is_cut_and_counted_and_one_without_a_turn_left_is_refused(tmp_path, prepare_chat):
+def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_refused(tmp_path, prepare_chat):
     long_turn = {"role": "assistant", "content": "The answer is 42. " * 30}
     cut = {"messages": [TURNS[0], TURNS[1], TURNS[2], long_turn]}
     data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", [cut, *chat_records()]))
     assert re.search(r"1 of \d+ conversations are cut at --block-size 64", "\n".join(data.metadata["notices"]))
     assert max(data.train.lengths().max(), data.val.lengths().max()) == 64
+    with_tools = [{**record, "tools": TOOLS} for record in chat_records()]
+    notices = "\n".join(prepare_chat(samples.write_jsonl(tmp_path / "t.jsonl", with_tools)).metadata["notices"])
+    assert re.search(r"train: (\d+) of \1 conversations have tools, which the chat template does not write", notices)
     gone = {"messages": [{"role": "user", "content": "Hello there. " * 60}, TURNS[1]]}
     file = samples.write_jsonl(tmp_path / "b.jsonl", [*chat_records(), gone, gone])
     problem = r"train: 2 of \d+ conversations cannot be trained on \(first.*, line 41: its ass.*--unusable-records drop"
@@ -215,12 +221,6 @@ def test_a_long_conversation_is_cut_and_counted_and_one_without_a_turn_left_is_r
     data = prepare_chat(file, unusable_records="drop")
     assert len(data.train) + len(data.val) == 40
     assert any("are left out (first: " in line for line in data.metadata["notices"])
-
-
-def test_tools_that_the_template_does_not_write_are_said(tmp_path, prepare_chat):
-    file = samples.write_jsonl(tmp_path / "a.jsonl", [{**record, "tools": TOOLS} for record in chat_records()])
-    notices = "\n".join(prepare_chat(file).metadata["notices"])
-    assert re.search(r"train: (\d+) of \1 conversations have tools, which the chat template does not write", notices)
 
 
 def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat, chat_model):
@@ -271,13 +271,13 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
 )
 def test_a_bad_conversation_is_one_line_with_its_place(tmp_path, prepare_chat, record, problem):
     good = {
-        "messages": chat_records(),
-        "conversations": [{"conversations": [{"from": "gpt", "value": "x"}]}] * 40,
-        "prompt": [{"prompt": [TURNS[0]], "completion": [TURNS[1]]}] * 40
-        if isinstance(record.get("prompt"), list)
-        else [{"prompt": "x", "completion": " y"}] * 40,
+        "messages": chat_records(1)[0],
+        "conversations": {"conversations": [{"from": "gpt", "value": "x"}]},
+        "prompt": {"prompt": [TURNS[0]], "completion": [TURNS[1]]},
     }[next(iter(record))]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*good, record]))
+    if record.get("prompt") == "x":
+        good = {"prompt": "x", "completion": " y"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n" * 40 + json.dumps(record))
     with pytest.raises(UserError) as error_info:
         prepare_chat(tmp_path / "a.jsonl")
     assert "a.jsonl, line 41: " in str(error_info.value)
@@ -306,15 +306,9 @@ def test_keys_that_arrow_fills_with_null_are_dropped(as_column):
     assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
 
 
-def test_a_turn_of_weight_0_is_context_as_openai_has_it(tokenizer):
-    learnt, rest = learnt_texts(tokenizer, "chatml", [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])
-    assert "The answer is 42." in learnt[0]
-    assert "I am fine." in rest
-
-
-@pytest.mark.parametrize("endless", ["{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"])
-def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch, endless):
+def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):
     monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.2)
+    endless = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"takes more than 0\.2 s for one conversation"):
         ChatTemplate(tokenizer, endless).encode(Conversation(messages=TURNS))
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "the alarm that was set before: pytest's own limit of a test"

@@ -9,7 +9,7 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import acled
-from trainer.data.formats import RecordError, choose_format, parse_template, parse_token_ids
+from trainer.data.formats import RecordError, choose_format, parse_template
 
 OLD_EXPORT = {
     "EVENT_ID_CNTY": "1ALG",
@@ -58,6 +58,13 @@ def test_templates_fill_columns_and_halve_doubled_braces():
     chosen = format_of(["mr", "a b", "ref"], prompt="{{{mr}}} {a b}:", completion=" {ref}")
     assert chosen.render({"mr": "x{y}", "a b": 3, "ref": "z"}) == ("{x{y}} 3:", " z")
     assert chosen.columns == ("mr", "a b", "ref")
+
+
+@pytest.mark.parametrize("hint", [{"hint": ""}, {"hint": None}, {}])
+def test_a_line_of_the_prompt_whose_columns_are_empty_is_left_out(hint):
+    chosen = format_of(["q", "hint", "a"], prompt="Q: {q}\nHint: {hint}\nA:", completion="{a}")
+    assert chosen.render({"q": "why", "hint": "see", "a": "so"}) == ("Q: why\nHint: see\nA:", "so")
+    assert chosen.render({"q": "why", "a": "so", **hint}) == ("Q: why\nA:", "so")
 
 
 @pytest.mark.parametrize("template", ["{mr", "mr}", "{}", "a { b", "{{mr}"])
@@ -112,37 +119,29 @@ def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
 
 
 @pytest.mark.parametrize("key", [str.title, str.upper, lambda name: f" {name.replace('_', ' ')} "])
-def test_acled_columns_are_known_in_any_case(key):
-    event = {key(name): value for name, value in NEW_EXPORT.items()}
-    assert format_of(list(event)).render(event) == format_of(list(NEW_EXPORT)).render(NEW_EXPORT)
-
-
-@pytest.mark.parametrize("gone", ["event_date", "sub_event_type", "actor1", "fatalities", "location"])
-def test_acled_columns_may_be_missing_and_leave_their_line_out(gone):
-    event = {name: value for name, value in NEW_EXPORT.items() if name != gone}
-    whole = format_of(list(NEW_EXPORT)).render(NEW_EXPORT)[0].splitlines()
-    fewer = format_of(list(event)).render(event)[0].splitlines()
-    assert len(fewer) == len(whole) - 1
-    assert f"{acled.FIELDS[gone]}:" not in "\n".join(fewer)
-
-
-def test_acled_notes_are_needed():
-    with pytest.raises(RecordError, match="column 'notes' is null or empty"):
-        format_of(list(NEW_EXPORT)).render({**NEW_EXPORT, "notes": None})
+def test_acled_columns_are_known_in_any_case_and_may_be_missing(key):
+    event, whole = {key(name): value for name, value in NEW_EXPORT.items()}, format_of(list(NEW_EXPORT))
+    assert format_of(list(event)).render(event) == whole.render(NEW_EXPORT)
+    for name in ("event_date", "sub_event_type", "actor1", "fatalities", "location"):
+        fewer = {other: value for other, value in event.items() if other != key(name)}
+        lines = whole.render(NEW_EXPORT)[0].splitlines()
+        expected = [line for line in lines if not line.startswith(f"{acled.FIELDS[name]}:")]
+        assert len(expected) == len(lines) - 1
+        assert format_of(list(fewer)).render(fewer)[0].splitlines() == expected
 
 
 @pytest.mark.parametrize(
-    "date",
-    ["5-January-2022", "05-January-2022", "2022-01-05", "5 January 2022", "5 jan 2022", "2022-01-05T00:00:00"],
+    ("date", "expected"),
+    [
+        *((f"{day}{month}2022", "5 January 2022") for day in ("5", "05") for month in ("-January-", " jan ")),
+        ("2022-01-05", "5 January 2022"),
+        ("2022-01-05T00:00:00", "5 January 2022"),
+        *((unknown, None) for unknown in ("05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", "")),
+    ],
 )
-def test_all_spellings_of_a_date_become_one(date):
-    assert acled.format_date(date) == "5 January 2022"
-
-
-@pytest.mark.parametrize("date", ["05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", ""])
-def test_an_unknown_spelling_of_a_date_is_left_unchanged(date):
-    assert acled.format_date(date) is None
-    assert acled.format_field("event_date", date) == date
+def test_spellings_of_a_date_become_one_and_an_unknown_one_stays_as_it_is(date, expected):
+    assert acled.format_date(date) == expected
+    assert acled.format_field("event_date", date) == (expected or date)
 
 
 @pytest.mark.parametrize(
@@ -161,16 +160,13 @@ def test_inter_codes_and_names_become_one_spelling(inter, name):
     assert acled.inter_name(inter) == name
 
 
-def test_a_text_column_is_used_unchanged():
-    assert format_of(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
-
-
 def test_templates_go_before_token_ids_before_acled_before_text():
     columns = ["input_ids", "text", *NEW_EXPORT]
     assert format_of(columns, completion="{notes}").name == "template"
     assert format_of(columns).name == "input_ids"
     assert format_of(columns[1:]).name == "acled"
-    assert format_of(["text"]).name == "text"
+    assert format_of(["text", "other"]).name == "text"
+    assert format_of(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
 
 
 @pytest.mark.parametrize(
@@ -195,15 +191,20 @@ def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(column
         format_of(columns, **settings)
 
 
-def test_a_preference_is_refused_by_its_column():
-    with pytest.raises(RecordError, match="'label' says whether the completion is wanted"):
-        format_of(["prompt", "completion", "label"]).render({"prompt": "a", "completion": " b", "label": False})
-
-
-@pytest.mark.parametrize("ids", [None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31]])
-def test_token_ids_must_be_whole_numbers(ids):
-    with pytest.raises(RecordError, match="column 'input_ids'"):
-        parse_token_ids({"input_ids": ids})
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": "a", "completion": " b", "label": False}, "'label' says whether the completion is wanted"),
+        ({**NEW_EXPORT, "notes": None}, "column 'notes' is null or empty"),
+        *(
+            ({"input_ids": ids}, "column 'input_ids'")
+            for ids in (None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31])
+        ),
+    ],
+)
+def test_a_record_that_its_format_cannot_use_is_refused_by_its_column(record, problem):
+    with pytest.raises(RecordError, match=problem):
+        format_of(list(record)).render(record)
 
 
 def test_importing_the_data_package_loads_nothing_heavy():

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,19 +74,20 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
 
 
 def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prepare_file, tokenizer):
-    rows = prepare_file(pairs_csv, objective="completion", **TEMPLATES).train
+    prepared = prepare_file(pairs_csv, objective="completion", **TEMPLATES)
+    rows = prepared.train
     pairs = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
     assert len(rows) == len(pairs)
+    val_texts = [(f"{pair['mr']}:", f" {pair['ref']}") for pair in PAIRS if pair not in pairs]
+    assert list(prepared.val_texts) == val_texts[:MAX_NUM_SAMPLES]
     for i, pair in enumerate(pairs):
         before, after = tokenizer(f"{pair['mr']}:")["input_ids"], tokenizer(f" {pair['ref']}")["input_ids"]
         assert rows.row(i).tolist() == [*before, *after, EOS_ID]
         assert rows.first_target[i] == len(before)
     assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
-
-
-def test_without_a_prompt_the_first_token_is_no_target(pairs_csv, prepare_file):
-    prepared = prepare_file(pairs_csv, objective="completion", completion="{ref}")
-    assert set(prepared.train.first_target) == {1}
+    alone = prepare_file(pairs_csv, objective="completion", completion="{ref}")
+    assert set(alone.train.first_target) == {1}  # nothing predicts the first token of a text
+    assert set(alone.row_info("val").groups) == {None}
 
 
 def test_examples_that_are_too_long_are_dropped_counted_and_the_first_is_named(tmp_path, prepare_file):
@@ -98,8 +98,6 @@ def test_examples_that_are_too_long_are_dropped_counted_and_the_first_is_named(t
     assert "longer than --block-size 32 tokens" in notice
     assert "a.csv, row 61 (line 62)" in notice
     assert prepared.train.lengths().max() <= 32
-    with pytest.raises(UserError, match=r"--block-size 2: all .* raise --block-size"):
-        prepare_file(tmp_path / "a.csv", objective="completion", block_size=2, **TEMPLATES)
 
 
 @pytest.mark.parametrize("objective", ["blocks", "completion"])
@@ -117,14 +115,11 @@ def test_every_format_gives_the_same_tokens(tmp_path, prepare_file, objective):
     facts = [prepare_file(file, objective=objective, block_size=200).metadata for file in files]
     assert len({fact["fingerprint"] for fact in facts}) == 1
     assert {fact["form"] for fact in facts} == {"acled"}
-    other = prepare_file(samples.write_csv(tmp_path / "b.csv", samples.EVENTS[1:]), objective=objective, block_size=200)
-    assert other.metadata["fingerprint"] != facts[0]["fingerprint"]
-
-
-def test_dates_in_no_known_spelling_are_counted(tmp_path, prepare_file):
-    events = [{**samples.EVENTS[0], "event_date": "05/01/2022"}, *samples.EVENTS]
-    notices = prepare_file(samples.write_csv(tmp_path / "a.csv", events)).metadata["notices"]
-    assert re.search(r"1 dates stand as they were written \(first: .*row 1 \(line 2\): 05/01/2022", "\n".join(notices))
+    events = [{**samples.EVENTS[0], "event_date": "05/01/2022"}, *samples.EVENTS[1:]]
+    other = prepare_file(samples.write_csv(tmp_path / "b.csv", events), objective=objective, block_size=200).metadata
+    assert other["fingerprint"] != facts[0]["fingerprint"]
+    notice = r"1 dates stand as they were written \(first: .*row 1 \(line 2\): 05/01/2022"
+    assert re.search(notice, "\n".join(other["notices"]))
 
 
 def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tmp_path, prepare_file):
@@ -137,42 +132,40 @@ def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tmp_path, prepare
     assert any("`labels` is not used" in line for line in prepared.metadata["notices"])
     same = prepare_file(samples.write_parquet(tmp_path / "a.parquet", rows), model="nobody-has-this", block_size=16)
     assert same.metadata["fingerprint"] == prepared.metadata["fingerprint"]
+    for largest, dtype in ((65_535, np.uint16), (65_536, np.uint32)):
+        rows = [{"input_ids": [i, largest]} for i in range(60)]
+        train = prepare_file(samples.write_jsonl(tmp_path / "b.jsonl", rows), block_size=2).train
+        assert train.ids.dtype == dtype
+        assert train.row(0)[1] == largest
 
 
-@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
-def test_token_ids_take_two_bytes_where_they_fit(tmp_path, prepare_file, largest, dtype):
-    rows = [{"input_ids": [i, largest]} for i in range(60)]
-    prepared = prepare_file(samples.write_jsonl(tmp_path / "a.jsonl", rows), block_size=2)
-    assert prepared.train.ids.dtype == dtype
-    assert prepared.train.row(0)[1] == largest
-
-
-def test_the_split_does_not_move_when_rows_are_added_or_reordered(tmp_path, prepare_file, tokenizer):
+def test_the_split_and_ids_do_not_move_when_rows_are_added_or_reordered(tmp_path, prepare_file, tokenizer):
     options = {"objective": "completion", "val_fraction": 0.3, **TEMPLATES}
-    few = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS[:40]), **options)
-    more = prepare_file(samples.write_csv(tmp_path / "b.csv", PAIRS[::-1]), **options)
+    few, more, turned = (
+        prepare_file(samples.write_csv(tmp_path / f"{name}.csv", pairs), **options)
+        for name, pairs in (("few", PAIRS[:40]), ("more", PAIRS), ("turned", PAIRS[::-1]))
+    )
     for side in ("train", "val"):
         before, after = decode_rows(getattr(few, side), tokenizer), decode_rows(getattr(more, side), tokenizer)
         assert set(before) < set(after)
         assert len(before) == few.metadata[side]["records"]
+    assert more.row_info("val").ids == turned.row_info("val").ids[::-1]
 
 
-def test_no_prompt_is_in_both_training_and_validation_data(tmp_path, prepare_file, tokenizer):
+def test_records_of_one_prompt_stay_in_one_split_and_are_one_group(tmp_path, prepare_file, tokenizer):
     shared = [{"mr": pair["mr"], "ref": f"{pair['ref']} {n}"} for pair in PAIRS for n in range(3)]
-    prepared = prepare_file(
-        samples.write_csv(tmp_path / "a.csv", shared), objective="completion", val_fraction=0.4, **TEMPLATES
-    )
+    file = samples.write_csv(tmp_path / "a.csv", shared)
+    prepared = prepare_file(file, objective="completion", val_fraction=0.4, **TEMPLATES)
     train, val = (
         {text.split(":")[0] for text in decode_rows(rows, tokenizer)} for rows in (prepared.train, prepared.val)
     )
     assert not train & val
     assert 0 < len(val) < 60
     assert len(train | val) == 60
-
-
-def test_a_prompt_that_is_the_same_everywhere_does_not_decide_the_split(pairs_csv, prepare_file):
-    prepared = prepare_file(pairs_csv, prompt="Say:", completion=" {ref}", objective="completion")
-    assert prepared.metadata["val"]["records"] > 0
+    groups = prepared.row_info("val").groups
+    assert len(groups) == 3 * len(set(groups))
+    everywhere = prepare_file(file, prompt="Say:", completion=" {ref}", objective="completion")
+    assert everywhere.metadata["val"]["records"] > 0, "a prompt that is the same everywhere decides no split"
 
 
 def test_the_split_is_the_first_eight_bytes_of_the_hash_against_the_fraction():
@@ -181,30 +174,28 @@ def test_the_split_is_the_first_eight_bytes_of_the_hash_against_the_fraction():
     assert split_of("abc", 0.7283) == "train"
 
 
-def test_validation_data_of_a_flag_are_used_whole_and_overlap_is_reported(tmp_path, prepare_file):
-    train = samples.write_csv(tmp_path / "a.csv", PAIRS[:50])
-    val = samples.write_csv(tmp_path / "b.csv", PAIRS[47:])
-    prepared = prepare_file(train, val_data=str(val), objective="completion", **TEMPLATES)
-    assert (prepared.metadata["train"]["records"], prepared.metadata["val"]["records"]) == (50, 13)
-    assert prepared.metadata["split"] == "given"
-    assert "3 of 13 validation records also stand in the training data" in prepared.metadata["notices"]
-
-
-def test_validation_prompts_are_stored_for_generation(pairs_csv, prepare_file):
-    prepared = prepare_file(pairs_csv, **TEMPLATES)
-    expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if split_of(f"{p['mr']}:", 0.1) == "val"]
-    assert list(prepared.val_texts) == expected[:MAX_NUM_SAMPLES]
-
-
-def test_too_little_data_or_a_missing_template_is_refused_with_a_remedy(pairs_csv, prepare_file):
-    for settings, problem in (
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
         ({"chat_template": "no.jinja"}, r"--chat-template no\.jinja: cannot be read"),
         ({"global_batch": 5000}, r"\d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"),
         ({"block_size": 150, "val_fraction": 0.05}, "validation records make 0 blocks of 150 tokens; raise --val-frac"),
         ({"val_fraction": 1e-6}, r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            prepare_file(pairs_csv, **settings, **TEMPLATES)
+        ({"test_fraction": 1e-6}, "0 of 60 records for the test at --test-fraction 1e-06; raise --test-f"),
+        ({"test_fraction": 0.2, "test_data": "t.csv"}, "--test-fraction 0.2 and --test-data: expected one of them"),
+        ({"test_fraction": 0.95}, "--test-fraction 0.95: expected a share under 0.9, beside validation"),
+        ({"split_by": "dok"}, "--split-by dok: .* has no such column; expected one of mr, ref"),
+        ({"objective": "completion", "block_size": 2}, "--block-size 2: all .* raise --block-size"),
+    ],
+)
+def test_settings_that_leave_no_rows_are_refused_with_a_remedy(pairs_csv, prepare_file, settings, problem):
+    with pytest.raises(UserError, match=problem):
+        prepare_file(pairs_csv, **settings, **TEMPLATES)
+
+
+def test_records_that_are_all_equal_cannot_be_split(tmp_path, prepare_file):
+    with pytest.raises(UserError, match="all 60 records are equal, so none can be split off; give others"):
+        prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS[:1] * 60), **TEMPLATES)
 
 
 def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_path, prepare_file, monkeypatch):
@@ -300,15 +291,7 @@ def test_several_processes_may_prepare_the_same_data_at_once(pairs_csv, tmp_path
     assert os.listdir(first.folder.parent) == [first.folder.name]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_variable(tmp_path, model):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be written .*TRAINER_CACHE"):
-        prepare(
-            DataSettings(data="acled-demo", block_size=8), model=model, global_batch=1, cache=tmp_path / "file" / "x"
-        )
-
-
-def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+def test_the_cache_folder_follows_the_environment_and_is_refused_where_it_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.delenv("TRAINER_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert store.resolve_cache_dir() == tmp_path / "xdg" / "gpt2-full-vs-lora"
@@ -318,19 +301,16 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "mine"))
     assert store.resolve_cache_dir() == tmp_path / "mine"
     assert store.resolve_cache_dir(tmp_path / "given") == tmp_path / "given"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .*TRAINER_CACHE"):
+        store.resolve_cache_dir(tmp_path / "file" / "x")
+    with pytest.raises(UserError, match=r"TRAINER_CACHE\): its path is not UTF-8; name another folder"):
+        store.resolve_cache_dir(tmp_path / "\udcff")
 
 
-@pytest.mark.parametrize("objective", ["blocks", "completion"])
-def test_the_demo_data_are_prepared_without_a_data_flag(prepare_file, objective):
-    prepared = prepare_file("acled-demo", objective=objective, block_size=512, global_batch=8)
-    assert prepared.metadata["source"] == "acled-demo"
-    assert prepared.metadata["form"] == "acled"
-    assert prepared.metadata["notices"] == [] or objective == "blocks"
-    assert not any(str(Path.home()) in line for line in prepared.metadata["notices"])
-
-
-def test_data_metadata_have_the_fields_that_run_json_promises(pairs_csv, prepare_file):
-    facts = prepare_file(pairs_csv, **TEMPLATES).metadata
+def test_data_metadata_have_the_fields_that_run_json_promises(prepare_file):
+    facts = prepare_file("acled-demo", objective="completion", block_size=512, global_batch=8).metadata
+    assert (facts["source"], facts["form"], facts["notices"]) == ("acled-demo", "acled", [])
     promised = "source fingerprint train_fingerprint val_fingerprint split tokenizer vocabulary objective block_size "
     promised += "train val notices"
     assert set(promised.split()) <= set(facts)
@@ -358,18 +338,6 @@ def test_a_test_split_is_taken_from_the_training_records_only(pairs_csv, prepare
     assert prepared.metadata["fingerprint"] != without.metadata["fingerprint"]
 
 
-def test_a_test_split_may_be_a_file_of_its_own(pairs_csv, tmp_path, prepare_file):
-    test_csv = samples.write_csv(tmp_path / "t.csv", [{"mr": "Elsewhere", "ref": "Nobody met."}])
-    prepared = prepare_file(pairs_csv, objective="completion", test_data=str(test_csv), **TEMPLATES)
-    assert (len(prepared.test), len(prepared.train) + len(prepared.val)) == (1, len(PAIRS))
-    with pytest.raises(UserError, match=r"--test-fraction 0.2 and --test-data: expected one of them"):
-        prepare_file(pairs_csv, test_data=str(test_csv), test_fraction=0.2, **TEMPLATES)
-    with pytest.raises(UserError, match=r"--test-fraction 0.95: expected a share under 0.9, beside validation"):
-        prepare_file(pairs_csv, test_fraction=0.95, **TEMPLATES)
-    with pytest.raises(UserError, match="leaves 0 of 60 records for the test at --test-fraction 1e-06; raise --test-f"):
-        prepare_file(pairs_csv, test_fraction=1e-6, **TEMPLATES)
-
-
 def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, prepare_file):
     records = [{"doc": f"d{i % 12}", **pair} for i, pair in enumerate(PAIRS)]
     file = samples.write_jsonl(tmp_path / "a.jsonl", records)
@@ -380,21 +348,9 @@ def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, 
     assert not set(groups["val"]) & set(groups["test"])
     assert {split: prepared.metadata[split]["units"] for split in groups} == {s: len(set(groups[s])) for s in groups}
     assert all(values.count(value) == 5 for values in groups.values() for value in values)
-    with pytest.raises(UserError, match=r"--split-by dok: .* has no such column; expected one of doc, mr, ref"):
-        prepare_file(file, **{**options, "split_by": "dok"})
     broken = samples.write_jsonl(tmp_path / "b.jsonl", [*records, {**records[0], "doc": None}])
     with pytest.raises(UserError, match=r"b.jsonl, line 61: column 'doc' is null or empty"):
         prepare_file(broken, **options)
-
-
-def test_without_a_split_column_the_records_of_one_prompt_are_one_group(tmp_path, prepare_file):
-    pairs = [{"mr": f"Town {i // 5}", "ref": f"On {i} January people met."} for i in range(60)]
-    options = {"objective": "completion", "val_fraction": 0.4}
-    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", pairs), **options, **TEMPLATES)
-    groups = prepared.row_info("val").groups
-    assert len(groups) == 5 * len(set(groups))
-    alone = prepare_file(samples.write_csv(tmp_path / "a.csv", pairs), **options, completion="{ref}")
-    assert set(alone.row_info("val").groups) == {None}
 
 
 @pytest.mark.parametrize("objective", ["blocks", "completion"])
@@ -417,15 +373,22 @@ def test_the_bytes_of_the_targets_are_those_of_the_text(tmp_path, prepare_file, 
 def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refused(pairs_csv, tmp_path, prepare_file):
     fresh = [{"mr": f"Elsewhere {i}", "ref": "Nobody met."} for i in range(40)]
     few = samples.write_csv(tmp_path / "few.csv", [*fresh, PAIRS[0], *PAIRS[:1]])
-    options = {"objective": "completion", "val_data": str(samples.write_csv(tmp_path / "v.csv", fresh)), **TEMPLATES}
+    options = {
+        "objective": "completion",
+        "val_data": str(samples.write_csv(tmp_path / "v.csv", [*fresh, PAIRS[1]])),
+        **TEMPLATES,
+    }
     prepared = prepare_file(pairs_csv, test_data=str(few), **options)
+    assert prepared.metadata["split"] == "given"
+    assert [prepared.metadata[split]["records"] for split in ("train", "val", "test")] == [60, 41, 42]
     assert list(prepared.row_info("test").in_train) == [False] * 40 + [True] * 2
     assert list(prepared.row_info("test").occurrences)[-2:] == [0, 1]
-    assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2, "retain": 0}
+    assert prepared.metadata["equal_to_train"] == {"val": 1, "test": 2, "retain": 0}
     assert prepared.metadata["repeated_in_train"] == 0
     doubled = prepare_file(samples.write_csv(tmp_path / "twice.csv", [*PAIRS, *PAIRS[:7]]), **options)
     assert doubled.metadata["repeated_in_train"] == 7
-    assert "2 of 42 test records also stand in the training data" in prepared.metadata["notices"]
+    for notice in ("1 of 41 validation records", "2 of 42 test records"):
+        assert f"{notice} also stand in the training data" in prepared.metadata["notices"]
     many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])
     with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
         prepare_file(pairs_csv, test_data=str(many), **options)
@@ -443,17 +406,6 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
         prepare_file(pairs_csv, retain_data=str(tmp_path / "old.txt"), **options)
     with pytest.raises(UserError, match=r"--retain-data .*: 1 records make 0 blocks of"):
         prepare_file(pairs_csv, retain_data=str(samples.write_csv(tmp_path / "b.csv", [{"text": "short"}])), **options)
-
-
-def test_a_row_keeps_its_id_whatever_stands_around_it(tmp_path, prepare_file):
-    options = {"objective": "completion", **TEMPLATES}
-    ids = [
-        prepare_file(samples.write_csv(tmp_path / f"{n}.csv", PAIRS[::n]), val_fraction=0.4, **options)
-        .row_info("val")
-        .ids
-        for n in (1, -1)
-    ]
-    assert ids[0] == ids[1][::-1]
 
 
 # --- the block size that the lengths of the records ask for ---
