@@ -110,7 +110,13 @@ def parse_token_ids(record: Record) -> list[int]:
 CHAT_MEANING = "chat by the model's template, loss on the assistant's turns"
 FORMATS = (
     RecordFormat(
-        "input_ids", parse_token_ids, "token ids as they are", ("input_ids",), ("blocks",), ("input_ids",), False
+        "input_ids",
+        parse_token_ids,
+        "token ids as they are",
+        ("input_ids",),
+        ("blocks",),
+        columns=("input_ids",),
+        is_keyed_by_prompt=False,
     ),
     RecordFormat("messages", conversations.from_messages, CHAT_MEANING, ("messages",), ("completion",)),
     RecordFormat(
@@ -131,7 +137,9 @@ FORMATS = (
         ("completion", "blocks"),
     ),
     RecordFormat("acled", _render_acled, "an ACLED event's fields, then its notes"),
-    RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",), False),
+    RecordFormat(
+        "text", _render_text, "texts as they are", ("text",), ("blocks",), columns=("text",), is_keyed_by_prompt=False
+    ),
 )
 
 

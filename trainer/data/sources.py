@@ -93,7 +93,7 @@ def find_sources(
     data, or more than one kind.
     """
     splits = _find_splits(data, "--data")
-    train = find(data, "--data")
+    train = _choose(splits, data, "--data")
     found, uses = [], {next(name for name in SPLITS_BY_FLAG["--data"] if name in splits): "training"}
     for split, name, flag, spec in (
         ("val", "validation", "--val-data", val_data),
@@ -118,7 +118,10 @@ def find_sources(
 
 def find(spec: str, flag: str = "--data") -> Source:
     """The source that one flag names by itself."""
-    splits = _find_splits(spec, flag)
+    return _choose(_find_splits(spec, flag), spec, flag)
+
+
+def _choose(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
     name = next((name for name in SPLITS_BY_FLAG[flag] if name in splits), None)
     if name is None:
         raise UserError(
@@ -153,12 +156,9 @@ def _find_splits(spec: str, flag: str) -> dict[str, Source]:
             raise UserError(f"{flag} {spec}: the ending {path.suffix!r} is not known; expected {ACCEPTED_FILES}")
         return _split_files(flag, spec, [path], "file", path)
     if glob.has_magic(spec):
-        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        if not matches:
-            raise UserError(f"{flag} {spec}: no file matches; expected a pattern that matches {ACCEPTED_FILES}")
-        matched_files = [p for p in matches if p.is_file()]
-        root = Path(os.path.commonpath([p.parent for p in matched_files])) if matched_files else path
-        return _split_files(flag, spec, matched_files, "pattern", root)
+        matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        root = Path(os.path.commonpath([p.parent for p in matches])) if matches else path
+        return _split_files(flag, spec, matches, "pattern", root)
     hub_id = HUB_ID.fullmatch(spec)
     if file_kind(path) is not None or hub_id is None:
         raise UserError(

@@ -75,7 +75,7 @@ def test_a_folder_and_a_glob_are_read_in_order_of_names(tmp_path):
     [
         ("no.csv", {}, "--data no.csv: no such file"),
         ("./no", {}, "--data ./no: no such file or folder"),
-        ("no*.csv", {}, "--data no*.csv: no file matches"),
+        ("no*.csv", {}, "--data no*.csv: the pattern holds no data file"),
         ("empty", {"empty/x/.keep": ""}, "--data empty: the folder holds no data file"),
         ("a.xlsx", {"a.xlsx": "x"}, "--data a.xlsx: the ending '.xlsx' is not known; expected a CSV"),
         (".", {"a.csv": PAIRS, "b.jsonl": PAIRS}, "several kinds of data: CSV (a.csv), JSON (b.jsonl)"),
