@@ -146,6 +146,12 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     num_runs = len((stub_dir / "log").read_text().splitlines())
     assert run_study(argv) == 0
     assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
+    ended = count_log(stub_dir, "ended")
+    shutil.rmtree(stub_dir / "study" / "trials")
+    (stub_dir / "study" / "answer.json").unlink()
+    assert run_study(argv) == 0
+    assert json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"] == answer["sentence"]
+    assert count_log(stub_dir, "ended") == ended, "trials whose record is lost are taken up from their folders"
     for run in (stub_dir / "study" / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
         full_run = next(run.parent.glob(f"answer-full*{run.name[-5:]}/"))
         rows = read_evaluations(full_run / EVAL_RECORDS_FOLDER).query("step == 8")
@@ -246,19 +252,6 @@ def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(st
         (stub_dir / "launch" / "train.py").write_text(script)
     free = trials.start_trial(study.folder, study.rule, make_slots(1, None)[0], study.state().needed[:1])
     assert free.trial.num_failures == 1, "the two before were no failures of the trial"
-
-
-@pytest.mark.slow
-def test_a_study_whose_recorded_state_is_lost_takes_its_runs_up_from_their_folders(stub_dir):
-    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
-    assert run_study(argv) == 0
-    sentence = json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"]
-    ended = count_log(stub_dir, "ended")
-    shutil.rmtree(stub_dir / "study" / "trials")
-    (stub_dir / "study" / "answer.json").unlink()
-    assert run_study(argv) == 0
-    assert json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"] == sentence
-    assert count_log(stub_dir, "ended") == ended
 
 
 def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):

@@ -132,16 +132,15 @@ def make_reference_like_metadata(mode: str = "full", **overrides: Any) -> dict[s
     return metadata
 
 
-def synthetic_val_loss(epoch: float, floor: float, initial_loss: float = INITIAL_LOSS) -> float:
-    """An invented curve: from `initial_loss` towards `floor`."""
-    return floor + (initial_loss - floor) * math.exp(-1.5 * epoch)
+def synthetic_val_loss(epoch: float, floor: float) -> float:
+    """An invented curve: from INITIAL_LOSS towards `floor`."""
+    return floor + (INITIAL_LOSS - floor) * math.exp(-1.5 * epoch)
 
 
 def make_records(
     metadata: Mapping[str, Any],
     *,
     floor: float | None = None,
-    base: float = INITIAL_LOSS,
     losses: Mapping[float, float] | None = None,
     epochs: int = 3,
     every: int = 1,
@@ -166,7 +165,7 @@ def make_records(
         }
 
     def loss_at(epoch: float) -> float:
-        return synthetic_val_loss(epoch, floor, base)
+        return synthetic_val_loss(epoch, floor)
 
     def make_evals(step: int) -> list[Record]:
         epoch, num_targets = step / steps_per_epoch, metadata["data"]["val"]["num_target_tokens"]

@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,10 +200,16 @@ class FakeWandb:
         return f"{self.url}/upload/{owner_type}/{owner}/{name}"
 
 
+def _edges(nodes: Iterable[Json]) -> Json:
+    """A page that has no next one."""
+    page = {"endCursor": None, "hasNextPage": False}
+    return {"edges": [{"node": node, "cursor": node.get("id", "")} for node in nodes], "pageInfo": page}
+
+
 def _get_viewer(server: FakeWandb, variables: Json) -> Json:
-    team = {"node": {"id": "id-entity", "name": ENTITY}}
     viewer = {"id": "id-user", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "tester@localhost"}
-    return {"viewer": {**viewer, "admin": False, "flags": "{}", "apiKeys": {"edges": []}, "teams": {"edges": [team]}}}
+    teams = _edges([{"id": "id-entity", "name": ENTITY}])
+    return {"viewer": {**viewer, "admin": False, "flags": "{}", "apiKeys": {"edges": []}, "teams": teams}}
 
 
 def _get_resume_status(server: FakeWandb, variables: Json) -> Json:
@@ -230,23 +236,26 @@ def _create_run_files(server: FakeWandb, variables: Json) -> Json:
 def _create_artifact(server: FakeWandb, variables: Json) -> Json:
     name = f"artifact-{len(server.artifacts)}"
     server.artifacts[name] = {**variables["input"], "state": "PENDING", "content": {}}
-    artifact_sequence = {"id": f"sequence-{name}", "latestArtifact": None}
-    return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": artifact_sequence}}}
+    sequence = {"id": f"sequence-{name}", "latestArtifact": None}
+    return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": sequence}}}
 
 
-def _manifest_response(server: FakeWandb, owner: str) -> Json:
+def _save_manifest(server: FakeWandb, variables: Json) -> Json:
+    owner = variables.get("artifactID") or variables["artifactManifestID"].removeprefix("manifest-")
     url = server.upload_url("artifact", owner, "manifest.json")
-    return {"artifactManifest": {"id": f"manifest-{owner}", "file": {"id": "f", "uploadUrl": url, "uploadHeaders": []}}}
+    manifest = {"id": f"manifest-{owner}", "file": {"id": "f", "uploadUrl": url, "uploadHeaders": []}}
+    answer = {"artifactManifest": manifest}
+    return {"createArtifactManifest": answer, "updateArtifactManifest": answer}
 
 
 def _create_artifact_files(server: FakeWandb, variables: Json) -> Json:
-    edges = []
+    nodes = []
     for file in variables["input"]["artifactFiles"]:
         owner, name = file["artifactID"], file["name"]
         url = server.upload_url("artifact", owner, name)
         target: Json = {"uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
-        edges.append({"node": {"storagePath": f"{owner}/{name}", "artifact": {"id": owner}, **target}})
-    return {"createArtifactFiles": {"files": {"edges": edges}}}
+        nodes.append({"storagePath": f"{owner}/{name}", "artifact": {"id": owner}, **target})
+    return {"createArtifactFiles": {"files": _edges(nodes)}}
 
 
 def _commit_artifact(server: FakeWandb, variables: Json) -> Json:
@@ -256,21 +265,18 @@ def _commit_artifact(server: FakeWandb, variables: Json) -> Json:
 
 
 def _get_artifact_by_client_id(server: FakeWandb, variables: Json) -> Json:
-    client_id = variables["clientID"]
-    found = [name for name, artifact in server.artifacts.items() if artifact.get("clientID") == client_id]
-    return {"clientIDMapping": {"serverID": found[0]} if found else None}
+    ids = [name for name, artifact in server.artifacts.items() if artifact.get("clientID") == variables["clientID"]]
+    return {"clientIDMapping": {"serverID": ids[0]} if ids else None}
 
 
 def _get_project(server: FakeWandb, variables: Json) -> Json:
-    entity, name = variables["entityName"], variables["projectName"]
-    return {"project": _project_response(entity, name) if (entity, name) in server.projects else None}
+    key = (variables["entityName"], variables["projectName"])
+    return {"project": _project_response(*key) if key in server.projects else None}
 
 
 def _list_projects(server: FakeWandb, variables: Json) -> Json:
-    projects = [project for project in sorted(server.projects) if project[0] == variables["entity"]]
-    edges = [{"node": _project_response(*project)} for project in projects]
-    page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
-    return {"models": {"pageInfo": page, "edges": edges}}
+    projects = _edges(_project_response(*key) for key in sorted(server.projects) if key[0] == variables["entity"])
+    return {"models": {**projects, "pageInfo": {"__typename": "PageInfo", **projects["pageInfo"]}}}
 
 
 def _create_project(server: FakeWandb, variables: Json) -> Json:
@@ -285,7 +291,7 @@ def _view_response(view: Json) -> Json:
     fields = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
     project = _project_response(view.get("entityName") or ENTITY, view["projectName"])
     times = {"createdAt": TIMESTAMP, "updatedAt": TIMESTAMP}
-    return {**fields, "spec": json.dumps(view["spec"]), "project": project, **times}
+    return {**fields, "spec": json.dumps(view["spec"]), "project": project, "user": None, **times}
 
 
 def _save_view(server: FakeWandb, variables: Json) -> Json:
@@ -296,22 +302,17 @@ def _save_view(server: FakeWandb, variables: Json) -> Json:
 
 
 def _list_views(server: FakeWandb, variables: Json) -> Json:
-    views = [view for view in server.views.values() if view["projectName"] == variables["project"]]
-    edges = [{"node": {**_view_response(view), "user": None}, "cursor": view["id"]} for view in views]
-    return {"project": {"allViews": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
-
-
-def _find_run(server: FakeWandb, variables: Json) -> FakeRun | None:
-    run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
-    return run if run and run.project == variables["project"] else None
+    views = (view for view in server.views.values() if view["projectName"] == variables["project"])
+    return {"project": {"allViews": _edges(map(_view_response, views))}}
 
 
 def _read_run(server: FakeWandb, variables: Json) -> Json:
-    """A run as wandb.Api().run() reads it."""
-    run = _find_run(server, variables)
-    if run is None:
+    """A run as wandb.Api().run() reads it, whole or a page of its rows."""
+    run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
+    if run is None or run.project != variables["project"]:
         return {"project": {"run": None}}
     last_step = max((row["_step"] for row in run.history), default=-1)
+    rows = [row for row in run.history if variables.get("minStep", 0) <= row["_step"] < variables.get("maxStep", 2**62)]
     run_fields = {
         "group": run.fields.get("groupName"),
         "jobType": run.fields.get("jobType"),
@@ -325,19 +326,10 @@ def _read_run(server: FakeWandb, variables: Json) -> Json:
         "notes": None,
         "systemMetrics": "{}",
         "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
+        "history": [json.dumps(row) for row in rows[: variables.get("pageSize")]],
+        "parquetHistory": {"parquetUrls": [], "liveData": run.history},
     }
     return {"project": {"run": {**run.to_graphql(), **run_fields}}}
-
-
-def _get_history_page(server: FakeWandb, variables: Json) -> Json:
-    run = _find_run(server, variables)
-    rows = [row for row in run.history if variables["minStep"] <= row["_step"] < variables["maxStep"]] if run else []
-    return {"project": {"run": {"history": [json.dumps(row) for row in rows[: variables["pageSize"]]]}}}
-
-
-def _get_parquet_history(server: FakeWandb, variables: Json) -> Json:
-    run = _find_run(server, variables)
-    return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": run.history if run else []}}}}
 
 
 OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
@@ -353,22 +345,15 @@ OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     "RunState": lambda server, variables: {"project": {"run": {"id": f"id-{variables['run']}", "state": "running"}}},
     # artifacts: an empty answer to CreateArtifact would make the client panic
     "CreateArtifact": _create_artifact,
-    "CreateArtifactManifest": lambda server, variables: {
-        "createArtifactManifest": _manifest_response(server, variables["artifactID"])
-    },
-    "UpdateArtifactManifest": lambda server, variables: {
-        "updateArtifactManifest": _manifest_response(server, variables["artifactManifestID"].removeprefix("manifest-"))
-    },
+    "CreateArtifactManifest": _save_manifest,
+    "UpdateArtifactManifest": _save_manifest,
     "CreateArtifactFiles": _create_artifact_files,
     "CommitArtifact": _commit_artifact,
     "ClientIDMapping": _get_artifact_by_client_id,
     "XXHashDigestsEnabled": lambda server, variables: {"entity": {"xxhashDigestsEnabled": False}},
     "FetchArtifactDigestAlgorithm": lambda server, variables: {"project": None},
     # runs read back
-    "Run": _read_run,
-    "RunHistoryKeys": _read_run,
-    "RunParquetHistory": _get_parquet_history,
-    "HistoryPage": _get_history_page,
+    **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), _read_run),
     # reports
     "ProjectViews": _list_views,
     "ProjectInternalId": _get_project,
