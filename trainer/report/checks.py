@@ -36,9 +36,10 @@ RUN_METRICS: dict[str, Callable[[RunData], Any]] = {
     "peak_memory_bytes": lambda run: run.summary.get("peak_memory_bytes"),
     "trainable_parameters": lambda run: run.get("model.trainable"),
 }
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?"
 _CONDITION_PATTERN = re.compile(
-    r"\s*(?P<metric>[a-z_]+)\s*(?P<op><=|>=|==|<|>)\s*(?P<limit>[^@\s]+)\s*"
-    r"(?:@\s*(?P<axis>epoch|step)\s+(?P<axis_value>\S+)\s*)?"
+    rf"\s*(?P<metric>[a-z_]+)\s*(?P<op><=|>=|==|<|>)\s*(?P<limit>[-+]?{_NUMBER})\s*"
+    rf"(?:@\s*(?P<axis>epoch|step)\s+(?P<axis_value>{_NUMBER})\s*)?"
 )
 
 
@@ -69,28 +70,14 @@ def parse_condition(text: str) -> Condition | None:
     if text.strip() == "card":
         return None
     match = _CONDITION_PATTERN.fullmatch(text)
-    if match is None:
+    if match is None or match["metric"] not in (SERIES_METRICS if match["axis"] else {**SERIES_METRICS, **RUN_METRICS}):
         raise UserError(
-            f"--check {text!r}: expected METRIC OP NUMBER, for instance 'val_loss<=1.0048@epoch 2' "
-            "(@epoch N or @step N), or card"
+            f"--check {text!r}: expected card, or METRIC OP NUMBER such as 'val_loss<=1.0048@epoch 2' (or @step N), "
+            f"with one of {', '.join(SERIES_METRICS)}, or without @ one of {', '.join(RUN_METRICS)}"
         )
-    metric, axis = match["metric"], match["axis"]
-    if metric not in SERIES_METRICS and metric not in RUN_METRICS:
-        raise UserError(f"--check {text!r}: no metric {metric}; there are {', '.join([*SERIES_METRICS, *RUN_METRICS])}")
-    if axis and metric in RUN_METRICS:
-        raise UserError(f"--check {text!r}: {metric} is of a whole run and takes no @{axis}")
-    numbers = []
-    for number in (match["limit"], match["axis_value"] or "0"):
-        try:
-            numbers.append(float(number))
-        except ValueError:
-            numbers.append(math.nan)
-        if not math.isfinite(numbers[-1]):
-            raise UserError(f"--check {text!r}: {number} is not a finite number")
-    limit, axis_value = numbers
-    if axis_value < 0:
-        raise UserError(f"--check {text!r}: expected an {axis} from 0")
-    return Condition(metric, match["op"], limit, axis, axis_value)
+    return Condition(
+        match["metric"], match["op"], float(match["limit"]), match["axis"], float(match["axis_value"] or 0)
+    )
 
 
 def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) -> list[CheckResult]:

@@ -21,36 +21,16 @@ COMPARABILITY_KEYS = {
 }
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
 #: facts of run.json that differ between any two runs and say nothing of what was compared
-IGNORED_METADATA = frozenset(
-    [
-        "schema_version",
-        "run_id",
-        "name",
-        "mode",
-        "preset",
-        "started",
-        "command",
-        "wandb",
-        "overridden",
-        "settings.overridden",
-        "resumed.settings",
-        "not_comparable_with_card",
-    ]
-)
+IGNORED_METADATA = {
+    *("schema_version", "run_id", "name", "mode", "preset", "started", "command", "wandb"),
+    *("overridden", "settings.overridden", "resumed.settings", "not_comparable_with_card"),
+}
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
-_IGNORED_SETTINGS = frozenset(
-    [
-        "settings.train.seed",
-        "settings.train.micro_batch",
-        "settings.train.eval_batch",
-        "settings.preset",
-        "settings.engine.ds_config",
-        "settings.engine.precision",
-        "settings.data.data",
-        "settings.data.val_data",
-        "settings.model.model",
-    ]
-)
+_IGNORED_SETTINGS = {
+    *("settings.train.seed", "settings.train.micro_batch", "settings.train.eval_batch", "settings.preset"),
+    *("settings.data.data", "settings.data.val_data", "settings.model.model"),
+    *("settings.engine.ds_config", "settings.engine.precision"),
+}
 _GROUPING_PATHS = (
     *COMPARABILITY_KEYS.values(),
     *("mode", "model.name", "resolved.lr", "resolved.ranks", "resolved.precision", "resolved.ds_config"),

@@ -112,14 +112,8 @@ class _MeanSquares:
 def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: float = LEVEL) -> PairedInterval:
     """The interval of the module's docstring; with one seed it is of these two models alone (V = MS_b / N).
 
-    Shapes: `differences` (seeds, units), `targets` (units,). ValueError where shapes disagree, a value is not finite,
-    there are fewer than two units, or a unit has no target.
+    Shapes: `differences` (seeds, units), `targets` (units,), of two units or more.
     """
-    differences, targets = np.atleast_2d(np.asarray(differences, dtype=np.float64)), np.asarray(targets, np.float64)
-    if differences.ndim != 2 or targets.shape != differences.shape[1:] or len(targets) < 2:
-        raise ValueError(f"differences {differences.shape}, targets {targets.shape}: expected (S, N) and (N,), N >= 2")
-    if not (np.isfinite(differences).all() and (targets > 0).all()):
-        raise ValueError("differences must be finite and every unit must have a target")
     estimate = math.fsum(differences.ravel()) / (len(differences) * math.fsum(targets))
     residuals = (differences - estimate * targets) / targets.mean()
     s, n = residuals.shape
@@ -134,11 +128,9 @@ def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: fl
 def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> PairedInterval:
     """The interval of paired differences of whole losses, one a seed: conditional on these evaluation records.
 
-    For runs without per-record losses; ValueError below two seeds.
+    For two seeds or more of runs without per-record losses.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
-        raise ValueError("expected the differences of two seeds or more")
     variance = float(values.var(ddof=1))
     squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1)
     return replace(squares.interval(float(values.mean()), level), num_units=0)

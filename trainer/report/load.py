@@ -50,9 +50,8 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
             elif is_wandb_path(source):
                 run = read_online(source)
             else:
-                raise UserError(
-                    "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id"
-                )
+                expected = "a run folder, an offline W&B folder, or entity/project/run_id"
+                raise UserError(f"no such run folder: expected {expected}")
             for other in runs:
                 if other.run_id == run.run_id:
                     raise UserError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
@@ -106,19 +105,15 @@ def read_offline(source: str, files: list[Path]) -> RunData:
         for path in files:
             file, exit_code = WandbFile(path), None
             for record in file:
-                content = record.get(record["type"], {})
-                if record["type"] == "history":  # numbers that JSON does not know come as texts
-                    yield {
-                        key: float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-                        for key, value in content["item"].items()
-                    }
-                elif record["type"] == "run":
-                    config.update(content.get("config", {}).get("update", {}))
-                elif record["type"] == "config":
-                    config.update(content.get("update", {}))
-                elif record["type"] == "summary":
+                kind, content = record["type"], record.get(record["type"], {})
+                if kind == "history":  # numbers that JSON does not know come as texts
+                    special = ("NaN", "Infinity", "-Infinity")
+                    yield {key: float(x) if x in special else x for key, x in content["item"].items()}
+                elif kind in ("run", "config"):
+                    config.update((content.get("config", {}) if kind == "run" else content).get("update", {}))
+                elif kind == "summary":
                     summary.update(content.get("update", {}))
-                elif record["type"] == "exit":
+                elif kind == "exit":
                     exit_code = content.get("exit_code", 0)
             is_truncated |= file.is_truncated
 

@@ -272,13 +272,15 @@ def build_run(
 def _read_generations(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an evaluation generated: epoch, texts, and scores where asked for; what is not of that form is left out."""
     texts, scores = facts.get("texts"), facts.get("scores")
-    texts = [text for text in texts if isinstance(text, Mapping)] if isinstance(texts, list) else []
-    scores = scores if isinstance(scores, Mapping) else {}
     names = ("prompt", "completion", "reference")
+
+    def is_whole(text: Any) -> bool:
+        return isinstance(text, Mapping) and all(isinstance(text.get(name), str) for name in names)
+
     return {
         **{name: facts[name] for name in ("epoch", "scored") if is_number(facts.get(name))},
-        "texts": [text for text in texts if all(isinstance(text.get(name), str) for name in names)],
-        "scores": {name: value for name, value in scores.items() if is_number(value)},
+        "texts": list(filter(is_whole, texts if isinstance(texts, list) else [])),
+        "scores": {name: x for name, x in scores.items() if is_number(x)} if isinstance(scores, Mapping) else {},
     }
 
 

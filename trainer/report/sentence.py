@@ -67,10 +67,8 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, options: Co
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
     if not finished:
-        return Verdict(
-            sentence="No run is finished and evaluated, so there is nothing to compare yet.",
-            num_not_counted=num_left_out,
-        )
+        sentence = "No run is finished and evaluated, so there is nothing to compare yet."
+        return Verdict(sentence=sentence, num_not_counted=num_left_out)
     sets = compare_sets(finished, options)
     sentences = [_describe_set(*members, study) for members in sets] or [_describe_unpaired(finished)]
     if num_left_out:
@@ -78,15 +76,12 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, options: Co
         sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison)]
-    others = [
-        (pair.lora.label_with_lr, pair.excess.p_value) for members, _, _ in sets for pair in members[1:] if pair.excess
-    ]
+    others = [pair for members, _, _ in sets for pair in members[1:] if pair.excess]
     if others:
-        adjusted = holm([p_value for _, p_value in others])
-        parts = [f"{label} p = {p_value:.2g}" for (label, _), p_value in zip(others, adjusted, strict=True)]
-        details.append(
-            f"Exploratory: all comparisons but the first; that their loss differs, after Holm: {', '.join(parts)}."
-        )
+        adjusted = holm([pair.excess.p_value for pair in others if pair.excess])
+        parts = [f"{pair.lora.label_with_lr} p = {p:.2g}" for pair, p in zip(others, adjusted, strict=True)]
+        claims = "all comparisons but the first; that their loss differs, after Holm"
+        details.append(f"Exploratory: {claims}: {', '.join(parts)}.")
     details += [line for members, _, _ in sets for line in describe_costs(members[0])]
     for members, full_groups, lora_groups in sets:
         details += describe_views(list_views(members[0], study))
@@ -99,9 +94,8 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, options: Co
         gap = difference_to_reference(group, last_row.epoch)
         if gap is not None:
             position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
-            details.append(
-                f"{group.label} ended {position} the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}."
-            )
+            end = f"the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
+            details.append(f"{group.label} ended {position} {end}.")
     return Verdict(
         sentence=" ".join(sentences),
         headlines=build_headlines(comparisons[0]) if comparisons else (),

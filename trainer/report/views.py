@@ -73,9 +73,7 @@ class View:
 
 
 def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str = "not timed") -> tuple[View, ...]:
-    """One view a resource, of curves paired by seed; `no_seconds`: why there are none. ValueError without a pair."""
-    if not full or len(full) != len(lora):
-        raise ValueError(f"{len(full)} curves of full and {len(lora)} of LoRA: expected pairs")
+    """One view a resource, of one or more curves paired by seed; `no_seconds`: why there are none."""
     return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCES)
 
 

@@ -99,8 +99,8 @@ def test_compare_checks_decide_the_exit_code(
     [
         ([], "no RUN given: expected run folders"),
         (["gone"], "none of the runs could be read: gone: no such run folder"),
-        (["full", "--check", "val_los<=1"], "no metric val_los; there are val_loss"),
-        (["gone", "--check", "val_los<=1"], "no metric val_los; there are val_loss"),
+        (["full", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
+        (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["full", "--check", "card", "--no-card"], "--check card with --no-card"),
         (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
         (["full", "--tolerance", "-1"], "--tolerance -1.0: expected 0 or a number above it"),
