@@ -9,9 +9,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
 from trainer.config.errors import UserError
 from trainer.config.fields import NonNegativeInt, Text
@@ -50,7 +50,7 @@ class Manifest(BaseModel):
     format: Literal[8] = FORMAT_VERSION
     dtype: Literal["<u2", "<u4"]  #: numpy's name of the type of the ids
     pad_id: NonNegativeInt
-    val_texts: list[tuple[str, str]]  #: the first validation records as (prompt, completion)
+    val_texts: list[Annotated[tuple[str, str], Strict(False)]]  #: the first validation records as (prompt, completion)
     facts: dict[str, Any]  #: the `data` block of run.json
     sha256: dict[str, str]  #: {file name: hash of its bytes, in hex}
 
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = read_json_object(folder / MANIFEST_FILE)
         if content.pop("checksum", None) != content_checksum(content):
             raise ValueError("changed since it was written")
-        manifest = Manifest.model_validate_json(json.dumps(content))
+        manifest = Manifest.model_validate(content)
         _Facts.model_validate(manifest.facts)
         if any("/" in name for name in manifest.sha256):
             raise ValueError("sha256 names a file outside the folder")
