@@ -14,7 +14,6 @@ from trainer.tracking.safe_stream import protect_standard_streams
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
     parser = ArgumentParser(
         prog="export.py",
         description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again in a fresh process "

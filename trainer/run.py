@@ -167,7 +167,7 @@ def _train_and_export(
     context, settings, folder = plan.dist_context, plan.settings, Path(plan.settings.run_folder)
     is_resumed = previous is not None
     source, metadata = context.on_rank_zero(
-        lambda: run_folder.begin_run(plan, model.metadata, previous, args.resume, args.allow_change)
+        lambda: run_folder.begin_run(plan, previous, args.resume, args.allow_change)
     )
     engine, state = build_engine(plan, model, source)
     if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing

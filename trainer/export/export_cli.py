@@ -162,7 +162,6 @@ def export_checkpoint(
 
 
 def read_answer_sentence(path: Path) -> str:
-    """The sentence of an answer.json of a study or a comparison; UserError where there is none."""
     sentence = read_json_object(path, f"--answer {path}").get("sentence")
     if not isinstance(sentence, str) or not sentence:
         raise UserError(f"--answer {path}: its sentence is {sentence!r:.40}; expected answer.json of a study")

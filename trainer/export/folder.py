@@ -170,6 +170,5 @@ def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Kind and first line of an error or of its cause."""
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     return f"{type(error).__name__}: {first_line(error)}"

@@ -125,7 +125,6 @@ def render_model_card(
 
 
 def _plain(text: str) -> str:
-    """Text as Markdown shows it unchanged."""
     return escape_markdown(escape_controls(text))
 
 

@@ -52,7 +52,6 @@ class VerificationResult:
     problems: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line for people and for the model card."""
         verdict = "reloaded and checked" if not self.problems else "CHECK FAILED: " + "; ".join(self.problems)
         if self.max_logits_difference is None:
             return verdict

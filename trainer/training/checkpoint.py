@@ -54,7 +54,6 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return int(self.metadata["progress"]["step"])
 
     @property
@@ -65,7 +64,6 @@ class Checkpoint:
 
     @property
     def train_state(self) -> TrainState:
-        """Where the run stood."""
         return TrainState.from_dict(self.metadata["progress"])
 
     @property
@@ -204,7 +202,6 @@ class CheckpointManager:
         self._require_written(error_message, "the checkpoint is whole as it was")
 
     def _require_written(self, error_message: str | None, intact: str) -> None:
-        """TrainingError on all ranks where rank 0 has an error message."""
         if error_message := self.dist_context.all_gather_object(error_message)[0]:
             raise TrainingError(f"{error_message}; {intact}")
 

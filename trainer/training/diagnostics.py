@@ -139,7 +139,6 @@ class DiagnosticsMonitor:
         return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
-        """What one more record of the loop shows."""
         if self._start_time is None:
             self._start_time = record.time
         elif isinstance(record, EvalRecord):
@@ -169,7 +168,6 @@ class DiagnosticsMonitor:
         return list(new_ones.values())
 
     def _apply_rules(self, record: Record) -> Iterator[Diagnostic | None]:
-        """Remember the record and ask each rule that it concerns."""
         if isinstance(record, StepRecord):
             self.steps.append(record.step)
             self.losses.append(record.loss)
@@ -345,7 +343,6 @@ class DiagnosticsMonitor:
         return Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
 
     def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
-        """Where the time goes."""
         if elapsed_seconds < MIN_RUN_SECONDS:
             return
         slow_disk, save_locally = "the disk of the run folder is slow", "--output-dir FOLDER on a local disk"

@@ -42,7 +42,6 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """The same sum in bits per byte of text."""
         return bits_per_byte(math.fsum(self.row_nll), self.num_bytes)
 
 

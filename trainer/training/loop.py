@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from typing import Any
 
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import PreparedDataset
@@ -87,14 +88,15 @@ def _run_due_actions(
         try:
             num_bytes = data.num_target_bytes("val")
             evaluation = evaluate(engine, data.val, train_settings.eval_batch, should_stop, num_bytes=num_bytes)
-            if not math.isfinite(evaluation.loss):
-                raise NonFiniteError(f"validation loss {evaluation.loss}")
         except StopRequested:
             return replace(state, stop_requested=True)
-        except NonFiniteError as error:
-            message = f"evaluation after step {state.step}: {error}; the checkpoints before it are whole"
+        if not math.isfinite(evaluation.loss):
+            message = (
+                f"evaluation after step {state.step}: validation loss {evaluation.loss}; the checkpoints before it "
+            )
+            message += "are whole"
             yield EventRecord(event="not_finite", step=state.step, message=message, time=stopwatch())
-            raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
+            raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
         axes = schedule.record_axes(state) | {"time": stopwatch()}
         state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=train_settings.min_delta)
         yield EvalRecord(
@@ -113,11 +115,7 @@ def _run_due_actions(
         if is_epoch_end:  # else a longer schedule may go on within the epoch
             state = replace(state, epoch_loss_sum=0.0, epoch_target_tokens=0)
     if is_early_stop:
-        patience, min_delta, num_evals = (
-            train_settings.patience,
-            train_settings.min_delta,
-            state.evals_without_improvement,
-        )
+        min_delta, num_evals = train_settings.min_delta, state.evals_without_improvement
         assert state.best is not None, "evaluated"
         margin = f" by more than {min_delta:g}" if min_delta else ""
         evaluations = "1 evaluation" if num_evals == 1 else f"{num_evals} evaluations in a row"
@@ -125,7 +123,8 @@ def _run_due_actions(
             f"stopped early after step {state.step} of {schedule.total_steps}: {evaluations} did not lower "
             f"the validation loss{margin} (best {state.best.loss:.4f} at step {state.best.step})"
         )
-        facts = {"patience": patience, "min_delta": min_delta, "stale": num_evals, "best": vars(state.best)}
+        facts: dict[str, Any] = {"patience": train_settings.patience, "min_delta": min_delta, "stale": num_evals}
+        facts["best"] = vars(state.best)
         yield EventRecord(event="early_stop", step=state.step, message=message, time=stopwatch(), facts=facts)
     return replace(state, eval_pending=False)
 

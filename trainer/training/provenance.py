@@ -48,7 +48,6 @@ def git_state() -> dict[str, Any] | None:
 
 
 def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
-    """The `hardware` block of run.json."""
     is_gpu = dist_context.device.type == "cuda"
     return {
         "cpu": cpu_name(),
@@ -61,7 +60,6 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

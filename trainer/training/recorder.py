@@ -61,7 +61,6 @@ class Recorder:
             self.loggers.append(ProfileLogger(folder, output.profile))
 
     def log(self, record: Record) -> None:
-        """Hand a record to every logger."""
         for logger in self.loggers:
             logger.log(record)
 
@@ -71,12 +70,10 @@ class Recorder:
         return {"records": vars(rows), "evaluations": vars(digest_evaluations(self.eval_records_folder))}
 
     def previous_records(self) -> Iterator[Record]:
-        """The rows that an earlier process left, on rank 0."""
         if self.loggers:
             yield from records.read_records(self.metrics_path)
 
     def close(self, exit_code: int) -> None:
-        """Close every logger, then show the table of a run that ended well."""
         if not self.loggers:
             return
         for logger in self.loggers:
@@ -110,7 +107,6 @@ class Observer:
         self._num_plan_changes = 0  # of the engine's, that were reported
 
     def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
-        """What is to be said before the first record."""
         events = [diagnostic.to_record(step, elapsed_seconds) for diagnostic in self.unreported]
         if self.generation_evaluator.disabled_reason:
             message = f"no samples: {self.generation_evaluator.disabled_reason}"

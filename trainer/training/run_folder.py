@@ -84,11 +84,7 @@ def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
 
 
 def begin_run(
-    plan: RunPlan,
-    model_metadata: Mapping[str, Any],
-    previous: Mapping[str, Any] | None,
-    resume: str | None,
-    allowed_changes: tuple[str, ...],
+    plan: RunPlan, previous: Mapping[str, Any] | None, resume: str | None, allowed_changes: tuple[str, ...]
 ) -> tuple[Checkpoint | None, dict[str, Any]]:
     """(the checkpoint to go on from, the content of run.json, which is written); on rank 0.
 
@@ -100,12 +96,12 @@ def begin_run(
         which = "latest" if resume in (None, "auto") else resume
         if which != "latest" or any((folder / "checkpoints").glob("step-*")):
             source = resolve_checkpoint(folder / "checkpoints", which)
-            if source.metadata["base"] != model_metadata["fingerprint"]:
+            if source.metadata["base"] != plan.model_info["fingerprint"]:
                 raise UserError(
                     f"checkpoint {source.folder} is of a run on another base model ({source.metadata['base']}, "
-                    f"here {model_metadata['fingerprint']})"
+                    f"here {plan.model_info['fingerprint']})"
                 )
-    refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * model_metadata["trainable"])
+    refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * plan.model_info["trainable"])
     if previous is None:
         wandb = wandb_block(plan.settings.output, plan.data_info["source"])
         metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)

@@ -59,7 +59,6 @@ class RunPlan:
 
     @property
     def precision(self) -> str:
-        """fp32, bf16 or fp16."""
         return self.execution.precision
 
     def estimate_memory(
@@ -81,7 +80,6 @@ class RunPlan:
         )
 
     def summary_lines(self) -> list[tuple[str, str]]:
-        """The plan as (what, value) for people."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
         train, train_settings = data_info["train"], settings.train
         unit = "blocks" if data_info["objective"] == "blocks" else "rows"
@@ -127,12 +125,10 @@ class RunPlan:
         return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
 
     def execution_entry(self, step: int) -> dict[str, Any]:
-        """What run.json keeps of how steps run from `step` on."""
         entry = PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
         return {**entry, "attention_kernel": self.attention_kernel}
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
-        """The content of run.json."""
         settings = self.settings
         return {
             "schema_version": SCHEMA_VERSION,
@@ -157,7 +153,6 @@ class RunPlan:
         }
 
     def resolved(self) -> dict[str, Any]:
-        """What was derived or chosen."""
         dist_context, schedule, settings = self.dist_context, self.schedule, self.settings
         return {
             "lr": settings.train.lr,

@@ -45,7 +45,6 @@ class TrainState:
     stop_requested: bool = False  #: a rank wants the run to stop; of this process only, not kept
 
     def after(self, batch: GlobalBatch, result: "StepResult", elapsed_seconds: float) -> "TrainState":
-        """The state after one more step."""
         return replace(
             self,
             step=self.step + 1,
@@ -75,12 +74,10 @@ class TrainState:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint; `from_dict` reads it back."""
         return {name: value for name, value in asdict(self).items() if name != "stop_requested"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
-        """The state that `as_dict` wrote."""
         best = values["best"]
         return cls(**{**values, "best": BestCheckpoint(**best) if best else None})
 
@@ -96,13 +93,11 @@ class TrainSchedule:
     steps_per_epoch: int
 
     def lr(self, step: int) -> float:
-        """The learning rate of the update after `step` others."""
         train, steps = self.settings.train, {"warmup_steps": self.num_warmup_steps, "total_steps": self.total_steps}
         return learning_rate(step, peak_lr=train.lr, schedule=train.schedule, min_lr=train.min_lr, **steps)
 
     @property
     def num_warmup_steps(self) -> int:
-        """Steps over which the learning rate rises from 0."""
         return self.settings.train.num_warmup_steps(self.total_steps)
 
     def batches(self, dataset: TokenDataset, rank: int) -> TrainBatches:
@@ -123,7 +118,6 @@ class TrainSchedule:
         return min([self.total_steps, *((step // stride + 1) * stride for stride in strides)])
 
     def is_epoch_end(self, step: int) -> bool:
-        """Whether a pass over the training set is complete after `step`."""
         return step % self.steps_per_epoch == 0
 
     def is_eval_due(self, step: int) -> bool:
@@ -138,7 +132,6 @@ class TrainSchedule:
         return state.stop_requested or is_best or self.is_done(state) or is_asked_for
 
     def is_stopped_early(self, state: TrainState) -> bool:
-        """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
         patience = self.settings.train.patience
         return patience is not None and state.evals_without_improvement >= patience
 
@@ -199,12 +192,10 @@ def _raise_floor(factor: float, min_ratio: float) -> float:
 
 
 def num_decay_steps(warmup_steps: int, total_steps: int) -> int:
-    """Steps at the end over which the schedule `wsd` falls."""
     return math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
 
 
 def describe_schedule(schedule: Schedule, *, min_lr: float, warmup_steps: int) -> str:
-    """A schedule in words, for the plan and the model card."""
     shape = {
         "linear": f"linear to {min_lr:g}",
         "cosine": f"half a cosine to {min_lr:g}",
