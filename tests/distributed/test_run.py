@@ -13,7 +13,7 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config.batch_config import BatchConfig
 from trainer.config.cli import parse_args
 from trainer.config.settings import Settings
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, token_mean
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 from trainer.training.schedule import TrainSchedule
 
 SECRETS = {"WANDB_API_KEY": "f00dfeed" * 5, "HF_TOKEN": "hf_" + "Tq9" * 12, "HUB_PASSWORD": "correct-horse-battery"}
@@ -74,7 +74,7 @@ def test_the_losses_of_the_records_give_each_reported_loss_to_the_last_bit(finis
     for evaluation in records_of_kind(finished_run, "eval"):
         rows = table[table["step"] == evaluation["step"]]
         assert len(rows) == finished_run["about"]["data"]["val"]["examples"]
-        assert token_mean(rows) == evaluation["loss"]
+        assert math.fsum(rows["nll"]) / rows["targets"].sum() == evaluation["loss"]
         assert evaluation["bits_per_byte"] == math.fsum(rows["nll"]) / math.log(2) / rows["bytes"].sum()
     assert len(table) == len(rows) * len(records_of_kind(finished_run, "eval"))
 

@@ -22,7 +22,7 @@ from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
-from trainer.config.schema import OutputSettings
+from trainer.config.settings import OutputSettings
 from trainer.tracking import wandb_logger
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row

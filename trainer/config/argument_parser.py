@@ -75,7 +75,14 @@ class ArgumentParser(argparse.ArgumentParser):
         """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise UserError(self._answer_unknown(unknown))
+            takes_value = self.flags() | (self.companion.flags() if self.companion else {})
+            flag, *rest = next((unknown[i:] for i, word in enumerate(unknown) if word.startswith("-")), unknown)
+            if not flag.startswith("-"):
+                raise UserError(f"{flag}: expected a flag (--help lists the flags)")
+            name, has_value, value = flag.partition("=")
+            if not has_value and rest and not rest[0].startswith("--"):
+                value = rest[0]
+            raise UserError(suggest_flag(name, value or None, takes_value))
         return parsed
 
     def flags(self) -> dict[str, bool]:
@@ -86,13 +93,3 @@ class ArgumentParser(argparse.ArgumentParser):
             for flag in action.option_strings
             if action.help != argparse.SUPPRESS
         }
-
-    def _answer_unknown(self, unknown: Sequence[str]) -> str:
-        takes_value = self.flags() | (self.companion.flags() if self.companion else {})
-        flag, *rest = next((unknown[i:] for i, argument in enumerate(unknown) if argument.startswith("-")), unknown)
-        if not flag.startswith("-"):
-            return f"{flag}: expected a flag (--help lists the flags)"
-        name, has_value, value = flag.partition("=")
-        if not has_value and rest and not rest[0].startswith("--"):
-            value = rest[0]
-        return suggest_flag(name, value or None, takes_value)

@@ -43,12 +43,13 @@ class LRRange:
             start, end, *rest = text.split(":")
             (steps,) = rest or ["100"]
             sweep = cls(start=float(start), end=float(end), steps=int(steps))
+            if not (0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20):
+                raise ValueError
         except ValueError:
-            raise UserError(f"--find-lr {text}: expected START:END or START:END:STEPS, for instance 1e-6:1") from None
-        if not (0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20):
             raise UserError(
-                f"--find-lr {text}: expected START:END or START:END:STEPS with 0 < START < END and 20 steps or more"
-            )
+                f"--find-lr {text}: expected START:END or START:END:STEPS with 0 < START < END and 20 steps or more, "
+                "for instance 1e-6:1"
+            ) from None
         return sweep
 
 
@@ -105,25 +106,18 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     )
 
 
-def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
-    """A command line of the mode, the preset and the overridden settings, with `replacements` (by group) over them."""
-    argv = ["--mode", cli_args.settings.mode, "--preset", cli_args.settings.preset]
+def to_argv(settings: Settings, *groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A command line of the mode, the preset and values {group: {field: value}}, later ones over earlier ones."""
+    argv = ["--mode", settings.mode, "--preset", settings.preset]
     for name, group in GROUPS.items():
-        values = {**cli_args.overrides.get(name, {}), **replacements.get(name, {})}
+        values = {key: value for values in groups for key, value in values.get(name, {}).items()}
         for field in dataclasses.fields(group):
-            if field.name in values:
-                argv += flag_to_argv(field, values[field.name])
+            value = values.get(field.name)
+            if unwrap(field.type) is bool:  # a switch turns its default round
+                argv += [flag_of(field)] if field.name in values and value != field.default else []
+            elif value is not None:
+                argv += [flag_of(field), ",".join(value) if isinstance(value, tuple) else str(value)]
     return argv
-
-
-def flag_to_argv(field: dataclasses.Field[Any], value: Any) -> list[str]:
-    """A settings field as words of a command line; none for None, or for a switch with its default value."""
-    flag = flag_of(field)
-    if unwrap(field.type) is bool:
-        return [flag] if value != field.default else []
-    if value is None:
-        return []
-    return [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
 
 
 def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
@@ -263,20 +257,20 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     path = finder.parse_known_args(argv)[0].config
     if path is None:
         return list(argv)
-    return [*(_run_to_argv(path) if path.suffix == ".json" else _yaml_to_argv(path, parser.flags())), *argv]
-
-
-def _run_to_argv(path: Path) -> list[str]:
-    """Mode, preset and the flags given of the run of a run.json, but not its folder, which is taken."""
+    if path.suffix != ".json":
+        return [*_yaml_to_argv(path, parser.flags()), *argv]
     if not path.exists():
         raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
     settings = Settings.from_dict(read_run_metadata(path)["settings"])
-    argv = ["--mode", settings.mode, "--preset", settings.preset]
-    for name, group in GROUPS.items():
-        for field in dataclasses.fields(group):
-            if flag_of(field) in settings.overridden and field.name != "output_dir":
-                argv += flag_to_argv(field, getattr(getattr(settings, name), field.name))
-    return argv
+    overrides = {  # but not the run's folder, which is taken
+        name: {
+            field.name: getattr(getattr(settings, name), field.name)
+            for field in dataclasses.fields(group)
+            if flag_of(field) in settings.overridden and field.name != "output_dir"
+        }
+        for name, group in GROUPS.items()
+    }
+    return [*to_argv(settings, overrides), *argv]
 
 
 def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:

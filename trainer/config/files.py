@@ -141,7 +141,7 @@ def read_json_object(path: Path, name: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{name}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{name}: holds {_describe(value)}; expected a JSON object")
+        raise UserError(f"{name}: not a JSON object; expected one")
     return value
 
 
@@ -150,8 +150,3 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads makes one for every text
-
-
-def _describe(value: Any) -> str:
-    names = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -1,6 +1,7 @@
 """run.json: its shape as pydantic models, and the one reader of it, which trusts nothing that it reads."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,9 @@ from pydantic import BaseModel, Field, ValidationError
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
 from trainer.config.fields import Float, Int, PositiveInt, RunId, Text, WandbProject, first_problem
-from trainer.config.files import parse_json
+from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
+from trainer.config.text import shorten
 
 SCHEMA_VERSION = 3  # 2: evaluation records in one file; 1, under the key `format`: other names
 
@@ -40,9 +42,7 @@ class DataBlock(BaseModel):
     val: SplitBlock
 
 
-class ModelBlock(BaseModel):
-    """What was trained."""
-
+class _ModelBlock(BaseModel):
     name: Text
     init: Text
     class_name: Annotated[Text, Field(alias="class")]
@@ -53,9 +53,7 @@ class ModelBlock(BaseModel):
     lora_targets: list[Text]
 
 
-class ResolvedBlock(BaseModel):
-    """What was derived or chosen."""
-
+class _ResolvedBlock(BaseModel):
     lr: Float
     precision: Precision
     ds_config: Text
@@ -71,23 +69,21 @@ class ResolvedBlock(BaseModel):
     dropout: Float
 
 
-class WandbBlock(BaseModel):
-    """Where the run's W&B records are."""
-
+class _WandbBlock(BaseModel):
     id: RunId
     project: WandbProject
     group: Text
     mode: WandbMode
 
 
-class ResumedBlock(BaseModel):
+class _ResumedBlock(BaseModel):
     """The settings with which the run last went on, and {name: [at the start, now]} of what was changed."""
 
     settings: Settings
     changed: dict[str, tuple[Any, Any]]
 
 
-class RunMetadata(BaseModel):
+class _RunMetadata(BaseModel):
     """The content of run.json, as far as anything here relies on it; it may hold more keys."""
 
     schema_version: Int
@@ -99,34 +95,24 @@ class RunMetadata(BaseModel):
     command: list[Text]
     settings: Settings
     overridden: list[Text]
-    resolved: ResolvedBlock
+    resolved: _ResolvedBlock
     execution: list[dict[str, Any]]
     deepspeed: dict[str, Any]
     data: DataBlock
-    model: ModelBlock
+    model: _ModelBlock
     not_comparable_with_card: list[Text]
     versions: dict[str, Text | None]
     git: dict[str, Any] | None
     hardware: dict[str, Any]
-    wandb: WandbBlock
-    resumed: ResumedBlock = Field(default=None)  # type: ignore[assignment]  # absent, never null
+    wandb: _WandbBlock
+    resumed: _ResumedBlock = Field(default=None)  # type: ignore[assignment]  # absent, never null
 
 
 def read_run_metadata(path: Path) -> dict[str, Any]:
     """The content of a run.json; UserError, in one line that names file, key, value and what was expected."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: expected a file")
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); expected what a run writes") from error
-    return check_run_metadata(content, source=str(path))
+    if not os.path.lexists(path):
+        raise UserError(f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>")
+    return check_run_metadata(read_json_object(path), source=str(path))
 
 
 def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
@@ -139,10 +125,14 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
                 "version of this program; read it with that version"
             )
     try:
-        metadata = RunMetadata.model_validate(content)
+        metadata = _RunMetadata.model_validate(content)
     except ValidationError as error:
         problem = first_problem(error)
-        shown = "missing" if problem.is_missing else _describe(problem.value)
+        if isinstance(problem.value, (dict, list)):
+            shown = "an object" if isinstance(problem.value, dict) else "a list"
+        else:
+            shown = shorten(json.dumps(problem.value, ensure_ascii=False), 40)
+        shown = "missing" if problem.is_missing else shown
         raise UserError(f"{source}: {problem.key or 'its content'} is {shown}; expected {problem.expected}") from None
     except UserError as error:  # each setting is right alone, but they exclude one another
         raise UserError(f"{source}: settings: {error}") from None
@@ -150,11 +140,3 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: mode is {metadata.mode!r}; expected that of settings, {metadata.settings.mode}")
     assert isinstance(content, dict)
     return content
-
-
-def _describe(value: object) -> str:
-    """A JSON value in a few characters."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.config.choices import Objective
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import acled, conversations, sources
 from trainer.data.cache import FileFingerprint
 from trainer.data.conversations import Conversation

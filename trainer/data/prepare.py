@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.config.choices import MAX_SHARED_FRACTION, Objective
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import cache as store
 from trainer.data import sources
 from trainer.data.chat import ChatTemplate, MaskError, load_template

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
-from trainer.config.schema import TrainSettings
+from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.schema import ModelSettings
-from trainer.config.settings import Settings
+from trainer.config.settings import ModelSettings, Settings
 from trainer.data import hf_hub
 from trainer.data.tokenizer import resolve_model_path
 from trainer.model import attention, lora, model_files, optimizer, quantization

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.errors import UserError
-from trainer.config.schema import LoraSettings
+from trainer.config.settings import LoraSettings
 
 # --- which layers ---
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.schema import TrainSettings
+from trainer.config.settings import TrainSettings
 
 MIN_8BIT_SIZE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 bits
 MOMENTS = ("exp_avg", "exp_avg_sq")  #: the two moments, as torch and the checkpoints call them

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainer.config.schema import ModelSettings
+from trainer.config.settings import ModelSettings
 
 #: LLM.int8() computes input columns with a value above it apart (6.0 by default). Which columns those are depends on
 #: the rows that share a forward, and so would every loss; 0 turns it off. Models of GPT-2's sizes lose little by it:

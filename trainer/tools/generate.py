@@ -14,8 +14,7 @@ import torch
 from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
-from trainer.config.schema import LoraSettings
-from trainer.config.settings import Settings
+from trainer.config.settings import LoraSettings, Settings
 from trainer.config.text import markdown_table
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages

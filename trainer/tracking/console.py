@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer.config import reference
 from trainer.config.errors import escape_controls, mask_credentials
-from trainer.config.text import format_clock, markdown_table
+from trainer.config.text import format_clock
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
 
@@ -223,30 +223,24 @@ def show_summary(
 ) -> None:
     """Print the table, then the best evaluation. `with_reference`: beside the card's curve and with the reasons why it
     is not comparable; else one short line stands for them."""
+    from rich import box
+    from rich.table import Table
+
     stream = stream or sys.stdout
     loss_records = [record for record in records if isinstance(record, EpochRecord | EvalRecord)]
     evals = [record for record in loss_records if isinstance(record, EvalRecord)]
     best_eval = min(evals, key=lambda record: (record.loss, record.step), default=None)
     best_epoch = _format_epoch(best_eval.epoch) if best_eval else None
+    table = Table(box=box.SIMPLE_HEAD if is_terminal(stream) else box.MARKDOWN)
     headings = HEADINGS if with_reference else HEADINGS[:-2]
-    rows = []
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
     for epoch, values in summarize_epochs(loss_records).items():
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        cells = [_format_epoch(epoch), *("-" if value is None else f"{value:.4f}" for value in values)]
         if values[2] is not None:
-            cells[2] = f"{values[2]:.{3 if values[2] < 1e5 else 0}f}"
-        rows.append([_format_epoch(epoch), *cells][: len(headings)])
-    if is_terminal(stream):
-        from rich import box
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD)
-        for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == best_epoch else "")
-        make_console(stream).print(table)
-    else:
-        print(markdown_table(headings, rows), file=stream)
+            cells[3] = f"{values[2]:.{3 if values[2] < 1e5 else 0}f}"
+        table.add_row(*cells[: len(headings)], style="bold" if cells[0] == best_epoch else "")
+    make_console(stream).print(table)
     lines = []
     if best_eval is not None:
         best = f"{best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step {best_eval.step})"

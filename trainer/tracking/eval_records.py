@@ -7,7 +7,6 @@ rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of t
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -115,11 +114,6 @@ def find_damaged_evaluations(folder: Path) -> dict[Path, str]:
         except UserError as error:
             damaged[path] = str(error).removeprefix(f"{path}: ").removesuffix(_REMEDY)
     return damaged
-
-
-def token_mean(rows: pd.DataFrame) -> float:
-    """The loss that the rows of one evaluation give: exact sum over exact sum, the reported loss to the last bit."""
-    return math.fsum(rows["nll"]) / int(rows["targets"].sum())
 
 
 def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, first_line
-from trainer.config.schema import OutputSettings
+from trainer.config.settings import OutputSettings
 from trainer.tracking.records import Record
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
 from trainer.tracking.wandb_logger import wandb_mode

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
 from trainer.config.fields import RunId, WandbProject, check_value
-from trainer.config.schema import OutputSettings
+from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, METRICS, run_group, run_tags, wandb_config, wandb_row, wandb_summary

@@ -11,21 +11,11 @@ from trainer.config.presets import preset_notes
 from trainer.config.settings import GROUPS
 
 # The names are a contract with the user; these are no settings.
-FLAGS_WITHOUT_FIELD = {
-    "--mode",
-    "--preset",
-    "--config",
-    "--resume",
-    "--allow-change",
-    "--dry-run",
-    "--show-example",
-    "--find-lr",
-    "--find-batch",
-    "--local_rank",
-    "--local-rank",
-    "--verbose",
-    "--help",
-}
+COMMANDS = (
+    "--mode --preset --config --resume --allow-change --dry-run --show-example --find-lr --find-batch --local_rank "
+    "--local-rank --verbose --help"
+)
+FLAGS_WITHOUT_FIELD = set(COMMANDS.split())
 
 # A value of each other flag that no preset has, as typed and as read.
 VALUES = {

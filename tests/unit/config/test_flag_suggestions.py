@@ -78,33 +78,13 @@ def test_the_common_flags_of_transformers_and_peft_are_answered():
 
     ours = {flag.lstrip("-").replace("-", "_") for flag in cli.build_parser().flags()}
     training = {field.name for field in dataclasses.fields(TrainingArguments)}
-    common = {
-        "learning_rate",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "lr_scheduler_type",
-        "eval_steps",
-        "eval_strategy",
-        "save_steps",
-        "save_strategy",
-        "logging_steps",
-        "bf16",
-        "fp16",
-        "gradient_checkpointing",
-        "torch_compile",
-        "deepspeed",
-        "max_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "warmup_steps",
-        "output_dir",
-        "seed",
-        "run_name",
-        "report_to",
-        "optim",
-    }
+    names = (
+        "learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps output_dir "
+        "num_train_epochs lr_scheduler_type eval_steps eval_strategy save_steps save_strategy logging_steps bf16 fp16 "
+        "gradient_checkpointing torch_compile deepspeed max_steps weight_decay max_grad_norm warmup_steps run_name "
+        "report_to optim seed"
+    )
+    common = set(names.split())
     assert common <= training
     assert common <= ours | set(SUGGESTIONS)
     lora = {field.name for field in dataclasses.fields(LoraConfig)}

@@ -4,7 +4,7 @@ import pytest
 from helpers import data_helpers as samples
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data.prepare import prepare
 
 

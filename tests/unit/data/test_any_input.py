@@ -8,7 +8,7 @@ from helpers.any_inputs import check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import cache, sources
 from trainer.data.formats import FORMATS, DataInput, choose_format
 

@@ -9,7 +9,7 @@ from helpers import data_helpers as samples
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from hypothesis import strategies as st
 
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import cache as store
 from trainer.data.dataset import load
 from trainer.data.prepare import prepare

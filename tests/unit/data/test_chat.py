@@ -11,7 +11,7 @@ from helpers import data_helpers as samples
 from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import chat
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.conversations import Conversation, from_messages, from_sharegpt

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import acled
 from trainer.data.formats import RecordError, choose_format, parse_template
 

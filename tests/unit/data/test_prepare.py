@@ -17,7 +17,7 @@ from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import DataBlock
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data import cache as store
 from trainer.data.dataset import load
 from trainer.data.formats import split_of
@@ -239,7 +239,7 @@ def test_changed_contents_tokenizer_or_settings_are_prepared_again(pairs_csv, tm
 SLOW_PREPARE_CODE = """
 import sys, time
 from pathlib import Path
-from trainer.config.schema import DataSettings
+from trainer.config.settings import DataSettings
 from trainer.data.prepare import prepare
 from trainer.data.dataset import SplitWriter
 whole = SplitWriter.close

@@ -59,7 +59,7 @@ def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(t
     for content, message in (
         (None, "no such file"),
         ("{", "not JSON"),
-        ("[]", "holds a list"),
+        ("[]", "not a JSON object"),
         ("{}", "its sentence is None"),
         ('{"sentence": ""}', "its sentence is ''"),
         ('{"sentence": [1]}', r"its sentence is \[1\]"),

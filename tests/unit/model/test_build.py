@@ -14,8 +14,7 @@ from transformers.activations import NewGELUActivation
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import LoraSettings, ModelSettings
-from trainer.config.settings import Settings
+from trainer.config.settings import LoraSettings, ModelSettings, Settings
 from trainer.model.build import (
     TrainableModel,
     build_model,

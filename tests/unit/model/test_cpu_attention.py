@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trainer.config.schema import LoraSettings
+from trainer.config.settings import LoraSettings
 from trainer.model import cpu_attention
 from trainer.model.cpu_attention import (
     BLOCK_SIZE,

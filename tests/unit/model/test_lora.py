@@ -20,8 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
-from trainer.config.schema import LoraSettings
-from trainer.config.settings import Settings
+from trainer.config.settings import LoraSettings, Settings
 from trainer.export.folder import base_model_ref, save_adapter
 from trainer.export.verify import load_folder
 from trainer.model import lora, optimizer, quantization

@@ -327,7 +327,7 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
 def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
     flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
     request = cli.parse_args([*flags.split(), "a b"])
-    again = cli.parse_args(cli.to_argv(request, train={"max_steps": 4}))
+    again = cli.parse_args(cli.to_argv(request.settings, request.overrides, {"train": {"max_steps": 4}}))
     assert again.settings.train.max_steps == 4
     assert again.settings.lora.target_modules == ("c_attn", "c_fc")
     assert not again.settings.data.shuffle

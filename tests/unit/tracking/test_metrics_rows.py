@@ -1,8 +1,11 @@
-"""The rows of metrics.jsonl: on disk before the next step, and those that were written, as a checkpoint knows."""
+"""The rows of metrics.jsonl: on disk before the next step, read back as written, and damage is never read as data."""
 
 import json
+import math
 import os
+import random
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,19 @@ from trainer.report.run_data import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
 from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
-from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, from_line, read_records, to_line
+from trainer.tracking.records import (
+    RECORD_CLASSES,
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    Record,
+    StepRecord,
+    from_line,
+    perplexity,
+    read_records,
+    to_line,
+    to_record,
+)
 from trainer.training.diagnostics import DiagnosticsMonitor
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -288,3 +303,85 @@ def test_no_content_of_a_metrics_file_ends_in_a_traceback(num_inputs, tmp_path):
             rewind(path, 0)
 
     check_inputs(num_inputs, check, st.lists(LINES | st.binary(max_size=30), max_size=4))
+
+
+# a record and its line
+
+STEP = replace(step_record(7), epoch=0.1, loss=0.1 + 0.2, grad_norm=1e-300)
+EVAL = EvalRecord(
+    step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
+)
+EPOCH = EpochRecord(epoch=1.0, train_loss=2.5, step=70, samples=560, tokens=143_360, time=3.0)
+EVENT = EventRecord(
+    event="skipped", step=7, message='schräg, "quoted"\nand broken', time=4.0, facts={"scale": [1, None]}
+)
+
+
+@pytest.mark.parametrize("record", [STEP, EVAL, EPOCH, EVENT])
+def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record: Record) -> None:
+    line = to_line(record)
+    assert "\n" not in line
+    assert from_line(line.encode()) == record == to_record(json.loads(line))
+
+
+def test_numbers_of_every_size_come_back_equal_to_the_last_bit() -> None:
+    rng = random.Random(0)
+    numbers = [
+        0.0,
+        -1.5,
+        5e-324,
+        1e-300,
+        1.7e308,
+        2.0**60,
+        *(rng.uniform(1, 10) * 10.0 ** rng.randint(-300, 300) for _ in range(5000)),
+    ]
+    for number in numbers:
+        assert from_line(to_line(replace(STEP, loss=number)).encode()).loss == number  # type: ignore[union-attr]
+
+
+def test_a_row_of_a_step_in_another_form_is_read_too() -> None:
+    line = to_line(STEP).encode()
+    assert from_line(line) == from_line(line.replace(b": ", b":")) == from_line(line + b"\n") == STEP
+
+
+def test_the_fields_of_the_records_are_the_contract() -> None:
+    """The names that metrics.jsonl promises to its readers, `kind` first."""
+    fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"
+    assert list(json.loads(to_line(STEP))) == fields.split()
+    axes = {"step", "epoch", "samples", "tokens"}
+    assert axes | {"loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
+    assert axes | {"train_loss"} <= set(json.loads(to_line(EPOCH)))
+    assert [json.loads(to_line(record))["kind"] for record in (STEP, EVAL, EPOCH, EVENT)] == list(RECORD_CLASSES)
+
+
+def test_a_record_field_of_a_later_version_is_ignored() -> None:
+    assert from_line(to_line(EPOCH)[:-1].encode() + b', "invented": 1}') == EPOCH
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch", "epoch": 1.0}']
+)
+def test_a_line_that_is_no_record_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a record|not a whole record|Expecting"):
+        from_line(line.encode())
+
+
+def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
+    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        assert list(read_records(path)) == [STEP]
+
+
+def test_a_broken_line_within_a_metrics_file_is_refused_with_file_and_line_and_not_resumed_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((to_line(STEP) + "\n" + "half\n" + to_line(STEP) + "\n").encode())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+        list(read_records(path))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+        rewind(path, 60)
+
+
+def test_perplexity_is_the_exponential_and_never_overflows() -> None:
+    assert perplexity(0.9414) == pytest.approx(2.564, abs=5e-4)  # the card's last row
+    assert perplexity(1e4) == math.inf

@@ -5,7 +5,7 @@ import torch.utils.tensorboard
 from helpers.fake_runs import make_metadata, make_records
 
 from trainer.config.errors import UserError
-from trainer.config.schema import OutputSettings
+from trainer.config.settings import OutputSettings
 from trainer.tracking.records import Record
 from trainer.tracking.tensorboard_logger import TensorBoardLogger, check_loggers
 from trainer.tracking.wandb_keys import AXES, wandb_row
