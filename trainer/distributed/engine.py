@@ -44,11 +44,6 @@ class StepResult:
     elapsed_seconds: float  #: since it was launched, or since the step before it ended
 
 
-def import_deepspeed() -> Any:
-    """It takes seconds, and looks for devices."""
-    return import_module("deepspeed")
-
-
 class Engine:
     """The model on its ranks: optimizer steps, evaluation, generation, and the full state."""
 
@@ -71,13 +66,20 @@ class Engine:
         self._seed = train_settings.seed
         self._launch_time = self._last_end_time = 0.0
         stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
-        _install_kernels(model, plan, dist_context.device)
-        self._loss_module = CausalLMLoss(model.causal, torch.bfloat16 if plan.precision == "bf16" else None)
+        self._autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
+        if dist_context.device.type == "cpu":
+            tune_malloc()
+        if plan.packed_rows:  # ours take rows for whole
+            model.causal.set_attn_implementation("sdpa")
+        if plan.blockwise_attention:
+            cpu_attention.install(model.module, model.causal)
+        quantization.set_compute_dtype(model.module, self._autocast_dtype or torch.float32)
+        self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         groups = optimizer.group_by_lr(self.trainable_params, train_settings.lr, model.get_lr_multiplier)
         adamw = optimizer.build_optimizer(groups, train_settings, fp32_state_params=model.embedding_weights)
-        self.deepspeed_engine, self.optimizer = import_deepspeed().initialize(
+        self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
@@ -124,9 +126,14 @@ class Engine:
         """
         in_flight: deque[tuple[GlobalBatch, Callable[[], StepResult]]] = deque()
         iterator = iter(batches)
-        batch: GlobalBatch | None
+        batch: GlobalBatch | None = None
         try:
-            while (batch := self._next_batch(iterator)) is not None:
+            while True:
+                start_time = time.perf_counter()
+                batch = next(iterator, None)
+                self.data_wait_seconds += time.perf_counter() - start_time
+                if batch is None:
+                    break
                 in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop)))
                 if len(in_flight) < self.plan.steps_in_flight:
                     continue
@@ -140,12 +147,6 @@ class Engine:
         except NonFiniteError as error:
             error.batch = batch
             raise
-
-    def _next_batch(self, batches: Iterator[GlobalBatch]) -> GlobalBatch | None:
-        start_time = time.perf_counter()
-        batch = next(batches, None)
-        self.data_wait_seconds += time.perf_counter() - start_time
-        return batch
 
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> Callable[[], StepResult]:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
@@ -196,8 +197,8 @@ class Engine:
         totals = None
         if self.plan.finite_check == "host":
             totals = add_sums(self._timed(copy_to_host(gathered_sums.flatten())), self.dist_context.world_size)
-        update = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
-        norm = torch.as_tensor(update.grad_norm, dtype=torch.float64, device=gathered_sums.device)
+        grad_norm, is_skipped = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=gathered_sums.device)
         read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
 
         def wait() -> StepResult:
@@ -209,7 +210,7 @@ class Engine:
             return StepResult(
                 loss_sum=loss_sum,
                 grad_norm=grad_norm,
-                is_skipped=update.is_skipped,
+                is_skipped=is_skipped,
                 stop_requested=stop_requested,
                 lr=lr,
                 elapsed_seconds=self._last_end_time - start_time,
@@ -300,7 +301,7 @@ class Engine:
                 prompts,
                 max_new_tokens,
                 end_token_ids,
-                autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
+                autocast_dtype=self._autocast_dtype,
                 on_token=self.dist_context.watchdog.heartbeat,
             )
 
@@ -315,16 +316,6 @@ class Engine:
 
 
 # --- the model, before it has an engine ---
-
-
-def _install_kernels(model: TrainableModel, plan: ExecutionPlan, device: torch.device) -> None:
-    if device.type == "cpu":
-        tune_malloc()
-    if plan.packed_rows:  # ours take rows for whole
-        model.causal.set_attn_implementation("sdpa")
-    if plan.blockwise_attention:
-        cpu_attention.install(model.module, model.causal)
-    quantization.set_compute_dtype(model.module, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
 
 
 def place_model(

@@ -5,7 +5,6 @@ Both give the same numbers up to the rounding of the summation order (tests/dist
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +29,6 @@ class NonFiniteError(Exception):
     batch: GlobalBatch | None = None  #: of that step, where the engine ran it
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerStepResult:
-    """The norm of the global gradient before clipping, and whether fp16 left the update out."""
-
-    grad_norm: Tensor | float
-    is_skipped: bool = False
-
-
 class DeepSpeedStepper:
     """ZeRO 1 to 3: DeepSpeed's own forward, backward and step."""
 
@@ -60,15 +51,16 @@ class DeepSpeedStepper:
         self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
         return row_losses
 
-    def optimizer_step(self, all_finite: Tensor) -> OptimizerStepResult:
-        """Reduce, measure, clip and update. Raises NonFiniteError, with the weights untouched, unless fp16 may skip."""
+    def optimizer_step(self, all_finite: Tensor) -> tuple[float, bool]:
+        """(norm of the global gradient before clipping, whether fp16 left the update out). Raises NonFiniteError, with
+        the weights untouched, unless fp16 may skip."""
         previous_skipped_steps = self.deepspeed_engine.skipped_steps
         self.deepspeed_engine.step()
         grad_norm = float(self.deepspeed_engine.get_global_grad_norm())
         is_skipped = self.deepspeed_engine.skipped_steps > previous_skipped_steps
         if self.precision != "fp16" and (is_skipped or not math.isfinite(grad_norm)):
             raise NonFiniteError(f"gradient norm {grad_norm}")
-        return OptimizerStepResult(grad_norm=grad_norm, is_skipped=is_skipped)
+        return grad_norm, is_skipped
 
     def discard_step(self) -> None:
         """Let no gradient stay."""
@@ -127,8 +119,8 @@ class PlainStepper:
         (loss_sum * loss_weight).backward()
         return row_losses
 
-    def optimizer_step(self, all_finite: Tensor) -> OptimizerStepResult:
-        """Reduce, measure, clip and update.
+    def optimizer_step(self, all_finite: Tensor) -> tuple[Tensor, bool]:
+        """Reduce, measure, clip and update; returns the norm of the global gradient before clipping, and False.
 
         Where the gradient or what `all_finite` (a truth on the device) speaks of is not finite, the weights stay:
         NonFiniteError is raised, or, `skips_on_device`, the device leaves out the update and all that follow
@@ -154,7 +146,7 @@ class PlainStepper:
             self.optimizer.step()
         finally:
             self._clear_grads()
-        return OptimizerStepResult(grad_norm=grad_norm)
+        return grad_norm, False
 
     def discard_step(self) -> None:
         """Let no gradient stay, and take updates again after one that was left out."""

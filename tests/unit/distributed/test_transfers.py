@@ -1,4 +1,4 @@
-"""Rows of many lengths take few widths where steps are recorded; numbers are read when they are there."""
+"""What goes to a device and between ranks: padded rows, numbers that are read when they are there, and gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from trainer.data.sampler import IGNORE_INDEX, MicroBatch
 from trainer.distributed.engine import copy_to_device, copy_to_host
+from trainer.distributed.stepper import GradientBuckets
 
 
 @pytest.mark.parametrize(("width", "max_width", "expected"), [(20, None, 64), (64, None, 64), (65, 100, 100)])
@@ -62,3 +65,44 @@ def test_numbers_of_a_step_are_read_without_waiting_for_the_one_that_was_launche
     stream.queue.append(lambda: done.append("step 2"))
     assert read() == [1.0, 2.0]
     assert done == ["step 1", "copied"]
+
+
+# --- gradients, by a stand-in for the other rank and its time ---
+
+OTHER_RANKS_GRADIENT = 100.0
+
+
+class LateReduction:
+    """A reduction with a rank whose gradient is the same everywhere: done when it is waited for, and no sooner."""
+
+    def __init__(self, flat: torch.Tensor, async_op: bool = False):
+        self.flat, self.is_done = flat, False
+        if not async_op:
+            self.wait()
+
+    def wait(self) -> None:
+        self.flat.add_(0 if self.is_done else OTHER_RANKS_GRADIENT)
+        self.is_done = True
+
+
+@pytest.fixture
+def layer_and_buckets(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Linear, GradientBuckets]:
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", LateReduction)
+    layer = nn.Linear(3, 2)
+    return layer, GradientBuckets(list(layer.parameters()))
+
+
+def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_place(layer_and_buckets):
+    """Else it would be added to them."""
+    layer, buckets = layer_and_buckets
+    for is_refused in (True, False):
+        buckets.overlap()
+        layer(torch.ones(1, 3)).sum().backward()
+        if is_refused:
+            buckets.finish_overlap()
+            for parameter in layer.parameters():
+                parameter.grad = None
+    buckets.reduce()
+    for parameter in layer.parameters():
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + OTHER_RANKS_GRADIENT))

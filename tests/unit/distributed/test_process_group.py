@@ -1,4 +1,4 @@
-"""Facts that must be the same on all ranks: a difference is named with both values and where they are."""
+"""The ranks of a run: who shares a host, which GPU each takes, and what must be the same on all of them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,36 @@ from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import preflight
+from trainer.distributed.process_group import assign_gpus, name_hosts
 from trainer.training import provenance
+
+
+def describe(host: str, boot: str, address: str) -> dict[str, Any]:
+    return {"host": host, "identity": f"{host}/{boot}", "address": address}
+
+
+def test_two_hosts_of_one_name_are_two_hosts():
+    different = [describe("a", "1", "10.0.0.1"), describe("b", "2", "10.0.0.2"), describe("b", "2", "10.0.0.2")]
+    assert name_hosts(different) == ("a", "b", "b")
+    cloned = [describe("node", "1", "10.0.0.1"), describe("node", "2", "10.0.0.2"), describe("node", "1", "10.0.0.9")]
+    assert name_hosts(cloned) == ("node (10.0.0.1)", "node (10.0.0.2)", "node (10.0.0.1)")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([("x", "y"), ("x", "y"), ("x",)], [0, 1, 0]),  # CUDA_VISIBLE_DEVICES of the whole host, as torchrun leaves it
+        ([("x",), ("y",), ("z",)], [0, 0, 0]),  # srun --gpus-per-task: each sees its own as its first
+        ([("y", "x"), ("x", "y"), ("z",)], [0, 0, 0]),
+    ],
+)
+def test_each_rank_takes_a_gpu_of_its_own(gpus, expected):
+    assert assign_gpus(("a", "a", "b"), gpus) == expected
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(UserError, match="2 ranks on b with 1 GPUs: start at most one rank a GPU"):
+        assign_gpus(("a", "b", "b"), [("x",), ("y",), ("y",)])
 
 
 def compare(*facts_of_ranks: dict[str, Any], hosts: tuple[str, ...] = ("h1", "h2", "h2")) -> None:
