@@ -24,7 +24,7 @@ from trainer.config.files import new_folder
 from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
-from trainer.model import lora
+from trainer.model import lora, quantization
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
@@ -85,11 +85,11 @@ def save_adapter(
     lora.save_adapter(
         folder, model.module, weights, model.initial_adapter, base_name=base.name, base_revision=base.revision
     )
-    if quantization_config := model.quantization_config:
+    if model.quant_settings is not None:
         quantization_info = {
             "base": base.name,
             "fingerprint": model.metadata["fingerprint"],
-            "quantization_config": quantization_config,
+            "quantization_config": quantization.bitsandbytes_config_kwargs(model.quant_settings, model.module),
         }
         (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
 

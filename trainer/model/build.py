@@ -1,6 +1,8 @@
 """The base model and what is trained of it: the only room that asks which mode a run has."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,6 @@ class TrainableModel:
     def get_lr_multiplier(self, name: str) -> float:
         """By what the learning rate of a trained weight is multiplied."""
         return self.loraplus_lr_ratio if ".lora_B." in name else 1.0
-
-    @property
-    def quantization_config(self) -> dict[str, Any] | None:
-        """How transformers packs the base in the same way; None for a base in float32."""
-        settings = self.quant_settings
-        return quantization.bitsandbytes_config_kwargs(settings, self.module) if settings else None
 
     @property
     def embedding_weights(self) -> list[nn.Parameter]:
@@ -109,29 +105,33 @@ def build_model(
         if settings.mode == "lora":
             target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
             metadata["not_adapted"] = lora.find_unadapted_weights(causal)
-            if settings.model.quant and not on_meta:
-                quantization.quantize(causal, settings.model, device or torch.device("cpu"))
+            if settings.model.quant:
+                metadata["frozen_bytes"] = quantization.count_quantized_bytes(causal, settings.model)
+                if not on_meta:
+                    quantization.quantize(causal, settings.model, device or torch.device("cpu"))
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
             module = lora.add_adapters(causal, settings.lora, target_modules)
+            if settings.model.quant:  # what is trained of the base is not packed
+                trained = (p.numel() for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n)
+                metadata["frozen_bytes"] -= 4 * sum(trained)
         if settings.engine.activation_checkpointing:  # the other kind gives the first block's adapters no gradient
             causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     metadata["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     metadata["share"] = metadata["trainable"] / metadata["parameters"]
+    initial_adapter: dict[str, Tensor] = {}
+    if settings.mode == "lora" and settings.lora.adapter == "pissa" and not on_meta:
+        # The base lacks what pissa's adapters hold, so an adapter for the untouched base must take them off again.
+        initial_adapter = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if ".lora_" in n}
     model = TrainableModel(
         module=module,
         causal=causal,
         metadata=metadata,
-        initial_adapter={} if on_meta else lora.copy_initial_adapter(module, settings.lora),
+        initial_adapter=initial_adapter,
         quant_settings=settings.model if settings.model.quant else None,
         loraplus_lr_ratio=settings.lora.plus_ratio,
     )
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.named_parameters(), model.embedding_weights)
-    if settings.model.quant and on_meta:
-        output_layer = causal.get_output_embeddings()
-        metadata["frozen_bytes"] = quantization.estimate_frozen_bytes(module, output_layer, settings.model)
-    elif settings.model.quant:
-        metadata["frozen_bytes"] = quantization.count_frozen_bytes(module)
     return model
 
 
@@ -157,14 +157,11 @@ def load_config(settings: ModelSettings) -> Any:
     if settings.model == "gpt2" and settings.init == "random" and not Path("gpt2").exists():
         config: Any = GPT2Config()  # the published shape; the class's defaults are GPT-2's
     else:
-        model_files.check_config_file(settings.model, Path(resolve_model_path(settings.model)))
-        try:
+        with _refuse_model(settings.model, "config.json", "config.json"):
+            model_files.check_config_file(Path(resolve_model_path(settings.model)))
             config = AutoConfig.from_pretrained(**_from_pretrained_kwargs(settings.model))
-        except Exception as error:  # of values that no configuration can have: many kinds, from several packages
-            if not Path(resolve_model_path(settings.model), "config.json").is_file():
-                raise UserError(_not_found_message(settings.model, "config.json")) from error
-            raise UserError(f"--model {settings.model}: config.json: {model_files.reason(error)}") from error
-        model_files.check_config(settings.model, config)
+            if mistake := next(model_files.find_config_mistakes(config), None):
+                raise UserError(f"config.json: {mistake}")
     if settings.dropout is not None:
         probabilities = get_dropout_probabilities(config)
         if not probabilities:
@@ -193,11 +190,8 @@ def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
 
 
 def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
-    try:
+    with _refuse_model(settings.model, "no model can be made of config.json"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # as many kinds as there are mistakes in a configuration
-        reason = model_files.reason(error)
-        raise UserError(f"--model {settings.model}: no model can be made of config.json: {reason}") from error
 
 
 def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> PreTrainedModel:
@@ -205,9 +199,8 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
 
     `options`: of from_pretrained; on the meta device only names and shapes are looked at.
     """
-    folder = Path(resolve_model_path(settings.model))
-    model_files.check_weight_files(settings.model, folder)
-    try:
+    with _refuse_model(settings.model, "the weights cannot be loaded", model_files.WEIGHTS_FILE):
+        model_files.check_weight_files(Path(resolve_model_path(settings.model)))
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
             **_from_pretrained_kwargs(settings.model),
             config=config,
@@ -217,22 +210,31 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
             output_loading_info=True,
             **options,
         )
+        if mistake := next(model_files.find_loading_mistakes(loading_info), None):
+            raise UserError(mistake)
+        if causal.device.type != "meta":
+            model_files.check_causal(causal)
+        return causal
+
+
+@contextlib.contextmanager
+def _refuse_model(model: str, task: str, file: str = "") -> Iterator[None]:
+    """Any error within becomes a UserError of one line about --model: libraries raise as many kinds as there are
+    mistakes in a folder. `file`: without it nothing could be read."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--model {model}: {error}") from None
     except Exception as error:
-        if isinstance(error, OSError) and not (folder / model_files.WEIGHTS_FILE).exists():
-            raise UserError(_not_found_message(settings.model, "weights")) from error
-        reason = model_files.reason(error)
-        raise UserError(f"--model {settings.model}: the weights cannot be loaded: {reason}") from error
-    model_files.check_loaded_weights(settings.model, loading_info)
-    if causal.device.type != "meta":
-        model_files.check_causal(settings.model, causal)
-    return causal
-
-
-def _not_found_message(model: str, missing: str) -> str:
-    no_folder = f"no such folder, and its {missing} cannot be had from the hub"
-    reason = f"has no {missing}" if Path(model).is_dir() else no_folder
-    remedy = " (or pass --init random)" if missing == "weights" else ""
-    return f"--model {model}: {reason}; pass --model FOLDER with a copy in Hugging Face's form{remedy}"
+        if not isinstance(error, OSError) or not file or Path(resolve_model_path(model), file).exists():
+            raise UserError(f"--model {model}: {task}: {model_files.reason(error)}") from error
+        missing = "weights" if file == model_files.WEIGHTS_FILE else file
+        no_folder = f"no such folder, and its {missing} cannot be had from the hub"
+        problem = f"has no {missing}" if Path(model).is_dir() else no_folder
+        remedy = " (or pass --init random)" if missing == "weights" else ""
+        raise UserError(
+            f"--model {model}: {problem}; pass --model FOLDER with a copy in Hugging Face's form{remedy}"
+        ) from error
 
 
 def get_max_positions(config: Any) -> int | None:

@@ -144,20 +144,6 @@ def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.P
         yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)
 
 
-def copy_initial_adapter(module: Any, settings: LoraSettings) -> dict[str, Tensor]:
-    """{name: copy on the CPU} of pissa's adapters before the first step; {} for the others, which begin at nothing.
-
-    The base lacks what they hold, so an adapter for the untouched base must take them off again.
-    """
-    if settings.adapter != "pissa":
-        return {}
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in module.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
-
-
 # --- leaving the run ---
 
 

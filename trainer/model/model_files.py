@@ -32,34 +32,31 @@ FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained;
 NUM_SHOWN = 3  #: names of weights in a message
 
 
-def check_config_file(model: str, folder: Path) -> None:
-    """UserError where the folder's config.json is not one of a model that transformers has code for."""
-    name = f"--model {model}: config.json"
+def check_config_file(folder: Path) -> None:
+    """UserError where the folder's config.json is not one of a model that transformers has code for.
+
+    FileNotFoundError where a folder has none; a model that is no folder may still be on the hub.
+    """
     if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"--model {model}: holds an adapter (adapter_config.json); expected a whole model: merge it first"
-        )
+        raise UserError("holds an adapter (adapter_config.json); expected a whole model: merge it first")
+    if not folder.is_dir():
+        return
     if not (folder / "config.json").exists():
-        return  # said with the remedy where it is loaded
+        raise FileNotFoundError("config.json")
     if (folder / GENERATION_FILE).exists():
-        read_json_object(folder / GENERATION_FILE, f"--model {model}: {GENERATION_FILE}")
-    config = read_json_object(folder / "config.json", name)
+        read_json_object(folder / GENERATION_FILE, GENERATION_FILE)
+    config = read_json_object(folder / "config.json", "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         code = ", and code in the folder is never run" if "auto_map" in config else ""
         raise UserError(
-            f"{name}: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
+            f"config.json: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
             "language models, for instance gpt2 or llama"
         )
 
 
-def check_config(model: str, config: Any) -> None:
-    """UserError where a loaded configuration is not that of a causal language model, or a size of it cannot be."""
-    if mistake := next(_find_config_mistakes(config), None):
-        raise UserError(f"--model {model}: config.json: {mistake}")
-
-
-def _find_config_mistakes(config: Any) -> Iterator[str]:
+def find_config_mistakes(config: Any) -> Iterator[str]:
+    """Why a loaded configuration is not that of a causal language model, and sizes of it that cannot be."""
     model_type = config.model_type
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         yield f"{model_type} is not a causal language model; expected one, for instance gpt2 or llama"
@@ -85,14 +82,29 @@ def _find_config_mistakes(config: Any) -> Iterator[str]:
             yield f"{key} = {value!r}; expected a whole number from 1 to {largest}"
 
 
-def check_weight_files(model: str, folder: Path) -> None:
+def check_weight_files(folder: Path) -> None:
     """UserError where a file of weights that is there is damaged, or one is named that is not inside the folder.
 
     Reads the headers only: names, shapes and whether the file is as long as they say.
     """
-    for file_name in _list_weight_files(model, folder):
-        if problem := weights_file_problem(folder / file_name):
-            raise UserError(f"--model {model}: {file_name}: {problem}; copy it again")
+    if (folder / WEIGHTS_FILE).exists():
+        files = {WEIGHTS_FILE}
+    elif (folder / INDEX_FILE).exists():
+        weight_map = read_json_object(folder / INDEX_FILE, INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{INDEX_FILE}: weight_map is not one of weights to files")
+        files = set(weight_map.values())
+        for file in files:
+            path = PurePosixPath(file)
+            if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+                raise UserError(f"{INDEX_FILE}: names {file!r}; expected .safetensors files inside the folder")
+    else:
+        if pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
+            raise UserError(f"{pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
+        files = set()
+    for file in sorted(files):
+        if problem := weights_file_problem(folder / file):
+            raise UserError(f"{file}: {problem}; copy it again")
 
 
 def weights_file_problem(path: Path) -> str | None:
@@ -108,31 +120,8 @@ def weights_file_problem(path: Path) -> str | None:
         return f"not a whole safetensors file ({reason(error)})"
 
 
-def _list_weight_files(model: str, folder: Path) -> list[str]:
-    if (folder / WEIGHTS_FILE).exists():
-        return [WEIGHTS_FILE]
-    if not (folder / INDEX_FILE).exists():
-        if pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
-            raise UserError(f"--model {model}: {pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
-        return []
-    name = f"--model {model}: {INDEX_FILE}"
-    weight_map = read_json_object(folder / INDEX_FILE, name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
-        raise UserError(f"{name}: weight_map is not one of weights to files")
-    for file_name in sorted(set(weight_map.values())):
-        path = PurePosixPath(file_name)
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise UserError(f"{name}: names {file_name!r}; expected .safetensors files inside the folder")
-    return sorted(set(weight_map.values()))
-
-
-def check_loaded_weights(model: str, loading_info: Mapping[str, Any]) -> None:
-    """UserError where weights were missing, left over or of another shape, transformers' exceptions and ties aside."""
-    if mistake := next(_find_loading_mistakes(loading_info), None):
-        raise UserError(f"--model {model}: {mistake}")
-
-
-def _find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
+def find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
+    """Weights that were missing, left over or of another shape; transformers' own exceptions and ties aside."""
     if mismatched := sorted(loading_info["mismatched_keys"]):
         weight, stored, expected = mismatched[0]
         others = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
@@ -149,20 +138,17 @@ def _find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
 
 
 @torch.no_grad()
-def check_causal(model: str, causal: PreTrainedModel, *, length: int = 8) -> None:
+def check_causal(causal: PreTrainedModel) -> None:
     """UserError where earlier logits depend on the last token, which the model is to predict, or are no numbers."""
     was_training = causal.training
-    input_ids = torch.arange(length).remainder(causal.config.get_text_config().vocab_size).repeat(2, 1)
+    input_ids = torch.arange(8).remainder(causal.config.get_text_config().vocab_size).repeat(2, 1)
     input_ids[1, -1] = 0
     logits = causal.eval()(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     causal.train(was_training)
     if not logits.isfinite().all():
-        raise UserError(f"--model {model}: its logits are not finite: the weights are damaged; copy the model again")
+        raise UserError("its logits are not finite: the weights are damaged; copy the model again")
     if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
-        raise UserError(
-            f"--model {model}: {type(causal).__name__} sees the tokens it is to predict; expected a causal language "
-            "model"
-        )
+        raise UserError(f"{type(causal).__name__} sees the tokens it is to predict; expected a causal language model")
 
 
 def reason(error: BaseException) -> str:

@@ -4,12 +4,13 @@ Each layer is packed on the device that it computes on, one at a time, from the 
 the embeddings stay as they are, as transformers has it.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.settings import ModelSettings
@@ -21,36 +22,36 @@ INT8_THRESHOLD = 0.0
 
 
 def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.device) -> None:
-    """Pack the weight of every Conv1D and Linear but the output layer, in place; they move to `device`."""
-    output_layer = causal.get_output_embeddings()
-    for name, layer in list(causal.named_modules()):
-        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer:
-            causal.set_submodule(name, _quantize_layer(layer, settings, device))
+    """Pack the weight of every Conv1D and Linear but the output layer, in place; they move to `device`.
+
+    Transformers packs while it reads a file; these weights may be random ones, and have been checked in float32.
+    """
+    from transformers.integrations import replace_with_bnb_linear  # imports bitsandbytes: only where it is needed
+
+    layers = dict(_iter_packable(causal))
+    output_names = [name for name, layer in causal.named_modules() if layer is causal.get_output_embeddings()]
+    replace_with_bnb_linear(causal, output_names, BitsAndBytesConfig(**bitsandbytes_config_kwargs(settings, causal)))
+    for name, layer in layers.items():
+        packed: Any = causal.get_submodule(name)
+        weight = layer.weight.detach()
+        weight = (weight.T if isinstance(layer, Conv1D) else weight).contiguous()  # [out, in]
+        packed.weight = type(packed.weight)(weight, requires_grad=False, **vars(packed.weight))
+        packed.bias = layer.bias
+        packed.to(device).requires_grad_(False)
+    disable_avx512_repacking(causal)
+    for layer in _iter_4bit_layers(causal):
+        layer.compute_dtype, layer.compute_type_is_set = None, False  # of the first input, unless it is set
     # peft looks here for which kind of layer it adapts.
     causal.is_loaded_in_8bit = settings.quant == "int8"
     causal.is_loaded_in_4bit = settings.quant != "int8"
 
 
-def _quantize_layer(layer: nn.Module, settings: ModelSettings, device: torch.device) -> nn.Module:
-    """The layer with its weight as [out, in], packed; Conv1D keeps it the other way round."""
-    import bitsandbytes as bnb  # takes seconds: only where it is needed
-
-    weight: Tensor = layer.weight.detach()
-    weight = (weight.T if isinstance(layer, Conv1D) else weight).contiguous()
-    out_features, in_features = weight.shape
-    sizes = (in_features, out_features, layer.bias is not None)
-    if settings.quant == "int8":
-        with torch.device("meta"):
-            quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=INT8_THRESHOLD)
-        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    else:
-        kind = {"compress_statistics": settings.quant_double, "quant_type": settings.quant}
-        with torch.device("meta"):
-            quantized = bnb.nn.Linear4bit(*sizes, **kind)
-        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=quantized, **kind)
-        disable_avx512_repacking(quantized)
-    quantized.bias = layer.bias
-    return quantized.to(device).requires_grad_(False)
+def _iter_packable(causal: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The layers that are packed: every Conv1D and Linear but the output layer."""
+    output_layer = causal.get_output_embeddings()
+    for name, layer in causal.named_modules():
+        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer:
+            yield name, layer
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
@@ -76,42 +77,27 @@ def _iter_4bit_layers(model: nn.Module) -> Iterator[Any]:
             yield layer
 
 
-def count_frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the frozen weights as they are held, with the scales of packed ones."""
-    tensors: list[Tensor] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            quant_state = getattr(parameter, "quant_state", None)
-            tensors += [parameter] + ([quant_state.absmax] if quant_state else [])
-            tensors += [quant_state.state2.absmax] if quant_state and quant_state.nested else []
-            tensors += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
-    return sum(t.numel() * t.element_size() for t in tensors)
+def count_quantized_bytes(causal: PreTrainedModel, settings: ModelSettings) -> int:
+    """Bytes of a base in float32 once it is packed, with the scales, from the shapes of its weights alone.
 
-
-def estimate_frozen_bytes(model: nn.Module, output_layer: nn.Module | None, settings: ModelSettings) -> int:
-    """What `count_frozen_bytes` will be of a model that is not packed yet, from the shapes of its weights alone."""
-    out_features = {
-        id(layer.weight): layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-        for layer in model.modules()
-        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer
-    }
-    return sum(
-        _quantized_bytes(p.numel(), out_features[id(p)], settings) if id(p) in out_features else p.numel() * 4
-        for p in model.parameters()
-        if not p.requires_grad
-    )
-
-
-def _quantized_bytes(num_elements: int, num_rows: int, settings: ModelSettings) -> int:
-    """Of one weight: int8 has a float32 scale for each row, the 4-bit kinds one for each block of 64 elements.
-
-    Packed doubly, those scales are bytes with a float32 scale for each 256 of them.
+    int8 has a float32 scale for each row, the 4-bit kinds one for each block of 64 elements; packed doubly, those
+    scales are bytes with a float32 scale for each 256 of them.
     """
-    if settings.quant == "int8":
-        return num_elements + 4 * num_rows
-    num_blocks = -(-num_elements // 64)
-    scale_bytes = num_blocks + 4 * -(-num_blocks // 256) if settings.quant_double else 4 * num_blocks
-    return -(-num_elements // 2) + scale_bytes
+    num_rows = {
+        id(layer.weight): layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+        for _, layer in _iter_packable(causal)
+    }
+    num_bytes = 0
+    for parameter in causal.parameters():
+        if id(parameter) not in num_rows:
+            num_bytes += 4 * parameter.numel()
+        elif settings.quant == "int8":
+            num_bytes += parameter.numel() + 4 * num_rows[id(parameter)]
+        else:
+            num_blocks = math.ceil(parameter.numel() / 64)
+            scale_bytes = num_blocks + 4 * math.ceil(num_blocks / 256) if settings.quant_double else 4 * num_blocks
+            num_bytes += math.ceil(parameter.numel() / 2) + scale_bytes
+    return num_bytes
 
 
 def bitsandbytes_config_kwargs(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:

@@ -163,7 +163,9 @@ def test_quantization_equals_that_of_transformers(tiny_model, tmp_path):
     for kind, double in (("nf4", False), ("fp4", True), ("int8", False)):
         flags = ["--quant", kind, *(["--quant-double"] if double else [])]
         built = build_model(parse_settings(tiny_model, "lora", *flags))
-        quantization_config = BitsAndBytesConfig(**built.quantization_config)
+        quantization_config = BitsAndBytesConfig(
+            **quantization.bitsandbytes_config_kwargs(built.quant_settings, built.module)
+        )
         theirs = AutoModelForCausalLM.from_pretrained(
             tiny_model, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=quantization_config
         )
@@ -428,4 +430,4 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, argv):
 
 
 def test_initial_adapter_weights_are_kept_for_pissa_only(tiny_model):
-    assert lora.copy_initial_adapter(build_model(parse_settings(tiny_model)).module, LoraSettings()) == {}
+    assert build_model(parse_settings(tiny_model)).initial_adapter == {}
