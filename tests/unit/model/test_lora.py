@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import load_file
 from test_build import LAYERS, LLAMA, D, gpt2_settings, parse_settings
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer.config.errors import UserError
-from trainer.config.settings import LoraSettings, Settings
 from trainer.export.folder import base_model_ref, save_adapter
 from trainer.export.verify import load_folder
-from trainer.model import lora, optimizer, quantization
+from trainer.model import optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu, merge_adapters
 from trainer.training.run_plan import collect_notes, validate_stage
 
@@ -99,25 +98,6 @@ def test_adapter_parameter_formulas_hold_on_linear_layers(llama):
         assert build_model(parse_settings(llama, "lora", *more), on_meta=True).metadata["trainable"] == count, more
 
 
-# --- targets ---
-
-
-def test_attention_as_a_lora_target_adapts_no_layer_of_the_mlp(tiny_model):
-    built = build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", "attention"))
-    assert built.metadata["lora_targets"] == ["attn.c_proj", "c_attn"]
-    assert not any(".mlp." in n for n, p in built.module.named_parameters() if p.requires_grad)
-
-
-def test_modules_to_save_that_the_model_does_not_have_are_refused(llama):
-    with pytest.raises(UserError, match="--modules-to-save bias: this model has none; leave it out"):
-        build_model(parse_settings(llama, "lora", "--modules-to-save", "wte,bias"), on_meta=True)
-
-
-def test_pissa_refuses_a_rank_above_the_number_of_singular_vectors(tiny_model):
-    with pytest.raises(UserError, match=r"--lora-rank 17: pissa on .*attn.c_attn expects 16 or less"):
-        build_model(parse_settings(tiny_model, "lora", "--adapter", "pissa", "--lora-rank", "17"))
-
-
 # --- at step 0 ---
 
 
@@ -132,6 +112,7 @@ def test_an_adapted_model_starts_with_the_outputs_of_its_base(adapter, of, reque
         assert any(p.any() for n, p in built.module.named_parameters() if ".lora_B." in n)
     else:
         assert torch.equal(compute_logits(built), base)
+    assert bool(built.initial_adapter) == (adapter == "pissa")
 
 
 @pytest.mark.parametrize(
@@ -147,45 +128,33 @@ def test_an_adapted_model_starts_with_the_outputs_of_its_quantized_base(tiny_mod
     assert built.metadata["fingerprint"] == plain.metadata["fingerprint"], "of the weights before they are packed"
 
 
-def test_pissa_initialization_is_recomputed_bitwise(tiny_model):
-    first, again = (build_model(parse_settings(tiny_model, "lora", "--adapter", "pissa")) for _ in range(2))
-    weights = dict(again.module.named_parameters())
-    assert all(torch.equal(p, weights[name]) for name, p in first.module.named_parameters())
-
-
 # --- packed ---
 
 
-def test_quantization_equals_that_of_transformers(tiny_model, tmp_path):
+@pytest.mark.parametrize("flags", ["nf4", "fp4 --quant-double", "int8"])
+def test_quantization_equals_that_of_transformers(tiny_model, flags):
     """Bit for bit: an exported adapter is loaded onto a base that transformers packs."""
-    from transformers import BitsAndBytesConfig
-
-    for kind, double in (("nf4", False), ("fp4", True), ("int8", False)):
-        flags = ["--quant", kind, *(["--quant-double"] if double else [])]
-        built = build_model(parse_settings(tiny_model, "lora", *flags))
-        quantization_config = BitsAndBytesConfig(
-            **quantization.bitsandbytes_config_kwargs(built.quant_settings, built.module)
-        )
-        theirs = AutoModelForCausalLM.from_pretrained(
-            tiny_model, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=quantization_config
-        )
-        ours = {name.replace(".base_layer", ""): p for name, p in built.causal.named_parameters()}
-        packed = [name for name, p in theirs.named_parameters() if not p.is_floating_point()]
-        assert len(packed) == 8
-        for name, parameter in theirs.named_parameters():
-            assert torch.equal(parameter, ours[name]), (kind, name)
-
-
-def test_a_quantized_base_takes_fewer_bytes(tiny_model):
-    nf4, double, int8 = (
-        build_model(parse_settings(tiny_model, "lora", *f"--quant {flags}".split())).metadata
-        for flags in ("nf4", "nf4 --quant-double", "int8")
+    built = build_model(parse_settings(tiny_model, "lora", "--quant", *flags.split()))
+    config = BitsAndBytesConfig(**quantization.bitsandbytes_config_kwargs(built.quant_settings, built.module))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=config
     )
-    packed = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 64)
-    rest = 4 * (nf4["parameters"] - packed)
-    assert nf4["frozen_bytes"] == rest + packed // 2 + 4 * packed // 64
-    assert int8["frozen_bytes"] == rest + packed + 4 * 2 * (48 + 16 + 64 + 16)
-    assert double["frozen_bytes"] < nf4["frozen_bytes"]
+    ours = {name.replace(".base_layer", ""): p for name, p in built.causal.named_parameters()}
+    assert sum(not p.is_floating_point() for p in theirs.parameters()) == 8
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, ours[name]), name
+
+
+def count_frozen_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen weights as they are held, with the scales of packed ones."""
+    tensors: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            quant_state = getattr(parameter, "quant_state", None)
+            tensors += [parameter] + ([quant_state.absmax] if quant_state else [])
+            tensors += [quant_state.state2.absmax] if quant_state and quant_state.nested else []
+            tensors += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @pytest.mark.parametrize("of", ["tiny_model", "llama"])
@@ -196,8 +165,9 @@ def test_a_quantized_base_takes_fewer_bytes(tiny_model):
 def test_the_bytes_of_a_quantized_base_are_known_before_it_is_quantized(of, argv, request):
     """So a plan without weights chooses a ZeRO file, and a micro-batch, by what the base will be."""
     settings = parse_settings(request.getfixturevalue(of), "lora", *argv.split())
-    planned, built = (build_model(settings, on_meta=on_meta).metadata for on_meta in (True, False))
-    assert planned["frozen_bytes"] == built["frozen_bytes"]
+    built = build_model(settings)
+    assert built.metadata["frozen_bytes"] == count_frozen_bytes(built.module)
+    assert build_model(settings, on_meta=True).metadata["frozen_bytes"] == built.metadata["frozen_bytes"]
 
 
 def test_an_int8_row_does_not_depend_on_the_other_rows_of_its_batch(tiny_model):
@@ -264,6 +234,10 @@ def test_modules_to_save_are_exported_with_the_adapter(adapter, of, tmp_path, re
     torch.testing.assert_close(compute_logits(again), compute_logits(built), rtol=1e-5, atol=2e-4)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     embeddings = [name for name in stored if tuple(stored[name].shape) == (97, 16)]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == (16 if adapter == "pissa" else 8), "pissa's is an ordinary adapter of twice the rank"
+    assert config["init_lora_weights"] is True
+    assert {min(t.shape) for name, t in stored.items() if ".lora_A." in name or ".lora_B." in name} == {config["r"]}
     assert len(embeddings) == (1 if built.has_tied_embeddings else 2), "tied weights are stored once"
     causal = again.module.get_base_model()
     assert (causal.get_input_embeddings().weight is causal.get_output_embeddings().weight) == built.has_tied_embeddings
@@ -288,13 +262,6 @@ def test_merged_adapters_leave_the_logits_unchanged_and_the_embeddings_tied(tiny
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_pissa_is_exported_as_an_ordinary_adapter_of_twice_the_rank(tiny_model, tmp_path):
-    export_and_reload(build_perturbed("--adapter", "pissa", "--lora-rank", "4", model_dir=tiny_model), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["init_lora_weights"]) == (8, True)
-    assert {min(t.shape) for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {8}
-
-
 def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
     built = build_perturbed("--quant", "nf4", "--quant-double", model_dir=tiny_model)
     again = export_and_reload(built, tmp_path)
@@ -311,48 +278,45 @@ def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "argv", "message"),
+    ("argv", "stage", "message"),
     [
-        ("full", "--quant nf4", "--quant nf4: a quantised weight has no gradient; expected --mode lora"),
-        ("full", "--adapter dora", "--adapter dora: is about adapters; expected --mode lora"),
-        ("full", "--modules-to-save wte", "--modules-to-save wte: is about adapters"),
-        ("full", "--lora-plus-ratio 4", "--lora-plus-ratio 4.0: is about adapters"),
-        ("lora", "--quant nf4 --adapter pissa", "--quant nf4: pissa changes the base by less than nf4 rounds"),
-        ("lora", "--quant int8 --adapter dora", "--quant int8: dora takes the norms of its layers"),
-        ("lora", "--quant int8 --quant-double", "--quant-double: expected with --quant nf4 or fp4"),
-        ("lora", "--quant-double", "--quant-double: expected with --quant nf4 or fp4"),
-        (
-            "lora",
-            "--quant nf4 --modules-to-save bias",
-            "--modules-to-save bias: bitsandbytes rounds the biases of nf4 layers",
-        ),
-        ("lora", "--quant fp4 --precision fp16", "--precision fp16: rounds the packed weights of --quant fp4"),
-        ("full", "--optim adamw8bit --precision fp16", "--optim adamw8bit: not with --precision fp16"),
-        ("lora", "--modules-to-save wpe", "--modules-to-save wpe: expected wte, lm_head, layernorm or bias"),
-        ("lora", "--lora-plus-ratio 0", "--lora-plus-ratio 0.0: expected a number above 0"),
+        ("full --quant nf4", 0, "--quant nf4: a quantised weight has no gradient; expected --mode lora"),
+        ("full --adapter dora", 0, "--adapter dora: is about adapters; expected --mode lora"),
+        ("full --modules-to-save wte", 0, "--modules-to-save wte: is about adapters"),
+        ("full --lora-plus-ratio 4", 0, "--lora-plus-ratio 4.0: is about adapters"),
+        ("full --optim adamw8bit --precision fp16", 0, "--optim adamw8bit: not with --precision fp16"),
+        ("lora --quant nf4 --adapter pissa", 0, "--quant nf4: pissa changes the base by less than nf4 rounds"),
+        ("lora --quant int8 --adapter dora", 0, "--quant int8: dora takes the norms of its layers"),
+        ("lora --quant int8 --quant-double", 0, "--quant-double: expected with --quant nf4 or fp4"),
+        ("lora --quant-double", 0, "--quant-double: expected with --quant nf4 or fp4"),
+        ("lora --quant nf4 --modules-to-save bias", 0, "--modules-to-save bias: bitsandbytes rounds the biases of nf4"),
+        ("lora --quant fp4 --precision fp16", 0, "--precision fp16: rounds the packed weights of --quant fp4"),
+        ("lora --modules-to-save wpe", 0, "--modules-to-save wpe: expected wte, lm_head, layernorm or bias"),
+        ("lora --lora-plus-ratio 0", 0, "--lora-plus-ratio 0.0: expected a number above 0"),
+        ("lora --quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
+        ("lora --quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divi"),
+        ("lora --optim adamw8bit", 1, "--optim adamw8bit: not under ZeRO 1, which joins all tensors"),
+        ("lora --optim paged_adamw8bit", 3, "--optim paged_adamw8bit: not under ZeRO 3"),
     ],
 )
-def test_adapter_flags_that_exclude_each_other_are_refused(mode, argv, message):
+def test_flags_and_zero_stages_that_exclude_each_other_are_refused(argv, stage, message):
+    zero: Any = SimpleNamespace(stage=stage)
     with pytest.raises(UserError) as caught:
-        gpt2_settings(mode, *argv.split())
+        validate_stage(gpt2_settings(*argv.split()), zero)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("argv", "stage", "message"),
+    ("of", "flags", "message"),
     [
-        ("--quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
-        ("--quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divided"),
-        ("--optim adamw8bit", 1, "--optim adamw8bit: not under ZeRO 1, which joins all tensors"),
-        ("--optim paged_adamw8bit", 3, "--optim paged_adamw8bit: not under ZeRO 3"),
+        ("llama", "--modules-to-save wte,bias", "--modules-to-save bias: this model has none; leave it out"),
+        ("tiny_model", "--adapter pissa --lora-rank 17", r"--lora-rank 17: pissa on .*attn.c_attn expects 16 or less"),
     ],
 )
-def test_a_zero_stage_that_gives_wrong_numbers_is_refused(argv, stage, message):
-    zero: Any = SimpleNamespace(stage=stage)
-    with pytest.raises(UserError) as caught:
-        validate_stage(gpt2_settings("lora", *argv.split()), zero)
-    assert str(caught.value).startswith(message)
+def test_adapters_that_the_model_has_no_place_for_are_refused(of, flags, message, request):
+    with pytest.raises(UserError, match=message):
+        build_model(parse_settings(request.getfixturevalue(of), "lora", *flags.split()))
 
 
 def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
@@ -399,20 +363,6 @@ def test_runs_are_named_by_what_they_train(flags, name):
     assert parse_settings("gpt2", *flags.split()).run_name == f"{name}-acled-demo"
 
 
-def test_settings_of_an_older_run_are_still_read():
-    values = gpt2_settings("lora").as_dict()
-    newer = {
-        "lora": ("adapter", "plus_ratio", "modules_to_save"),
-        "model": ("quant", "quant_double"),
-        "train": ("optim",),
-        "engine": ("activation_checkpointing",),
-    }
-    for group, fields in newer.items():
-        for field in fields:
-            del values[group][field]
-    assert Settings.from_dict(json.loads(json.dumps(values))) == gpt2_settings("lora")
-
-
 @pytest.mark.parametrize(
     "argv", ["", "--adapter dora", "--quant nf4", "--quant nf4 --adapter dora", "--quant int8 --modules-to-save wte"]
 )
@@ -427,7 +377,3 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, argv):
         grads.append({n: p.grad for n, p in built.module.named_parameters() if p.requires_grad})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
     assert any(np.abs(grads[1][n].numpy()).max() > 0 for n in grads[1] if "h.0." in n and ".lora_B." in n)
-
-
-def test_initial_adapter_weights_are_kept_for_pissa_only(tiny_model):
-    assert build_model(parse_settings(tiny_model)).initial_adapter == {}
