@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.choices import DEMO_MODEL, ExportDtype
@@ -24,7 +25,7 @@ from trainer.config.files import new_folder
 from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
-from trainer.model import lora, quantization
+from trainer.model import quantization
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
@@ -79,12 +80,27 @@ def save_adapter(
     base: BaseModelRef,
     dtype: ExportDtype = "fp32",
 ) -> None:
-    """Write an adapter that peft loads onto its base, and beside a packed base how it was packed."""
+    """Write an adapter that plain peft loads onto the untouched base, and beside a packed base how it was packed.
+
+    `state_dict`: the trained weights, by the names of `model.module`. What was trained of the base itself stands in the
+    same file under its own name, and peft puts it there; tied weights are stored once. pissa's become an ordinary
+    adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
+    """
     torch_dtype = getattr(torch, STORED_DTYPES[dtype][0])
     weights = {name: tensor.to(torch_dtype) for name, tensor in state_dict.items()}
-    lora.save_adapter(
-        folder, model.module, weights, model.initial_adapter, base_name=base.name, base_revision=base.revision
-    )
+    config = copy.deepcopy(model.module.peft_config["default"])
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    config.inference_mode = True
+    if model.initial_adapter:
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    for name, initial in model.initial_adapter.items():
+        initial = initial.to(torch_dtype)
+        is_a = ".lora_A." in name
+        weights[name] = torch.cat((weights[name].cpu(), initial if is_a else -initial), dim=0 if is_a else 1)
+    config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
+    config.save_pretrained(folder)
+    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if model.quant_settings is not None:
         quantization_info = {
             "base": base.name,

@@ -131,7 +131,7 @@ def build_model(
         loraplus_lr_ratio=settings.lora.plus_ratio,
     )
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
-        metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.named_parameters(), model.embedding_weights)
+        metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.parameters(), model.embedding_weights)
     return model
 
 

@@ -29,11 +29,8 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
     """Put these in the place of torch's, in `module` and in the attention of `causal` where it is GPT-2's."""
     install_dropout(module)
     config: Any = causal.config
-    if (
-        config.model_type == "gpt2"
-        and config.attn_pdrop > 0
-        and config._attn_implementation in ("sdpa", attention.ATTENTION_NAME)
-    ):
+    has_sdpa = config._attn_implementation in ("sdpa", attention.ATTENTION_NAME)
+    if config.model_type == "gpt2" and config.attn_pdrop > 0 and has_sdpa:
         AttentionInterface.register(ATTENTION_NAME, blockwise_attention_forward)
         AttentionMaskInterface.register(ATTENTION_NAME, attention.mask_unless_whole)
         causal.set_attn_implementation(ATTENTION_NAME)
@@ -67,11 +64,9 @@ def sample_keep_mask(shape: torch.Size, probability: float) -> Tensor:
     random_int16 = random_bits.view(torch.int16)[:num_elements].view(shape)
     num_dropped_levels = round(probability * NUM_LEVELS)
     keep_mask = torch.zeros(shape, dtype=torch.uint8)
-    return (
+    if num_dropped_levels < NUM_LEVELS:
         torch.ge(random_int16, num_dropped_levels - NUM_LEVELS // 2, out=keep_mask)
-        if num_dropped_levels < NUM_LEVELS
-        else keep_mask
-    )
+    return keep_mask
 
 
 def dropout_scale(probability: float) -> float:
@@ -91,29 +86,22 @@ def blockwise_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The form in which transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d].
-
-    Parameters: those by which transformers calls an attention.
-    """
+    """As transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d]."""
     if not dropout or attention_mask is not None or query.shape != key.shape:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    return blockwise_attention(query, key, value, scaling, dropout).transpose(1, 2), None
-
-
-def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """Causal attention with dropout of its probabilities, all [rows, heads, width, d].
-
-    Scores and softmax in float32 whatever the inputs are; the products with probabilities in the inputs' type.
-    """
-    output: Tensor = BlockwiseAttention.apply(query, key, value, scaling, dropout_p)
-    return output
+    output: Tensor = BlockwiseAttention.apply(query, key, value, scaling, dropout)
+    return output.transpose(1, 2), None
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """By blocks of queries; the sum over probabilities times their gradients is taken from the output, as in
-    FlashAttention (Dao et al., arXiv 2205.14135, appendix B.4), so only probabilities and masks are kept."""
+    """Causal attention with dropout of its probabilities, by blocks of queries.
+
+    Scores and softmax in float32 whatever the inputs are; the products with probabilities in the inputs' type. The sum
+    over probabilities times their gradients is taken from the output, as in FlashAttention (Dao et al., arXiv
+    2205.14135, appendix B.4), so only probabilities and masks are kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout_p: float) -> Tensor:
@@ -126,7 +114,8 @@ class BlockwiseAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             queries, keys = q.float() * scaling, k.float()
             causal_mask = torch.full((BLOCK_SIZE, BLOCK_SIZE), -torch.inf).triu_(1)
-            for start, end in _block_ranges(seq_len):
+            for start in range(0, seq_len, BLOCK_SIZE):
+                end = min(start + BLOCK_SIZE, seq_len)
                 scores = torch.bmm(queries[:, start:end], keys[:, :end].transpose(1, 2))
                 scores[:, :, start:] += causal_mask[: end - start, : end - start]
                 probs = torch.softmax(scores, dim=2).to(v.dtype)
@@ -148,8 +137,8 @@ class BlockwiseAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             delta = (grad_output.float() * output).sum(3).view(len(q), -1, 1)
             grad_output = (grad_output * keep_scale).reshape(q.shape)
-            for block_index, (start, end) in enumerate(_block_ranges(q.shape[1])):
-                probs, keep_mask = saved[2 * block_index : 2 * block_index + 2]
+            for start, probs, keep_mask in zip(range(0, q.shape[1], BLOCK_SIZE), saved[::2], saved[1::2], strict=True):
+                end = start + probs.shape[1]
                 grad_v[:, :end] += torch.bmm((probs * keep_mask).transpose(1, 2), grad_output[:, start:end])
                 grad_scores = torch.bmm(grad_output[:, start:end], v[:, :end].transpose(1, 2)).mul_(keep_mask).float()
                 grad_scores = grad_scores.sub_(delta[:, start:end]).mul_(probs).to(v.dtype)
@@ -157,7 +146,3 @@ class BlockwiseAttention(torch.autograd.Function):
                 grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:end])
             grad_k.mul_(scaling)
         return grad_q.view(output.shape), grad_k.view(output.shape), grad_v.view(output.shape), None, None
-
-
-def _block_ranges(seq_len: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK_SIZE, seq_len)) for start in range(0, seq_len, BLOCK_SIZE)]

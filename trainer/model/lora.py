@@ -1,14 +1,10 @@
-"""Adapters on a causal LM: which layers get one, of which kind, and how they leave the run. The only door to peft."""
+"""Adapters on a causal LM: which layers get one, and of which kind. The only door to peft."""
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -33,32 +29,23 @@ def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> l
             suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layer_names}))
             raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {suffixes}")
         selected |= matches
-    _check_read_as_layers(causal, selected)
-    return sorted({_shortest_suffix(name, selected, layer_names) for name in selected})
-
-
-def _check_read_as_layers(causal: PreTrainedModel, layer_names: set[str]) -> None:
-    """UserError for layers of state-space mixers (Mamba's and its kin), whose kernels read the weights past an adapter
-    (peft refuses some of them: `_check_lora_target_modules_mamba`)."""
-    mixers = [(name, m) for name, m in causal.named_modules() if hasattr(m, "conv1d") and hasattr(m, "out_proj")]
-    for name, module in mixers:
-        if inside := sorted(layer for layer in layer_names if layer.startswith(f"{name}.")):
+    for mixer_name, mixer in causal.named_modules():
+        inside = sorted(name for name in selected if name.startswith(f"{mixer_name}."))
+        if inside and hasattr(mixer, "conv1d") and hasattr(mixer, "out_proj"):
+            # Of a state-space model (Mamba and its kin), whose kernels read the weights past an adapter; peft refuses
+            # some of them (`_check_lora_target_modules_mamba`).
             raise UserError(
-                f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(module).__name__} reads its weights past "
+                f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(mixer).__name__} reads its weights past "
                 f"an adapter ({causal.config.model_type}); expected --mode full, or layers outside of it"
             )
+    return sorted({_shortest_suffix(name, selected, layer_names) for name in selected})
 
 
 def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
     """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
     put on them, whatever is asked for."""
-    return sorted(
-        {
-            ".".join(name.split(".")[-2:])
-            for name, parameter in causal.named_parameters()
-            if parameter.dim() == 3 and "expert" in name
-        }
-    )
+    stacked = [name for name, parameter in causal.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    return sorted({".".join(name.split(".")[-2:]) for name in stacked})
 
 
 def _matches(name: str, target: str) -> bool:
@@ -142,37 +129,3 @@ def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.P
                 yield from module.parameters(recurse=False)
     else:
         yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)
-
-
-# --- leaving the run ---
-
-
-def save_adapter(
-    folder: Path,
-    module: Any,
-    weights: Mapping[str, Tensor],
-    initial_adapter: Mapping[str, Tensor],
-    *,
-    base_name: str,
-    base_revision: str | None,
-) -> None:
-    """Write an adapter that plain peft loads onto the untouched base. `weights`: the trained ones, by `module`'s names.
-
-    What was trained of the base itself stands in the same file under its own name, and peft puts it there; tied
-    weights are stored once. pissa's become an ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
-    """
-    config = copy.deepcopy(module.peft_config["default"])
-    config.base_model_name_or_path, config.revision = base_name, base_revision
-    config.inference_mode = True
-    adapter_weights = dict(weights)
-    if initial_adapter:
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        for name, initial in initial_adapter.items():
-            current = adapter_weights[name].cpu()
-            initial = initial.to(current.dtype)
-            is_a = ".lora_A." in name
-            adapter_weights[name] = torch.cat((current, initial if is_a else -initial), dim=0 if is_a else 1)
-    config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
-    config.save_pretrained(folder)
-    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in adapter_weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

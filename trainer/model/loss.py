@@ -65,22 +65,6 @@ class OutputHead:
         weight = getattr(self.layer, "weight", None)
         return type(self.layer) is nn.Linear and not hasattr(weight, "ds_id")
 
-    @property
-    def changes_logits(self) -> bool:
-        """Whether anything comes after the layer."""
-        return self.scale != 1.0 or self.soft_cap is not None
-
-    def transform_(self, logits: Tensor) -> Tensor | None:
-        """Scale and cap the layer's output in its own place; returns the derivative where it is no constant."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.soft_cap is None:
-            return None
-        logits.div_(self.soft_cap).tanh_()
-        derivative = 1 - logits.square()
-        logits.mul_(self.soft_cap)
-        return derivative
-
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden [..., d] -> logits [..., vocabulary]."""
         logits = self.layer(hidden)
@@ -112,42 +96,38 @@ class CausalLMLoss(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.head = find_output_head(causal)  #: None: the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
-        self._packed: dict[str, Tensor] = {}  # the positions of the rows in work, where they hold several examples
 
     def verify(self) -> str:
         """Hold the loss against that of the model's own logits, on a few tokens; before ZeRO shards anything.
 
         Where they differ the model's own are used from here on, and the line returned says why and what they cost.
         """
-        if self.head is None:
-            return self._use_own_logits("its output is not a layer of the hidden states")
-        config, was_training = self.causal.config, self.causal.training
-        vocab_size = self.head.layer.weight.shape[0] if hasattr(self.head.layer, "weight") else config.vocab_size
-        width = min(VERIFIED_TOKENS, getattr(config, "max_position_embeddings", None) or VERIFIED_TOKENS)
-        device = next(self.causal.parameters()).device
-        ids = (torch.arange(2 * width, device=device) * 7919 % vocab_size).view(2, width)
-        self.causal.eval()
-        try:
-            by_head, own = float(self(ids, ids)[0].detach()), float(self._own_loss(ids))
-        except Exception as error:  # as many kinds as there are architectures
-            return self._use_own_logits(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
-        finally:
-            self.causal.train(was_training)
-        dtype = self.autocast_dtype or next(self.causal.parameters()).dtype
-        if not abs(by_head - own) <= MAX_HEAD_DIFFERENCE.get(dtype, 2**-8) * abs(own):
-            return self._use_own_logits(f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}")
-        return ""
-
-    @torch.no_grad()
-    def _own_loss(self, ids: Tensor) -> Tensor:
-        with self._autocast(ids.device):
-            logits = self.causal(input_ids=ids, use_cache=False).logits
-        return _nll(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).sum()
-
-    def _use_own_logits(self, reason: str) -> str:
-        self.head = None
-        size = 4 * self.causal.config.get_text_config().vocab_size / 2**20
-        return f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {reason}"
+        head, self.head = self.head, None
+        problem = "" if head is not None else "its output is not a layer of the hidden states"
+        if head is not None:
+            config, was_training = self.causal.config, self.causal.training
+            vocab_size = head.layer.weight.shape[0] if hasattr(head.layer, "weight") else config.vocab_size
+            width = min(VERIFIED_TOKENS, getattr(config, "max_position_embeddings", None) or VERIFIED_TOKENS)
+            weight = next(self.causal.parameters())
+            ids = (torch.arange(2 * width, device=weight.device) * 7919 % vocab_size).view(2, width)
+            self.causal.eval()
+            try:
+                with torch.no_grad():
+                    own = float(self(ids, ids)[0])
+                self.head = head
+                by_head = float(self(ids, ids)[0].detach())
+                bound = MAX_HEAD_DIFFERENCE.get(self.autocast_dtype or weight.dtype, 2**-8)
+                if not abs(by_head - own) <= bound * abs(own):
+                    problem = f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}"
+            except Exception as error:  # as many kinds as there are architectures
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            finally:
+                self.causal.train(was_training)
+        if problem:
+            self.head = None
+            size = 4 * self.causal.config.get_text_config().vocab_size / 2**20
+            problem = f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {problem}"
+        return problem
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
@@ -155,7 +135,7 @@ class CausalLMLoss(nn.Module):
 
     def _compute_hidden(self, **inputs: Tensor) -> Tensor:
         """Last hidden states [positions, d]."""
-        hidden = self.causal.base_model(**inputs, **self._packed, use_cache=False).last_hidden_state
+        hidden: Tensor = self.causal.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -168,24 +148,26 @@ class CausalLMLoss(nn.Module):
         attention = self.causal.config._attn_implementation
         if position_ids is not None and attention not in PACKED_ATTENTIONS:
             raise ValueError(f"packed rows need an attention that masks examples from one another, not {attention}")
-        self._packed = {} if position_ids is None else {"position_ids": position_ids}
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         with self._autocast(input_ids.device):
             targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
             if self.head is not None:
-                nll_sum, nll = self._chunked_loss(self.head, input_ids, targets)
+                nll_sum, nll = self._chunked_loss(self.head, input_ids, targets, positions)
             else:
-                logits = self.causal(input_ids=input_ids, use_cache=False, **self._packed).logits
+                logits = self.causal(input_ids=input_ids, use_cache=False, **positions).logits
                 nll = _nll(logits.flatten(0, 1), targets)
                 nll_sum = nll.sum()
             return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
-    def _chunked_loss(self, head: OutputHead, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunked_loss(
+        self, head: OutputHead, input_ids: Tensor, targets: Tensor, positions: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         vocab_size = self.causal.config.get_text_config().vocab_size
         max_rows, needs_grad = MAX_LOGITS_BYTES // (4 * vocab_size), torch.is_grad_enabled()
         weight: Any = getattr(head.layer, "weight", None)
         if self.is_head_sharded or not head.is_plain_linear or weight.dtype == torch.float16:
-            hidden = self._compute_hidden(input_ids=input_ids)
+            hidden = self._compute_hidden(input_ids=input_ids, **positions)
             makes_twice = needs_grad and len(targets) > max_rows
             chunks = zip(hidden.split(max(1, max_rows)), targets.split(max(1, max_rows)), strict=True)
             nll = torch.cat(
@@ -200,9 +182,9 @@ class CausalLMLoss(nn.Module):
         tied_weight_grads: list[Tensor] | None = [] if needs_grad and is_tied else None
         if tied_weight_grads is not None:
             rows = TiedEmbedding.apply(weight, input_ids, tied_weight_grads, embedding.padding_idx)
-            hidden = self._compute_hidden(inputs_embeds=rows)
+            hidden = self._compute_hidden(inputs_embeds=rows, **positions)
         else:
-            hidden = self._compute_hidden(input_ids=input_ids)
+            hidden = self._compute_hidden(input_ids=input_ids, **positions)
         if not weight.requires_grad:
             max_rows //= FROZEN_CHUNK_DIVISOR
         num_chunks = math.ceil(len(targets) / max(1, max_rows))
@@ -253,14 +235,20 @@ class LinearCrossEntropy(torch.autograd.Function):
                 words = logits[:, :vocab_size]
                 if bias is not None:
                     words.add_(bias)
-                derivative = head.transform_(words)
+                if head.scale != 1.0:
+                    words.mul_(head.scale)
+                if head.soft_cap is not None:
+                    words.div_(head.soft_cap).tanh_()
+                    derivative = 1 - words.square()
+                    words.mul_(head.soft_cap)
                 logits[:, vocab_size:] = -torch.inf  # of no word: their probabilities and gradients are 0
+                nll[chunk] = _nll_inplace(logits, targets[chunk], needs_grad)
                 if not needs_grad:
-                    nll[chunk] = _nll_without_grad(logits, targets[chunk])
                     continue
-                nll[chunk] = _nll_and_grad_inplace(logits, targets[chunk])
-                if head.changes_logits:
-                    words.mul_(head.scale if derivative is None else derivative.mul_(head.scale))
+                if head.soft_cap is not None:
+                    words.mul_(derivative.mul_(head.scale))
+                elif head.scale != 1.0:
+                    words.mul_(head.scale)
                 if grad_hidden is not None:
                     torch.mm(logits[:, : len(weight_cast)], weight_cast, out=grad_hidden[chunk])
                     grad_hidden[chunk].mul_(target_mask[chunk])
@@ -320,7 +308,9 @@ class TiedEmbedding(torch.autograd.Function):
         ids, grad_rows = ctx.saved_tensors[0].flatten(), grad_output.flatten(0, 1).to(grad_weight.dtype)
         if ctx.padding_idx is not None:
             grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[:, None], 0)
-        # In the order of the ids, which index_add_ does not keep on a GPU.
+        # In the order of the ids, always: index_add_ keeps it on a processor only, index_put_ on a GPU only.
+        if not uses_gpu_form(grad_weight.device):
+            return grad_weight.index_add_(0, ids, grad_rows), None, None, None
         return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None, None
 
 
@@ -332,43 +322,27 @@ def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
+def _nll_inplace(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
     """Logits [n, vocabulary], targets [n] -> nll [n] in float32, 0 where not counted.
 
-    In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot,
-    whose entry of the target is made apart, since it would lose its digits in bfloat16: p - 1 = expm1(log p).
+    In the place of the logits stands then, where it is needed, the gradient of each row's nll as if it were counted:
+    softmax - one-hot, whose entry of the target is made apart, since it would lose its digits in bfloat16:
+    p - 1 = expm1(log p).
     """
+    # So many rows at a time that a processor keeps them in its cache from one operation to the next.
+    num_rows = len(logits) if uses_gpu_form(logits.device) else max(1, CPU_CHUNK_LOGITS // logits.shape[1])
     nll = []
-    for chunk, chunk_targets in _iter_chunks(logits, targets):
-        log_probs = _log_softmax(chunk)
+    for chunk, chunk_targets in zip(logits.split(num_rows), targets.split(num_rows), strict=True):
+        if chunk.dtype == torch.float32:
+            log_probs = torch.log_softmax(chunk, dim=1, out=chunk)
+        else:
+            log_probs = torch.log_softmax(chunk, dim=1, dtype=torch.float32)
         target_index = chunk_targets.clamp(min=0)[:, None]
         target_log_probs = log_probs.gather(1, target_index)
         nll.append(-target_log_probs[:, 0] * (chunk_targets != IGNORE_INDEX))
-        torch.exp(log_probs, out=chunk).scatter_(1, target_index, torch.expm1(target_log_probs).to(chunk.dtype))
+        if needs_grad:
+            torch.exp(log_probs, out=chunk).scatter_(1, target_index, torch.expm1(target_log_probs).to(chunk.dtype))
     return torch.cat(nll)
-
-
-def _nll_without_grad(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same numbers without gradients; what stands in the place of the logits is then of no use."""
-    return torch.cat(
-        [
-            -_log_softmax(chunk).gather(1, at.clamp(min=0)[:, None])[:, 0] * (at != IGNORE_INDEX)
-            for chunk, at in _iter_chunks(logits, targets)
-        ]
-    )
-
-
-def _iter_chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many of them at a time that a processor keeps them in its cache from one operation to the next."""
-    rows_per_chunk = len(logits) if uses_gpu_form(logits.device) else max(1, CPU_CHUNK_LOGITS // logits.shape[1])
-    return zip(logits.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """In float32, in the place of logits that are of that type."""
-    if logits.dtype == torch.float32:
-        return torch.log_softmax(logits, dim=1, out=logits)
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
 def _chunk_nll(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -74,12 +74,10 @@ def check_8bit_supported(settings: TrainSettings, *, zero_stage: int | None, on_
         )
 
 
-def count_fp32_state(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Iterable[nn.Parameter]
-) -> dict[str, int]:
+def count_fp32_state(parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter]) -> dict[str, int]:
     """Of the trained weights those whose moments an 8-bit form keeps in 32 bits, where nothing is saved."""
     fp32_state_ids = {id(parameter) for parameter in embeddings}
-    trainable = [p for _, p in named_parameters if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     fp32_state_params = [p for p in trainable if id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE]
     return {
         "tensors": len(trainable),

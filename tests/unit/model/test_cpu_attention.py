@@ -13,8 +13,8 @@ from trainer.model import cpu_attention
 from trainer.model.cpu_attention import (
     BLOCK_SIZE,
     NUM_LEVELS,
+    BlockwiseAttention,
     Dropout,
-    blockwise_attention,
     dropout_scale,
     install,
     sample_keep_mask,
@@ -101,7 +101,7 @@ def test_blockwise_attention_and_its_gradients_are_those_of_the_definition(monke
     inputs = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
     heads = [actual.transpose(1, 2) for actual in inputs]  # as they come out of the layer before
     by = torch.randn(2, 3, width, 16)
-    output = blockwise_attention(*heads, 0.25, probability)
+    output = BlockwiseAttention.apply(*heads, 0.25, probability)
     grads = torch.autograd.grad(output, inputs, by)
     expected = attention_by_definition(*heads, 0.25, masks, probability)
     assert len(masks) == -(-width // BLOCK_SIZE)
@@ -129,7 +129,7 @@ def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropo
         return [((actual.double() - other).norm() / other.norm()).item() for actual, other in pairs]
 
     with torch.autocast("cpu", torch.bfloat16):
-        attention = blockwise_attention(*inputs, 32**-0.5, 0.1)
+        attention = BlockwiseAttention.apply(*inputs, 32**-0.5, 0.1)
     assert attention.dtype == torch.bfloat16
     own_errors = errors(attention, attention_by_definition(*inputs, 32**-0.5, masks, 0.1))
     torchs = functional.scaled_dot_product_attention(*inputs, is_causal=True)
@@ -178,8 +178,8 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
 
 def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal, monkeypatch):
     calls = []
-    honest = cpu_attention.blockwise_attention
-    monkeypatch.setattr(cpu_attention, "blockwise_attention", lambda *args: calls.append(args[-1]) or honest(*args))
+    honest = BlockwiseAttention.apply
+    monkeypatch.setattr(BlockwiseAttention, "apply", lambda *args: calls.append(args[-1]) or honest(*args))
     ids = torch.arange(60).view(2, 30)
     causal.eval()
     with torch.no_grad():
