@@ -25,7 +25,14 @@ GENERATION_FILE = "generation_config.json"
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Sizes of a configuration that every causal model has, by transformers' common names, and the largest that is taken:
 #: a few times those of the largest models there are, so that a damaged number cannot fill the memory.
-MAX_SIZES = {"vocab_size": 2**24, "hidden_size": 2**17, "num_hidden_layers": 2000, "num_attention_heads": 2**13}
+MAX_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 2**13,
+    "intermediate_size": 2**20,
+    "n_inner": 2**20,  # GPT-2's own name of it
+}
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights

@@ -14,12 +14,7 @@ from transformers.activations import NewGELUActivation
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-<<<<<<< HEAD
-from trainer.config.settings import LoraSettings, ModelSettings, Settings
-=======
-from trainer.config.schema import LoraSettings
-from trainer.config.settings import Settings
->>>>>>> 03dc976 (tests: tables for refused models and adapters; bytes of a packed base are held against its tensors)
+from trainer.config.settings import LoraSettings, Settings
 from trainer.model.build import (
     TrainableModel,
     build_model,
