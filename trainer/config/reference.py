@@ -68,8 +68,6 @@ def disagreements(
     """Where a run is known to differ from the card so that their losses cannot be held against one another.
 
     Each reason begins with its short form, the details follow in brackets. `parameters` counts the base model's.
-
-    Parameters: one for each thing the card says of its data.
     """
     reasons = []
     if examples not in EXAMPLES_PER_EPOCH:

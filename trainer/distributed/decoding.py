@@ -33,7 +33,6 @@ def decode(
     """At most `max_new_tokens` token ids for each prompt, without the token of `end_token_ids` at which it stops.
 
     One batch, padded on the left. Without `sampling` the likeliest token each time. `on_token` is called before each.
-    Parameters: a prompt, how far, how, and two of the caller's device.
     """
     device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]

@@ -60,7 +60,6 @@ def attention_kernel(
     """The name of the kernel that causal attention over [rows, width] takes on a device, as torch itself chooses it.
 
     `config`: the model's; `is_blockwise`: ours takes its place. Unknown for a GPU that is not here.
-    Parameters: all that torch looks at.
     """
     num_heads = getattr(config, "num_attention_heads", None)
     if is_blockwise:

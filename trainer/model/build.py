@@ -78,18 +78,19 @@ def build_model(
 
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
     before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own. UserError
-    where the model or a target is not there.
-
-    Long: the order of its steps is the point: base, packing, adapters, activation checkpointing.
+    where the model or a target is not there. The order of the steps matters: base, packing, adapters, activation
+    checkpointing.
     """
     config = load_config(settings.model)
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
         is_random_init = on_meta or settings.model.init == "random"
-        causal = _init_random(settings.model, config) if is_random_init else _load_pretrained(settings.model, config)
-        if on_meta and settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
-            with torch.device("cpu"):  # a plan is of weights that can be loaded, names and shapes; nothing is read
+        if settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
+            # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
+            # weights that can be loaded.
+            with torch.device("cpu"):
                 _load_pretrained(settings.model, config, device_map={"": "meta"})
+        causal = _init_random(settings.model, config) if is_random_init else _load_pretrained(settings.model, config)
         fuse_gelu(causal)
         attention.install(causal)
         metadata = {

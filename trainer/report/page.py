@@ -36,18 +36,18 @@ def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
 
 
 def json_text(content: Any) -> str:
-    """Indented JSON, with NaN and infinity, which JSON does not know, as null."""
+    """Indented JSON in UTF-8: NaN and infinity as null, bytes of a path that are not UTF-8 as `\\udcff`."""
 
-    def replace_non_finite(value: Any) -> Any:
+    def to_json_value(value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(key): replace_non_finite(item) for key, item in value.items()}
+            return {str(key): to_json_value(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [replace_non_finite(item) for item in value]
+            return [to_json_value(item) for item in value]
         if isinstance(value, float):
             return float(value) if value - value == 0 else None
-        return value
+        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
-    return json.dumps(replace_non_finite(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(to_json_value(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 # --- Markdown that renders on GitHub; every text of a run is escaped ---

@@ -2,8 +2,6 @@
 
 Of rank r on a layer [in, out]: r * (in + out); dora adds one magnitude for each output. What GPT-2's blocks hold
 beside their weights: biases of c_attn 3d, c_proj d, c_fc 4d, c_proj d and two LayerNorms of 2d.
-
-Long: one closed formula and one refusal for each kind of adapter.
 """
 
 import json

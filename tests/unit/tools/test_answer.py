@@ -42,7 +42,7 @@ def write_run(
     num_in_train: int = 0,
     **overrides: Any,
 ) -> None:
-    """A run of one epoch, base 3 nats and full 2. Parameters: what the tests are about, one or two each."""
+    """A run of one epoch, base 3 nats and full 2."""
     method = spec.candidate.method
     mode = "full" if method == "full" else "lora"
     metadata = make_metadata(mode, seed=spec.seed, resolved__lr=spec.candidate.lr, name=spec.name, **overrides)
@@ -91,7 +91,7 @@ def test_a_margin_under_the_floor_of_the_test_records_is_seen(tmp_path):
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of wandb_workspaces
 @pytest.mark.usefixtures("no_pictures")
 def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(tmp_path):
-    """Long: all that one study writes."""
+    """All that one study writes."""
     rule = make_rule(methods=("full", "lora", "dora"))
     write_rule(tmp_path, rule, working_dir=".")
     dora = dataclasses.replace(WINNERS["lora"], method="dora")

@@ -1,7 +1,4 @@
-"""The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted.
-
-Long: one case a check.
-"""
+"""The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted."""
 
 import json
 import os

@@ -14,8 +14,9 @@ from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_rule, make_trial
 
 from trainer.config.errors import UserError
+from trainer.report.page import json_text
 from trainer.tools.study import trials
-from trainer.tools.study.rule import write_rule
+from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.study import Study
 from trainer.tools.study.trial_process import Slot, train_environ
 from trainer.tools.study.trials import (
@@ -107,6 +108,13 @@ def test_a_file_system_without_locks_is_refused(tmp_path, exit_codes, monkeypatc
     monkeypatch.setattr("trainer.tracking.run_lock._lock", lambda file: False)
     with pytest.raises(UserError, match=r"this file system has no locks; put the study on another one \(--output-dir"):
         start_trial(tmp_path, RULE, SLOT, SPECS)
+
+
+def test_a_rule_with_a_path_that_is_not_utf_8_is_read_back_as_it_was(tmp_path):
+    rule = make_rule(train_argv=("--data", os.fsdecode(b"events\xff.csv")))
+    write_rule(tmp_path, rule, working_dir=os.fsdecode(b"/home/\xfe"))
+    assert read_rule(tmp_path) == (rule, os.fsdecode(b"/home/\xfe"))
+    assert json_text(rule.model_dump(mode="json")).encode()  # as the page holds it
 
 
 def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):

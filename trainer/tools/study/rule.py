@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trainer.config.errors import UserError
-from trainer.config.files import write_atomically
+from trainer.config.files import read_json_object, write_atomically
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
@@ -102,7 +102,8 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if other_file := next(iter(folder.iterdir()), None):
             raise UserError(f"{folder} holds {other_file.name} and no study; name an empty folder with --output-dir")
-        write_atomically(path, content.model_dump_json(indent=1) + "\n")
+        # json, not pydantic: the bytes of a path that is not UTF-8 are lone surrogates, which pydantic refuses.
+        write_atomically(path, json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot write there ({error.strerror}); name another folder") from error
 
@@ -110,12 +111,10 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
 def read_rule(folder: Path) -> tuple[Rule, str]:
     """(rule, working folder of the study); UserError where there is none, or it was changed since it was hashed."""
     path = folder / RULE_FILE
+    if not path.exists():
+        raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
     try:
-        content = _RuleFile.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        content = _RuleFile.model_validate(read_json_object(path))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
