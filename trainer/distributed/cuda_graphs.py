@@ -53,8 +53,9 @@ def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, 
         )
         norm = torch.linalg.vector_norm(norms).clamp(min=1e-30)
         is_compared = norms >= MIN_COMPARED_SHARE * norm
-        element_differences = (distances / norms)[is_compared] / 2
-        differences += [(norms - other_norms).abs().max() / norm, element_differences.square().mean().sqrt()]
+        element_differences = (distances / norms)[is_compared] / 2  # none of rows that count nothing: all is 0
+        mean_square = element_differences.square().sum() / is_compared.sum().clamp(min=1)
+        differences += [(norms - other_norms).abs().max() / norm, mean_square.sqrt()]
     return float(torch.stack(differences).max())
 
 
