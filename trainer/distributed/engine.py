@@ -280,6 +280,7 @@ class Engine:
             if isinstance(tensor, Tensor):
                 with contextlib.suppress(RuntimeError):  # mapped from a file
                     tensor.untyped_storage().resize_(0)
+        self._graphs = None  # they hold memory that belongs to them alone
         if self.dist_context.device.type == "cuda":
             torch.cuda.empty_cache()
 
