@@ -138,15 +138,11 @@ def estimate_memory(
     world_size: int,
     *,
     precision: str,
-    is_gpu: bool,
     accumulates: bool,
 ) -> MemoryEstimate:
     """The memory of one rank while it trains, without what the program takes (of a GPU: CUDA_CONTEXT_BYTES)."""
     states = estimate_model_states(counts, deepspeed_file, world_size, precision=precision)
-    if passes.cast_weights:  # a GPU holds them in place of the float32 ones, which the host keeps; a CPU holds both
-        moved_bytes = 4 * passes.cast_weights if is_gpu else 0
-        weights = states.weights + 2 * passes.cast_weights - moved_bytes
-        states = replace(states, weights=weights, host=states.host + moved_bytes)
+    states = replace(states, weights=states.weights - 2 * passes.cast_weights)  # in place of the float32 ones
     stage, bytes_per_weight = deepspeed_file.stage, 2 if precision == "fp16" else 4
     gathered_bytes = 0.0
     if stage == 3:
@@ -187,7 +183,7 @@ def estimate_rank_memory(
 
     Takes a few seconds for a setup that was not asked about before.
     """
-    world_size, is_gpu = dist_context.world_size, dist_context.device.type == "cuda"
+    world_size = dist_context.world_size
     execution = make_execution_plan(
         settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=model_dropout
     )
@@ -195,7 +191,7 @@ def estimate_rank_memory(
         micro_batch_size=micro_batch_size,
         sequence_length=row_length,
         precision=precision,
-        is_gpu=is_gpu,
+        is_gpu=dist_context.device.type == "cuda",
         is_zero3=deepspeed_file.stage == 3,
         casts_frozen_weights=execution.frozen_dtype == "bfloat16",
         accumulates=settings.train.global_batch > micro_batch_size * world_size,
@@ -206,7 +202,6 @@ def estimate_rank_memory(
         deepspeed_file,
         world_size,
         precision=precision,
-        is_gpu=is_gpu,
         accumulates=setup.accumulates,
     )
 

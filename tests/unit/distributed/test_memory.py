@@ -37,7 +37,7 @@ def zero_file(stage: int, **offloads: Any) -> DeepSpeedFile:
 
 
 def estimate(counts: ParamCounts, passes: PassMemory, stage: int = 0, ranks: int = 1, **fields: Any) -> MemoryEstimate:
-    settings = {"precision": "fp32", "is_gpu": True, "accumulates": False, **fields}
+    settings = {"precision": "fp32", "accumulates": False, **fields}
     return estimate_memory(counts, passes, zero_file(stage), ranks, **settings)
 
 
@@ -84,18 +84,17 @@ def test_the_memory_estimate_counts_a_quantized_base_at_its_own_size():
     """Embeddings and norms of it in float32, so by bytes and not by elements."""
     model_info = {"parameters": 1000, "trainable": 10, "lora_targets": ["c_attn"], "frozen_bytes": 700}
     counts = ParamCounts.from_model_info(model_info)
-    zero0, zero3 = (estimate(counts, NO_PASS, stage, 4, is_gpu=False) for stage in (0, 3))
+    zero0, zero3 = (estimate(counts, NO_PASS, stage, 4) for stage in (0, 3))
     assert zero0.model_states.weights == 700 + 4 * 10
     assert zero3.model_states.weights == (700 + 4 * 10) / 4
     assert zero3.gathered == 700 + 4 * 10
 
 
-def test_the_memory_estimate_moves_frozen_weights_in_bf16_to_the_host_of_a_gpu():
+def test_the_memory_estimate_counts_two_bytes_for_frozen_weights_in_bf16():
     counts, passes = ParamCounts(frozen=1000, trainable=10), dataclasses.replace(NO_PASS, cast_weights=900)
-    for is_gpu, device_bytes, host_bytes in ((True, -2 * 900, 4 * 900), (False, 2 * 900, 0)):
-        states = estimate(counts, passes, precision="bf16", is_gpu=is_gpu).model_states
-        assert states.weights == 4 * 1010 + device_bytes
-        assert states.host == host_bytes
+    states = estimate(counts, passes, precision="bf16").model_states
+    assert states.weights == 4 * 1010 - 2 * 900
+    assert states.host == 0
 
 
 @pytest.mark.parametrize(
