@@ -58,7 +58,7 @@ def test_attention_is_causal_without_a_mask_in_eager_and_captured_steps(name, is
 
 
 def test_transformers_itself_would_build_a_mask_while_a_stream_is_capturing(calls, monkeypatch):
-    """The finding that `causal_attention` answers; when this fails it has become superfluous."""
+    """The finding that `trainer.model.attention` answers; when this fails it has become superfluous."""
     causal = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["gpt2"])).eval()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     causal(input_ids=torch.arange(12)[None], use_cache=False)
