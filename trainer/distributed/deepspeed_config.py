@@ -94,7 +94,7 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"key {key} stands there twice")
+            raise ValueError(f"key {key} appears twice")
     return dict(pairs)
 
 
@@ -125,7 +125,7 @@ def _find_mistakes(content: Any) -> Iterator[str]:
         details = details.errors()[0]
         key_path = ".".join(map(str, ("zero_optimization", *details["loc"])))
         if details["type"] == "extra_forbidden":
-            yield f"unknown key {key_path}, or another name of a key that stands there"
+            yield f"unknown key {key_path}, or a second name for a key that is set already"
         value = "" if isinstance(details["input"], dict) else f" {json.dumps(details['input'])}"
         yield f"{key_path}{value}: {details['msg'][:1].lower()}{details['msg'][1:]}"
     if stage == 0 and (others := [key for key in content if key != "zero_optimization"]):

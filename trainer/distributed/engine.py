@@ -69,7 +69,7 @@ class Engine:
         self._autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
         if dist_context.device.type == "cpu":
             tune_malloc()
-        if plan.packed_rows:  # ours take rows for whole
+        if plan.packed_rows:  # our own attention reads a row as one example
             model.causal.set_attn_implementation("sdpa")
         if plan.blockwise_attention:
             cpu_attention.install(model.module, model.causal)
@@ -177,7 +177,7 @@ class Engine:
             torch.cuda.manual_seed(seed)
         ids, labels = self._to_device(micro_batch)
         loss_weight = self.stepper.grad_divisor / num_target_tokens
-        if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
+        if micro_batch.position_ids is not None:  # several examples a row: never recorded, as shapes rarely repeat
             position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
             return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
         return (self._graphs or self.stepper).backward(ids, labels, loss_weight).double().sum()

@@ -76,7 +76,7 @@ def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
     if stage:
         return f"ZeRO {stage}"
     if settings.data.packing:
-        return "packed rows have ever other shapes"
+        return "packed rows rarely have the same shape twice"
     return graph_blocker(settings)
 
 

@@ -19,7 +19,7 @@ from trainer.model import optimizer
 #: of DeepSpeed's DynamicLossScaler
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _OPTIMIZER_MISMATCH = (
-    "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
+    "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; pass the one it had"
 )
 
 

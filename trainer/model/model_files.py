@@ -99,7 +99,7 @@ def check_weight_files(folder: Path) -> None:
     elif (folder / INDEX_FILE).exists():
         weight_map = read_json_object(folder / INDEX_FILE, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{INDEX_FILE}: weight_map is not one of weights to files")
+            raise UserError(f"{INDEX_FILE}: weight_map must give a file name for each weight")
         files = set(weight_map.values())
         for file in files:
             path = PurePosixPath(file)
