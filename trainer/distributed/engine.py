@@ -74,6 +74,8 @@ class Engine:
         if plan.blockwise_attention:
             cpu_attention.install(model.module, model.causal)
         quantization.set_compute_dtype(model.module, self._autocast_dtype or torch.float32)
+        if plan.frozen_dtype == "bfloat16":  # before a GPU has to hold them in float32
+            cast_frozen_weights(model)
         self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
@@ -103,8 +105,6 @@ class Engine:
             precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
         )
-        if plan.frozen_dtype == "bfloat16":
-            cast_frozen_weights(model)
         if head_problem:
             self._change_plan(0, head_problem, chunked_loss=False)
         self._graphs: CUDAGraphRunner | None = None
