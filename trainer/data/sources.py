@@ -296,6 +296,8 @@ def _find_bad_byte(file: Path) -> tuple[int, int]:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 return line, error.object[error.start]
+            if not chunk:  # the file was changed since
+                return line, 0
             line += chunk.endswith(b"\n")
 
 
