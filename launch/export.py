@@ -16,8 +16,8 @@ from trainer.tracking.safe_stream import protect_standard_streams
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="export.py",
-        description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again in a fresh process "
-        "and hold it against the trained model; the result stands in the folder's model card.",
+        description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again with transformers "
+        "or peft and compare it with the trained model; the result stands in the folder's model card.",
         epilog="Exit code: 0 exported and checked, 1 the check failed, 2 a mistake in what was asked.",
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")

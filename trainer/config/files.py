@@ -71,10 +71,10 @@ def write_all(file: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """An empty folder to fill: it is named `folder` once all of its files are on the disk, or on an error removed.
 
-    OSError where a folder of that name that is not empty is there by then.
+    `previous`: what a folder of that name is then renamed to; left out, one that is not empty is an OSError.
     """
     temporary_folder = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     temporary_folder.mkdir(parents=True)
@@ -82,6 +82,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield temporary_folder
         for path in (*temporary_folder.rglob("*"), temporary_folder):
             fsync_path(path)
+        if previous is not None and folder.exists():  # now, and not before the disk has all of the new one
+            os.rename(folder, previous)
         os.rename(temporary_folder, folder)
     except BaseException:
         shutil.rmtree(temporary_folder, ignore_errors=True)

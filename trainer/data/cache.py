@@ -103,6 +103,7 @@ def load_or_build(
     `write_contents` fills a new folder and returns its manifest; the folder is named once all is on the disk. Several
     may make the same folder at once: the first to finish names it, the others throw theirs away.
     """
+    was_there = folder.exists()
     try:
         _verify(folder, cache_root)
         return load(folder)
@@ -114,7 +115,7 @@ def load_or_build(
             if time.time() - newest_mtime > ABANDONED_AFTER_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
     try:
-        if folder.exists():
+        if was_there:  # one that came since then is another run's, and whole
             log(f"prepared data are damaged and are made anew ({problem})")
             shutil.rmtree(folder)
         with new_folder(folder) as temp_folder:

@@ -273,7 +273,7 @@ def _open_table(source: Source, file: Path | None, wanted: Sequence[str] | None 
 def read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:
     """What a library says of a file that it cannot read, as one line with the remedy."""
     where, reason = f"{source.flag} {file or source.spec}", first_line(error)
-    if isinstance(error, UnicodeDecodeError) and file is not None:
+    if isinstance(error, UnicodeDecodeError) and file is not None and source.kind not in ("Parquet", "Arrow"):
         line, byte = _find_bad_byte(file)
         return UserError(f"{where}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8")
     if isinstance(error, PermissionError):
@@ -296,6 +296,8 @@ def _find_bad_byte(file: Path) -> tuple[int, int]:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 return line, error.object[error.start]
+            if not chunk:  # the file was changed since
+                return line, 0
             line += chunk.endswith(b"\n")
 
 

@@ -3,6 +3,7 @@
 A run takes it at its end (`trainer.export.fresh_process`), `launch/export.py` whenever it is asked.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError
@@ -138,7 +140,7 @@ def export_checkpoint(
             dtype=dtype,
             val=data.val if data is not None else None,
             eval_batch=settings.train.eval_batch,
-            precision=changed.get("precision", [metadata["resolved"]["precision"]])[-1],
+            precision=_last_precision(metadata),
             recorded_loss=None if causes else source.val_loss,
             loss_missing_reason=loss_missing_reason or ("" if causes else "none was recorded"),
             is_cross_device=metadata["resolved"]["device"] != model_device.type,
@@ -189,7 +191,11 @@ def load_model_at_checkpoint(
         model_settings = dataclasses.replace(model_settings, quant=None, quant_double=False)
     settings = dataclasses.replace(settings, model=model_settings)
     model = build_model(settings, with_fingerprint=settings.mode == "lora", device=torch_device)
-    is_bf16 = metadata["resolved"]["precision"] == "bf16"
+    if settings.mode == "full":  # how to generate is no weight: it is the base's, where that is still there
+        with contextlib.suppress(OSError):
+            model_path = resolve_model_path(settings.model.model)
+            model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)
+    is_bf16 = _last_precision(metadata) == "bf16"
     quantization.set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     fingerprint = metadata["model"]["fingerprint"]
     if settings.mode == "lora" and model.metadata["fingerprint"] != fingerprint:
@@ -203,6 +209,12 @@ def load_model_at_checkpoint(
     load_weights(source, model.module)
     model.module.to(torch_device).eval()
     return model
+
+
+def _last_precision(metadata: Mapping[str, Any]) -> str:
+    """That in which the run last trained: --allow-change lets a resume take another."""
+    changed = metadata.get("resumed", {}).get("changed", {})
+    return str(changed.get("precision", [metadata["resolved"]["precision"]])[-1])
 
 
 def _prepare_data(

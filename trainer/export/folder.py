@@ -50,12 +50,10 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     previous_folder = destination.with_name(f".{destination.name}.old.tmp")
     try:
-        with new_folder(destination) as folder:
+        with new_folder(destination, previous=previous_folder) as folder:
             yield folder
             for path in folder.iterdir():
                 shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
-            if destination.exists():
-                destination.rename(previous_folder)
         shutil.rmtree(previous_folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{destination} not written: {getattr(error, 'strerror', None) or error}") from error

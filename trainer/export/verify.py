@@ -74,7 +74,7 @@ def fixed_input_ids(data: PreparedDataset | None, config: Any = None) -> np.ndar
 
 @torch.no_grad()
 def compute_logits(module: Any, input_ids: np.ndarray, device: torch.device) -> np.ndarray:
-    """Float32 logits [rows, width, vocabulary] of a model on fixed rows; all ranks must call under ZeRO-3."""
+    """Float32 logits [rows, width, vocabulary] of a model on fixed rows."""
     was_training = module.training
     module.eval()
     logits = module(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False).logits.float().cpu().numpy()
