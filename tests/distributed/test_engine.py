@@ -235,7 +235,9 @@ def choose(ranks: int, memory: int | None, counts: ParamCounts, precision: str =
         (8, 16 * GIB, FULL_1_5B, "bf16", "zero3"),
         (8, 80 * GIB, LORA_7B, "bf16", "zero0"),
         (8, 24 * GIB, LORA_7B, "bf16", "zero3"),
-        (2, 24 * GIB, GPT2_COUNTS, "fp16", "zero1"),  # zero0 has no loss scale
+        (1, None, GPT2_COUNTS, "fp16", "zero1"),  # zero0 has no loss scale
+        (1, 24 * GIB, GPT2_COUNTS, "fp16", "zero1"),
+        (2, 24 * GIB, GPT2_COUNTS, "fp16", "zero1"),
         (8, 24 * GIB, FULL_1_5B, "fp16", "zero1"),
         (8, 8 * GIB, FULL_1_5B, "fp16", "zero3"),
     ],

@@ -386,6 +386,8 @@ def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refus
     assert prepared.metadata["repeated_in_train"] == 0
     doubled = prepare_file(samples.write_csv(tmp_path / "twice.csv", [*PAIRS, *PAIRS[:7]]), **options)
     assert doubled.metadata["repeated_in_train"] == 7
+    blocks = prepare_file(tmp_path / "twice.csv", **{**options, "objective": "blocks"}).metadata
+    assert (blocks["equal_to_train"]["val"], blocks["repeated_in_train"]) == (1, 7), "of records, which blocks cut"
     for notice in ("1 of 41 validation records", "2 of 42 test records"):
         assert f"{notice} also stand in the training data" in prepared.metadata["notices"]
     many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])

@@ -32,6 +32,7 @@ from trainer.tracking.wandb_logger import RUN_VARIABLES
 
 RULE, SLOT = make_rule(), Slot(gpus=(), num_threads=1)
 SPECS = [make_trial(make_candidate(rate_index=-n)) for n in range(3)]
+RACED = [make_trial(make_candidate(rate_index=-n)) for n in range(8)]
 
 
 @pytest.fixture
@@ -73,6 +74,33 @@ def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up(tmp_path
     worker.join(30)
     own = start_trial(tmp_path, RULE, SLOT, SPECS[:1])
     assert (own.spec, own.trial.num_failures) == (SPECS[0], 2), "the attempt whose worker died counts"
+
+
+def run_until_nothing_is_left(folder: str, start: Any) -> None:
+    def make_run(slot: Slot, argv: list[str], log_folder: Path, *, group: str) -> Any:
+        name = log_folder.name
+        with open(Path(folder, "ran"), "a") as file:
+            file.write(f"{name}\n")
+        make_run_folder(Path(folder, "runs", name), losses={0: 3.0, 3: 1.5})
+        return SimpleNamespace(exitcode=0)
+
+    trials.start_run = make_run  # type: ignore[assignment]
+    start.wait(60)
+    while (running := start_trial(Path(folder), RULE, SLOT, RACED)) is not None:
+        finish_trial(Path(folder), RULE, running, is_stopping=False)
+
+
+def test_workers_that_race_run_each_trial_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    workers = [context.Process(target=run_until_nothing_is_left, args=(str(tmp_path), start)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert sorted((tmp_path / "ran").read_text().split()) == sorted(spec.name for spec in RACED)
+    assert read_results(tmp_path) == dict.fromkeys((spec.name for spec in RACED), 1.5)
 
 
 def test_a_finished_trial_is_not_run_again_and_a_finished_run_is_taken_for_its_result(tmp_path, exit_codes):

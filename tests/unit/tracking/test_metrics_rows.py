@@ -74,10 +74,11 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, 
     assert rewind(path, step) == 0
 
 
-def test_a_nan_record_is_refused_and_leaves_no_line(tmp_path):
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_record_that_is_not_finite_is_refused_and_leaves_no_line(tmp_path, loss):
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        logger.log(step_record(1, loss=float("nan")))
+        logger.log(step_record(1, loss=loss))
     logger.close(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
