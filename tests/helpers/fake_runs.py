@@ -67,7 +67,6 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
             "total_steps": 3 * steps_per_epoch,
             "warmup_steps": 0,
             "dropout": 0.1,
-            "adapters_fused": mode == "lora",
         },
         "execution": [{"step": 0, "reason": "as planned"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},

@@ -443,4 +443,6 @@ def graph_blocker(settings: Settings) -> str:
     """The flag with which steps cannot be recorded as CUDA graphs; empty where they can."""
     if settings.model.quant:
         return "--quant"
+    if settings.engine.precision == "fp16":  # needs DeepSpeed's loss scale, and so its own steps
+        return "--precision fp16"
     return "--activation-checkpointing" if settings.engine.activation_checkpointing else ""

@@ -35,6 +35,7 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
             stdin=read_end,
             capture_output=True,
             text=True,
+            errors="replace",
             env=environment,
             timeout=TIMEOUT_SECONDS,
         )

@@ -246,8 +246,7 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
     """(what differs between groups or from the card, one column each; what is the same in all that know it, once)."""
 
     def is_of_lora(name: str) -> bool:  # run.json always has these; they count only where they were used
-        own = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
-        return name.startswith("settings.lora.") or name in own
+        return name.startswith("settings.lora.") or name == "model.lora_targets"
 
     def order(name: str) -> int:  # settings, what they came to, data, model, machine; where the output went is last
         section = name.split(".", 1)[0]

@@ -332,7 +332,7 @@ def _choose_deepspeed_file(
         return read_deepspeed_file(settings.engine.ds_config)
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
-    if settings.engine.execution == "graphs" and precision != "fp16":
+    if settings.engine.execution == "graphs":
         return read_deepspeed_file("zero0", "--execution graphs needs it")
     memory_bytes = dist_context.device_memory_bytes()
     if memory_bytes is None and dist_context.world_size > 1:

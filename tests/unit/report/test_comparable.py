@@ -67,7 +67,6 @@ def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_ma
     assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
     # run.json of a full run has it, too
     assert rows["settings.lora.rank"] == ["not used", "not used", "8"]
-    assert rows["resolved.adapters_fused"] == ["not used", "not used", "yes"]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run: MakeRun) -> None:
