@@ -51,6 +51,7 @@ class _ModelBlock(BaseModel):
     share: Float
     fingerprint: Text
     lora_targets: list[Text]
+    step_flops: Float | None = None
 
 
 class _ResolvedBlock(BaseModel):

@@ -66,7 +66,7 @@ class EvalRecordsLogger:
 def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> None:
     """Write the rows of one evaluation, in place of an earlier one of the same step and split.
 
-    `rows`: what is known of each record before any model sees it (`data.row_info.RowInfo`); `nll`: the summed negative
+    `rows`: what is known of each record before any model sees it (`data.dataset.RowInfo`); `nll`: the summed negative
     log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
     """
     num_rows = len(rows.ids)
