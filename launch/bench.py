@@ -3,6 +3,7 @@
 import sys
 
 from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.tracking.safe_stream import protect_standard_streams
 
 
 def main() -> int:
@@ -16,4 +17,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     sys.exit(main())

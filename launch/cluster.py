@@ -14,6 +14,7 @@ from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
+from trainer.tracking.safe_stream import protect_standard_streams
 
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
@@ -99,4 +100,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     sys.exit(main())

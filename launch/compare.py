@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.errors import UserError, report_error
+from trainer.tracking.safe_stream import protect_standard_streams
 
 
 def build_parser() -> ArgumentParser:
@@ -47,4 +48,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     sys.exit(main())

@@ -15,7 +15,10 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux: NAME_MAX, and PATH_MAX with
 
 
 def _refuse_impossible_name(flag: str, value: str) -> None:
-    path = os.fsencode(value)
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:  # half of a pair of JSON's or YAML's `\\ud800`
+        raise UserError(f"{flag} {value}: holds what is no character; expected a name") from None
     length = max(map(len, path.split(b"/")))
     if length > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
         raise UserError(

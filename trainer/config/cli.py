@@ -277,7 +277,7 @@ def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:
     text = read_text_file(path, f"--config {path}", "lines like `lr: 1e-4`, or a run.json")
     try:
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # `!!bool maybe`
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
         problem = getattr(error, "problem", None) or "damaged"

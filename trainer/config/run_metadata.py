@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from trainer.config.errors import UserError
 from trainer.config.fields import Float, Int, PositiveInt, RunId, Text, WandbProject, first_problem
 from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
-from trainer.config.text import shorten
+from trainer.config.text import flatten, shorten
 
 SCHEMA_VERSION = 3  # 2: evaluation records in one file; 1, under the key `format`: other names
 
@@ -51,6 +52,7 @@ class _ModelBlock(BaseModel):
     share: Float
     fingerprint: Text
     lora_targets: list[Text]
+    step_flops: Float | None = None
 
 
 class _ResolvedBlock(BaseModel):
@@ -139,4 +141,13 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
     if metadata.settings.mode != metadata.mode:
         raise UserError(f"{source}: mode is {metadata.mode!r}; expected that of settings, {metadata.settings.mode}")
     assert isinstance(content, dict)
+    for place, block in (("", content), ("resumed.", content.get("resumed"))):
+        for name in _list_missing(block["settings"], metadata.settings.as_dict()) if block else ():
+            raise UserError(f"{source}: {place}settings.{name} is missing; expected what a run writes")
     return content
+
+
+def _list_missing(values: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted paths of the values of `whole` that are not in `values`; pydantic would take the defaults for them."""
+    found = dict(flatten(values, "."))
+    yield from (name for name, _ in flatten(whole, ".") if name not in found)

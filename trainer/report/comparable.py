@@ -112,7 +112,7 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
 
 
 def reference_blockers(run: RunData) -> list[str]:
-    """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
+    """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN_DATA`."""
     if "data" in run.changed_on_resume:
         return ["data changed on resume"]
     return reference.disagreements(

@@ -455,7 +455,7 @@ def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
         full_facts, lora_facts = ([group.finished_runs[0].get(path) for path in paths] for group in (full, lora))
         if full_facts != lora_facts:
             reasons.append(f"other {name}")
-        elif set(full_facts) == {None}:
+        elif all(fact is None for fact in full_facts):
             reasons.append(f"{name} unknown")
     if not lora_cost or not full_cost:
         reasons.append("not measured")

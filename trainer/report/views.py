@@ -62,6 +62,8 @@ class View:
         if self.budget is None:
             return f"at equal {name}: not known ({self.reason})"
         where = f"at equal {name} ({format_amount(self.budget)}): "
+        if self.full_loss is None and self.lora_loss is None:
+            return f"{where}neither fits"
         if self.full_loss is None or self.lora_loss is None:
             fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
             return f"{where}only {fits} fits, with loss {loss:.4f}"

@@ -66,7 +66,7 @@ class EvalRecordsLogger:
 def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> None:
     """Write the rows of one evaluation, in place of an earlier one of the same step and split.
 
-    `rows`: what is known of each record before any model sees it (`data.row_info.RowInfo`); `nll`: the summed negative
+    `rows`: what is known of each record before any model sees it (`data.dataset.RowInfo`); `nll`: the summed negative
     log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
     """
     num_rows = len(rows.ids)
@@ -172,6 +172,9 @@ def _read_file(path: Path) -> pa.Table:
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if (table.schema.metadata or {}).get(_CHECKSUM) != _hash_rows(table):
             raise ValueError("changed since they were written (checksum)")
+        steps, splits = (table[name].unique().to_pylist() for name in ("step", "split"))
+        if any(f"step-{step:06d}-{split}.parquet" != path.name for step in steps for split in splits):
+            raise ValueError(f"rows of {splits[0]} at step {steps[0]}, which its name does not say")
         return table.replace_schema_metadata()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not whole records of an evaluation ({first_line(error)}){_REMEDY}") from error

@@ -4,6 +4,7 @@ One JSON object a line, `kind` first. `epoch` is the fraction of the training se
 `tokens` the tokens fed (padding left out); losses are nats per counted token; `time` is seconds since the run began.
 """
 
+import errno
 import json
 import math
 import sys
@@ -144,6 +145,8 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def iter_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file of rows, one at a time; ValueError, naming it, for one that is too long to be a row."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file")
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):

@@ -75,7 +75,7 @@ class RunLock:
         try:
             holder = json.loads(self.path.read_bytes()[:1000])
             return f"process {int(holder['pid'])} on {str(holder['host'])[:80]} (since {str(holder['since'])[:19]})"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return "another process"
 
 

@@ -67,6 +67,8 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         (edit("settings.train", []), "settings.train is a list; expected an object"),
         (edit("settings.train"), "settings.train is missing; expected what a run writes"),
         (edit("settings.train.lr"), "settings.train.lr is missing; expected what a run writes"),
+        (edit("settings.train.seed"), "settings.train.seed is missing; expected what a run writes"),
+        (edit("settings.lora", {}), "settings.lora.rank is missing; expected what a run writes"),
         (edit("settings.train.lr", "x"), 'settings.train.lr is "x"; expected a number above 0'),
         (edit("settings.train.lr", None), "settings.train.lr is null; expected a number above 0"),
         (edit("settings.train.lr", -1), "settings.train.lr is -1; expected a number above 0"),

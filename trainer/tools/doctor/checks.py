@@ -1,5 +1,6 @@
 """What the doctor looks at before anything runs: this machine, the prepared rows, the plan, and its memory."""
 
+import contextlib
 import math
 import os
 import platform
@@ -177,8 +178,9 @@ def check_forwarded_variables(environ: Mapping[str, str]) -> Check:
     """Variables set here that `deepspeed` would not hand to other machines; names only, their values may be secret."""
     in_files: set[str] = set()
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        in_files |= {line.split("=", 1)[0].strip() for line in lines if "=" in line}
+        with contextlib.suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+            in_files |= {line.split("=", 1)[0].strip() for line in lines if "=" in line}
     needed = sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES))
     forwarded = forwarded_env_prefixes()
     names = [name for name in needed if not name.startswith(forwarded) and name not in in_files]

@@ -111,11 +111,14 @@ def time_finalists(
 
 def read_timing(folder: Path) -> Timing | None:
     """The timing that was taken before; None where there is none, or the file is damaged: it is taken again then."""
+    path = folder / TIMING_FILE
+    if not path.is_file():  # a named pipe would be waited for
+        return None
     try:
-        timing = Timing.model_validate_json((folder / TIMING_FILE).read_bytes())
+        timing = Timing.model_validate_json(path.read_bytes())
         timing.describe()
         return timing if timing.reason or timing.num_rounds >= MIN_ROUNDS else None
-    except (OSError, ValueError, KeyError, ArithmeticError):
+    except (OSError, ValueError, LookupError, ArithmeticError):
         return None
 
 

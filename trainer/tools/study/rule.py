@@ -55,7 +55,7 @@ class Rule(BaseModel):
             ("--search-seeds", self.search_seeds),
             ("--seeds", self.answer_seeds),
         ):
-            if len(set(values)) < len(values):
+            if not values or len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one or more values, each only once")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")

@@ -48,9 +48,10 @@ class Study:
         folder = folder.absolute()
         try:
             os.chdir(working_dir)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that holds a null byte, or what is no character
+            reason = getattr(error, "strerror", None) or "no folder's name"
             raise UserError(
-                f"{folder}: the study was started in {working_dir}, which is not here ({error.strerror}); join it from "
+                f"{folder}: the study was started in {working_dir}, which is not here ({reason}); join it from "
                 "a machine that has the same folders"
             ) from error
         for name, trial in read_trials(folder).items():
@@ -80,8 +81,7 @@ class Study:
                     num_finished = len(read_results(self.folder))
                     log(f"{num_finished} of {max(num_finished, num_expected)} trials: {line}")
 
-        num_expected = len(expected_trials(self.rule))
-        try:
+        def run_needed() -> None:
             while not should_stop.is_set():
                 needed = self.state().needed
                 if not (needed or running):
@@ -95,11 +95,8 @@ class Study:
                 if len(processes) == len(running):
                     wait([process.sentinel for process in processes], POLL_SECONDS)
                 finish_ended(is_stopping=should_stop.is_set())
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
-            ) from error
-        finally:
+
+        def end_all() -> None:
             processes = [trial.process for trial in running.values() if trial.process is not None]
             for process in processes:
                 process.terminate()  # it saves where it stands
@@ -109,6 +106,19 @@ class Study:
                 process.kill()
                 process.join()
             finish_ended(is_stopping=True)
+
+        num_expected = len(expected_trials(self.rule))
+        try:
+            try:
+                run_needed()
+            finally:
+                end_all()
+        except OSError as error:
+            raise _write_error(self.folder, error) from error
+
+
+def _write_error(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror}); make room, and the same command goes on")
 
 
 def run_study(args: argparse.Namespace) -> int:
@@ -131,7 +141,10 @@ def run_study(args: argparse.Namespace) -> int:
         answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
         finalists = {m: outcome.winner for m, outcome in state.outcomes.items() if outcome.winner is not None}
         print("timing the finalists in alternation", flush=True)
-        timing = time_finalists(study.folder, study.rule, finalists, slots[0], should_stop)
+        try:
+            timing = time_finalists(study.folder, study.rule, finalists, slots[0], should_stop)
+        except OSError as error:
+            raise _write_error(study.folder, error) from error
     if timing is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -6,7 +6,6 @@ another, so whoever finds it free takes the trial up where it was.
 """
 
 import contextlib
-import json
 import math
 import shutil
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from trainer.config.errors import UserError
-from trainer.config.files import write_atomically
+from trainer.config.files import read_json_object, write_atomically
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import Slot, start_run
@@ -93,6 +92,8 @@ def read_trials(study_folder: Path, name: str = "*") -> dict[str, Trial]:
     trials = {}
     for path in sorted((study_folder / "trials").glob(f"{name}/{TRIAL_FILE}")):
         with contextlib.suppress(OSError, ValueError):
+            if not path.is_file():  # a named pipe would be waited for
+                continue
             trials[path.parent.name] = Trial.model_validate_json(path.read_bytes())
     return trials
 
@@ -155,8 +156,8 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
     spec, trial, folder = running.spec, running.trial, study_folder / "trials" / running.spec.name
     run, exit_code = run_folder(study_folder, spec), (running.process.exitcode or 0) if running.process else 0
     (loss, has_diverged), user_error = run_outcome(run), ""
-    with contextlib.suppress(OSError, ValueError):  # it may not have come so far
-        data = json.loads((run / "run.json").read_bytes())["data"]["fingerprint"]
+    with contextlib.suppress(UserError, LookupError, TypeError):  # it may not have come so far, or the file is damaged
+        data = str(read_json_object(run / "run.json")["data"]["fingerprint"])
         if not data.startswith(rule.data):
             user_error = (
                 f"its data have the fingerprint {data[:12]}, those that the study began with {rule.data}; restore "
