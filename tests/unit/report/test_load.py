@@ -102,7 +102,7 @@ def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("run.json", None, r"no run.json there"),
-        ("run.json", '{"mode": "fu', r"run.json: is not JSON"),
+        ("run.json", '{"mode": "fu', r"run.json: not JSON"),
         ("run.json", json.dumps({**make_metadata(), "mode": "half"}), 'mode is "half"; expected full or lora'),
         ("metrics.jsonl", "", "no metrics"),
     ],

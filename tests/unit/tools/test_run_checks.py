@@ -123,7 +123,7 @@ def break_row(run: Path) -> None:
         (
             lambda run: (run / "run.json").write_text("[]"),
             "run.json",
-            "a list",
+            "not a JSON object",
             "not possible: run.json cannot be read",
         ),
         (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "not possible: no whole checkpoint"),
