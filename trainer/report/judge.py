@@ -425,8 +425,7 @@ def _best_step(run: RunData) -> int:
 def _select(frame: pd.DataFrame, split: str, run: RunData | None = None) -> pd.DataFrame:
     """The records of the run's chosen checkpoint, of its base where `run` is None, by (id, occurrence).
 
-    The chosen one is the best of validation; test records are evaluated at it alone. Of rows that a resume wrote twice
-    the last stand.
+    The chosen one is the best of validation; test records are evaluated at it alone.
     """
     rows = frame[(frame["split"] == split) & (frame["targets"] > 0)]
     trained_steps = rows.loc[rows["step"] > 0, "step"]

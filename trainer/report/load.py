@@ -19,7 +19,7 @@ from trainer.config.text import shorten
 from trainer.report.run_data import KINDS, RunData, RunRows, build_run, escape_control, read_folder, to_float
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
-from trainer.tracking.wandb_logger import WandbFile
+from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
@@ -131,8 +131,6 @@ def read_offline(source: str, files: list[Path]) -> RunData:
 
 def read_online(path: str) -> RunData:
     """The run at entity/project/run_id on the server; UserError where it cannot be had. Asks for no login."""
-    from trainer.tracking.wandb_logger import is_logged_in
-
     if not is_logged_in():
         raise UserError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -15,6 +15,7 @@ from trainer.report.judge import RateCurve
 from trainer.report.page import markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
 from trainer.report.tables import Comparison
+from trainer.tracking.wandb_logger import is_logged_in
 
 REFERENCE_RUN_ID = f"card-{reference.NAME}"
 SAVED_REPORT_FILE = "wandb-report.json"  # in the output folder: which report this comparison was saved as
@@ -37,8 +38,6 @@ LINE_PANELS = (
 
 def parse_target(text: str) -> tuple[str, str]:
     """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
-    from trainer.tracking.wandb_logger import is_logged_in
-
     entity, _, project = text.strip("/").partition("/")
     if not entity or not project or "/" in project:
         raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")

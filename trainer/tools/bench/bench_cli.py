@@ -95,6 +95,8 @@ def build_parser(name: str) -> ArgumentParser:
 def _names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
+        if not names:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(allowed)}")
         for name in names:
             if name not in allowed:
                 raise argparse.ArgumentTypeError(f"{name}: expected some of {', '.join(allowed)}")

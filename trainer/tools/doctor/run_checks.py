@@ -145,7 +145,7 @@ def move_aside(folder: Path, damaged: Iterable[Path]) -> list[str]:
             number = 1
             while os.path.lexists(target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}"):
                 number += 1
-            if path.name != METRICS_FILE:
+            if path.name != METRICS_FILE or not path.is_file():  # a named pipe would be waited for
                 path.rename(target)
                 lines.append(f"{path} moved to {target}")
                 continue
