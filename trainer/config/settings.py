@@ -120,7 +120,7 @@ class DataSettings:
         None, help="column whose equal values stay in one split and count as one in an interval"
     )
     prompt: Text | None = option(None, help="template of a record's prompt, for instance '{mr}'")
-    completion: Text | None = option(None, help="template of the text to be learnt, for instance '{ref}'")
+    completion: Text | None = option(None, help="template of the text to train on, for instance '{ref}'")
     format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled", "input_ids"] | None = (
         option(None, help="what the columns mean (default: recognised from their names, see --dry-run)")
     )
@@ -154,7 +154,7 @@ class DataSettings:
             raise UserError(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
         if self.prompt is not None and self.completion is None:
             raise UserError(
-                "--prompt without --completion: say with --completion which text is to be learnt, "
+                f"--prompt {self.prompt} without --completion: expected --completion with the text to train on, "
                 "for instance --completion '{notes}'"
             )
 

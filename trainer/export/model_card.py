@@ -38,7 +38,7 @@ def render_model_card(
 
     `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
     in; `loss_change`: what the form of the export did to the loss; `measurements`: may hold `optimizer_bytes` and
-    `peak_memory_bytes`, of the largest rank (left out: those of the run's end); `choice_reason`: why these weights and
+    `peak_memory_bytes`, of the largest rank (default: those of the run's end); `choice_reason`: why these weights and
     not the last; `answer`: the sentence of a comparison of LoRA with full.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.

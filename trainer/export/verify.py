@@ -160,7 +160,7 @@ def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str
     if empty_names:
         yield f"{empty_names[0]} is empty"
     if moved and not any(moved):
-        yield "every adapter's B is zero: nothing was learnt"
+        yield "every adapter's B is zero: the adapters were not trained"
     torch_dtype, safetensors_dtype = STORED_DTYPES[dtype]
     config = folder / "config.json"  # an adapter's config names no dtype
     config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else torch_dtype

@@ -23,7 +23,7 @@ FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events
 
 
 def make_console(stream: TextIO | None = None) -> "Console":
-    """A rich console on `stream` (left out: stdout); colours only on a terminal, and none under NO_COLOR."""
+    """A rich console on `stream` (default: stdout); colours only on a terminal, and none under NO_COLOR."""
     from rich.console import Console
 
     stream = stream or sys.stdout
