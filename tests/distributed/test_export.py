@@ -22,6 +22,7 @@ from helpers.fake_hub import TOKEN, fake_hub
 from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, run_train_script, train
 from helpers.matrix import launch_jobs, make_job, run_job
 from helpers.tiny_inputs import tiny_argv
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,8 +116,6 @@ def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora_run
 
 def load_adapter(run: Path) -> Any:
     """A run's adapter on the base that the run kept, by the line that its model card has."""
-    from peft import PeftModel
-
     line = re.search(r"Load it with `(.+?)`", (run / "model" / "README.md").read_text())
     assert line is not None
     names = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
@@ -185,13 +184,15 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_e
 
 
 def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_script, monkeypatch, tmp_path):
-    def untie(model: Any) -> Any:
-        merged = model.module.merge_and_unload()
+    original = PeftModel.merge_and_unload
+
+    def untie(model: Any, **options: Any) -> Any:
+        merged = original(model, **options)
         merged.config.tie_word_embeddings = False
         merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.detach().clone())
         return merged
 
-    monkeypatch.setattr(export_cli, "merge_adapters", untie)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", untie)
     code, output = run_export_script(lora_run, "--merge", "--output-dir", tmp_path / "untied")
     assert (code, "input and output embeddings are no longer tied" in output) == (1, True), output
 

@@ -79,8 +79,12 @@ class Engine:
         self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        groups = optimizer.group_by_lr(self.trainable_params, train_settings.lr, model.get_lr_multiplier)
-        adamw = optimizer.build_optimizer(groups, train_settings, fp32_state_params=model.embedding_weights)
+        adamw = optimizer.build_optimizer(
+            self.trainable_params,
+            train_settings,
+            get_lr_multiplier=model.get_lr_multiplier,
+            embeddings=model.embedding_weights,
+        )
         self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]

@@ -330,7 +330,7 @@ def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss,
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, lambda *_, **__: None)
         model.causal.set_attn_implementation(name)
-    cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else None)
+    cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else cpu_attention.Dropout)
     loss_module = CausalLMLoss(model.causal, autocast_dtype).train()
     loss_module.is_head_sharded = setup.is_zero3
     return loss_module, num_cast

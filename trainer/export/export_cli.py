@@ -35,7 +35,7 @@ from trainer.export.folder import (
 )
 from trainer.export.model_card import render_model_card
 from trainer.model import quantization
-from trainer.model.build import TrainableModel, build_model, merge_adapters
+from trainer.model.build import TrainableModel, build_model
 from trainer.tracking import records
 from trainer.training.checkpoint import (
     Checkpoint,
@@ -111,8 +111,10 @@ def export_checkpoint(
     input_ids = verify.fixed_input_ids(data, model.causal.config)
     model_device = next(model.module.parameters()).device
     logits = verify.compute_logits(model.module, input_ids, model_device)
-    base = base_model_ref(metadata["model"]["name"], run_folder) if model.is_adapter and not merge else None
-    is_tied, module = model.has_tied_embeddings, merge_adapters(model) if merge else model.module
+    base = base_model_ref(metadata["model"]["name"], run_folder) if settings.mode == "lora" and not merge else None
+    is_tied, module = model.has_tied_embeddings, model.module
+    if merge:
+        module = module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
     state_dict = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
     causes = []  # of another validation loss than that of the trained weights, beyond rounding of its sums
     if merge and settings.model.quant:

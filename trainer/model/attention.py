@@ -10,14 +10,10 @@ backward of 1,024 tokens; on a GPU, where it decides on flash attention, not mea
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from trainer.model import torch_internals
 
 ATTENTION_NAME = "causal_sdpa"  # among transformers' own
 
@@ -45,29 +41,3 @@ def mask_unless_whole(*args: Any, attention_mask: Tensor | None = None, **kwargs
     if attention_mask is None and is_square and fits_window and not kwargs.get("use_vmap"):
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-
-
-def attention_kernel(
-    config: Any,
-    device: torch.device,
-    *,
-    rows: int,
-    width: int,
-    precision: str,
-    dropout: float,
-    is_blockwise: bool,
-) -> str:
-    """The name of the kernel that causal attention over [rows, width] takes on a device, as torch itself chooses it.
-
-    `config`: the model's; `is_blockwise`: ours takes its place. Unknown for a GPU that is not here.
-    """
-    num_heads = getattr(config, "num_attention_heads", None)
-    if is_blockwise:
-        return "blocks of ours"
-    if num_heads is None or (device.type == "cuda" and not torch.cuda.is_available()):
-        return "a kernel that is unknown here"
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    query = torch.empty(rows, num_heads, width, head_size, dtype=dtype, device=device, requires_grad=True)
-    backend = torch_internals.choose_attention_kernel(query, query, query, None, dropout, is_causal=True)
-    return SDPBackend(backend).name.lower()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
@@ -22,15 +21,8 @@ from trainer.model import attention, lora, model_files, optimizer, quantization
 
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "attention_dropout",
-    "embed_dropout",
-    "resid_dropout",
-    "hidden_dropout",
-    "dropout",
-    "activation_dropout",
+    *("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout"),
+    *("hidden_dropout", "dropout", "activation_dropout"),
 )
 
 
@@ -55,20 +47,10 @@ class TrainableModel:
         return [layer.weight for layer in self.causal.modules() if isinstance(layer, nn.Embedding)]
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether what is saved is an adapter that needs its base."""
-        return self.module is not self.causal
-
-    @property
     def has_tied_embeddings(self) -> bool:
         """Whether input and output embeddings are one tensor."""
         output_layer = self.causal.get_output_embeddings()
         return output_layer is not None and output_layer.weight is self.causal.get_input_embeddings().weight
-
-    @property
-    def lora_b_names(self) -> tuple[str, ...]:
-        """Names of the trained weights that are zero until the first update: the B of each adapter."""
-        return tuple(name for name, p in self.module.named_parameters() if p.requires_grad and ".lora_B." in name)
 
 
 def build_model(
@@ -78,19 +60,17 @@ def build_model(
 
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
     before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own. UserError
-    where the model or a target is not there. The order of the steps matters: base, packing, adapters, activation
-    checkpointing.
+    where the model or a target is not there.
     """
-    config = load_config(settings.model)
+    config, quant = load_config(settings.model), settings.model.quant
+    if settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
+        # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
+        # weights that can be loaded.
+        _load_pretrained(settings.model, config, device_map={"": "meta"})
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
-        is_random_init = on_meta or settings.model.init == "random"
-        if settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
-            # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
-            # weights that can be loaded.
-            with torch.device("cpu"):
-                _load_pretrained(settings.model, config, device_map={"": "meta"})
-        causal = _init_random(settings.model, config) if is_random_init else _load_pretrained(settings.model, config)
+        is_random = on_meta or settings.model.init == "random"
+        causal = _init_random(settings.model, config) if is_random else _load_pretrained(settings.model, config)
         fuse_gelu(causal)
         attention.install(causal)
         metadata = {
@@ -103,32 +83,33 @@ def build_model(
             "not_adapted": [],
         }
         module: Any = causal
+        initial_adapter: dict[str, Tensor] = {}
         if settings.mode == "lora":
             target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
             metadata["not_adapted"] = lora.find_unadapted_weights(causal)
-            if settings.model.quant:
+            if quant:
                 metadata["frozen_bytes"] = quantization.count_quantized_bytes(causal, settings.model)
                 if not on_meta:
                     quantization.quantize(causal, settings.model, device or torch.device("cpu"))
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
             module = lora.add_adapters(causal, settings.lora, target_modules)
-            if settings.model.quant:  # what is trained of the base is not packed
+            if quant:  # what is trained of the base is not packed
                 trained = (p.numel() for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n)
                 metadata["frozen_bytes"] -= 4 * sum(trained)
+            if settings.lora.adapter == "pissa" and not on_meta:
+                # The base lacks what pissa's adapters hold: an adapter for the untouched base must take them off again.
+                adapter = ((n, p) for n, p in module.named_parameters() if ".lora_" in n)
+                initial_adapter = {name: p.detach().cpu().clone() for name, p in adapter}
         if settings.engine.activation_checkpointing:  # the other kind gives the first block's adapters no gradient
             causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     metadata["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     metadata["share"] = metadata["trainable"] / metadata["parameters"]
-    initial_adapter: dict[str, Tensor] = {}
-    if settings.mode == "lora" and settings.lora.adapter == "pissa" and not on_meta:
-        # The base lacks what pissa's adapters hold, so an adapter for the untouched base must take them off again.
-        initial_adapter = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if ".lora_" in n}
     model = TrainableModel(
         module=module,
         causal=causal,
         metadata=metadata,
         initial_adapter=initial_adapter,
-        quant_settings=settings.model if settings.model.quant else None,
+        quant_settings=settings.model if quant else None,
         loraplus_lr_ratio=settings.lora.plus_ratio,
     )
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
@@ -158,11 +139,10 @@ def load_config(settings: ModelSettings) -> Any:
     if settings.model == "gpt2" and settings.init == "random" and not Path("gpt2").exists():
         config: Any = GPT2Config()  # the published shape; the class's defaults are GPT-2's
     else:
-        with _refuse_model(settings.model, "config.json", "config.json"):
+        with _refuse_model(settings.model, "config.json"):
             model_files.check_config_file(Path(resolve_model_path(settings.model)))
             config = AutoConfig.from_pretrained(**_from_pretrained_kwargs(settings.model))
-            if mistake := next(model_files.find_config_mistakes(config), None):
-                raise UserError(f"config.json: {mistake}")
+            model_files.check_config(config)
     if settings.dropout is not None:
         probabilities = get_dropout_probabilities(config)
         if not probabilities:
@@ -191,7 +171,7 @@ def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
 
 
 def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
-    with _refuse_model(settings.model, "no model can be made of config.json"):
+    with _refuse_model(settings.model, "config.json"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
@@ -200,7 +180,7 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
 
     `options`: of from_pretrained; on the meta device only names and shapes are looked at.
     """
-    with _refuse_model(settings.model, "the weights cannot be loaded", model_files.WEIGHTS_FILE):
+    with _refuse_model(settings.model, model_files.WEIGHTS_FILE):
         model_files.check_weight_files(Path(resolve_model_path(settings.model)))
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
             **_from_pretrained_kwargs(settings.model),
@@ -211,41 +191,32 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
             output_loading_info=True,
             **options,
         )
-        if mistake := next(model_files.find_loading_mistakes(loading_info), None):
-            raise UserError(mistake)
+        model_files.check_loading_info(loading_info)
         if causal.device.type != "meta":
             model_files.check_causal(causal)
         return causal
 
 
 @contextlib.contextmanager
-def _refuse_model(model: str, task: str, file: str = "") -> Iterator[None]:
-    """Any error within becomes a UserError of one line about --model: libraries raise as many kinds as there are
-    mistakes in a folder. `file`: without it nothing could be read."""
+def _refuse_model(model: str, file: str) -> Iterator[None]:
+    """Any error within, which reads `file`, becomes a UserError of one line about --model: libraries raise as many
+    kinds as there are mistakes in a folder."""
     try:
         yield
     except UserError as error:
         raise UserError(f"--model {model}: {error}") from None
     except Exception as error:
-        if not isinstance(error, OSError) or not file or Path(resolve_model_path(model), file).exists():
-            raise UserError(f"--model {model}: {task}: {model_files.reason(error)}") from error
-        missing = "weights" if file == model_files.WEIGHTS_FILE else file
-        no_folder = f"no such folder, and its {missing} cannot be had from the hub"
-        problem = f"has no {missing}" if Path(model).is_dir() else no_folder
-        remedy = " (or pass --init random)" if missing == "weights" else ""
-        raise UserError(
-            f"--model {model}: {problem}; pass --model FOLDER with a copy in Hugging Face's form{remedy}"
-        ) from error
+        folder = Path(resolve_model_path(model))
+        problem = f"{file} cannot be used: {model_files.reason(error)}"
+        if isinstance(error, OSError) and not (folder / file).exists():
+            problem = f"has no {file}" if folder.is_dir() else f"no such folder, and the hub gives no {file}"
+            problem += "; pass --model FOLDER with a copy in Hugging Face's form"
+        raise UserError(f"--model {model}: {problem}") from error
 
 
 def get_max_positions(config: Any) -> int | None:
     """The longest row the model takes, None where it has no limit."""
     return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-
-
-def merge_adapters(model: TrainableModel) -> Any:
-    """The plain causal LM with the adapters folded into its weights, in float32; `model` is used up."""
-    return model.module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
 
 
 def compute_fingerprint(causal: nn.Module) -> str:
@@ -255,12 +226,3 @@ def compute_fingerprint(causal: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def list_adapted_layers(model: TrainableModel) -> list[tuple[str, bool]]:
-    """(name, whether its weight lies as [in, out]) of every layer with an adapter; [] with --mode full."""
-    return [
-        (name, isinstance(layer.base_layer, Conv1D))
-        for name, layer in model.module.named_modules()
-        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
-    ]

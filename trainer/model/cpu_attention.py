@@ -25,9 +25,17 @@ BLOCK_SIZE = 64  # queries of one block of the attention: what it makes stays in
 ATTENTION_NAME = "blockwise_dropout"  # of the attention among transformers' own
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with the masks of `sample_keep_mask`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape; the identity in evaluation."""
+        return (input * sample_keep_mask(input.shape, self.p)).mul_(dropout_scale(self.p)) if self.training else input
+
+
 def install(module: nn.Module, causal: PreTrainedModel) -> None:
     """Put these in the place of torch's, in `module` and in the attention of `causal` where it is GPT-2's."""
-    install_dropout(module)
+    install_dropout(module, Dropout)
     config: Any = causal.config
     has_sdpa = config._attn_implementation in ("sdpa", attention.ATTENTION_NAME)
     if config.model_type == "gpt2" and config.attn_pdrop > 0 and has_sdpa:
@@ -36,22 +44,17 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
         causal.set_attn_implementation(ATTENTION_NAME)
 
 
-def install_dropout(module: nn.Module, kind: type[nn.Dropout] | None = None) -> None:
-    """Put `Dropout`, or another kind, in the place of torch's everywhere in `module`."""
+def install_dropout(module: nn.Module, kind: type[nn.Dropout]) -> None:
+    """Put a kind of dropout in the place of torch's everywhere in `module`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout and child.p > 0:
-                setattr(parent, name, (kind or Dropout)(child.p).train(child.training))
+                setattr(parent, name, kind(child.p).train(child.training))
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout` with the masks of `sample_keep_mask`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape; the identity in evaluation."""
-        if not self.training:
-            return input
-        return (input * sample_keep_mask(input.shape, self.p)).mul_(dropout_scale(self.p))
+def num_dropped_levels(probability: float) -> int:
+    """Of the NUM_LEVELS equally likely values of 16 bits, how many drop an element."""
+    return min(round(probability * NUM_LEVELS), NUM_LEVELS - 1)
 
 
 def sample_keep_mask(shape: torch.Size, probability: float) -> Tensor:
@@ -62,36 +65,23 @@ def sample_keep_mask(shape: torch.Size, probability: float) -> Tensor:
     num_elements = shape.numel()
     random_bits = torch.empty(-(-num_elements // 4), dtype=torch.int64).random_(-(2**63), None)
     random_int16 = random_bits.view(torch.int16)[:num_elements].view(shape)
-    num_dropped_levels = round(probability * NUM_LEVELS)
-    keep_mask = torch.zeros(shape, dtype=torch.uint8)
-    if num_dropped_levels < NUM_LEVELS:
-        torch.ge(random_int16, num_dropped_levels - NUM_LEVELS // 2, out=keep_mask)
+    keep_mask = torch.empty(shape, dtype=torch.uint8)
+    torch.ge(random_int16, num_dropped_levels(probability) - NUM_LEVELS // 2, out=keep_mask)
     return keep_mask
 
 
 def dropout_scale(probability: float) -> float:
     """By what the elements that stay are multiplied, so that the mean stays."""
-    num_dropped_levels = round(probability * NUM_LEVELS)
-    return NUM_LEVELS / (NUM_LEVELS - num_dropped_levels) if num_dropped_levels < NUM_LEVELS else 0.0
+    return NUM_LEVELS / (NUM_LEVELS - num_dropped_levels(probability))
 
 
 def blockwise_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d]."""
-    if not dropout or attention_mask is not None or query.shape != key.shape:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    output: Tensor = BlockwiseAttention.apply(query, key, value, scaling, dropout)
+    if not kwargs.get("dropout") or attention_mask is not None or query.shape != key.shape:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output: Tensor = BlockwiseAttention.apply(query, key, value, kwargs["scaling"], kwargs["dropout"])
     return output.transpose(1, 2), None
 
 

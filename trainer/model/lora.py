@@ -1,6 +1,5 @@
 """Adapters on a causal LM: which layers get one, and of which kind. The only door to peft."""
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,8 +10,6 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config.errors import UserError
 from trainer.config.settings import LoraSettings
 
-# --- which layers ---
-
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
     """The layers to adapt as peft takes them: the shortest ends of names that mean these layers and no other.
@@ -21,12 +18,12 @@ def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> l
     of whole names. Left out: every Conv1D and Linear but the output layer. UserError for one that matches nothing.
     """
     output_layer = causal.get_output_embeddings()
-    layer_names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
+    names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
     selected: set[str] = set()
     for target in settings.target_modules or ("all",):
-        matches = {name for name in layer_names if _matches(name, target)}
+        matches = {name for name in names if _matches(name, target)}
         if not matches:
-            suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layer_names}))
+            suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {suffixes}")
         selected |= matches
     for mixer_name, mixer in causal.named_modules():
@@ -38,26 +35,22 @@ def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> l
                 f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(mixer).__name__} reads its weights past "
                 f"an adapter ({causal.config.model_type}); expected --mode full, or layers outside of it"
             )
-    return sorted({_shortest_suffix(name, selected, layer_names) for name in selected})
-
-
-def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
-    """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
-    put on them, whatever is asked for."""
-    stacked = [name for name, parameter in causal.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    return sorted({".".join(name.split(".")[-2:]) for name in stacked})
+    others, ends = [name for name in names if name not in selected], set()
+    for name in selected:
+        parts = name.split(".")
+        candidates = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+        ends.add(next((end for end in candidates if not any(_ends_with(other, end) for other in others)), name))
+    return sorted(ends)
 
 
 def _matches(name: str, target: str) -> bool:
-    if target == "all":
-        return True
     if target in ("attention", "mlp"):  # a numbered block's layers are those of its attention and, all others, its MLP
         parts = name.split(".")
         is_attention = any("attn" in part or "attention" in part for part in parts[:-1])
         return any(part.isdigit() for part in parts) and is_attention == (target == "attention")
     if "*" in target or "?" in target:
         return fnmatchcase(name, target)
-    return _ends_with(name, target)
+    return target == "all" or _ends_with(name, target)
 
 
 def _ends_with(name: str, suffix: str) -> bool:
@@ -65,14 +58,11 @@ def _ends_with(name: str, suffix: str) -> bool:
     return f".{name}".endswith(f".{suffix}")
 
 
-def _shortest_suffix(name: str, selected: set[str], layer_names: list[str]) -> str:
-    parts = name.split(".")
-    suffixes = [".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
-    others = [layer_name for layer_name in layer_names if layer_name not in selected]
-    return next((suffix for suffix in suffixes if not any(_ends_with(other, suffix) for other in others)), name)
-
-
-# --- adapting ---
+def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
+    """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
+    put on them, whatever is asked for."""
+    stacked = [name for name, parameter in causal.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    return sorted({".".join(name.split(".")[-2:]) for name in stacked})
 
 
 def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules: list[str]) -> Any:
@@ -84,18 +74,11 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
     """
     from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
 
-    layers = {
-        name: layer
-        for name, layer in causal.named_modules()
-        if any(_ends_with(name, target) for target in target_modules)
-    }
-    for name, layer in layers.items() if settings.adapter == "pissa" else ():
-        if settings.rank > min(layer.weight.shape):
-            raise UserError(
-                f"--lora-rank {settings.rank}: pissa on {name} expects {min(layer.weight.shape)} or less, the rank of "
-                "its weight"
-            )
-    on_meta = next(causal.parameters()).device.type == "meta"
+    is_pissa, on_meta = settings.adapter == "pissa", next(causal.parameters()).device.type == "meta"
+    layers = {n: m for n, m in causal.named_modules() if any(_ends_with(n, target) for target in target_modules)}
+    for name, layer in layers.items() if is_pissa else ():
+        if settings.rank > (max_rank := min(layer.weight.shape)):
+            raise UserError(f"--lora-rank {settings.rank}: pissa on {name} expects {max_rank} or less")
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
@@ -105,27 +88,24 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # its weight is [in, out]
         use_dora=settings.adapter == "dora",
         use_rslora=settings.adapter == "rslora",
-        init_lora_weights="pissa" if settings.adapter == "pissa" and not on_meta else True,
+        init_lora_weights="pissa" if is_pissa and not on_meta else True,
     )
     module = get_peft_model(causal, config)
+    output_layer = causal.get_output_embeddings()
+    parameters = {
+        "wte": list(causal.get_input_embeddings().parameters()),
+        "lm_head": list(output_layer.parameters()) if output_layer is not None else [],
+        "bias": [p for n, p in causal.named_parameters() if n.endswith(".bias") and ".lora_" not in n],
+        "layernorm": [
+            parameter
+            for layer in causal.modules()
+            if "norm" in type(layer).__name__.lower()
+            for parameter in layer.parameters(recurse=False)
+        ],
+    }
     for group in settings.modules_to_save:
-        parameters = list(_iter_group_parameters(causal, group))
-        if not parameters:
+        if not parameters[group]:
             raise UserError(f"--modules-to-save {group}: this model has none; leave it out")
-        for parameter in parameters:
+        for parameter in parameters[group]:
             parameter.requires_grad_(True)
     return module
-
-
-def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.Parameter]:
-    """The base's own weights of a kind of `--modules-to-save`."""
-    if group == "wte":
-        yield from causal.get_input_embeddings().parameters()
-    elif group == "lm_head":
-        yield from causal.get_output_embeddings().parameters()
-    elif group == "layernorm":
-        for module in causal.modules():
-            if "norm" in type(module).__name__.lower():
-                yield from module.parameters(recurse=False)
-    else:
-        yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)

@@ -11,7 +11,6 @@ of GPT-2 are 393 MiB, and as much again for their gradient.
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one 
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in chunks
 FROZEN_CHUNK_DIVISOR = 2  # chunks are so many times smaller where no gradient of the output layer is added up
 VERIFIED_TOKENS = 9  # of each of the two rows by which the head is held against the model's own logits
-MAX_HEAD_DIFFERENCE = {torch.float32: 1e-5}  # relative, of a summed loss; other types: one rounding of bfloat16
 VOCAB_MULTIPLE = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 CPU_CHUNK_LOGITS = 2**20  # logits that a processor works on at one time: they stay in its cache
 
@@ -40,51 +38,24 @@ def uses_gpu_form(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def simulate_gpu(is_simulated: bool = True) -> Iterator[None]:
-    """Within it CPU tensors take the GPU form of every kernel (`is_simulated` False: nothing changes)."""
+def simulate_gpu(is_simulated: bool) -> Iterator[None]:
+    """Within it CPU tensors take the GPU form of every kernel, if `is_simulated`."""
     global _is_gpu_simulated
-    previous = _is_gpu_simulated
-    _is_gpu_simulated = is_simulated or previous
+    _is_gpu_simulated = is_simulated
     try:
         yield
     finally:
-        _is_gpu_simulated = previous
+        _is_gpu_simulated = False
 
 
-@dataclass(frozen=True)
-class OutputHead:
-    """Logits are soft_cap * tanh(scale * layer(hidden) / soft_cap), without the tanh where `soft_cap` is None."""
-
-    layer: nn.Module
-    scale: float = 1.0  #: Cohere's `logit_scale`, 1 / `logits_scaling` of Granite
-    soft_cap: float | None = None  #: Gemma 2 (arXiv 2408.00118, section 2)
-
-    @property
-    def is_plain_linear(self) -> bool:
-        """Whether the layer is a matrix product with its weight at hand: not an adapter's, nor under ZeRO-3."""
-        weight = getattr(self.layer, "weight", None)
-        return type(self.layer) is nn.Linear and not hasattr(weight, "ds_id")
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden [..., d] -> logits [..., vocabulary]."""
-        logits = self.layer(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-
-
-def find_output_head(causal: PreTrainedModel) -> OutputHead | None:
-    """The head that the model's structure and configuration name; None where logits come in another way."""
+def find_output_head(causal: PreTrainedModel) -> tuple[nn.Module, float] | None:
+    """The output layer, and by what its input is multiplied (Cohere, Granite), as the configuration has them; None
+    where more than that is done to the logits (Gemma 2's cap)."""
     layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
-    if layer is None or causal.base_model is causal:
+    if layer is None or causal.base_model is causal or getattr(config, "final_logit_softcapping", None):
         return None
-    scale = _number(config, "logit_scale") or 1 / (_number(config, "logits_scaling") or 1.0)
-    return OutputHead(layer, scale, _number(config, "final_logit_softcapping"))
-
-
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, (int, float)) else None
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return layer, scale
 
 
 class CausalLMLoss(nn.Module):
@@ -102,41 +73,28 @@ class CausalLMLoss(nn.Module):
 
         Where they differ the model's own are used from here on, and the line returned says why and what they cost.
         """
-        head, self.head = self.head, None
-        problem = "" if head is not None else "its output is not a layer of the hidden states"
+        vocab_size = self.causal.config.get_text_config().vocab_size
+        head, self.head, problem = self.head, None, "its output is more than a layer of the hidden states"
         if head is not None:
-            config, was_training = self.causal.config, self.causal.training
-            vocab_size = head.layer.weight.shape[0] if hasattr(head.layer, "weight") else config.vocab_size
-            width = min(VERIFIED_TOKENS, getattr(config, "max_position_embeddings", None) or VERIFIED_TOKENS)
-            weight = next(self.causal.parameters())
-            ids = (torch.arange(2 * width, device=weight.device) * 7919 % vocab_size).view(2, width)
+            weight, was_training = next(self.causal.parameters()), self.causal.training
+            ids = (torch.arange(2 * VERIFIED_TOKENS, device=weight.device) * 7919 % vocab_size).view(2, -1)
             self.causal.eval()
             try:
                 with torch.no_grad():
                     own = float(self(ids, ids)[0])
                 self.head = head
                 by_head = float(self(ids, ids)[0].detach())
-                bound = MAX_HEAD_DIFFERENCE.get(self.autocast_dtype or weight.dtype, 2**-8)
-                if not abs(by_head - own) <= bound * abs(own):
-                    problem = f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}"
+                bound = 1e-5 if (self.autocast_dtype or weight.dtype) == torch.float32 else 2**-8
+                if abs(by_head - own) <= bound * abs(own):
+                    return ""
+                problem = f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}"
             except Exception as error:  # as many kinds as there are architectures
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             finally:
                 self.causal.train(was_training)
-        if problem:
-            self.head = None
-            size = 4 * self.causal.config.get_text_config().vocab_size / 2**20
-            problem = f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {problem}"
-        return problem
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
-        return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
-
-    def _compute_hidden(self, **inputs: Tensor) -> Tensor:
-        """Last hidden states [positions, d]."""
-        hidden: Tensor = self.causal.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)
+        self.head = None
+        size = 4 * vocab_size / 2**20
+        return f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {problem}"
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
@@ -148,51 +106,57 @@ class CausalLMLoss(nn.Module):
         attention = self.causal.config._attn_implementation
         if position_ids is not None and attention not in PACKED_ATTENTIONS:
             raise ValueError(f"packed rows need an attention that masks examples from one another, not {attention}")
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        with self._autocast(input_ids.device):
-            targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
-            if self.head is not None:
-                nll_sum, nll = self._chunked_loss(self.head, input_ids, targets, positions)
-            else:
-                logits = self.causal(input_ids=input_ids, use_cache=False, **positions).logits
-                nll = _nll(logits.flatten(0, 1), targets)
+        inputs = {} if position_ids is None else {"position_ids": position_ids}
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
+        # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
+        dtype = self.autocast_dtype
+        with torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext():
+            if self.head is None:
+                nll = _nll(self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1), targets)
                 nll_sum = nll.sum()
-            return nll_sum, nll.detach().view(len(labels), -1).sum(1)
+            else:
+                nll_sum, nll = self._chunked_loss(*self.head, input_ids, targets, inputs)
+        return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
     def _chunked_loss(
-        self, head: OutputHead, input_ids: Tensor, targets: Tensor, positions: dict[str, Tensor]
+        self, layer: Any, scale: float, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
-        vocab_size = self.causal.config.get_text_config().vocab_size
-        max_rows, needs_grad = MAX_LOGITS_BYTES // (4 * vocab_size), torch.is_grad_enabled()
-        weight: Any = getattr(head.layer, "weight", None)
-        if self.is_head_sharded or not head.is_plain_linear or weight.dtype == torch.float16:
-            hidden = self._compute_hidden(input_ids=input_ids, **positions)
-            makes_twice = needs_grad and len(targets) > max_rows
-            chunks = zip(hidden.split(max(1, max_rows)), targets.split(max(1, max_rows)), strict=True)
-            nll = torch.cat(
-                [
-                    checkpoint(_chunk_nll, head, h, t, use_reentrant=False) if makes_twice else _chunk_nll(head, h, t)
-                    for h, t in chunks
-                ]
-            )
-            return nll.sum(), nll
-        embedding = self.causal.get_input_embeddings()
-        is_tied = type(embedding) is nn.Embedding and embedding.weight is weight and weight.requires_grad
-        tied_weight_grads: list[Tensor] | None = [] if needs_grad and is_tied else None
-        if tied_weight_grads is not None:
-            rows = TiedEmbedding.apply(weight, input_ids, tied_weight_grads, embedding.padding_idx)
-            hidden = self._compute_hidden(inputs_embeds=rows, **positions)
+        max_rows = MAX_LOGITS_BYTES // (4 * self.causal.config.get_text_config().vocab_size)
+        needs_grad, embedding = torch.is_grad_enabled(), self.causal.get_input_embeddings()
+        is_sharded = self.is_head_sharded or hasattr(layer.weight, "ds_id")
+        uses_kernel = type(layer) is nn.Linear and not is_sharded and layer.weight.dtype != torch.float16
+        is_tied = type(embedding) is nn.Embedding and embedding.weight is layer.weight and layer.weight.requires_grad
+        tied_weight_grads: list[Tensor] | None = [] if uses_kernel and needs_grad and is_tied else None
+        if tied_weight_grads is None:
+            inputs = {"input_ids": input_ids, **inputs}
         else:
-            hidden = self._compute_hidden(input_ids=input_ids, **positions)
-        if not weight.requires_grad:
-            max_rows //= FROZEN_CHUNK_DIVISOR
-        num_chunks = math.ceil(len(targets) / max(1, max_rows))
-        chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
-        nll_sum, nll = LinearCrossEntropy.apply(
-            hidden, weight, head.layer.bias, targets, head, chunk_size, needs_grad, tied_weight_grads
-        )
-        return nll_sum, nll
+            rows = TiedEmbedding.apply(layer.weight, input_ids, tied_weight_grads, embedding.padding_idx)
+            inputs = {"inputs_embeds": rows, **inputs}
+        hidden = self.causal.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        if scale != 1:
+            hidden = hidden * scale
+        if uses_kernel:
+            if not layer.weight.requires_grad:
+                max_rows //= FROZEN_CHUNK_DIVISOR
+            num_chunks = math.ceil(len(targets) / max_rows)
+            chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
+            nll_sum, nll = LinearCrossEntropy.apply(
+                hidden, layer.weight, layer.bias, targets, chunk_size, needs_grad, tied_weight_grads
+            )
+            return nll_sum, nll
+
+        def chunk_nll(hidden: Tensor, targets: Tensor) -> Tensor:
+            return _nll(layer(hidden), targets)
+
+        nlls = []
+        for chunk, chunk_targets in zip(hidden.split(max_rows), targets.split(max_rows), strict=True):
+            if needs_grad and len(targets) > max_rows:  # the logits are made a second time in the backward
+                nlls.append(checkpoint(chunk_nll, chunk, chunk_targets, use_reentrant=False))
+            else:
+                nlls.append(chunk_nll(chunk, chunk_targets))
+        nll = torch.cat(nlls)
+        return nll.sum(), nll
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -210,7 +174,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: OutputHead,
         chunk_size: int,
         needs_grad: bool,
         tied_weight_grads: list[Tensor] | None,
@@ -218,16 +181,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Hidden [positions, d], weight [vocabulary, d], bias [vocabulary], targets [positions] -> (sum [], nll
         [positions]). `tied_weight_grads`: where the weight's gradient is left for `TiedEmbedding`; None: returned."""
         device_type, vocab_size = hidden.device.type, len(weight)
+        padding = -vocab_size % VOCAB_MULTIPLE
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         wants_hidden, wants_weight, wants_bias = (needs_grad and wants for wants in ctx.needs_input_grad[:3])
         with torch.autocast(device_type, enabled=False):
-            hidden_cast, weight_cast = hidden.to(dtype), weight if weight.dtype == dtype else _pad_vocab(weight, dtype)
+            hidden_cast = hidden.to(dtype)
+            # With rows of zeros below: a GPU's 16-bit products want an even width.
+            weight_cast = weight if weight.dtype == dtype else functional.pad(weight.to(dtype), (0, 0, 0, padding))
             target_mask = (targets != IGNORE_INDEX).to(dtype)[:, None]
             nll = hidden.new_empty(len(targets), dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden_cast) if wants_hidden else None
             grad_weight: Tensor | None = None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-            buffer = hidden_cast.new_empty(min(chunk_size, len(targets)), vocab_size + -vocab_size % VOCAB_MULTIPLE)
+            buffer = hidden_cast.new_empty(min(chunk_size, len(targets)), vocab_size + padding)
             for start in range(0, len(targets), chunk_size):
                 chunk = slice(start, start + chunk_size)
                 logits = buffer[: len(targets[chunk])]
@@ -235,20 +201,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 words = logits[:, :vocab_size]
                 if bias is not None:
                     words.add_(bias)
-                if head.scale != 1.0:
-                    words.mul_(head.scale)
-                if head.soft_cap is not None:
-                    words.div_(head.soft_cap).tanh_()
-                    derivative = 1 - words.square()
-                    words.mul_(head.soft_cap)
                 logits[:, vocab_size:] = -torch.inf  # of no word: their probabilities and gradients are 0
                 nll[chunk] = _nll_inplace(logits, targets[chunk], needs_grad)
                 if not needs_grad:
                     continue
-                if head.soft_cap is not None:
-                    words.mul_(derivative.mul_(head.scale))
-                elif head.scale != 1.0:
-                    words.mul_(head.scale)
                 if grad_hidden is not None:
                     torch.mm(logits[:, : len(weight_cast)], weight_cast, out=grad_hidden[chunk])
                     grad_hidden[chunk].mul_(target_mask[chunk])
@@ -277,12 +233,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if ctx.tied_weight_grads is not None:
                 ctx.tied_weight_grads.append(grad_weight)
                 grad_weight = None
-        return (
-            grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None,
-            grad_weight,
-            grad_bias * grad_output if grad_bias is not None else None,
-            *[None] * 5,
-        )
+        grad_hidden = grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None
+        grad_bias = grad_bias * grad_output if grad_bias is not None else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -314,14 +267,6 @@ class TiedEmbedding(torch.autograd.Function):
         return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None, None
 
 
-def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy with rows of zeros below: a GPU's 16-bit products want an even width."""
-    padded = weight.new_empty((len(weight) + -len(weight) % VOCAB_MULTIPLE, weight.shape[1]), dtype=dtype)
-    padded[: len(weight)].copy_(weight)
-    padded[len(weight) :] = 0
-    return padded
-
-
 def _nll_inplace(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
     """Logits [n, vocabulary], targets [n] -> nll [n] in float32, 0 where not counted.
 
@@ -343,10 +288,6 @@ def _nll_inplace(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
         if needs_grad:
             torch.exp(log_probs, out=chunk).scatter_(1, target_index, torch.expm1(target_log_probs).to(chunk.dtype))
     return torch.cat(nll)
-
-
-def _chunk_nll(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    return _nll(head(hidden), targets)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

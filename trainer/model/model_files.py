@@ -4,17 +4,14 @@ No code that comes with a model is ever run, and nobody is asked whether it shou
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object
@@ -36,7 +33,6 @@ MAX_SIZES = {
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
-NUM_SHOWN = 3  #: names of weights in a message
 
 
 def check_config_file(folder: Path) -> None:
@@ -62,31 +58,28 @@ def check_config_file(folder: Path) -> None:
         )
 
 
-def find_config_mistakes(config: Any) -> Iterator[str]:
-    """Why a loaded configuration is not that of a causal language model, and sizes of it that cannot be."""
-    model_type = config.model_type
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        yield f"{model_type} is not a causal language model; expected one, for instance gpt2 or llama"
-    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        yield (
-            f"{model_type} without is_decoder sees the tokens it is to predict; expected a causal language model, for "
-            "instance gpt2 or llama"
-        )
+def check_config(config: Any) -> None:
+    """UserError where a loaded configuration is not that of a causal language model, or has sizes that cannot be."""
+    model_type, text_config = config.model_type, config.get_text_config()
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "is_encoder_decoder", False)
+    is_masked = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if not is_causal or is_masked:
+        kind = f"{model_type} without is_decoder" if is_causal else model_type
+        raise UserError(f"config.json: {kind} is not a causal language model; expected one, for instance gpt2 or llama")
     for key in ("transformers_weights", "configuration_files"):
         if getattr(config, key, None) is not None:
-            yield f"{key} names other files; expected {WEIGHTS_FILE} or {INDEX_FILE} alone"
+            raise UserError(f"config.json: {key} names other files; expected {WEIGHTS_FILE} or {INDEX_FILE} alone")
     if getattr(config, "quantization_config", None) is not None:
-        yield "quantization_config: packed weights; expected a model in floats (--quant packs it here)"
+        raise UserError("config.json: quantization_config: packed weights; expected floats (--quant packs them here)")
     if "/" in str(getattr(config, "_attn_implementation", None) or ""):
-        yield "attn_implementation names code of the hub, which is never run; leave it out"
-    text_config = config.get_text_config()
+        raise UserError("config.json: attn_implementation names code of the hub, which is never run; leave it out")
     for key, largest in MAX_SIZES.items():
-        value = getattr(text_config, key, 1)
+        value = getattr(text_config, key, None)
         if isinstance(value, list | tuple) or value is None:  # some families have a number for each layer
             continue
         if type(value) is not int or not 1 <= value <= largest:
             key = getattr(text_config, "attribute_map", {}).get(key, key)
-            yield f"{key} = {value!r}; expected a whole number from 1 to {largest}"
+            raise UserError(f"config.json: {key} = {value!r}; expected a whole number from 1 to {largest}")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -94,6 +87,7 @@ def check_weight_files(folder: Path) -> None:
 
     Reads the headers only: names, shapes and whether the file is as long as they say.
     """
+    files: set[str] = set()
     if (folder / WEIGHTS_FILE).exists():
         files = {WEIGHTS_FILE}
     elif (folder / INDEX_FILE).exists():
@@ -105,10 +99,8 @@ def check_weight_files(folder: Path) -> None:
             path = PurePosixPath(file)
             if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
                 raise UserError(f"{INDEX_FILE}: names {file!r}; expected .safetensors files inside the folder")
-    else:
-        if pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
-            raise UserError(f"{pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
-        files = set()
+    elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
+        raise UserError(f"{pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
     for file in sorted(files):
         if problem := weights_file_problem(folder / file):
             raise UserError(f"{file}: {problem}; copy it again")
@@ -127,21 +119,19 @@ def weights_file_problem(path: Path) -> str | None:
         return f"not a whole safetensors file ({reason(error)})"
 
 
-def find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
-    """Weights that were missing, left over or of another shape; transformers' own exceptions and ties aside."""
-    if mismatched := sorted(loading_info["mismatched_keys"]):
-        weight, stored, expected = mismatched[0]
-        others = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
-        yield (
-            f"{weight} has shape {list(stored)} in the file and {list(expected)} by config.json{others}; expected the "
-            "weights of this configuration"
-        )
-    if missing := sorted(loading_info["missing_keys"]):
-        yield f"the weights lack {list_some(missing, NUM_SHOWN)}, which config.json asks for; copy the model again"
-    if unexpected := sorted(key for key in loading_info["unexpected_keys"] if not OBSOLETE_BUFFERS.search(key)):
-        yield f"the weights hold {list_some(unexpected, NUM_SHOWN)}, for which config.json has no place"
-    if errors := list(loading_info["error_msgs"]):
-        yield f"weights cannot be loaded ({errors[0]})"
+def check_loading_info(loading_info: Mapping[str, Any]) -> None:
+    """UserError for weights that were missing, left over or of another shape; transformers' own exceptions aside."""
+    problems = [
+        *(
+            f"{name} has shape {list(stored)} and not {list(expected)}"
+            for name, stored, expected in sorted(loading_info["mismatched_keys"])
+        ),
+        *(f"{name} is missing" for name in sorted(loading_info["missing_keys"])),
+        *(f"{n} has no place" for n in sorted(loading_info["unexpected_keys"]) if not OBSOLETE_BUFFERS.search(n)),
+        *map(str, loading_info["error_msgs"]),
+    ]
+    if problems:
+        raise UserError(f"the weights do not fit config.json: {list_some(problems, 3)}; copy the model again")
 
 
 @torch.no_grad()

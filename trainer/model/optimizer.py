@@ -5,14 +5,12 @@ moments as 8-bit codes with one float32 scale for each block of 256 (Dettmers et
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
-from trainer.config.errors import UserError
 from trainer.config.settings import TrainSettings
 
 MIN_8BIT_SIZE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 bits
@@ -21,10 +19,20 @@ _BNB_STATE_KEYS = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "a
 
 
 def build_optimizer(
-    param_groups: list[dict[str, Any]], settings: TrainSettings, *, fp32_state_params: Iterable[nn.Parameter] = ()
+    trainable_params: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    *,
+    get_lr_multiplier: Callable[[str], float],
+    embeddings: Iterable[nn.Parameter],
 ) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups; `fp32_state_params`: weights whose moments stay in 32 bits under the 8-bit
-    forms."""
+    """The optimizer, with a group for each multiple of the learning rate (`lr_ratio`), alike on every rank.
+
+    `embeddings`: weights whose moments stay in 32 bits under the 8-bit forms.
+    """
+    params_by_ratio: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable_params.items():
+        params_by_ratio.setdefault(get_lr_multiplier(name), []).append(parameter)
+    groups = [{"params": ps, "lr": settings.lr * ratio, "lr_ratio": ratio} for ratio, ps in params_by_ratio.items()]
     adamw_kwargs: dict[str, Any] = {
         "lr": settings.lr,
         "betas": (settings.beta1, settings.beta2),
@@ -32,12 +40,12 @@ def build_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.optim not in EIGHT_BIT_OPTIMIZERS:
-        return torch.optim.AdamW(param_groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
+        return torch.optim.AdamW(groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
     import bitsandbytes as bnb  # takes seconds: only where it is needed
 
     optimizer_class = bnb.optim.PagedAdamW8bit if settings.optim == "paged_adamw8bit" else bnb.optim.AdamW8bit
-    optimizer = optimizer_class(param_groups, **adamw_kwargs)
-    fp32_state_ids = {id(parameter) for parameter in fp32_state_params}
+    optimizer = optimizer_class(groups, **adamw_kwargs)
+    fp32_state_ids = {id(parameter) for parameter in embeddings}
     for group_index, group in enumerate(optimizer.param_groups):
         for param_index, parameter in enumerate(group["params"]):
             if id(parameter) in fp32_state_ids:
@@ -48,42 +56,15 @@ def build_optimizer(
     return optimizer
 
 
-def group_by_lr(
-    trainable_params: Mapping[str, nn.Parameter], lr: float, get_lr_multiplier: Callable[[str], float]
-) -> list[dict[str, Any]]:
-    """One group for each multiple of the learning rate, in the order of the parameters: alike on every rank."""
-    params_by_ratio: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trainable_params.items():
-        params_by_ratio.setdefault(get_lr_multiplier(name), []).append(parameter)
-    return [{"params": params, "lr": lr * ratio, "lr_ratio": ratio} for ratio, params in params_by_ratio.items()]
-
-
-def check_8bit_supported(settings: TrainSettings, *, zero_stage: int | None, on_cpu: bool) -> None:
-    """UserError where an 8-bit form cannot work: `zero_stage` of ZeRO, None where it is not chosen yet."""
-    if settings.optim not in EIGHT_BIT_OPTIMIZERS:
-        return
-    if zero_stage:
-        raise UserError(
-            f"--optim {settings.optim}: not under ZeRO {zero_stage}, which joins all tensors and cuts them by rank, so "
-            "the 8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
-        )
-    if on_cpu and tuple(int(part) for part in version("bitsandbytes").split(".")[:2]) < (0, 50):
-        raise UserError(
-            f"--optim {settings.optim}: bitsandbytes {version('bitsandbytes')} has it for GPUs only; "
-            "install 0.50 or later, or expected adamw or adamw_fused"
-        )
-
-
 def count_fp32_state(parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter]) -> dict[str, int]:
     """Of the trained weights those whose moments an 8-bit form keeps in 32 bits, where nothing is saved."""
     fp32_state_ids = {id(parameter) for parameter in embeddings}
-    trainable = [p for p in parameters if p.requires_grad]
-    fp32_state_params = [p for p in trainable if id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE]
+    sizes = [(p.numel(), id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE) for p in parameters if p.requires_grad]
     return {
-        "tensors": len(trainable),
-        "kept_tensors": len(fp32_state_params),
-        "kept_parameters": sum(p.numel() for p in fp32_state_params),
-        "parameters": sum(p.numel() for p in trainable),
+        "tensors": len(sizes),
+        "kept_tensors": sum(is_kept for _, is_kept in sizes),
+        "kept_parameters": sum(size for size, is_kept in sizes if is_kept),
+        "parameters": sum(size for size, _ in sizes),
     }
 
 

@@ -28,7 +28,7 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
     """
     from transformers.integrations import replace_with_bnb_linear  # imports bitsandbytes: only where it is needed
 
-    layers = dict(_iter_packable(causal))
+    layers = _packable_layers(causal)
     output_names = [name for name, layer in causal.named_modules() if layer is causal.get_output_embeddings()]
     replace_with_bnb_linear(causal, output_names, BitsAndBytesConfig(**bitsandbytes_config_kwargs(settings, causal)))
     for name, layer in layers.items():
@@ -39,25 +39,22 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
         packed.bias = layer.bias
         packed.to(device).requires_grad_(False)
     disable_avx512_repacking(causal)
-    for layer in _iter_4bit_layers(causal):
-        layer.compute_dtype, layer.compute_type_is_set = None, False  # of the first input, unless it is set
     # peft looks here for which kind of layer it adapts.
     causal.is_loaded_in_8bit = settings.quant == "int8"
     causal.is_loaded_in_4bit = settings.quant != "int8"
 
 
-def _iter_packable(causal: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+def _packable_layers(causal: PreTrainedModel) -> dict[str, Any]:
     """The layers that are packed: every Conv1D and Linear but the output layer."""
     output_layer = causal.get_output_embeddings()
-    for name, layer in causal.named_modules():
-        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer:
-            yield name, layer
+    layers = {n: m for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
+    return {name: layer for name, layer in layers.items() if layer is not output_layer}
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the 4-bit layers compute in `dtype`; left alone they take that of the first input they see."""
+    """Let the 4-bit layers compute in `dtype`."""
     for layer in _iter_4bit_layers(model):
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+        layer.compute_dtype = dtype
 
 
 def disable_avx512_repacking(model: nn.Module) -> None:
@@ -83,20 +80,16 @@ def count_quantized_bytes(causal: PreTrainedModel, settings: ModelSettings) -> i
     int8 has a float32 scale for each row, the 4-bit kinds one for each block of 64 elements; packed doubly, those
     scales are bytes with a float32 scale for each 256 of them.
     """
-    num_rows = {
-        id(layer.weight): layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-        for _, layer in _iter_packable(causal)
-    }
-    num_bytes = 0
-    for parameter in causal.parameters():
-        if id(parameter) not in num_rows:
-            num_bytes += 4 * parameter.numel()
-        elif settings.quant == "int8":
-            num_bytes += parameter.numel() + 4 * num_rows[id(parameter)]
+    num_bytes = sum(4 * parameter.numel() for parameter in causal.parameters())
+    for layer in _packable_layers(causal).values():
+        num_elements = layer.weight.numel()
+        num_bytes -= 4 * num_elements
+        if settings.quant == "int8":
+            num_bytes += num_elements + 4 * layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
         else:
-            num_blocks = math.ceil(parameter.numel() / 64)
+            num_blocks = math.ceil(num_elements / 64)
             scale_bytes = num_blocks + 4 * math.ceil(num_blocks / 256) if settings.quant_double else 4 * num_blocks
-            num_bytes += math.ceil(parameter.numel() / 2) + scale_bytes
+            num_bytes += math.ceil(num_elements / 2) + scale_bytes
     return num_bytes
 
 
@@ -104,7 +97,7 @@ def bitsandbytes_config_kwargs(settings: ModelSettings, model: nn.Module) -> dic
     """The arguments of transformers' BitsAndBytesConfig that pack a base as `model`'s is."""
     if settings.quant == "int8":
         return {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
-    compute_dtype = next((layer.compute_dtype for layer in _iter_4bit_layers(model)), None) or torch.float32
+    compute_dtype = next((layer.compute_dtype for layer in _iter_4bit_layers(model)), torch.float32)
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": settings.quant,

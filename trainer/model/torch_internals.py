@@ -19,9 +19,6 @@ foreach_norm = torch._foreach_norm
 #: what a GPU's flash kernel is called among torch's operations
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 
-#: which kernel `scaled_dot_product_attention` takes for these inputs; public are only conditions for each
-choose_attention_kernel = torch._fused_sdp_choice
-
 
 def release_capture_pool(device_index: int, pool: Any) -> None:
     """Let the allocator give no more memory to the pool of a CUDA graph whose capture failed, and release it.

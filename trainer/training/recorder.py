@@ -101,7 +101,7 @@ class Observer:
         self.generation_evaluator = generation_evaluator
         #: what a process that was killed did not say
         self.unreported = self.diagnostics.replay(generation_evaluator.replay(previous_records))
-        self._lora_b_names = engine.model.lora_b_names
+        self._lora_b_names = tuple(name for name in engine.trainable_params if ".lora_B." in name)
         self._data_wait_seconds = 0.0  # of the engine's, up to the record before
         self._num_graph_checks = 0
         self._num_plan_changes = 0  # of the engine's, that were reported

@@ -28,9 +28,8 @@ from trainer.distributed.memory import (
     estimate_rank_memory,
 )
 from trainer.distributed.process_group import DistContext
-from trainer.model import optimizer
-from trainer.model.attention import attention_kernel
 from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.model.optimizer import MIN_8BIT_SIZE
 from trainer.training.generation import check_installed
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule, describe_schedule
@@ -50,7 +49,6 @@ class RunPlan:
     deepspeed_file: DeepSpeedFile
     deepspeed_config: dict[str, Any]
     execution: ExecutionPlan
-    attention_kernel: str  #: which torch has for rows of this plan, on this device
     model_info: dict[str, Any]
     data_info: dict[str, Any]
     padding: str  #: the share of padding among the positions that are computed
@@ -106,7 +104,7 @@ class RunPlan:
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
-            ("execution", f"{self.execution.describe()}, attention by {self.attention_kernel}"),
+            ("execution", self.execution.describe()),
             ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
@@ -125,8 +123,7 @@ class RunPlan:
         return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
 
     def execution_entry(self, step: int) -> dict[str, Any]:
-        entry = PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
-        return {**entry, "attention_kernel": self.attention_kernel}
+        return PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         settings = self.settings
@@ -197,7 +194,6 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
         raise UserError(
             f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
         ) from error
-    optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=on_cpu)
     if settings.output.score_samples:
         check_installed("--score-samples")
     if settings.engine.execution == "graphs" and on_cpu:
@@ -216,7 +212,12 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
 
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
+    if deepspeed_file.stage and settings.train.optim in EIGHT_BIT_OPTIMIZERS:
+        raise UserError(
+            f"--optim {settings.train.optim}: not under ZeRO {deepspeed_file.stage}, which joins all tensors and cuts "
+            "them by rank, so the 8-bit blocks and every number would depend on how many ranks there are; expected "
+            "--ds-config zero0"
+        )
     if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
         raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
     if settings.engine.execution == "graphs" and deepspeed_file.stage:
@@ -305,15 +306,6 @@ def make_plan(
             deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
         ),
         execution=execution,
-        attention_kernel=attention_kernel(
-            model_config,
-            dist_context.device,
-            rows=batch.micro_batch_size,
-            width=block_size,
-            precision=precision,
-            dropout=dropout,
-            is_blockwise=execution.blockwise_attention,
-        ),
         model_info=model_info,
         data_info=data.metadata,
         dropout=dropout,
@@ -383,7 +375,7 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
         notes.append(
             f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
-            f"({fraction:.0%} of the parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their "
+            f"({fraction:.0%} of the parameters) are embeddings or under {MIN_8BIT_SIZE:,} elements: their "
             "moments stay in 32 bits and nothing is saved"
         )
     return notes

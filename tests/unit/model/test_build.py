@@ -102,12 +102,10 @@ def test_a_lora_target_that_matches_nothing_is_refused_even_beside_one_that_does
 
 def test_each_mode_trains_only_what_it_says(tiny_model):
     built = build_model(parse_settings(tiny_model))
-    assert built.is_adapter
     trained = {n for n, p in built.module.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 4
     assert all(".lora_A." in n or ".lora_B." in n for n in trained)
     full = build_model(parse_settings(tiny_model, "full"))
-    assert not full.is_adapter
     assert all(p.requires_grad for p in full.module.parameters())
     assert full.causal.config.use_cache, "generation keeps its cache"
     assert get_max_positions(full.causal.config) == 32

@@ -21,7 +21,7 @@ from trainer.config.errors import UserError
 from trainer.export.folder import base_model_ref, save_adapter
 from trainer.export.verify import load_folder
 from trainer.model import optimizer, quantization
-from trainer.model.build import build_model, fuse_gelu, merge_adapters
+from trainer.model.build import build_model, fuse_gelu
 from trainer.training.run_plan import collect_notes, validate_stage
 
 LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
@@ -253,7 +253,7 @@ def test_modules_to_save_are_exported_with_the_adapter(adapter, of, tmp_path, re
 def test_merged_adapters_leave_the_logits_unchanged_and_the_embeddings_tied(tiny_model, flags, rtol, atol):
     built = build_perturbed(*flags.split(), model_dir=tiny_model)
     expected = compute_logits(built)
-    merged = merge_adapters(built).eval()
+    merged = built.module.merge_and_unload(safe_merge=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=rtol, atol=atol)
     assert merged.lm_head.weight is merged.transformer.wte.weight
@@ -343,7 +343,12 @@ def test_the_state_of_an_8_bit_optimizer_is_measured(kind):
     """Two bytes a weight, a float32 scale for 256 of each moment, and two tables of 256 codes that all share."""
     packed, embedding, small = (nn.Parameter(torch.ones(n)) for n in (8192, 4096, 4095))
     train = gpt2_settings("full", "--optim", kind).train
-    adamw = optimizer.build_optimizer([{"params": [packed, embedding, small]}], train, fp32_state_params=[embedding])
+    adamw = optimizer.build_optimizer(
+        {"packed": packed, "embedding": embedding, "small": small},
+        train,
+        get_lr_multiplier=lambda name: 1.0,
+        embeddings=[embedding],
+    )
     expected = 2 * (8192 + 4 * 8192 // 256) + 8 * (4096 + 4095) + 2 * 4 * 256
     assert optimizer.count_state_bytes(adamw) == expected
     for weight in (packed, embedding, small):

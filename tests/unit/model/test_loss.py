@@ -292,7 +292,7 @@ def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_g
     causal = make_other_model(name)
     module, (ids, labels) = CausalLMLoss(causal, None), make_batch()
     ids[1, 6:9] = labels[1, 6:9] = 5
-    assert module.verify() == ""
+    assert bool(module.verify()) == (name == "gemma2"), "a cap on the logits: they are all made at once"
     _, expected = hugging_face_gradients(causal, ids, labels)
     monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     with simulate_gpu(is_gpu):

@@ -160,11 +160,11 @@ def test_an_adapter_folder_is_not_taken_for_a_model(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_layer": 3}, "the weights lack transformer.h.2.attn.c_attn.bias, "),
-        ({"n_layer": 1}, "the weights hold transformer.h.1.attn.c_attn.weight, "),
-        ({"n_embd": 32}, "transformer.h.0.attn.c_attn.bias has shape [48] in the file and [96] by config.json"),
-        ({"n_positions": 64}, "transformer.wpe.weight has shape [32, 16] in the file and [64, 16]"),
-        ({"tie_word_embeddings": False}, "the weights lack lm_head.weight"),
+        ({"n_layer": 3}, "config.json: transformer.h.2.attn.c_attn.bias is missing, "),
+        ({"n_layer": 1}, "config.json: transformer.h.1.attn.c_attn.weight has no place, "),
+        ({"n_embd": 32}, "transformer.h.0.attn.c_attn.bias has shape [48] and not [96]"),
+        ({"n_positions": 64}, "transformer.wpe.weight has shape [32, 16] and not [64, 16]"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ],
 )
 def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, message):
@@ -216,7 +216,7 @@ def test_a_damaged_weights_file_is_refused_also_by_a_dry_run(folder, damage):
     assert_refused(folder, "model.safetensors: not a whole safetensors file")
 
 
-@pytest.mark.parametrize(("name", "missing"), [("config.json", "config.json"), (WEIGHTS, "weights")])
+@pytest.mark.parametrize(("name", "missing"), [("config.json", "config.json"), (WEIGHTS, WEIGHTS)])
 def test_a_folder_without_a_model_is_refused_with_the_flag_to_pass(folder, name, missing):
     (folder / name).rename(folder / "tf_model.h5")
     assert_refused(folder, f"has no {missing}; pass --model FOLDER")

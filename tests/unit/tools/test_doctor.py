@@ -156,7 +156,6 @@ def doctor_inputs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Any
 
 def test_doctor_describes_the_model(doctor_inputs):
     results = {check.name: check for check in checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
-    assert results["Conv1D"].message.startswith("8 of the 8")
     assert results["tied weights"].level == "ok"
     assert "are one" in results["tied weights"].message
     assert results["adapters"].level == "ok"

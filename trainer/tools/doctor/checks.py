@@ -26,7 +26,7 @@ from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes
-from trainer.model.build import TrainableModel, list_adapted_layers
+from trainer.model.build import TrainableModel
 from trainer.training.run_plan import RunPlan
 
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
@@ -240,7 +240,7 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
 
 
 def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[Check]:
-    """Tied weights, LoRA's layers, the share that trains."""
+    """Tied weights, the share that trains."""
     model_info, config = plan.model_info, model.causal.config
     is_tied, should_be_tied = model.has_tied_embeddings, bool(getattr(config, "tie_word_embeddings", False))
     message = f"input and output embeddings are {'one' if is_tied else 'two'}"
@@ -248,12 +248,7 @@ def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[Check]:
         message += f", its configuration says {'one' if should_be_tied else 'two'}"
     remedy = "check that its weights were saved as its configuration says"
     yield judge(is_tied != should_be_tied, WARNING, "tied weights", message, remedy)
-    if lora_layers := list_adapted_layers(model):
-        num_layers, num_conv1d = len(lora_layers), sum(is_transposed for _, is_transposed in lora_layers)
-        message = f"{num_conv1d} of the {num_layers} adapted layers keep their weight as [in, out]"
-        message += ", as fan_in_fan_out tells peft" * bool(num_conv1d)
-        remedy = "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings"
-        yield judge(0 < num_conv1d < num_layers, WARNING, "Conv1D", message, remedy)
+    if plan.settings.mode == "lora":
         share = model_info["trainable"] / model_info["parameters"]
         remedy = "adapters as large as the model save nothing: lower --lora-rank"
         yield judge(share > 0.5, WARNING, "adapters", f"{share:.2%} of the weights train", remedy)

@@ -73,7 +73,7 @@ def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float, measured: d
         path = fallbacks[-1]["path"] if fallbacks else plan.execution.path
         if plan.execution.path != "eager":  # how steps really ran, what was verified, and why something was not
             verified = [row["message"] for row in events if row["event"] == "checked"]
-            message = "; ".join([f"{path}, attention by {plan.attention_kernel}", *verified])
+            message = "; ".join([path, *verified])
             message += f"; {fallbacks[-1]['message']}" if fallbacks else ""
             remedy = (
                 f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else"
