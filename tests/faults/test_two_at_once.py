@@ -119,18 +119,17 @@ def test_changed_rows_are_refused_at_a_resume_or_said(runs):
     path.write_bytes(b"".join(lines[:4] + lines[5:]))
     checkpoints = list_checkpoints(runs.folder)
     line = runs.refuse("--resume")
-    assert all(
-        part in line for part in ("metrics.jsonl is not as it was when ", "follows step", "--allow-change records")
-    )
+    assert "metrics.jsonl is not as it was when " in line
+    assert "; restore it, or pass --allow-change records" in line
     assert list_checkpoints(runs.folder) == checkpoints
     assert runs.finish("--resume", "--allow-change", "records", stop_at=3) == 143
     event = next(row for row in read_records(runs.folder) if row.get("event") == "resumed")
-    assert "records changed from as written to metrics.jsonl: line 5" in event["message"]
+    assert "records changed from as written to metrics.jsonl: one of its first " in event["message"]
     assert runs.finish("--resume", stop_at=2) == 143, "the new rows are as written"
     path.unlink()
     line = runs.refuse("--resume")
     assert "metrics.jsonl" in line
-    assert "it is gone" in line
+    assert "it cannot be read: No such file" in line
 
 
 @pytest.mark.slow

@@ -1,20 +1,22 @@
 """What a run prints: the plan, its progress (a bar on a terminal, else a plain line a minute), the table at the end."""
 
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from trainer.config import reference
 from trainer.config.errors import escape_controls, mask_credentials
 from trainer.config.text import format_clock
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
-from trainer.tracking.safe_stream import SafeStream, escape_lines
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LINE_INTERVAL_SECONDS = 60.0
 HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
@@ -22,44 +24,43 @@ EPOCH_TOLERANCE = 1e-6  # an epoch this close to a whole number is one: fraction
 FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 
-def make_console(stream: TextIO | None = None) -> "Console":
-    """A rich console on `stream` (default: stdout); colours only on a terminal, and none under NO_COLOR."""
-    from rich.console import Console
-
-    stream = stream or sys.stdout
-    return Console(file=stream, force_terminal=is_terminal(stream), highlight=False)
+def is_terminal() -> bool:
+    """Whether a bar can be drawn on stdout: a terminal, and not a dumb one."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
-def is_terminal(stream: "TextIO | SafeStream") -> bool:
-    """Whether a bar can be drawn there: a terminal, and not a dumb one."""
-    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+def make_console() -> Console:
+    """A rich console on stdout; colours only on a terminal, and none under NO_COLOR."""
+    return Console(file=sys.stdout, force_terminal=is_terminal(), highlight=False)
 
 
 class ProgressBar:
-    """A logger that shows where a run is; `print_line` puts a line above the bar.
+    """A logger that shows where a run of `total_steps` and `num_epochs` is.
 
-    `total_steps` and `num_epochs` are the length of the whole run. Rows of evaluations, epochs and events are always
-    shown, of steps the first, the last and one every `interval` seconds by `clock`.
+    Evaluations, epochs and events are always shown; of the steps a terminal has a bar with the newest, and anything
+    else a line for the first, the last and one a minute.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        num_epochs: float,
-        *,
-        stream: TextIO | None = None,
-        interval: float = LINE_INTERVAL_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream: Any = SafeStream(stream or sys.stdout)
-        self._total_steps, self._interval, self._clock = total_steps, interval, clock
+    def __init__(self, total_steps: int, num_epochs: float) -> None:
+        self._total_steps = total_steps
         self._epochs_text = f"{round(num_epochs, 2):g}" if num_epochs >= 1 else f"{num_epochs:.2g}"
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
-        self._last_print_time = -interval  # when the last plain line was printed
+        self._last_print_time = -math.inf  # when the last plain line was printed
         self._pending_line: str | None = None  # a row that was too early to print; the last one is printed at the end
-        self._bar: Any = None
-        if is_terminal(self._stream):
-            self._bar = _make_bar(self._stream, total_steps, self._epochs_text)
+        self._bar: Progress | None = None
+        if is_terminal():
+            columns = ("loss [bold]{task.fields[loss]}[/bold]", "lr {task.fields[lr]}", "{task.fields[speed]} tok/s")
+            one_line = Column(no_wrap=True)
+            self._bar = Progress(
+                TextColumn(f"epoch {{task.fields[epoch]}}/{self._epochs_text}", table_column=one_line),
+                BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+                TextColumn("{task.completed}/{task.total}", table_column=one_line),
+                *(TextColumn(text, table_column=one_line) for text in (*columns, "{task.fields[left]} left")),
+                console=make_console(),
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._bar.add_task("", total=total_steps, epoch="0.00", loss="-", lr="-", speed="-", left="?")
             self._bar.start()
 
     def log(self, record: Record) -> None:
@@ -78,10 +79,11 @@ class ProgressBar:
 
     def print_line(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
+        line = "\n".join(map(escape_controls, line.split("\n")))
         if self._bar is not None:
-            self._bar.console.print(escape_lines(line), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, markup=False, soft_wrap=True)
         else:
-            print(escape_lines(line), file=self._stream, flush=True)
+            print(line, flush=True)
 
     def close(self, exit_code: int) -> None:
         """Print the row that was held back and let go of the bar; a second call does nothing."""
@@ -95,38 +97,23 @@ class ProgressBar:
             self._pending_line = None
 
     def _show_step(self, record: StepRecord) -> None:
-        now = self._clock()
-        time_left = self._time_left(record.step, now)
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                completed=record.step,
-                epoch=f"{record.epoch:.2f}",
-                loss=f"{record.loss:.4f}",
-                lr=f"{record.lr:.1e}",
-                speed=_format_short(record.tokens_per_second),
-                left=time_left,
-                refresh=record.step >= self._total_steps,
-            )
-            return
-        line = (
-            f"{self._position('step', record)}  loss {record.loss:.4f}  lr {record.lr:.1e}"
-            f"  {_format_short(record.tokens_per_second)} tok/s  {time_left} left"
-        )
-        if now - self._last_print_time >= self._interval or record.step >= self._total_steps:
-            self._last_print_time, self._pending_line = now, None
-            self.print_line(line)
+        now = time.monotonic()
+        first_step, start_time = self._start = self._start or (record.step, now)
+        steps_left = max(0, self._total_steps - record.step)
+        if steps_left and record.step <= first_step:  # no speed is known yet
+            time_left = "?"
         else:
-            self._pending_line = line
-
-    def _time_left(self, step: int, now: float) -> str:
-        """Hours, minutes and seconds to the last step at the mean speed of this process, `?` at its first step."""
-        if self._start is None:
-            self._start = (step, now)
-        first_step, start_time = self._start
-        if step <= first_step:
-            return "0:00" if step >= self._total_steps else "?"
-        return format_clock((now - start_time) / (step - first_step) * max(0, self._total_steps - step))
+            time_left = format_clock((now - start_time) / max(1, record.step - first_step) * steps_left)
+        loss, lr, speed = f"{record.loss:.4f}", f"{record.lr:.1e}", _format_short(record.tokens_per_second)
+        if self._bar is not None:
+            values = {"epoch": f"{record.epoch:.2f}", "loss": loss, "lr": lr, "speed": speed, "left": time_left}
+            self._bar.tasks[0].fields |= values
+            self._bar.update(self._bar.task_ids[0], completed=record.step, refresh=not steps_left)
+            return
+        self._pending_line = f"{self._position('step', record)}  loss {loss}  lr {lr}  {speed} tok/s  {time_left} left"
+        if now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left:
+            self._last_print_time = now
+            self._flush_pending_line()
 
     def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
@@ -157,124 +144,71 @@ class LogLines(logging.Handler):
         super().close()
 
 
-def _make_bar(stream: Any, total: int, epochs: str) -> Any:
-    """A bar with its only task: one line that fits in 80 columns."""
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
+def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool) -> None:
+    """Print the losses of whole epochs, of the start (the base model) and of the last evaluation, then the best one.
 
-    def text(template: str) -> TextColumn:
-        return TextColumn(template, table_column=Column(no_wrap=True))
+    `reasons`: why the run is not comparable with the reference run. `with_reference`: beside its curve and with the
+    reasons; else one short line stands for them.
+    """
+    train_losses: dict[float, float] = {}
+    evals: dict[float, EvalRecord] = {}  # where a resumed run has evaluated twice the later one counts
+    for record in records:
+        if isinstance(record, EpochRecord | EvalRecord):
+            is_whole = abs(record.epoch - round(record.epoch)) < EPOCH_TOLERANCE
+            epoch = float(round(record.epoch)) if is_whole else record.epoch
+            if isinstance(record, EvalRecord):
+                evals[epoch] = record
+            else:
+                train_losses[epoch] = record.train_loss
+    best_epoch = min(evals, key=lambda epoch: (evals[epoch].loss, epoch), default=None)
+    references = {float(row.epoch): row for row in reference.CURVE}
 
-    bar = Progress(
-        text(f"epoch {{task.fields[epoch]}}/{epochs}"),
-        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-        text("{task.completed}/{task.total}"),
-        text("loss [bold]{task.fields[loss]}[/bold]"),
-        text("lr {task.fields[lr]}"),
-        text("{task.fields[speed]} tok/s"),
-        text("{task.fields[left]} left"),
-        console=make_console(stream),
-        expand=True,
-        refresh_per_second=4,
-    )
-    bar.add_task("", total=total, epoch="0.00", loss="-", lr="-", speed="-", left="?")
-    return bar
+    table = Table(box=box.SIMPLE_HEAD if is_terminal() else box.MARKDOWN)
+    headings = HEADINGS if with_reference else HEADINGS[:-2]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
+    for epoch in sorted({*train_losses, *evals}):
+        if epoch in train_losses or epoch.is_integer() or epoch == max(evals):
+            cells = [f"{round(epoch, 2):g}", *["-"] * 5]
+            if epoch in train_losses:
+                cells[1] = f"{train_losses[epoch]:.4f}"
+            if epoch in evals:
+                loss, perplexity = evals[epoch].loss, evals[epoch].perplexity
+                cells[2:4] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
+            if epoch in references:
+                cells[4:6] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
+            table.add_row(*cells[: len(headings)], style="bold" if epoch == best_epoch else "")
+    make_console().print(table)
+
+    if best_epoch is not None:
+        best = evals[best_epoch]
+        print(f"best validation loss {best.loss:.4f} at epoch {round(best_epoch, 2):g} (step {best.step})")
+    if reasons and with_reference:
+        print("not comparable with the card: " + escape_controls("; ".join(reasons)))
+    elif reasons:
+        print(f"not comparable with the card {reference.NAME}; launch/compare.py says why")
+    sys.stdout.flush()
+
+
+def show_plan(lines: Sequence[tuple[str, str]]) -> None:
+    """Print `key  value` lines, the values aligned; on a terminal long values go on under themselves."""
+    width = max((len(key) for key, _ in lines), default=0)
+    grid = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    for key, value in lines:
+        value = escape_controls(value)
+        grid.add_row(Text(key), Text(value))
+        if not is_terminal():
+            print(f"{key:<{width}}  {value}")
+    if is_terminal():
+        make_console().print(grid)
+    sys.stdout.flush()
 
 
 def _format_short(value: float) -> str:
     """At most five characters for a count or a perplexity: 3.41, 24.9, 950, 12.3k, 1.2M."""
-    if value < 10:
-        return f"{value:.2f}"
-    if value < 100:
-        return f"{value:.1f}"
     if value < 1e4:
-        return f"{value:.0f}"
+        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
     for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
         if value < size * 1e3:
             return f"{value / size:.1f}{unit}"
-    return f"{value:.0e}" if value < float("inf") else "inf"
-
-
-def summarize_epochs(records: Iterable[Record]) -> dict[float, tuple[float | None, ...]]:
-    """{epoch: training loss, validation loss, perplexity, and the two losses of the reference}; None: no such number.
-
-    Whole epochs, the start (the base model) and the last evaluation. Other evaluations within an epoch are left out;
-    where a resumed run has evaluated twice the later one counts.
-    """
-    train_losses: dict[float, float] = {}
-    evals: dict[float, EvalRecord] = {}
-    for record in records:
-        if isinstance(record, EpochRecord):
-            train_losses[_snap_to_whole(record.epoch)] = record.train_loss
-        elif isinstance(record, EvalRecord):
-            evals[_snap_to_whole(record.epoch)] = record
-    references = {float(row.epoch): (row.train_loss, row.val_loss) for row in reference.CURVE}
-    values = {epoch: (record.loss, record.perplexity) for epoch, record in evals.items()}
-    last_epoch = max(evals, default=None)
-    return {
-        epoch: (train_losses.get(epoch), *values.get(epoch, (None, None)), *references.get(epoch, (None, None)))
-        for epoch in sorted({*train_losses, *evals})
-        if epoch in train_losses or epoch == round(epoch) or epoch == last_epoch
-    }
-
-
-def show_summary(
-    records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool, stream: TextIO | None = None
-) -> None:
-    """Print the table, then the best evaluation. `with_reference`: beside the card's curve and with the reasons why it
-    is not comparable; else one short line stands for them."""
-    from rich import box
-    from rich.table import Table
-
-    stream = stream or sys.stdout
-    loss_records = [record for record in records if isinstance(record, EpochRecord | EvalRecord)]
-    evals = [record for record in loss_records if isinstance(record, EvalRecord)]
-    best_eval = min(evals, key=lambda record: (record.loss, record.step), default=None)
-    best_epoch = _format_epoch(best_eval.epoch) if best_eval else None
-    table = Table(box=box.SIMPLE_HEAD if is_terminal(stream) else box.MARKDOWN)
-    headings = HEADINGS if with_reference else HEADINGS[:-2]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
-    for epoch, values in summarize_epochs(loss_records).items():
-        cells = [_format_epoch(epoch), *("-" if value is None else f"{value:.4f}" for value in values)]
-        if values[2] is not None:
-            cells[3] = f"{values[2]:.{3 if values[2] < 1e5 else 0}f}"
-        table.add_row(*cells[: len(headings)], style="bold" if cells[0] == best_epoch else "")
-    make_console(stream).print(table)
-    lines = []
-    if best_eval is not None:
-        best = f"{best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step {best_eval.step})"
-        lines.append(f"best validation loss {best}")
-    if reasons and with_reference:
-        lines.append("not comparable with the card: " + escape_controls("; ".join(reasons)))
-    elif reasons:
-        lines.append(f"not comparable with the card {reference.NAME}; launch/compare.py says why")
-    print("\n".join(lines), file=stream, flush=True)
-
-
-def show_plan(lines: Sequence[tuple[str, str]], *, stream: TextIO | None = None) -> None:
-    """Print `key  value` lines, the values aligned; on a terminal long values go on under themselves."""
-    stream = stream or sys.stdout
-    lines = [(key, escape_controls(value)) for key, value in lines]
-    if not is_terminal(stream):
-        width = max((len(key) for key, _ in lines), default=0)
-        print("\n".join(f"{key:<{width}}  {value}" for key, value in lines), file=stream, flush=True)
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for key, value in lines:
-        grid.add_row(Text(key), Text(value))
-    make_console(stream).print(grid)
-
-
-def _snap_to_whole(epoch: float) -> float:
-    """The epoch, made whole where only rounding keeps it from being whole."""
-    return float(round(epoch)) if abs(epoch - round(epoch)) < EPOCH_TOLERANCE else epoch
-
-
-def _format_epoch(epoch: float) -> str:
-    return f"{_snap_to_whole(epoch):.2f}".rstrip("0").rstrip(".")
+    return f"{value:.0e}" if value < math.inf else "inf"

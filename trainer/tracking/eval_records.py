@@ -7,9 +7,9 @@ rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of t
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,33 +38,33 @@ SCHEMA = pa.schema(
 )
 _FILE_NAME = re.compile(r"step-(\d{6,9})-(val|test|retain)\.parquet")
 _CHECKSUM = b"sha256_of_rows"
-_REMEDY = "; move it away"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationsDigest:
-    """The evaluations of a run so far: how many, and the SHA-256 of the names and bytes of their files."""
-
-    num_evaluations: int
-    sha256: str
 
 
 class EvalRecordsLogger:
-    """Writes the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`)."""
+    """Writes the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`).
+
+    It keeps the hash of each file, so that a checkpoint costs the new files only.
+    """
 
     def __init__(self, run_folder: Path, rows: Any) -> None:
         self._folder, self._rows = run_folder / EVAL_RECORDS_FOLDER, rows
+        self._hashes: dict[str, str] = {}  # {file name: SHA-256 of its bytes}
 
     def log(self, record: Record) -> None:
         if isinstance(record, EvalRecord) and record.row_nll is not None:
-            write_evaluation(self._folder, self._rows, step=record.step, split="val", nll=record.row_nll)
+            path = write_evaluation(self._folder, self._rows, step=record.step, split="val", nll=record.row_nll)
+            self._hashes.pop(path.name, None)
+
+    def digest(self) -> dict[str, Any]:
+        """How many evaluations there are, and the SHA-256 of their files' names and hashes; a checkpoint keeps it."""
+        return _digest([path for path, _, _ in _list_evaluations(self._folder)], self._hashes)
 
     def close(self, exit_code: int) -> None:
         pass
 
 
-def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> None:
-    """Write the rows of one evaluation, in place of an earlier one of the same step and split.
+def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> Path:
+    """Write the rows of one evaluation, in place of an earlier one of the same step and split; the file.
 
     `rows`: what is known of each record before any model sees it (`data.dataset.RowInfo`); `nll`: the summed negative
     log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
@@ -90,6 +90,7 @@ def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nl
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -> pd.DataFrame:
@@ -97,12 +98,14 @@ def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -
 
     `val_steps`: of the validation split, read the evaluations at these steps only.
     """
-    paths = [
-        path
-        for path, step, split in _list_evaluations(folder)
-        if val_steps is None or split != "val" or step in val_steps
-    ]
-    return pa.concat_tables([SCHEMA.empty_table(), *map(_read_file, paths)]).to_pandas()
+    tables = [SCHEMA.empty_table()]
+    for path, step, split in _list_evaluations(folder):
+        if val_steps is None or split != "val" or step in val_steps:
+            try:
+                tables.append(_read_file(path))
+            except ValueError as error:
+                raise UserError(f"{path}: {error}; move it away") from error
+    return pa.concat_tables(tables).to_pandas()
 
 
 def find_damaged_evaluations(folder: Path) -> dict[Path, str]:
@@ -111,51 +114,53 @@ def find_damaged_evaluations(folder: Path) -> dict[Path, str]:
     for path, _, _ in _list_evaluations(folder):
         try:
             _read_file(path)
-        except UserError as error:
-            damaged[path] = str(error).removeprefix(f"{path}: ").removesuffix(_REMEDY)
+        except ValueError as error:
+            damaged[path] = str(error)
     return damaged
 
 
-def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -> int:
-    """Delete the evaluations after `step`, which a resumed run makes again; returns how many.
+def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -> None:
+    """Delete the evaluations after `step`, which a resumed run makes again.
 
     With `eval_pending` also those at `step`. Evaluations of the test and retained splits after the first step belong
     to a run's end and are always made again.
     """
-    paths = [path for path, n, split in _list_evaluations(folder) if _comes_again(n, split, step, eval_pending)]
     try:
         remove_leftovers(folder)
-        for path in paths:
-            path.unlink()
+        for path, eval_step, split in _list_evaluations(folder):
+            if _comes_again(eval_step, split, step, eval_pending):
+                path.unlink()
     except OSError as error:
         raise TrainingError(f"cannot delete from {folder}: {error.strerror or error}") from error
-    return len(paths)
-
-
-def digest_evaluations(folder: Path) -> EvaluationsDigest:
-    """Of all evaluations so far; a checkpoint keeps it."""
-    return _digest([path for path, _, _ in _list_evaluations(folder)])
 
 
 def find_changed_evaluations(
-    folder: Path, expected: EvaluationsDigest, step: int, *, eval_pending: bool = False
+    folder: Path, expected: Mapping[str, Any], step: int, *, eval_pending: bool = False
 ) -> str | None:
-    """How the evaluations differ from when the checkpoint of `step` was saved, in half a sentence; None if equal."""
+    """How the evaluations differ from when the checkpoint of `step` kept their digest, in half a sentence; None where
+    they do not."""
     paths = [path for path, n, split in _list_evaluations(folder) if not _comes_again(n, split, step, eval_pending)]
-    if len(paths) != expected.num_evaluations:
-        if not folder.exists():
-            return f"it is gone, with the {expected.num_evaluations} evaluations that were written"
-        return f"it has {len(paths)} evaluations where {expected.num_evaluations} were written"
+    if len(paths) != expected["num_evaluations"]:
+        return f"it has {len(paths)} evaluations where {expected['num_evaluations']} were written"
     try:
-        return None if _digest(paths) == expected else "an evaluation was changed"
+        return None if _digest(paths, {}) == expected else "an evaluation was changed"
     except OSError as error:
         return f"an evaluation cannot be read: {error.strerror}"
 
 
+def _digest(paths: Sequence[Path], hashes: dict[str, str]) -> dict[str, Any]:
+    """`hashes`: {file name: SHA-256 of its bytes} of the files that were hashed before; the others are added."""
+    for path in paths:
+        if path.name not in hashes:
+            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = "".join(f"{path.name} {hashes[path.name]}\n" for path in paths)
+    return {"num_evaluations": len(paths), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
 def _list_evaluations(folder: Path) -> list[tuple[Path, int, str]]:
     """(path, step, split) of every evaluation, by step and then split."""
-    matches = [(path, _FILE_NAME.fullmatch(path.name)) for path in folder.glob("step-*")]
-    found = [(path, int(match[1]), match[2]) for path, match in matches if match and path.is_file()]
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [(folder / match[0], int(match[1]), match[2]) for match in map(_FILE_NAME.fullmatch, names) if match]
     return sorted(found, key=lambda item: item[1:])
 
 
@@ -165,6 +170,7 @@ def _comes_again(eval_step: int, split: str, step: int, eval_pending: bool) -> b
 
 
 def _read_file(path: Path) -> pa.Table:
+    """The rows of one evaluation; ValueError where they are not as they were written."""
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
@@ -177,15 +183,8 @@ def _read_file(path: Path) -> pa.Table:
             raise ValueError(f"rows of {splits[0]} at step {steps[0]}, which its name does not say")
         return table.replace_schema_metadata()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not whole records of an evaluation ({first_line(error)}){_REMEDY}") from error
+        raise ValueError(f"not whole records of an evaluation ({first_line(error)})") from error
 
 
 def _hash_rows(table: pa.Table) -> bytes:
     return hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest().encode()
-
-
-def _digest(paths: Sequence[Path]) -> EvaluationsDigest:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return EvaluationsDigest(num_evaluations=len(paths), sha256=digest.hexdigest())

@@ -1,7 +1,7 @@
-"""The rows a run leaves in metrics.jsonl, and reading them back.
+"""The rows of metrics.jsonl and how they are read.
 
 One JSON object a line, `kind` first. `epoch` is the fraction of the training set seen, `samples` the examples,
-`tokens` the tokens fed (padding left out); losses are nats per counted token; `time` is seconds since the run began.
+`tokens` the tokens fed (padding left out); losses are nats per target token; `time` is seconds since the run began.
 """
 
 import errno
@@ -9,20 +9,24 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeGuard
+from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
 
 from pydantic import SkipValidation, TypeAdapter, ValidationError
 
 from trainer.config.fields import Accepts, Float, Int, first_problem
 from trainer.config.files import parse_json
 
+MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
+_STEP_PREFIX = b'{"kind": "step"'
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimizer step: the token mean of its loss over the global batch, and the gradient norm before clipping."""
 
+    kind: ClassVar = "step"
     step: Int
     epoch: Float
     samples: Int
@@ -42,6 +46,7 @@ class EvalRecord:
     text is not known. `row_nll`: the rows' sums, in their order, on the way to eval_records/; not in the line.
     """
 
+    kind: ClassVar = "eval"
     step: Int
     epoch: Float
     samples: Int
@@ -58,6 +63,7 @@ class EvalRecord:
 class EpochRecord:
     """The token mean of the training loss over one epoch, as the weights moved."""
 
+    kind: ClassVar = "epoch"
     epoch: Float
     train_loss: Float
     step: Int
@@ -70,6 +76,7 @@ class EpochRecord:
 class EventRecord:
     """Something that happened: `event` is its name, `message` one line for people, `facts` the rest."""
 
+    kind: ClassVar = "event"
     event: Annotated[str, Accepts("a text")]
     step: Int
     message: Annotated[str, Accepts("a text")]
@@ -77,12 +84,8 @@ class EventRecord:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
-STEP_PREFIX = b'{"kind": "step"'
 Record = StepRecord | EvalRecord | EpochRecord | EventRecord
-RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
-_RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
-_ADAPTERS = {kind: TypeAdapter[Any](cls) for kind, cls in RECORD_CLASSES.items()}
+_ADAPTERS = {cls.kind: TypeAdapter[Any](cls) for cls in (StepRecord, EvalRecord, EpochRecord, EventRecord)}
 
 
 class RecordLogger(Protocol):
@@ -105,42 +108,31 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def to_line(record: Record) -> str:
     """One JSON line without its newline. NaN and infinity are refused (ValueError): they must be an event's text."""
-    row = {"kind": _RECORD_KINDS[type(record)], **asdict(record)}
+    row = {"kind": record.kind, **vars(record)}
     row.pop("row_nll", None)
     return json.dumps(row, allow_nan=False)
 
 
 def from_line(line: bytes) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
-    if line.startswith(STEP_PREFIX):  # nearly all of a long run: parsed and checked in one call
-        try:
-            record: StepRecord = _ADAPTERS["step"].validate_json(line)
-            return record
-        except ValidationError:
-            pass  # what is wrong with it is found below
-    return to_record(parse_json(line.decode()))
-
-
-def to_record(row: Any) -> Record:
-    """The record of a row of JSON; ValueError where it is not one."""
+    row = parse_json(line.decode())
     adapter = _ADAPTERS.get(str(row.get("kind"))) if isinstance(row, dict) else None
     if adapter is None:
         raise ValueError(f"not a record: {json.dumps(row)[:80]}")
     try:
-        record: Record = adapter.validate_python({name: value for name, value in row.items() if name != "row_nll"})
+        record: Record = adapter.validate_python(row)
         return record
     except ValidationError as error:
         problem = first_problem(error)
-        if problem.is_missing:
-            raise ValueError(f"not a whole record: {json.dumps(row)[:80]}") from None
-        raise ValueError(f"{problem.key} = {json.dumps(problem.value)[:80]}: expected {problem.expected}") from None
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        value = "missing" if problem.is_missing else json.dumps(problem.value)[:80]
+        raise ValueError(f"{problem.key} = {value}: expected {problem.expected}") from None
 
 
 def iter_lines(path: Path) -> Iterator[bytes]:
@@ -155,15 +147,14 @@ def iter_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
-    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one raises.
+    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one is a
+    ValueError that names it.
 
     `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
     """
-    for line_number, line in enumerate(iter_lines(path), start=1):
-        if not line.endswith(b"\n"):
-            return  # rows are written newline last: this one was not finished
-        if with_steps or not line.startswith(STEP_PREFIX):
+    for number, line in enumerate(iter_lines(path), start=1):
+        if line.endswith(b"\n") and (with_steps or not line.startswith(_STEP_PREFIX)):
             try:
                 yield from_line(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {line_number}: {error}") from error
+                raise ValueError(f"{path}, line {number}: {error}") from error

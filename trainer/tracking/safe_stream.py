@@ -5,8 +5,6 @@ import os
 import sys
 from typing import Any, TextIO
 
-from trainer.config.errors import escape_controls
-
 
 class SafeStream:
     """A text stream that takes every text: nothing written to it raises.
@@ -21,32 +19,23 @@ class SafeStream:
             self._stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
-        """Write what can be written; returns the number of characters of `text`."""
-        try:
-            self._stream.write(text)
-        except (OSError, ValueError):
-            self._give_up()
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Hand what was written to the system."""
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._give_up()
+        self._try(lambda: self._stream.flush())
 
     def isatty(self) -> bool:
-        """Whether a person may look at it."""
-        try:
-            return self._stream.isatty()
-        except ValueError:
-            return False
+        return not self._stream.closed and self._stream.isatty()
 
-    def _give_up(self) -> None:
-        """Let what is still in the buffer go nowhere too: Python would fail on it at its exit."""
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    def _try(self, call: Any) -> None:
+        try:
+            call()
+        except (OSError, ValueError):
+            # What is still in the buffer goes nowhere too: Python would fail on it at its exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -60,8 +49,3 @@ def protect_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
     sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
-
-
-def escape_lines(text: str) -> str:
-    """Text of several lines for a terminal: control characters other than the newlines are escaped."""
-    return "\n".join(escape_controls(line) for line in text.split("\n"))

@@ -12,7 +12,6 @@ from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summ
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
-    digest_evaluations,
     rewind_evaluations,
 )
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
@@ -49,9 +48,11 @@ class Recorder:
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._log_lines = LogLines(progress_bar)
         resume_step = state.step if is_resumed else -1
+        self._evaluations = EvalRecordsLogger(folder, data.row_info("val"))
+        self._rows = JsonlLogger(self.metrics_path, resume=is_resumed)
         self.loggers = [
-            EvalRecordsLogger(folder, data.row_info("val")),  # before the line that says so
-            JsonlLogger(self.metrics_path, resume=is_resumed),
+            self._evaluations,  # before the line that says so
+            self._rows,
             progress_bar,
             start_wandb(metadata, folder, is_resumed=is_resumed),
         ]
@@ -66,8 +67,7 @@ class Recorder:
 
     def record_digests(self) -> dict[str, Any]:
         """What a checkpoint keeps of the rows and the evaluations so far, on rank 0."""
-        rows = next(logger.digest() for logger in self.loggers if isinstance(logger, JsonlLogger))
-        return {"records": vars(rows), "evaluations": vars(digest_evaluations(self.eval_records_folder))}
+        return {"records": self._rows.digest(), "evaluations": self._evaluations.digest()}
 
     def previous_records(self) -> Iterator[Record]:
         if self.loggers:

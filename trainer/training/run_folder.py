@@ -17,11 +17,10 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
-    EvaluationsDigest,
     find_changed_evaluations,
     find_damaged_evaluations,
 )
-from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
+from trainer.tracking.jsonl import METRICS_FILE, find_changed_rows
 from trainer.tracking.records import read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
@@ -189,12 +188,11 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
     """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
     changes = {}
     if "records" in source.metadata:
-        digest = RowsDigest(**source.metadata["records"])
-        changes[METRICS_FILE] = find_changed_rows(run_folder / METRICS_FILE, digest)
+        changes[METRICS_FILE] = find_changed_rows(run_folder / METRICS_FILE, source.metadata["records"])
     if "evaluations" in source.metadata:
         changes[EVAL_RECORDS_FOLDER] = find_changed_evaluations(
             run_folder / EVAL_RECORDS_FOLDER,
-            EvaluationsDigest(**source.metadata["evaluations"]),
+            source.metadata["evaluations"],
             source.step,
             eval_pending=source.train_state.eval_pending,
         )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from trainer.config.errors import UserError
 from trainer.tools.doctor.checks import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, run_check
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluations, write_evaluation
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, write_evaluation
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint
@@ -37,8 +37,8 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "progress": TrainState(step=step, eval_pending=False).as_dict(),
-        "records": vars(logger.digest()),
-        "evaluations": vars(digest_evaluations(folder / EVAL_RECORDS_FOLDER)),
+        "records": logger.digest(),
+        "evaluations": EvalRecordsLogger(folder, None).digest(),
     }
     metadata["self"] = checkpoint._metadata_digest(metadata)
     (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))
@@ -142,7 +142,7 @@ def break_row(run: Path) -> None:
         (
             lambda run: shutil.rmtree(run / "eval_records"),
             "rows",
-            "eval_records: it is gone",
+            "eval_records: it has 0 evaluations",
             "from step-000006 with --allow-change records",
         ),
     ],

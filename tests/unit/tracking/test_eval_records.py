@@ -24,7 +24,6 @@ from trainer.data.dataset import RowInfo
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
-    digest_evaluations,
     find_changed_evaluations,
     find_damaged_evaluations,
     read_evaluations,
@@ -49,6 +48,11 @@ def write(folder: Path, step: int, split: str = "val", *, seed: int = 0) -> None
     write_evaluation(folder, make_rows(), step=step, split=split, nll=[rng.uniform(1, 9) for _ in range(5)])
 
 
+def log(logger: EvalRecordsLogger, step: int, nll: list[float], loss: float = 1.0) -> None:
+    axes = {"step": step, "epoch": 0.5, "samples": 1, "tokens": 2, "time": 0.0}
+    logger.log(EvalRecord(**axes, loss=loss, perplexity=1.0, eval_tokens=5, row_nll=nll))
+
+
 def steps_and_splits(folder: Path) -> list[tuple[int, str]]:
     frame = read_evaluations(folder)
     return list(dict.fromkeys(zip(frame["step"], frame["split"], strict=True)))
@@ -59,23 +63,16 @@ def test_the_stored_sums_give_the_reported_loss_to_the_last_bit(tmp_path):
     nll = [rng.lognormvariate(0, 5) for _ in range(1000)]
     rows = make_rows(1000)
     reported = math.fsum(nll) / sum(rows.targets)
-    record = EvalRecord(
-        step=3, epoch=0.5, samples=1, tokens=2, loss=reported, perplexity=1.0, eval_tokens=5, time=0.0, row_nll=nll
-    )
     logger = EvalRecordsLogger(tmp_path, rows)
-    logger.log(record)
+    log(logger, 3, nll, reported)
     logger.log(EventRecord(event="x", step=3, message="", time=0.0))
     frame = read_evaluations(tmp_path / EVAL_RECORDS_FOLDER)
     assert math.fsum(frame["nll"]) / frame["targets"].sum() == reported
     assert list(frame) == ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "in_train"]
     assert list(frame["nll"]) == nll
-
-
-def test_equal_records_are_told_apart_by_their_occurrence(tmp_path):
-    write(tmp_path, 0)
-    frame = read_evaluations(tmp_path)
-    assert list(frame["occurrence"]) == [0, 0, 0, 0, 1]
-    assert not frame.duplicated(["id", "occurrence"]).any()
+    assert not frame.duplicated(["id", "occurrence"]).any(), "equal records are told apart"
+    assert frame["occurrence"].iloc[[0, 171, -1]].tolist() == [0, 1, 2]
+    assert folder_size(tmp_path) < 25 * len(frame) + 4000
 
 
 def test_an_evaluation_that_is_repeated_replaces_the_earlier_one(tmp_path):
@@ -86,29 +83,20 @@ def test_an_evaluation_that_is_repeated_replaces_the_earlier_one(tmp_path):
     assert list(read_evaluations(tmp_path / "repeated")["nll"][5:]) == list(read_evaluations(tmp_path / "once")["nll"])
 
 
+ALL = [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val")]
+
+
 @pytest.mark.parametrize(
-    ("step", "eval_pending", "remaining"),
-    [
-        (4, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val")]),
-        (4, True, [(0, "retain"), (0, "test"), (0, "val"), (2, "val")]),
-        (3, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val")]),
-        (-1, False, []),
-        (9, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val")]),
-    ],
+    ("step", "eval_pending", "num_left"), [(4, False, 5), (4, True, 4), (3, False, 4), (-1, False, 0), (9, False, 5)]
 )
-def test_a_resumed_run_goes_on_from_the_evaluations_up_to_its_checkpoint(tmp_path, step, eval_pending, remaining):
-    write(tmp_path, 0, "retain")
-    write(tmp_path, 0, "test")
-    for eval_step in (0, 2, 4, 1_000_000):
-        write(tmp_path, eval_step)
-    write(tmp_path, 1_000_000, "test")
-    write(tmp_path, 1_000_000, "retain")
+def test_a_resumed_run_goes_on_from_the_evaluations_up_to_its_checkpoint(tmp_path, step, eval_pending, num_left):
+    for eval_step, split in [*ALL, *((1_000_000, split) for split in ("val", "test", "retain"))]:
+        write(tmp_path, eval_step, split)
     (tmp_path / ".step-000002-val.parquet.0123456789ab.tmp").touch()
-    num_dropped = rewind_evaluations(tmp_path, step, eval_pending=eval_pending)
-    assert steps_and_splits(tmp_path) == remaining
-    assert num_dropped == 8 - len(remaining)
-    assert len(list(tmp_path.iterdir())) == len(remaining), "what a killed process left is removed too"
-    assert rewind_evaluations(tmp_path / "none", 0) == 0
+    rewind_evaluations(tmp_path, step, eval_pending=eval_pending)
+    assert steps_and_splits(tmp_path) == ALL[:num_left]
+    assert len(list(tmp_path.iterdir())) == num_left, "what a killed process left is removed too"
+    rewind_evaluations(tmp_path / "none", 0)
 
 
 def test_evaluations_are_read_in_the_order_of_their_steps_and_some_of_them_alone(tmp_path):
@@ -119,21 +107,6 @@ def test_evaluations_are_read_in_the_order_of_their_steps_and_some_of_them_alone
     assert set(read_evaluations(tmp_path, val_steps=(3, 4))["split"].items()) >= {(0, "val"), (5, "test")}
     assert len(read_evaluations(tmp_path, val_steps=(3, 4))) == 10
     assert len(read_evaluations(tmp_path / "none")) == 0
-
-
-def test_a_row_takes_about_twenty_bytes(tmp_path):
-    num_rows = 20_000
-    rng = random.Random(3)
-    rows = RowInfo(
-        ids=[f"{rng.getrandbits(64):016x}" for _ in range(num_rows)],
-        groups=[None] * num_rows,
-        targets=[rng.randint(10, 60) for _ in range(num_rows)],
-        in_train=[False] * num_rows,
-        num_bytes=[rng.randint(50, 200) for _ in range(num_rows)],
-    )
-    nll = [rng.uniform(10, 99) for _ in range(num_rows)]
-    write_evaluation(tmp_path, rows, step=1, split="val", nll=nll)
-    assert folder_size(tmp_path) / num_rows < 25
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -193,18 +166,18 @@ def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_folder, tmp_pat
 @pytest.mark.parametrize(
     ("damage", "answer"),
     [
-        (lambda folder: shutil.rmtree(folder), "it is gone, with the 2 evaluations"),
-        (lambda folder: (folder / "step-000002-val.parquet").write_bytes(b""), "an evaluation was changed"),
+        (lambda folder: shutil.rmtree(folder), "it has 0 evaluations where 2 were written"),
         (lambda folder: rewind_evaluations(folder, 1), "it has 1 evaluations where 2 were written"),
-        (lambda folder: write(folder, 0, seed=9), "an evaluation was changed"),
         (lambda folder: (folder / "step-000002-val.parquet").rename(folder / "x"), "it has 1 evaluations where 2"),
         (lambda folder: write(folder, 1), "it has 3 evaluations where 2 were written"),
+        (lambda folder: (folder / "step-000002-val.parquet").write_bytes(b""), "an evaluation was changed"),
+        (lambda folder: write(folder, 0, seed=9), "an evaluation was changed"),
     ],
 )
 def test_evaluations_that_are_not_those_of_the_checkpoint_are_known(whole_folder, tmp_path, damage, answer):
-    folder = tmp_path / "x"
+    folder = tmp_path / EVAL_RECORDS_FOLDER
     shutil.copytree(whole_folder, folder)
-    saved = digest_evaluations(folder)
+    saved = EvalRecordsLogger(tmp_path, None).digest()
     write(folder, 4)
     write(folder, 4, "test")
     assert find_changed_evaluations(folder, saved, 2) is None, "what came later is dropped by a resume"
@@ -212,26 +185,42 @@ def test_evaluations_that_are_not_those_of_the_checkpoint_are_known(whole_folder
     assert answer in (find_changed_evaluations(folder, saved, 2) or "")
 
 
+def test_a_checkpoint_reads_the_new_files_only_and_those_written_again(tmp_path, monkeypatch):
+    folder, logger = tmp_path / EVAL_RECORDS_FOLDER, EvalRecordsLogger(tmp_path, make_rows())
+    write(folder, 0, "test")
+    for step in (0, 2, 4, 4):
+        log(logger, step, [float(step)] * 5)
+        read: list[str] = []
+        read_bytes = Path.read_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])  # noqa: B023
+            digest = logger.digest()
+        assert read == ["step-000000-test.parquet"] * (not step) + [f"step-{step:06d}-val.parquet"]
+        assert digest == EvalRecordsLogger(tmp_path, None).digest(), "as a new process finds them"
+
+
 @pytest.mark.sweep
 def test_what_a_thousand_evaluations_take(tmp_path, capsys):
-    rows, rng = make_rows(1000), random.Random(0)
-    seconds = []
+    logger, rng = EvalRecordsLogger(tmp_path, make_rows(1000)), random.Random(0)
+    write_seconds, digest_seconds = [], []
     for step in range(1000):
         nll = [rng.uniform(1, 9) for _ in range(1000)]
         start = time.process_time()
-        write_evaluation(tmp_path, rows, step=step, split="val", nll=nll)
-        seconds.append(time.process_time() - start)
-    first, last = sum(seconds[:100]) / 100, sum(seconds[-100:]) / 100
-    assert last < 1.5 * first
+        log(logger, step, nll)
+        write_seconds.append(time.process_time() - start)
+        logger.digest()
+        digest_seconds.append(time.process_time() - start - write_seconds[-1])
+    first, last = sum(write_seconds[:100]) / 100, sum(write_seconds[-100:]) / 100
+    digest = sum(digest_seconds[-100:]) / 100
     start = time.process_time()
-    read_evaluations(tmp_path)
-    read_end = time.process_time()
-    digest_evaluations(tmp_path)
-    read_seconds, digest_seconds = read_end - start, time.process_time() - read_end
+    read_evaluations(tmp_path / EVAL_RECORDS_FOLDER)
     with capsys.disabled():
-        costs = f"read and checked in {read_seconds:.2f} s of CPU, hashed in {digest_seconds:.2f} s"
-        print(f"\n1,000 evaluations of 1,000 records: {folder_size(tmp_path) / 1e6:.1f} MB, {costs}")
+        print(f"\n1,000 evaluations of 1,000 records: {folder_size(tmp_path) / 1e6:.1f} MB", end="")
+        print(f", read and checked in {time.process_time() - start:.2f} s of CPU")
         print(f"one of the first 100 takes {1000 * first:.1f} ms, one of the last 100 {1000 * last:.1f} ms")
+        print(f"and {1000 * digest:.1f} ms for a checkpoint's digest of all")
+    assert last < 1.5 * first
+    assert digest < 0.01
 
 
 def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_one(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
@@ -19,38 +20,104 @@ from trainer.report import run_data
 from trainer.report.run_data import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
-from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
+from trainer.tracking.jsonl import JsonlLogger, find_changed_rows, rewind
 from trainer.tracking.records import (
-    RECORD_CLASSES,
     EpochRecord,
     EvalRecord,
     EventRecord,
-    Record,
     StepRecord,
     from_line,
     perplexity,
     read_records,
     to_line,
-    to_record,
 )
 from trainer.training.diagnostics import DiagnosticsMonitor
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
-NUM_STEPS = 30
+STEP = StepRecord(
+    step=7,
+    epoch=0.1,
+    samples=56,
+    tokens=14_336,
+    loss=0.1 + 0.2,
+    lr=1e-3,
+    grad_norm=1e-300,
+    tokens_per_second=100.0,
+    time=1.0,
+)
+EVAL = EvalRecord(
+    step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
+)
+EPOCH = EpochRecord(epoch=1.0, train_loss=2.5, step=70, samples=560, tokens=143_360, time=3.0)
+EVENT = EventRecord(event="e", step=7, message='schräg, "quoted"\nand broken', time=4.0, facts={"scale": [1, None]})
 
 
-def step_record(step: int, loss: float = 2.0) -> StepRecord:
-    return StepRecord(
-        step=step,
-        epoch=step / 10,
-        samples=4 * step,
-        tokens=64 * step,
-        loss=loss,
-        lr=1e-3,
-        grad_norm=1.0,
-        tokens_per_second=100.0,
-        time=float(step),
-    )
+# a record and its line
+
+
+@pytest.mark.parametrize("record", [STEP, EVAL, EPOCH, EVENT])
+def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record):
+    line = to_line(record)
+    assert "\n" not in line
+    assert from_line(line.encode()) == from_line(line.replace(": ", ":").encode() + b"\n") == record
+
+
+def test_numbers_of_every_size_come_back_equal_to_the_last_bit():
+    rng = random.Random(0)
+    numbers = [0.0, -1.5, 5e-324, 1e-300, 1.7e308, 2.0**60]
+    for number in numbers + [rng.uniform(1, 10) * 10.0 ** rng.randint(-300, 300) for _ in range(5000)]:
+        assert from_line(to_line(replace(STEP, loss=number)).encode()).loss == number  # type: ignore[union-attr]
+
+
+def test_the_fields_of_the_records_are_the_contract():
+    """The names that metrics.jsonl promises to its readers, `kind` first; one of a later version is ignored."""
+    fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"
+    assert list(json.loads(to_line(STEP))) == fields.split()
+    axes = {"step", "epoch", "samples", "tokens"}
+    assert axes | {"loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
+    assert axes | {"train_loss"} <= set(json.loads(to_line(EPOCH)))
+    kinds = [json.loads(to_line(record))["kind"] for record in (STEP, EVAL, EPOCH, EVENT)]
+    assert kinds == ["step", "eval", "epoch", "event"]
+    assert from_line(to_line(EPOCH)[:-1].encode() + b', "invented": 1}') == EPOCH
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch"}'])
+def test_a_line_that_is_no_record_is_refused(line):
+    with pytest.raises(ValueError, match=r"not a record|missing|Expecting"):
+        from_line(line.encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("step", value) for value in ("7", None, 7.5, True)),
+        *(("loss", value) for value in ("x", None, [1], 10**400)),
+        ("time", {}),
+    ],
+)
+def test_a_row_with_a_value_of_another_type_names_it(field, value):
+    row = {**json.loads(to_line(STEP)), field: value}
+    with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
+        from_line(json.dumps(row).encode())
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", "9" * 5000, "[" * 100_000])
+def test_a_row_with_a_number_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"."):
+        from_line(to_line(replace(STEP, loss=2.0)).replace("2.0", text).encode())
+
+
+def test_an_event_whose_facts_are_no_object_is_refused():
+    with pytest.raises(ValueError, match=r"facts = .*expected an object"):
+        from_line(to_line(replace(EVENT, facts={})).replace("{}", "[1]").encode())
+
+
+def test_perplexity_is_the_exponential_and_never_overflows():
+    assert perplexity(0.9414) == pytest.approx(2.564, abs=5e-4)  # the card's last row
+    assert perplexity(1e4) == math.inf
+
+
+# writing
 
 
 def test_each_record_is_on_disk_before_the_next(tmp_path):
@@ -64,6 +131,51 @@ def test_each_record_is_on_disk_before_the_next(tmp_path):
     assert list(read_records(path)) == RECORDS
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_record_that_is_not_finite_is_refused_and_leaves_no_line(tmp_path, loss):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        logger.log(replace(STEP, loss=loss))
+    logger.close(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_missing_metrics_folder_and_a_full_disk_are_one_line_and_leave_no_part_of_a_row(tmp_path, monkeypatch):
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
+        JsonlLogger(tmp_path / "nowhere" / "metrics.jsonl")
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log(RECORDS[0])
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        logger.log(RECORDS[1])
+    assert path.read_bytes().endswith(b"\n")
+    assert list(read_records(path)) == RECORDS[:1]
+
+
+# a resume
+
+NUM_STEPS = 30
+
+
+def write_steps(path: Path, num_steps: int, digest_at: int) -> dict[str, Any]:
+    """Write a metrics.jsonl of so many steps; what the checkpoint after one of them knows of it."""
+    logger = JsonlLogger(path)
+    for step in range(1, num_steps + 1):
+        logger.log(replace(STEP, step=step, loss=2.0 + step % 7))
+        if step == digest_at:
+            digest = logger.digest()
+    logger.close(0)
+    return digest
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    path = tmp_path / "metrics.jsonl"
+    return path, write_steps(path, NUM_STEPS, digest_at=20)
+
+
 @pytest.mark.parametrize("step", [60, 90])
 def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, tmp_path):
     path = tmp_path / "metrics.jsonl"
@@ -74,59 +186,6 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, 
     assert rewind(path, step) == 0
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_record_that_is_not_finite_is_refused_and_leaves_no_line(tmp_path, loss):
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        logger.log(step_record(1, loss=loss))
-    logger.close(1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-
-
-def test_a_missing_metrics_folder_and_a_full_disk_are_one_line(tmp_path):
-    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
-        JsonlLogger(tmp_path / "nowhere" / "metrics.jsonl")
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    logger = JsonlLogger(Path("/dev/full"))
-    with pytest.raises(TrainingError, match="cannot write /dev/full: No space left on device"):
-        logger.log(RECORDS[0])
-
-
-def test_a_record_that_fits_only_in_part_is_removed_from_the_file(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    logger = JsonlLogger(path)
-    logger.log(RECORDS[0])
-    whole = os.write
-    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
-    with pytest.raises(TrainingError, match="No space left"):
-        logger.log(RECORDS[1])
-    monkeypatch.undo()
-    assert list(read_records(path)) == RECORDS[:1]
-    assert path.read_bytes().endswith(b"\n")
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> tuple[Path, RowsDigest]:
-    """A metrics.jsonl of NUM_STEPS steps, and what the checkpoint after 20 knows of it."""
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    for step in range(1, NUM_STEPS + 1):
-        if step == 5:
-            logger.log(EventRecord(event="skipped_step", step=step, message="overflow", time=5.0))
-        else:
-            logger.log(step_record(step))
-        if step == 20:
-            digest = logger.digest()
-    logger.close(0)
-    return tmp_path / "metrics.jsonl", digest
-
-
-def change_lines(path: Path, change) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    change(lines)
-    path.write_bytes(b"".join(lines))
-
-
 def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them_and_when_those_are_dropped(written):
     path, digest = written
     assert find_changed_rows(path, digest) is None
@@ -134,41 +193,37 @@ def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them_and_when_t
     assert find_changed_rows(path, digest) is None
 
 
+CHANGED = "one of its first 20 rows was changed"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines.pop(14), "line 15: step 16 follows step 14"),
-        (lambda lines: lines.insert(14, lines[14]), "line 16: step 15 follows step 15"),
-        (lambda lines: lines.__setitem__(14, b"{}\n"), "line 15 is not a record"),
-        (
-            lambda lines: lines.__setitem__(14, lines[14].replace(b"2.0", b"1.0")),
-            "one of its first 20 lines was changed",
-        ),
+        (lambda lines: lines.pop(14), CHANGED),
+        (lambda lines: lines.insert(14, lines[14]), CHANGED),
+        (lambda lines: lines.__setitem__(14, b"{}\n"), CHANGED),
         (lambda lines: lines.__delitem__(slice(15, None)), "it has 15 of the 20 rows that were written"),
         (lambda lines: lines.clear(), "it has 0 of the 20 rows that were written"),
+        (lambda lines: lines.insert(14, b"x" * 5000 + b"\n"), "line 15: longer than 1,000 bytes"),
+        (None, "it cannot be read: No such file or directory"),
     ],
 )
-def test_a_changed_row_is_found_and_its_place_is_said(written, change, message):
+def test_rows_that_are_not_those_of_the_checkpoint_are_known(written, change, message, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
     path, digest = written
-    change_lines(path, change)
-    assert find_changed_rows(path, digest) == message
-
-
-def test_a_metrics_file_that_is_gone_is_noticed(written):
-    path, digest = written
+    lines = path.read_bytes().splitlines(keepends=True)
     path.unlink()
-    assert find_changed_rows(path, digest) == "it is gone, with the 20 rows that were written"
+    if change:
+        change(lines)
+        path.write_bytes(b"".join(lines))
+    assert find_changed_rows(path, digest) == message
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_changed_byte_goes_unnoticed(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
-    logger = JsonlLogger(path)
-    for step in range(1, 4):
-        logger.log(step_record(step))
-    digest = logger.digest()
-    logger.close(0)
+    digest = write_steps(path, 3, digest_at=3)
     content = bytearray(path.read_bytes())
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] ^= data.draw(st.integers(1, 255))
@@ -183,21 +238,20 @@ def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
         JsonlLogger(path)
     assert rewind(path, NUM_STEPS) == 1
     logger = JsonlLogger(path, resume=True)
-    logger.log(step_record(NUM_STEPS + 1))
+    logger.log(replace(STEP, step=NUM_STEPS + 1))
     logger.close(0)
     assert [record.step for record in read_records(path)] == list(range(1, NUM_STEPS + 2))
     assert find_changed_rows(path, logger.digest()) is None
 
 
+# reading whatever a file holds
+
+
 @pytest.fixture(scope="module")
-def long_file(tmp_path_factory) -> tuple[Path, RowsDigest]:
+def long_file(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """A megabyte of rows."""
     path = tmp_path_factory.mktemp("long") / "metrics.jsonl"
-    logger = JsonlLogger(path)
-    for step in range(1, 5_001):
-        logger.log(step_record(step, loss=2.0 + step % 7))
-    logger.close(0)
-    return path, logger.digest()
+    return path, write_steps(path, 5_000, digest_at=5_000)
 
 
 READERS = {
@@ -228,59 +282,27 @@ def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_pa
         tracemalloc.stop()
 
 
-def test_a_line_too_long_for_a_row_is_not_read_into_memory(written, monkeypatch):
-    path, digest = written
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
-    change_lines(path, lambda lines: lines.insert(14, b"x" * 5000 + b"\n"))
-    assert find_changed_rows(path, digest) == "line 15: longer than 1,000 bytes"
-    with pytest.raises(UserError, match=r"line 15: longer than 1,000 bytes; cannot resume from a damaged file"):
-        rewind(path, 20)
-    with pytest.raises(ValueError, match="line 15: longer"):
+def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        assert list(read_records(path)) == [STEP]
+
+
+@pytest.mark.parametrize("line", [b"half\n", b"x" * 5000 + b"\n"])
+def test_a_broken_line_within_a_metrics_file_is_refused_with_file_and_line_and_not_resumed_from(
+    line, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)  # a longer one is not read into memory
+    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
+    path.write_bytes(whole + line + whole)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
         list(read_records(path))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*; cannot resume from a damaged file"):
+        rewind(path, 60)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("step", "7"),
-        ("step", None),
-        ("step", 7.5),
-        ("step", True),
-        ("loss", "x"),
-        ("loss", None),
-        ("loss", [1]),
-        ("loss", 10**400),
-        ("time", {}),
-    ],
-)
-def test_a_row_with_a_value_of_another_type_names_it(field, value):
-    row = {**json.loads(to_line(step_record(7))), field: value}
-    with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
-        from_line(json.dumps(row).encode())
-
-
-@pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", "9" * 5000, "[" * 100_000])
-def test_a_row_with_a_number_that_is_none_is_refused(text):
-    line = to_line(step_record(7)).replace("2.0", text)
-    with pytest.raises(ValueError, match=r"."):
-        from_line(line.encode())
-
-
-def test_an_event_whose_facts_are_no_object_is_refused(tmp_path):
-    line = to_line(EventRecord(event="finished", step=1, message="m", time=1.0)).replace("{}", "[1]")
-    with pytest.raises(ValueError, match=r"facts = .*expected an object"):
-        from_line(line.encode())
-
-
-ROWS = [
-    json.loads(to_line(step_record(1))),
-    json.loads(to_line(EventRecord(event="e", step=1, message="", time=0.0))),
-    json.loads(
-        to_line(EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=2.7, eval_tokens=9, time=1.0))
-    ),
-]
-
-
+ROWS = [json.loads(to_line(record)) for record in (STEP, EVENT, EVAL)]
 LINES = st.builds(
     lambda row, edits: json.dumps({**row, **{key: edits[key] for key in edits if key in row}}).encode(),
     st.sampled_from(ROWS),
@@ -304,85 +326,3 @@ def test_no_content_of_a_metrics_file_ends_in_a_traceback(num_inputs, tmp_path):
             rewind(path, 0)
 
     check_inputs(num_inputs, check, st.lists(LINES | st.binary(max_size=30), max_size=4))
-
-
-# a record and its line
-
-STEP = replace(step_record(7), epoch=0.1, loss=0.1 + 0.2, grad_norm=1e-300)
-EVAL = EvalRecord(
-    step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
-)
-EPOCH = EpochRecord(epoch=1.0, train_loss=2.5, step=70, samples=560, tokens=143_360, time=3.0)
-EVENT = EventRecord(
-    event="skipped", step=7, message='schräg, "quoted"\nand broken', time=4.0, facts={"scale": [1, None]}
-)
-
-
-@pytest.mark.parametrize("record", [STEP, EVAL, EPOCH, EVENT])
-def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record: Record) -> None:
-    line = to_line(record)
-    assert "\n" not in line
-    assert from_line(line.encode()) == record == to_record(json.loads(line))
-
-
-def test_numbers_of_every_size_come_back_equal_to_the_last_bit() -> None:
-    rng = random.Random(0)
-    numbers = [
-        0.0,
-        -1.5,
-        5e-324,
-        1e-300,
-        1.7e308,
-        2.0**60,
-        *(rng.uniform(1, 10) * 10.0 ** rng.randint(-300, 300) for _ in range(5000)),
-    ]
-    for number in numbers:
-        assert from_line(to_line(replace(STEP, loss=number)).encode()).loss == number  # type: ignore[union-attr]
-
-
-def test_a_row_of_a_step_in_another_form_is_read_too() -> None:
-    line = to_line(STEP).encode()
-    assert from_line(line) == from_line(line.replace(b": ", b":")) == from_line(line + b"\n") == STEP
-
-
-def test_the_fields_of_the_records_are_the_contract() -> None:
-    """The names that metrics.jsonl promises to its readers, `kind` first."""
-    fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"
-    assert list(json.loads(to_line(STEP))) == fields.split()
-    axes = {"step", "epoch", "samples", "tokens"}
-    assert axes | {"loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
-    assert axes | {"train_loss"} <= set(json.loads(to_line(EPOCH)))
-    assert [json.loads(to_line(record))["kind"] for record in (STEP, EVAL, EPOCH, EVENT)] == list(RECORD_CLASSES)
-
-
-def test_a_record_field_of_a_later_version_is_ignored() -> None:
-    assert from_line(to_line(EPOCH)[:-1].encode() + b', "invented": 1}') == EPOCH
-
-
-@pytest.mark.parametrize(
-    "line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch", "epoch": 1.0}']
-)
-def test_a_line_that_is_no_record_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"not a record|not a whole record|Expecting"):
-        from_line(line.encode())
-
-
-def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
-    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
-    for cut in range(1, len(whole)):
-        path.write_bytes(whole + whole[:cut])
-        assert list(read_records(path)) == [STEP]
-
-
-def test_a_broken_line_within_a_metrics_file_is_refused_with_file_and_line_and_not_resumed_from(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes((to_line(STEP) + "\n" + "half\n" + to_line(STEP) + "\n").encode())
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
-        list(read_records(path))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
-        rewind(path, 60)
-
-
-def test_perplexity_is_the_exponential_and_never_overflows() -> None:
-    assert perplexity(0.9414) == pytest.approx(2.564, abs=5e-4)  # the card's last row
-    assert perplexity(1e4) == math.inf
