@@ -17,16 +17,11 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer, show_examples
+from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
 from trainer.distributed.preflight import program_facts, refuse_differences
-from trainer.distributed.process_group import (
-    DistContext,
-    destroy_process_group,
-    init_distributed,
-    is_peer_failure,
-    simulated_context,
-)
+from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
@@ -35,24 +30,14 @@ from trainer.tools.find_batch import find_micro_batch_size
 from trainer.tools.find_lr import find_lr
 from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import show_plan
-from trainer.tracking.records import EventRecord
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.tensorboard_logger import check_loggers
-from trainer.training import run_folder
-from trainer.training.checkpoint import (
-    Checkpoint,
-    CheckpointManager,
-    delete_checkpoints_after,
-    load_for_evaluation,
-    load_optimizer,
-    load_weights,
-    resolve_checkpoint,
-)
+from trainer.training import checkpoint, run_folder
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits
-from trainer.training.generation import GenerationEvaluator, check_prompts_available
+from trainer.training.generation import check_prompts_available
 from trainer.training.loop import train
 from trainer.training.provenance import describe_hosts
-from trainer.training.recorder import Observer, Recorder
+from trainer.training.recorder import Recorder
 from trainer.training.run_plan import RunPlan, make_plan, validate_early
 from trainer.training.schedule import TrainState
 
@@ -63,15 +48,15 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
     if args.dry_run and launch.rank > 0:  # a plan is made by one, without joining anybody
         return 0
     if args.dry_run:
-        context = simulated_context(launch.world_size)
+        context = process_group.simulated_context(launch.world_size)
     else:
-        context = init_distributed(join_timeout_seconds=args.settings.engine.hang_timeout)
+        context = process_group.init_distributed(join_timeout_seconds=args.settings.engine.hang_timeout)
     try:
         return _run(args, context, signal_handler)
     except Exception as error:
         with signal_handler.defer_signals():  # a launcher that has seen one rank end signals all others
             is_reporting_rank, failure = context.watchdog.claim_error_report(), error
-            if is_peer_failure(error):
+            if process_group.is_peer_failure(error):
                 failure = TrainingError(context.watchdog.describe_lost_peer() if is_reporting_rank else "")
             if is_reporting_rank and isinstance(failure, (UserError, TrainingError)):
                 report_error(failure)
@@ -81,7 +66,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
         raise  # a mistake of ours, with its traceback
     finally:
         context.watchdog.close()
-        destroy_process_group()
+        process_group.destroy_process_group()
 
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
@@ -96,7 +81,18 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     settings, previous = context.on_rank_zero(check_request)
     if args.resume == "auto" and previous is None:
         run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
-    data = _prepare_data(settings, context)
+
+    def prepare_folder() -> Path:
+        """Tokenised once by one rank of each node, then mapped by all."""
+        return prepare(
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)),
+            log=lambda line: print(line, flush=True) if context.rank == 0 else None,
+        ).folder
+
+    data = load(context.on_rank_zero(prepare_folder, per_node=True))
     if args.show_example and context.rank == 0:
         if data.metadata["tokenizer"] is None:
             raise UserError("--show-example: the data are token ids; expected data with text")
@@ -106,20 +102,20 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
     model = build_model(settings, on_meta=on_meta, with_fingerprint=context.local_rank == 0, device=context.device)
-    refuse_differences(
-        context, {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
-    )
+    fingerprints = {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
+    refuse_differences(context, fingerprints)
     lengths, global_batch = data.train.lengths(), settings.train.global_batch
     step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
     model_info = {**model.metadata, "step_flops": step_flops}
     plan = make_plan(settings, context, data, model_info, load_config(settings.model))
+
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         show_plan(plan.summary_lines())
     if args.dry_run:
         return 0
-    if args.runs_finder:
-        if args.find_lr is None:
-            return find_micro_batch_size(plan, data)
+    if args.find_batch:
+        return find_micro_batch_size(plan, data)
+    if args.find_lr is not None:
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
             return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
     with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
@@ -129,29 +125,16 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         return _train_and_export(args, plan, data, model, previous, signal_handler)
 
 
-def _prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
-    """Tokenised once by one rank of each node, then mapped by all."""
-
-    def prepare_folder() -> Path:
-        return prepare(
-            settings.data,
-            model=settings.model.model,
-            global_batch=settings.train.global_batch,
-            max_positions=get_max_positions(load_config(settings.model)),
-            log=lambda line: print(line, flush=True) if context.rank == 0 else None,
-        ).folder
-
-    return load(context.on_rank_zero(prepare_folder, per_node=True))
-
-
-def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:
+def build_engine(
+    plan: RunPlan, model: TrainableModel, source: checkpoint.Checkpoint | None
+) -> tuple[Engine, TrainState]:
     """The engine of a plan and the state of the run: at its start, or where the checkpoint `source` stood."""
     if source is not None:
-        load_weights(source, model.module, plan.dist_context)
+        checkpoint.load_weights(source, model.module, plan.dist_context)
     engine = Engine(plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
     if source is None:
         return engine, TrainState()
-    load_optimizer(source, engine)
+    checkpoint.load_optimizer(source, engine)
     return engine, source.train_state
 
 
@@ -165,50 +148,29 @@ def _train_and_export(
 ) -> int:
     """The run itself, which holds its folder; `previous`: run.json of the run that goes on."""
     context, settings, folder = plan.dist_context, plan.settings, Path(plan.settings.run_folder)
-    is_resumed = previous is not None
     source, metadata = context.on_rank_zero(
         lambda: run_folder.begin_run(plan, previous, args.resume, args.allow_change)
     )
     engine, state = build_engine(plan, model, source)
-    if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing
-        context.on_rank_zero(lambda: delete_checkpoints_after(folder / "checkpoints", state.step))
-    recorder = Recorder(plan, data, metadata, state, is_resumed=is_resumed)
+    if previous is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
+        context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", state.step))
+    recorder = Recorder(plan, data, engine, metadata, state)
     exit_code = 1
     try:
-        checkpoints = CheckpointManager(
+        checkpoints = checkpoint.CheckpointManager(
             folder / "checkpoints",
             context,
             save_total_limit=settings.output.save_total_limit,
-            identity={"run_id": metadata["run_id"], "mode": settings.mode, "base": model.metadata["fingerprint"]},
-            record_digests=recorder.record_digests,
+            identity=plan.checkpoint_identity(metadata["run_id"]),
+            record_digests=recorder.digests,
         )
-        if is_resumed:
-            recorder.log(_resumed_event(plan, state, metadata["resumed"]["changed"], source, recorder.num_truncated))
-        samples = GenerationEvaluator(engine, data, settings)
-        observed = {**metadata, "resolved": plan.resolved()}
-        observer = Observer(engine, observed, samples, recorder.previous_records())
-        for event in observer.on_train_begin(state.step, state.elapsed_seconds):
-            recorder.log(event)
+        recorder.begin(state, source)
         with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(settings.engine.hang_timeout, folder):
             if not state.step and state.eval_pending and settings.output.export != "none":
                 for event in evaluate_other_splits(plan, data, engine, state, step=0):
                     recorder.log(event)
             stream = train(engine, data, plan.schedule, state, checkpoints, signal_handler.stop_requested)
-            while True:
-                try:
-                    record = next(stream)
-                except StopIteration as end:
-                    state = end.value
-                    break
-                start_time = time.perf_counter()
-                recorder.log(record)
-                observer.diagnostics.add_time("logging", time.perf_counter() - start_time)
-                for event in observer.on_record(record):
-                    recorder.log(event)
-                    if event.event == "execution":  # run.json keeps every plan by which steps ran
-                        metadata["execution"].append(event.facts)
-                        if context.rank == 0:
-                            run_folder.write_run_json(folder, metadata)
+            state = recorder.follow(stream)
             signal_handler.check_launcher()  # another rank may have been the first to see that the launcher is gone
         signal_numbers = context.all_gather_object(signal_handler.signal_number)
         if any(signal_numbers):
@@ -218,39 +180,14 @@ def _train_and_export(
                     write_atomically(folder / run_folder.REQUEUE_FILE, " ".join(names) + "\n")
             exit_code = 128 + max(signal_numbers)
         else:
-            _finish(plan, data, engine, state, recorder, samples.elapsed_seconds)
+            _finish(plan, data, engine, state, recorder)
             exit_code = 0
         return exit_code
     finally:
         recorder.close(exit_code)
 
 
-def _resumed_event(
-    plan: RunPlan, state: TrainState, changes: Mapping[str, Any], source: Checkpoint | None, num_truncated: int
-) -> EventRecord:
-    """From where a run goes on, how many rows after it were cut off, and what changed: {name: [old, new]}."""
-    origin = source.folder.name if source else "the start: the run had no checkpoint"
-    message = f"resumed from {origin}" + (f", {num_truncated} rows after it cut off" if num_truncated else "")
-    message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
-    message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
-    facts = {
-        "checkpoint": origin,
-        "rows_cut": num_truncated,
-        "changed": changes,
-        "resolved": plan.resolved(),
-        "execution": plan.execution_entry(state.step),
-    }
-    return EventRecord(event="resumed", step=state.step, message=message, time=state.elapsed_seconds, facts=facts)
-
-
-def _finish(
-    plan: RunPlan,
-    data: PreparedDataset,
-    engine: Engine,
-    state: TrainState,
-    recorder: Recorder,
-    sample_seconds: float,
-) -> None:
+def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainState, recorder: Recorder) -> None:
     """Export the last or the best checkpoint and log what the run took. TrainingError where the export is not what was
     evaluated."""
     start_time = time.perf_counter()
@@ -260,10 +197,10 @@ def _finish(
     if settings.output.export != "none":
         choice = {"which": settings.output.export, "step": state.step, "loss": state.val_loss}
         if settings.output.export == "best":
-            best = context.on_rank_zero(lambda: resolve_checkpoint(folder / "checkpoints", "best"))
+            best = context.on_rank_zero(lambda: checkpoint.resolve_checkpoint(folder / "checkpoints", "best"))
             choice |= {"step": best.step, "loss": best.val_loss}
             if best.step != state.step and any(len(getattr(data, split)) for split in OTHER_SPLITS):
-                load_for_evaluation(best, engine)
+                checkpoint.load_for_evaluation(best, engine)
         for event in evaluate_other_splits(plan, data, engine, state, step=choice["step"]):
             recorder.log(event)
     measurements = engine.measure_memory()
@@ -284,7 +221,7 @@ def _finish(
     facts = {
         "wall_seconds": elapsed_seconds,
         "device_hours": elapsed_seconds * context.world_size / 3600,
-        "sample_seconds": sample_seconds,
+        "sample_seconds": recorder.samples.elapsed_seconds,
         **measurements,
         "checkpoint_bytes": folder_size(max((folder / "checkpoints").glob("step-*"), default=None)),
         "export_bytes": folder_size(folder / "model"),
@@ -298,6 +235,6 @@ def _finish(
     if choice and choice["step"] != state.step:
         where += f"holds step {choice['step']}, the best, "
     message = f"finished after {state.step} steps; {where}{result['summary']}"
-    recorder.log(EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts))
+    recorder.log_event("finished", replace(state, elapsed_seconds=elapsed_seconds), message, facts)
     if result["problems"]:
         raise TrainingError(f"{folder / 'model'}: {result['summary']}; checkpoints and records are whole")

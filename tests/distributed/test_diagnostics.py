@@ -29,6 +29,7 @@ from trainer.report.page import write_report
 from trainer.report.tables import compare
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
+from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.diagnostics import (
     TOPICS,
     Diagnostic,
@@ -37,19 +38,17 @@ from trainer.training.diagnostics import (
     fit_line,
     welch_t,
 )
-from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
-from trainer.training.recorder import Observer
+from trainer.training.recorder import Recorder
 
 # --- the statistics --------------------------------------------------------------------------------------------------
 
 
 def test_the_slope_and_its_t_are_those_of_the_textbook():
     """x 1..5, y 2 4 5 4 5: slope 0.6, residual 2.4, so its standard error is sqrt(0.8 / 10), worked out by hand."""
-    line = fit_line(range(1, 6), [2, 4, 5, 4, 5])
-    assert line.slope == pytest.approx(0.6)
-    assert line.t == pytest.approx(0.6 / math.sqrt(0.08))
-    assert fit_line([1], [1.0]).t == fit_line(range(4), [1.0] * 4).t == 0.0
+    slope, variance, t = fit_line(range(1, 6), [2, 4, 5, 4, 5])
+    assert (slope, variance, t) == pytest.approx((0.6, 0.8, 0.6 / math.sqrt(0.08)))
+    assert fit_line([1], [1.0])[2] == fit_line(range(4), [1.0] * 4)[2] == 0.0
 
 
 def test_welchs_distance_is_in_standard_errors_of_the_difference():
@@ -288,12 +287,13 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
             run = start_engine(job, dist_context)
             INJECT.get(job["fault"], lambda _: None)(run.engine)
             manager = run.checkpoint_manager(Path(job["out"]) / f"{job['name']}-checkpoints", save_total_limit=1)
-            metadata = run.plan.to_metadata(run_id="x", wandb={"mode": "disabled"})
-            observer = Observer(run.engine, metadata, GenerationEvaluator(run.engine, run.data, run.settings))
-            diagnostics = []
+            metadata = run.plan.to_metadata(run_id="test", wandb=wandb_block(run.settings.output, "test"))
+            folder = Path(run.settings.run_folder)
+            folder.mkdir(parents=True)
+            recorder = Recorder(run.plan, run.data, run.engine, metadata, run.state)
             with contextlib.suppress(TrainingError):
-                for record in train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False):
-                    diagnostics += [event.facts for event in observer.on_record(record)]
+                recorder.follow(train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False))
+            diagnostics = [event["facts"] for event in read_events(folder, "diagnosis")]
             (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(diagnostics))
     return 0
 
@@ -316,7 +316,7 @@ def diagnose_real_runs(tiny_model: str, session_dir: Path) -> Callable[[Path, di
     def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, Any]:
         rank_jobs = []
         for name, (data, flags, fault) in jobs.items():
-            argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags}")
+            argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags} --output-dir {out / name}")
             rank_jobs.append(make_job(out, name, argv, fault=fault))
         launch_jobs(1, rank_jobs, target=diagnose_jobs)
         return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}

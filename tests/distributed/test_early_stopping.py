@@ -70,7 +70,7 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
     def run(
         losses: list[float], *flags: str, state: TrainState | None = None, stop_after: int = 0, skipped_step: int = 0
     ) -> tuple[list[Any], list[TrainState]]:
-        evaluations = [Evaluation(row_nll=[loss], num_target_tokens=1) for loss in losses]
+        evaluations = [Evaluation([loss], loss, 1) for loss in losses]
         monkeypatch.setattr(loop, "evaluate", Mock(side_effect=evaluations))
         argv_of_run = ["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]
         settings = cli.parse_args(argv_of_run).settings

@@ -139,19 +139,19 @@ def flip_token_count(folder: Path) -> None:
     flip_byte(folder, "state.json", text.index(b'"tokens_seen": ') + len(b'"tokens_seen": '))
 
 
-DAMAGE = {
-    "state.safetensors has": truncate_state,
-    "state.safetensors was changed": flip_byte,
-    "cannot read state.safetensors: No such file": lambda folder: (folder / "state.safetensors").unlink(),
-    "state.json was changed": flip_token_count,
-    "state.json is missing or damaged": lambda folder: os.truncate(folder / "state.json", 100),
-}
+DAMAGE = [
+    ("state.safetensors has", truncate_state),
+    ("state.safetensors was changed", flip_byte),
+    ("cannot read state.safetensors: No such file", lambda folder: (folder / "state.safetensors").unlink()),
+    ("state.json is missing or damaged", flip_token_count),
+    ("state.json is missing or damaged", lambda folder: os.truncate(folder / "state.json", 100)),
+]
 
 
-@pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(message, finished_run, tmp_path):
+@pytest.mark.parametrize(("message", "damage"), DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(message, damage, finished_run, tmp_path):
     folder = copy_until_step_4(finished_run, tmp_path / "run") / "checkpoints"
-    DAMAGE[message](folder / "step-000004")
+    damage(folder / "step-000004")
     source = resolve_checkpoint(folder, "latest")
     assert source.step == 2
     assert len(source.skipped_reasons) == 1

@@ -35,6 +35,7 @@ from helpers.process_groups import (
     record_names_at_step,
     wait_until,
 )
+from safetensors.torch import load_file
 
 from trainer.training.checkpoint import delete_checkpoints_after, resolve_checkpoint
 
@@ -118,7 +119,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
     steps_in_force = []
     for line in range(1, len(list(tmp_path.glob("[0-9]*"))) + 1):
         source = resolve_checkpoint(tmp_path / str(line), "latest")  # its checksums are verified
-        weight = source.tensor_reader(torch.device("cpu"))("weight/w")
+        weight = load_file(source.folder / "state.safetensors")["weight/w"]
         assert torch.equal(weight, torch.full((3,), float(source.step))), line
         assert not source.skipped_reasons, "nothing half-written bears the name of a checkpoint"
         steps_in_force.append(source.step)

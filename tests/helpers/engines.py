@@ -41,9 +41,9 @@ class StartedRun(PlannedRun):
     engine: Engine
     state: TrainState
 
-    def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99, base: str = "test") -> CheckpointManager:
-        """Of checkpoints of a run of which nothing but its base is known."""
-        context, identity = self.plan.dist_context, {"base": base}
+    def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
+        """Of checkpoints of a run whose rows are not kept."""
+        context, identity = self.plan.dist_context, self.plan.checkpoint_identity("test")
         return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity=identity)
 
 

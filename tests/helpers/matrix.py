@@ -121,7 +121,7 @@ def run_job(dist_context: DistContext, job: dict[str, Any]) -> StartedRun:
     checkpoint = resolve_checkpoint(out / name / "checkpoints", f"step-{step}") if name else None
     run = start_engine(job, dist_context, checkpoint)
     folder = out / job["name"]
-    manager = run.checkpoint_manager(folder / "checkpoints", base=run.model.metadata["fingerprint"])
+    manager = run.checkpoint_manager(folder / "checkpoints")
     records = list(train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False))
     weights = {name: tensor.numpy().copy() for name, tensor in run.engine.state.gather_weights()}
     if dist_context.rank == 0:

@@ -87,9 +87,7 @@ def export_checkpoint(
     """
     run_folder = Path(run_folder)
     metadata = read_run_metadata(run_folder / "run.json")
-    # Of a run that was resumed: the settings by which it last went on, and what was allowed to change.
-    resumed = metadata.get("resumed", {"settings": metadata["settings"], "changed": {}})
-    settings, changed = Settings.from_dict(resumed["settings"]), resumed["changed"]
+    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"])  # those by which it last went on
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
     answer_sentence = read_answer_sentence(answer) if answer else ""
@@ -105,9 +103,9 @@ def export_checkpoint(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge, device=device)
-    data, loss_missing_reason = load(Path(data_folder)) if data_folder else None, ""
-    if data is None:
-        data, loss_missing_reason = _prepare_data(settings, metadata, changed)
+    data, loss_missing_reason = (load(Path(data_folder)), "") if data_folder else _prepare_data(settings)
+    if data is not None and data.metadata["fingerprint"] != source.metadata["data"]:
+        data, loss_missing_reason = None, f"the data were changed since {source.folder.name} was saved"
     input_ids = verify.fixed_input_ids(data, model.causal.config)
     model_device = next(model.module.parameters()).device
     logits = verify.compute_logits(model.module, input_ids, model_device)
@@ -142,10 +140,10 @@ def export_checkpoint(
             dtype=dtype,
             val=data.val if data is not None else None,
             eval_batch=settings.train.eval_batch,
-            precision=_last_precision(metadata),
+            precision=source.metadata["precision"],
             recorded_loss=None if causes else source.val_loss,
             loss_missing_reason=loss_missing_reason or ("" if causes else "none was recorded"),
-            is_cross_device=metadata["resolved"]["device"] != model_device.type,
+            is_cross_device=source.metadata["device"] != model_device.type,
         )
         loss_change = _describe_loss_change(causes, source.val_loss, result.loss)
         card = render_model_card(
@@ -197,7 +195,7 @@ def load_model_at_checkpoint(
         with contextlib.suppress(OSError):
             model_path = resolve_model_path(settings.model.model)
             model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)
-    is_bf16 = _last_precision(metadata) == "bf16"
+    is_bf16 = source.metadata["precision"] == "bf16"
     quantization.set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     fingerprint = metadata["model"]["fingerprint"]
     if settings.mode == "lora" and model.metadata["fingerprint"] != fingerprint:
@@ -213,15 +211,7 @@ def load_model_at_checkpoint(
     return model
 
 
-def _last_precision(metadata: Mapping[str, Any]) -> str:
-    """That in which the run last trained: --allow-change lets a resume take another."""
-    changed = metadata.get("resumed", {}).get("changed", {})
-    return str(changed.get("precision", [metadata["resolved"]["precision"]])[-1])
-
-
-def _prepare_data(
-    settings: Settings, metadata: Mapping[str, Any], changed: Mapping[str, Any]
-) -> tuple[PreparedDataset | None, str]:
+def _prepare_data(settings: Settings) -> tuple[PreparedDataset | None, str]:
     """(the run's prepared data, why they are missing): from the cache, or made again where their source is there."""
     try:
         data = prepare(
@@ -233,8 +223,6 @@ def _prepare_data(
     except UserError as error:
         print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
         return None, "the data of the run are not there any more"
-    if data.metadata["fingerprint"] != changed.get("data", [metadata["data"]["fingerprint"]])[-1]:
-        return None, "the data were changed since the run"
     return data, ""
 
 

@@ -2,16 +2,15 @@
 
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
 AdamW's two moments: 12 bytes a parameter; with 8-bit moments 6, and a scale for each 256) and `state.json` (where the
-run stood, checksums of the other file, of the rows of metrics.jsonl and the evaluations of eval_records/ so far,
-and one of itself). It is written under another name, flushed and renamed, so a folder with the right name is whole.
-Dropout, data order and learning rate are functions of seed and step, so nothing else has to be kept: a frozen base,
-packed or reduced by pissa, is made again from its own weights.
+run stood, on what it ran, checksums of the other file, of the rows of metrics.jsonl and the evaluations of
+eval_records/ so far, and one of itself). It is written under another name, flushed and renamed, so a folder with the
+right name is whole. Dropout, data order and learning rate are functions of seed and step, so nothing else has to be
+kept: a frozen base, packed or reduced by pissa, is made again from its own weights.
 """
 
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -37,16 +36,19 @@ if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
     from trainer.distributed.engine import Engine
     from trainer.distributed.process_group import DistContext
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2: without the data, precision and device of the run
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 
+# --- which checkpoints there are -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One whole checkpoint on disk."""
+    """A checkpoint on disk whose state.json is as it was written; `find_damage` reads the tensors too."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -66,19 +68,9 @@ class Checkpoint:
     def train_state(self) -> TrainState:
         return TrainState.from_dict(self.metadata["progress"])
 
-    @property
-    def has_valid_metadata(self) -> bool:
-        """Whether state.json is as it was written."""
-        try:
-            return bool(self.metadata.get("self") == _metadata_digest(self.metadata))
-        except RecursionError:
-            return False
-
     def find_damage(self) -> str | None:
-        """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
+        """What is wrong with its tensors; None where they are whole."""
         name = f"checkpoint {self.folder}"
-        if not self.has_valid_metadata:
-            return f"{name}: {METADATA_FILE} was changed since it was written (checksum)"
         try:
             with open(self.folder / STATE_FILE, "rb") as file:
                 size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,32 +82,32 @@ class Checkpoint:
             return f"{name}: {STATE_FILE} was changed since it was written (checksum)"
         return None
 
-    def tensor_reader(self, device: torch.device) -> Callable[[str], Tensor]:
-        """A function from a state's name to its tensor on `device`, read one at a time."""
-        return safe_open(self.folder / STATE_FILE, framework="pt", device=str(device)).get_tensor
-
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
+    """Those under `folder` with a whole state.json, oldest first. Half-written ones have other names."""
     checkpoints = []
-    for _, path in _numbered_folders(folder):
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+    for step, path in _numbered_folders(folder):
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, RecursionError):
             metadata = read_json_object(path / METADATA_FILE)
-            if metadata["format"] == FORMAT_VERSION and f"step-{metadata['progress']['step']:06d}" == path.name:
+            is_intact = metadata["self"] == _metadata_digest(metadata) and metadata["format"] == FORMAT_VERSION
+            if is_intact and metadata["progress"]["step"] == step:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
     return checkpoints
 
 
-def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of all that have a checkpoint's name, oldest first."""
-    matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in matches if match)
+def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | None, str | None]]:
+    """(folder, checkpoint where its state.json is whole, damage or None) of each, newest first; read whole."""
+    readable = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)}
+    for _, path in reversed(_numbered_folders(folder)):
+        checkpoint = readable.get(path)
+        missing = f"checkpoint {path}: {METADATA_FILE} is missing or damaged (checksum)"
+        yield path, checkpoint, checkpoint.find_damage() if checkpoint else missing
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss of its own weights; the earliest of equals."""
-    evaluated = [c for c in checkpoints if c.has_valid_metadata and c.val_loss is not None]
-    return min(evaluated, key=lambda c: (c.val_loss, c.step)) if evaluated else None
+    evaluated = [c for c in checkpoints if c.val_loss is not None]
+    return min(evaluated, key=lambda c: (c.val_loss, c.step), default=None)
 
 
 def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:
@@ -128,7 +120,7 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     if which == "latest":
         reasons: list[str] = []
         for _, checkpoint, damage in iter_checked_checkpoints(folder):
-            if damage is None and checkpoint is not None:
+            if checkpoint is not None and damage is None:
                 return replace(checkpoint, skipped_reasons=tuple(reasons))
             reasons.append(str(damage))
         detail = f" ({reasons[0]})" if reasons else ""
@@ -147,20 +139,25 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     return selected
 
 
-def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | None, str | None]]:
-    """(folder, checkpoint where its state.json can be read, damage or None) of each, newest first; read whole."""
-    readable = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)}
-    for _, path in reversed(_numbered_folders(folder)):
-        if path in readable:
-            yield path, readable[path], readable[path].find_damage()
-        else:
-            yield path, None, f"checkpoint {path}: {METADATA_FILE} is missing or damaged"
+def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of all that have a checkpoint's name, oldest first."""
+    matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _metadata_digest(metadata: Mapping[str, Any]) -> str:
+    hashed = {key: metadata[key] for key in sorted(metadata) if key != "self"}
+    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
+
+
+# --- save and delete -------------------------------------------------------------------------------------------------
 
 
 class CheckpointManager:
     """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
 
-    `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0.
+    `identity`: of which run, model and data this is the state, written into each; `record_digests`: "records" and
+    "evaluations" of state.json at the moment, called on rank 0.
     """
 
     def __init__(
@@ -172,38 +169,22 @@ class CheckpointManager:
         identity: Mapping[str, Any],
         record_digests: Callable[[], Mapping[str, Any]] = dict,
     ):
-        self.record_digests = record_digests
-        self.folder = folder
-        self.dist_context = dist_context
-        self.save_total_limit = save_total_limit
-        self.identity = dict(identity)  # of which run and model this is the state, written into each
+        self.folder, self.dist_context = folder, dist_context
+        self.save_total_limit, self.identity, self.record_digests = save_total_limit, identity, record_digests
 
     def save(self, engine: "Engine", state: TrainState) -> None:
         """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
-        target, error_message = self.folder / f"step-{state.step:06d}", None
+        target, problem = self.folder / f"step-{state.step:06d}", None
         tensors = engine.state.iter_state_dict()
         if self.dist_context.rank == 0:
             try:
                 self._write_checkpoint(engine, tensors, state, target)
             except OSError as error:
-                error_message = f"checkpoint {target} not written: {error.strerror or error}"
+                problem = f"checkpoint {target} not written: {error.strerror or error}; the checkpoints before it are"
         for _ in tensors:  # the gathering needs everybody, to its end
             pass
-        self._require_written(error_message, "the checkpoints before it are whole")
-
-    def update_train_state(self, state: TrainState) -> None:
-        """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
-        path, error_message = self.folder / f"step-{state.step:06d}" / METADATA_FILE, None
-        if self.dist_context.rank == 0:
-            try:
-                write_atomically(path, self._format_metadata(read_json_object(path), state))
-            except OSError as error:
-                error_message = f"{path} not written: {error.strerror or error}"
-        self._require_written(error_message, "the checkpoint is whole as it was")
-
-    def _require_written(self, error_message: str | None, intact: str) -> None:
-        if error_message := self.dist_context.all_gather_object(error_message)[0]:
-            raise TrainingError(f"{error_message}; {intact}")
+        if problem := self.dist_context.all_gather_object(problem)[0]:
+            raise TrainingError(f"{problem} whole")
 
     def _write_checkpoint(
         self, engine: "Engine", tensors: Iterable[tuple[str, Tensor]], state: TrainState, target: Path
@@ -211,7 +192,7 @@ class CheckpointManager:
         _remove_temporary(self.folder)
         with new_folder(target) as folder:
             size, digest = _write_safetensors(folder / STATE_FILE, engine, tensors)
-            metadata = {"format": FORMAT_VERSION, **self.identity, "bytes": size, "sha256": digest}
+            metadata = {"format": FORMAT_VERSION, "bytes": size, "sha256": digest}
             if (loss_scale := engine.state.loss_scale()) is not None:
                 metadata["loss_scale"] = loss_scale
             write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
@@ -220,11 +201,24 @@ class CheckpointManager:
         checkpoints = list_checkpoints(self.folder)
         best = best_checkpoint(checkpoints)
         for checkpoint in checkpoints[: -self.save_total_limit]:
-            if best is None or checkpoint.step != best.step:
+            if checkpoint is not best:
                 _delete_folder(checkpoint.folder)
 
+    def update_train_state(self, state: TrainState) -> None:
+        """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
+        path = self.folder / f"step-{state.step:06d}" / METADATA_FILE
+
+        def update() -> None:
+            try:
+                write_atomically(path, self._format_metadata(read_json_object(path), state))
+            except OSError as error:
+                problem = f"{path} not written: {error.strerror or error}; the checkpoint is whole as it was"
+                raise TrainingError(problem) from error
+
+        self.dist_context.on_rank_zero(update)
+
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
-        metadata = {**metadata, "progress": state.as_dict(), **self.record_digests()}
+        metadata = {**metadata, **self.identity, "progress": state.as_dict(), **self.record_digests()}
         return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
     def dump_batch(self, step: int, micro_batches: list[MicroBatch]) -> str:
@@ -232,10 +226,11 @@ class CheckpointManager:
 
         Of micro-batch n `input_ids_n`, `labels_n`, and the `index_n` that with seed and step draws its dropout masks.
         """
-        name = f"not-finite-step-{step}-rank-*.npz"
-        buffer = io.BytesIO()
-        fields = itertools.product(enumerate(micro_batches), ("input_ids", "labels", "index"))
-        np.savez_compressed(buffer, **{f"{field}_{n}": getattr(batch, field) for (n, batch), field in fields})
+        name, buffer = f"not-finite-step-{step}-rank-*.npz", io.BytesIO()
+        arrays: dict[str, Any] = {}
+        for n, batch in enumerate(micro_batches):
+            arrays |= {f"input_ids_{n}": batch.input_ids, f"labels_{n}": batch.labels, f"index_{n}": batch.index}
+        np.savez_compressed(buffer, **arrays)
         try:
             path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
             write_atomically(path, buffer.getvalue())
@@ -269,11 +264,6 @@ def _write_chunks(file: IO[bytes], digest: Any, data: Any) -> None:
         file.write(data[start : start + _CHUNK_BYTES])
 
 
-def _metadata_digest(metadata: Mapping[str, Any]) -> str:
-    hashed = {key: metadata[key] for key in sorted(metadata) if key != "self"}
-    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
-
-
 def _delete_folder(folder: Path) -> None:
     # Renamed first: a folder that is half deleted must not look whole.
     trash = folder.rename(folder.parent / f".{folder.name}.deleted.tmp")
@@ -300,22 +290,24 @@ def _remove_temporary(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+# --- load ------------------------------------------------------------------------------------------------------------
+
+
 def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:
     """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's.
 
     `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
     """
     layout, read_tensor = _open_tensors(checkpoint, torch.device("cpu"), context)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-    saved_shapes = {name[7:]: shape for name, (shape, _) in layout.items() if name.startswith("weight/")}
+    parameters = {f"weight/{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    saved_shapes = {name: shape for name, (shape, _) in layout.items() if name.startswith("weight/")}
     if different := sorted(n for n in shapes | saved_shapes if shapes.get(n) != saved_shapes.get(n)):
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model: {different[0]} and {len(different) - 1} more differ"
-        )
+        name, num_more = different[0].removeprefix("weight/"), len(different) - 1
+        raise UserError(f"checkpoint {checkpoint.folder} is of another model: {name} and {num_more} more differ")
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in shapes:
-                parameter.copy_(read_tensor(f"weight/{name}"))
+        for name, parameter in parameters.items():
+            parameter.copy_(read_tensor(name))
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:
@@ -338,17 +330,17 @@ def _open_tensors(
     On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
     not see its folder, and what may lie under that name on their disks is not looked at.
     """
+    path, dtypes = checkpoint.folder / STATE_FILE, {name: dtype for dtype, name in DTYPES.items()}
 
     def read_layout() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        dtypes = {written: dtype for dtype, written in DTYPES.items()}
-        with safe_open(checkpoint.folder / STATE_FILE, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return {name: (tuple(part.get_shape()), dtypes[part.get_dtype()]) for name, part in slices.items()}
+        with open(path, "rb") as file:
+            header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
+        return {name: (tuple(entry["shape"]), dtypes[entry["dtype"]]) for name, entry in header.items()}
 
     if context is None or context.num_nodes == 1:
-        return read_layout(), checkpoint.tensor_reader(device)
+        return read_layout(), safe_open(path, framework="pt", device=str(device)).get_tensor
     layout = context.on_rank_zero(read_layout)
-    read_from_disk = checkpoint.tensor_reader(torch.device("cpu")) if context.rank == 0 else None
+    read_from_disk = safe_open(path, framework="pt").get_tensor if context.rank == 0 else None
 
     def read(name: str) -> Tensor:
         shape, dtype = layout[name]

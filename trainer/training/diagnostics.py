@@ -60,29 +60,23 @@ class Diagnostic:
         return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
 
 
-class LinearFit(NamedTuple):
-    """A straight line through (x, y) by least squares."""
-
-    slope: float
-    variance: float  #: of y around the line
-    t: float  #: the slope over its own standard error, sqrt(variance / sum of squares of x)
-
-
-def fit_line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
-    """Draper and Smith, Applied Regression Analysis, chapter 1. t is 0 for too few points, infinite without noise."""
-    dx, dy = np.asarray(x, float) - fmean(x), np.asarray(y, float) - fmean(y)
-    sum_xx, sum_xy, sum_yy = float(dx @ dx), float(dx @ dy), float(dy @ dy)
-    slope = sum_xy / sum_xx if sum_xx else 0.0
-    variance = max(0.0, sum_yy - slope * sum_xy) / max(1, len(x) - 2)
-    return LinearFit(slope, variance, _in_std_errors(slope, variance / sum_xx) if len(x) > 2 and sum_xx else 0.0)
-
-
-@dataclass(frozen=True)
-class MeanEstimate:
+class MeanEstimate(NamedTuple):
     """The mean of some values and the variance of that mean."""
 
     value: float
     variance: float
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """(slope, variance of y around the line, t of the slope) of the least squares line through (x, y).
+
+    Draper and Smith, Applied Regression Analysis, chapter 1. t is 0 for too few points, infinite without noise.
+    """
+    dx, dy = np.asarray(x, float) - fmean(x), np.asarray(y, float) - fmean(y)
+    sum_xx, sum_xy, sum_yy = float(dx @ dx), float(dx @ dy), float(dy @ dy)
+    slope = sum_xy / sum_xx if sum_xx else 0.0
+    variance = max(0.0, sum_yy - slope * sum_xy) / max(1, len(x) - 2)
+    return slope, variance, _in_std_errors(slope, variance / sum_xx) if len(x) > 2 and sum_xx else 0.0
 
 
 def estimate_mean(values: Sequence[float]) -> MeanEstimate:
@@ -100,6 +94,10 @@ def _in_std_errors(value: float, variance: float) -> float:
     if not value or not variance:
         return math.copysign(math.inf, value) if value else 0.0
     return value / math.sqrt(variance)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class DiagnosticsMonitor:
@@ -134,7 +132,7 @@ class DiagnosticsMonitor:
         for record in records:
             if isinstance(record, EventRecord) and record.event == "diagnosis":
                 self.reported_codes.add(record.facts["code"])
-            for diagnostic in filter(None, self._apply_rules(record)):
+            for diagnostic in self._apply_rules(record):
                 first_of_code.setdefault(diagnostic.code, diagnostic)
         return self._select_new(first_of_code.values())
 
@@ -147,6 +145,10 @@ class DiagnosticsMonitor:
         self._previous_time = record.time
         return self._select_new([*self._apply_rules(record), *self._find_slow_parts(record.time - self._start_time)])
 
+    def add_time(self, category: str, seconds: float) -> None:
+        """Count seconds that were spent on `data`, `logging` or `evaluation`."""
+        self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
+
     def check_adapter(self, max_abs_b: float) -> list[Diagnostic]:
         """What the largest entry of the adapters' B by size, measured after a step, shows.
 
@@ -158,189 +160,133 @@ class DiagnosticsMonitor:
         finding = Diagnostic("adapter_still_zero", seen, cause, remedy, {"largest_b": max_abs_b})
         return self._select_new([finding] if not max_abs_b else [])
 
-    def add_time(self, category: str, seconds: float) -> None:
-        """Count seconds that were spent on `data`, `logging` or `evaluation`."""
-        self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
-
-    def _select_new(self, diagnostics: Iterable[Diagnostic | None]) -> list[Diagnostic]:
-        new_ones = {d.code: d for d in diagnostics if d is not None and d.code not in self.reported_codes}
+    def _select_new(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+        new_ones = {d.code: d for d in diagnostics if d.code not in self.reported_codes}
         self.reported_codes |= set(new_ones)
         return list(new_ones.values())
 
-    def _apply_rules(self, record: Record) -> Iterator[Diagnostic | None]:
+    def _apply_rules(self, record: Record) -> Iterator[Diagnostic]:
         if isinstance(record, StepRecord):
-            self.steps.append(record.step)
-            self.losses.append(record.loss)
-            self.recent_norms.append(record.grad_norm)
-            window = estimate_mean(self.losses[-WINDOW_STEPS:])
-            yield self._find_masked_labels()
-            yield self._find_no_gradient()
-            yield self._find_rise(window)
-            yield self._find_flat_loss()
-            is_whole = len(self.losses) % WINDOW_STEPS == 0
-            if is_whole and (self.lowest_window is None or window.value < self.lowest_window.value):
-                self.lowest_window = window
+            yield from self._check_step(record)
         elif isinstance(record, EvalRecord):
-            if self.evals and (losses := self.losses[self.num_steps_at_eval :]):
-                mean = estimate_mean(losses)
-                if len(losses) == 1:
-                    mean = MeanEstimate(mean.value, fit_line(self.steps, self.losses).variance)
-                self.train_loss_means.append(mean)
-            self.num_steps_at_eval = len(self.losses)
-            self.evals.append(replace(record, row_nll=None))
-            yield self._find_worse_than_start()
-            yield self._find_overfitting()
+            yield from self._check_evaluation(record)
         elif isinstance(record, EventRecord) and record.event == "skipped_step":
-            yield self._find_overflow(record.step)
+            # More than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16 times, the first
+            # overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
+            self.skipped_steps.append(record.step)
+            num_skipped, num_steps = len(self.skipped_steps), record.step - self.skipped_steps[0] + 1
+            if num_skipped > NUM_HALVINGS and num_steps <= OVERFLOW_STEPS:
+                seen = f"{num_skipped} updates of the last {num_steps} steps were left out"
+                cause = "gradients overflow in fp16 at every loss scale"
+                evidence = {"skipped": num_skipped, "steps": num_steps}
+                yield Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
         elif isinstance(record, EventRecord) and record.event == "not_finite":
             for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
             yield self._diverging(record.message.split(";", 1)[0], {"step": record.step}, for_precision)
-
-    def _find_masked_labels(self) -> Diagnostic | None:
-        if self.masked_share < MAX_MASKED_SHARE:
-            return None
-        seen = f"{self.masked_share:.1%} of the training tokens are not target tokens: the loss ignores them"
-        cause, remedy = "prompts are long and completions short", "--objective blocks, or a shorter --prompt"
-        return Diagnostic("masked_labels", seen, cause, remedy, {"masked_share": self.masked_share})
-
-    def _find_no_gradient(self) -> Diagnostic | None:
-        """The gradient's root mean square is under AdamW's epsilon.
-
-        Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1): under epsilon less than half
-        of the rate is left of it. The norm over the square root of the number of weights is that mean.
-        """
-        num_weights, epsilon = self.metadata["model"]["trainable"], self.train_settings["epsilon"]
-        norm = median(self.recent_norms)
-        rms = norm / math.sqrt(num_weights)
-        if len(self.recent_norms) < TINY_STEPS or rms >= epsilon:
-            return None
-        cause, remedy = "the loss hardly depends on what is trained", "--objective blocks, where every token counts"
-        if self.precision == "fp16":
-            cause, remedy = "gradients underflow in fp16", "--precision bf16"
-        elif self.metadata["mode"] == "lora":
-            remedy = "--lora-target-modules with layers that matter"
-        seen = (
-            f"the gradient of the last {TINY_STEPS} steps is next to nothing (norm {norm:.1e} over {num_weights:,} "
-            f"weights: below AdamW's epsilon {epsilon:g})"
-        )
-        return Diagnostic("no_gradient", seen, cause, remedy, {"grad_norm": norm, "rms": rms, "epsilon": epsilon})
-
-    def _find_flat_loss(self) -> Diagnostic | None:
-        """The loss does not fall: its slope over all steps so far is not told from noise.
-
-        Looked at when enough steps are done, at every doubling of that, and at the last step. The fall that this can
-        tell in n steps is about 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
-        """
-        n, total_steps = len(self.losses), self.metadata["resolved"]["total_steps"]
-        num_checks, remainder = divmod(n, max(FLAT_STEPS, math.ceil(FLAT_SHARE * total_steps)))
-        is_doubled = not remainder and num_checks.bit_count() == 1
-        is_end = self.steps[-1] >= total_steps and n >= WINDOW_STEPS
-        if not (is_doubled or is_end) or (trend := fit_line(self.steps, self.losses)).t <= FLAT_MAX_T:
-            return None
-        first_loss, *later_losses = [row.loss for row in self.evals] or [math.inf]
-        if later_losses and min(later_losses) < first_loss * (1 - MIN_VAL_DROP):
-            return None
-        mean, has_risen = fmean(self.losses), bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
-        return Diagnostic(
-            "flat_loss",
-            f"in {n} steps the training loss has no fall that stands out of its noise (slope {trend.slope:+.1e} a "
-            f"step, t {trend.t:+.1f}, mean {mean:.4f})",
-            f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}",
-            f"--lr {self.lr / 10 if has_risen else self.lr * 10:g}",
-            {
-                "steps": n,
-                "slope": trend.slope,
-                "t": _finite_or_none(trend.t),
-                "mean": mean,
-                "recent": fmean(self.losses[-WINDOW_STEPS:]),
-            },
-        )
 
     def _diverging(self, seen: str, evidence: dict[str, Any], for_precision: str = "") -> Diagnostic:
         cause = f"the learning rate {self.lr:g} is too high{for_precision}"
         return Diagnostic("diverging", seen, cause, f"--lr {self.lr / 3:.1g}", evidence)
 
-    def _find_rise(self, window: MeanEstimate) -> Diagnostic | None:
-        """The loss has risen: the mean of the last window lies a tenth and six standard errors above the lowest one.
+    def _check_step(self, record: StepRecord) -> Iterator[Diagnostic]:
+        self.steps.append(record.step)
+        self.losses.append(record.loss)
+        self.recent_norms.append(record.grad_norm)
+        n, total_steps = len(self.losses), self.metadata["resolved"]["total_steps"]
 
-        Six, because of many windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
-        """
-        lowest = self.lowest_window
-        if lowest is None or len(self.losses) < 2 * WINDOW_STEPS:
-            return None
-        std_errors = welch_t(window, lowest)
-        if window.value < lowest.value * (1 + MIN_RISE) or std_errors < RISE_STD_ERRORS:
-            return None
-        return self._diverging(
-            f"the training loss rose to {window.value:.4f}, a mean of {WINDOW_STEPS} steps, from {lowest.value:.4f} "
-            f"at its lowest ({min(std_errors, 999):.0f} standard errors)",
-            {"now": window.value, "lowest": lowest.value, "errors": _finite_or_none(std_errors)},
-        )
+        if self.masked_share >= MAX_MASKED_SHARE:
+            seen = f"{self.masked_share:.1%} of the training tokens are not target tokens: the loss ignores them"
+            cause, remedy = "prompts are long and completions short", "--objective blocks, or a shorter --prompt"
+            yield Diagnostic("masked_labels", seen, cause, remedy, {"masked_share": self.masked_share})
 
-    def _find_worse_than_start(self) -> Diagnostic | None:
-        """The model is worse than before it was trained, on the validation and on the training rows, by a tenth."""
-        first, last = self.evals[0], self.evals[-1]
-        if first.step or not self.train_loss_means:
-            return None
-        train_loss = self.train_loss_means[-1].value
-        if min(last.loss, train_loss) < first.loss * (1 + MIN_RISE):
-            return None
-        return self._diverging(
-            f"the model is worse than before training: validation loss {first.loss:.4f} -> {last.loss:.4f}, training "
-            f"loss {train_loss:.4f}",
-            {"before": first.loss, "now": last.loss, "train": train_loss},
-        )
+        # The gradient's root mean square, which is the norm over the square root of the number of weights, is under
+        # AdamW's epsilon: Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1), so less than
+        # half of the rate is left of it.
+        num_weights, epsilon = self.metadata["model"]["trainable"], self.train_settings["epsilon"]
+        grad_norm = median(self.recent_norms)
+        rms = grad_norm / math.sqrt(num_weights)
+        if len(self.recent_norms) == TINY_STEPS and rms < epsilon:
+            cause, remedy = "the loss hardly depends on what is trained", "--objective blocks, where every token counts"
+            if self.precision == "fp16":
+                cause, remedy = "gradients underflow in fp16", "--precision bf16"
+            elif self.metadata["mode"] == "lora":
+                remedy = "--lora-target-modules with layers that matter"
+            seen = f"the gradient of the last {TINY_STEPS} steps is next to nothing (norm {grad_norm:.1e} over "
+            seen += f"{num_weights:,} weights: below AdamW's epsilon {epsilon:g})"
+            evidence = {"grad_norm": grad_norm, "rms": rms, "epsilon": epsilon}
+            yield Diagnostic("no_gradient", seen, cause, remedy, evidence)
 
-    def _find_overfitting(self) -> Diagnostic | None:
-        """The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell.
+        # The mean of the last window lies a tenth and six standard errors above the lowest one. Six, because of many
+        # windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
+        window, lowest = estimate_mean(self.losses[-WINDOW_STEPS:]), self.lowest_window
+        if lowest and n >= 2 * WINDOW_STEPS and window.value >= lowest.value * (1 + MIN_RISE):
+            std_errors = welch_t(window, lowest)
+            if std_errors >= RISE_STD_ERRORS:
+                seen = f"the training loss rose to {window.value:.4f}, a mean of {WINDOW_STEPS} steps, from "
+                seen += f"{lowest.value:.4f} at its lowest ({min(std_errors, 999):.0f} standard errors)"
+                evidence = {"now": window.value, "lowest": lowest.value, "errors": _finite_or_none(std_errors)}
+                yield self._diverging(seen, evidence)
+        if n % WINDOW_STEPS == 0 and (lowest is None or window.value < lowest.value):
+            self.lowest_window = window
 
-        Fell: by two standard errors, from the stretch before the lowest evaluation to the last one.
-        The first is the generalisation loss GL of Prechelt, "Early stopping - but when?" (1998), equation 1, with
-        his smallest threshold; the second tells it from diverging.
-        """
+        # The slope of the loss over all steps so far is not told from noise. Looked at when enough steps are done, at
+        # every doubling of that, and at the last step. The fall that this can tell in n steps is about
+        # 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
+        num_checks, remainder = divmod(n, max(FLAT_STEPS, math.ceil(FLAT_SHARE * total_steps)))
+        is_doubled = not remainder and num_checks.bit_count() == 1
+        first_loss, *later_losses = [row.loss for row in self.evals] or [math.inf]
+        has_fallen = min(later_losses, default=math.inf) < first_loss * (1 - MIN_VAL_DROP)
+        if (is_doubled or (record.step >= total_steps and n >= WINDOW_STEPS)) and not has_fallen:
+            slope, _, t = fit_line(self.steps, self.losses)
+            if t > FLAT_MAX_T:
+                has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
+                mean, new_lr = fmean(self.losses), self.lr / 10 if has_risen else self.lr * 10
+                seen = f"in {n} steps the training loss has no fall that stands out of its noise (slope {slope:+.1e} a "
+                seen += f"step, t {t:+.1f}, mean {mean:.4f})"
+                cause = f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}"
+                evidence = {"steps": n, "slope": slope, "t": _finite_or_none(t), "mean": mean}
+                evidence |= {"recent": fmean(self.losses[-WINDOW_STEPS:])}
+                yield Diagnostic("flat_loss", seen, cause, f"--lr {new_lr:g}", evidence)
+
+    def _check_evaluation(self, record: EvalRecord) -> Iterator[Diagnostic]:
+        if self.evals and (losses := self.losses[self.num_steps_at_eval :]):
+            mean = estimate_mean(losses)
+            if len(losses) == 1:
+                mean = MeanEstimate(mean.value, fit_line(self.steps, self.losses)[1])
+            self.train_loss_means.append(mean)
+        self.num_steps_at_eval = len(self.losses)
+        self.evals.append(replace(record, row_nll=None))
+        if not self.train_loss_means:
+            return
+        first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
+
+        # Worse than before training, on the validation and on the training rows, by a tenth.
+        if not first.step and min(last.loss, train_loss.value) >= first.loss * (1 + MIN_RISE):
+            seen = f"the model is worse than before training: validation loss {first.loss:.4f} -> {last.loss:.4f}, "
+            seen += f"training loss {train_loss.value:.4f}"
+            yield self._diverging(seen, {"before": first.loss, "now": last.loss, "train": train_loss.value})
+
+        # The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell by
+        # two standard errors, from the stretch before the lowest evaluation to the last one. The first is the
+        # generalisation loss GL of Prechelt, "Early stopping - but when?" (1998), equation 1, with his smallest
+        # threshold; the second tells it from diverging.
         best_index, best = min(enumerate(self.evals), key=lambda pair: pair[1].loss)
-        last, num_later = self.evals[-1], len(self.evals) - best_index - 1
-        num_epochs = last.epoch - best.epoch
+        num_later, num_epochs = len(self.evals) - best_index - 1, last.epoch - best.epoch
         is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
-        if last.loss / best.loss - 1 < GENERALISATION_LOSS or not is_sustained or len(self.train_loss_means) < 2:
-            return None
-        before, after = self.train_loss_means[max(0, best_index - 1)], self.train_loss_means[-1]
-        if welch_t(before, after) < FALL_STD_ERRORS or after.value > self.evals[0].loss:
-            return None
-        remedy = f"--early-stop {max(1, num_later - 1)} --export best"
-        if self.train_settings.get("early_stop"):
-            remedy = f"--dropout {min(0.5, self.metadata['resolved']['dropout'] + 0.1):.2g}"
-        return Diagnostic(
-            "overfitting",
-            f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step {best.step}): "
-            f"{best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: {before.value:.4f} -> "
-            f"{after.value:.4f}",
-            "the model learns the training rows by heart",
-            remedy,
-            {
-                "since_epoch": best.epoch,
-                "since_step": best.step,
-                "epochs": num_epochs,
-                "evaluations": num_later,
-                "best": best.loss,
-                "now": last.loss,
-                "train_before": before.value,
-                "train_now": after.value,
-            },
-        )
-
-    def _find_overflow(self, step: int) -> Diagnostic | None:
-        """More updates were left out than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16
-        times, the first overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
-        """
-        self.skipped_steps.append(step)
-        num_skipped, num_steps = len(self.skipped_steps), step - self.skipped_steps[0] + 1
-        if num_skipped <= NUM_HALVINGS or num_steps > OVERFLOW_STEPS:
-            return None
-        seen = f"{num_skipped} updates of the last {num_steps} steps were left out"
-        cause = "gradients overflow in fp16 at every loss scale"
-        evidence = {"skipped": num_skipped, "steps": num_steps}
-        return Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
+        before = self.train_loss_means[max(0, best_index - 1)] if len(self.train_loss_means) > 1 else None
+        if before is None or last.loss / best.loss - 1 < GENERALISATION_LOSS or not is_sustained:
+            return
+        if welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= first.loss:
+            seen = f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step "
+            seen += f"{best.step}): {best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: "
+            seen += f"{before.value:.4f} -> {train_loss.value:.4f}"
+            remedy = f"--early-stop {max(1, num_later - 1)} --export best"
+            if self.train_settings.get("early_stop"):
+                remedy = f"--dropout {min(0.5, self.metadata['resolved']['dropout'] + 0.1):.2g}"
+            evidence = {"since_epoch": best.epoch, "since_step": best.step, "epochs": num_epochs}
+            evidence |= {"evaluations": num_later, "best": best.loss, "now": last.loss}
+            evidence |= {"train_before": before.value, "train_now": train_loss.value}
+            yield Diagnostic("overfitting", seen, "the model learns the training rows by heart", remedy, evidence)
 
     def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
         if elapsed_seconds < MIN_RUN_SECONDS:
@@ -364,7 +310,3 @@ class DiagnosticsMonitor:
             if share >= max_share:
                 seen = f"{share:.0%} of {elapsed_seconds:.0f} s went {spent}"
                 yield Diagnostic(code, seen, cause, remedy, {"share": share, "seconds": elapsed_seconds})
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -36,13 +36,10 @@ def make_prompts(data: PreparedDataset, tokenizer: Any, max_positions: int | Non
     """The kept validation texts as prompts, records of one prompt together; those that leave no room
     (`max_positions`: the model's positions) are left out."""
     prompts: dict[str | int, EvalPrompt] = {}
-    encoded_prompts = encode(tokenizer, [prompt for prompt, _ in data.val_texts])
-    encoded_completions = encode(tokenizer, [completion for _, completion in data.val_texts])
-    for number, ((prompt, reference), encoded_prompt, encoded_completion) in enumerate(
-        zip(data.val_texts, encoded_prompts, encoded_completions, strict=True)
-    ):
-        ids, reference_ids = [int(i) for i in encoded_prompt], [int(i) for i in encoded_completion]
+    all_ids = encode(tokenizer, [text for pair in data.val_texts for text in pair])
+    for number, (prompt, reference) in enumerate(data.val_texts):
         key = prompt or number  # texts without a prompt share nothing
+        ids, reference_ids = ([int(i) for i in encoded] for encoded in all_ids[2 * number : 2 * number + 2])
         if not ids:
             num_opening_tokens = min(MAX_OPENING_TOKENS, len(reference_ids) // 2)
             ids, reference_ids = reference_ids[:num_opening_tokens], reference_ids[num_opening_tokens:]
@@ -106,33 +103,23 @@ class GenerationEvaluator:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         references = [prompt.references for prompt in self.prompts]
         scores = text_scores(texts, references) if self.settings.output.score_samples else {}
-        elapsed_seconds = time.perf_counter() - start_time
-        self.elapsed_seconds += elapsed_seconds
+        seconds = time.perf_counter() - start_time
+        self.elapsed_seconds += seconds
         if record.step == 0:
             self.base_completions = texts
-        examples = [
-            {
-                "prompt": prompt.text,
-                "reference": prompt.references[0],
-                "references": len(prompt.references),
-                "base": base,
-                "completion": text,
-            }
-            for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)])
-        ][: self.settings.output.num_samples]
-        details = {
-            "epoch": record.epoch,
-            "samples": record.samples,
-            "tokens": record.tokens,
-            "seconds": elapsed_seconds,
-            "texts": examples,
-            **({"scored": len(texts), "scores": scores} if scores else {}),
-        }
-        summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-        message = f"{len(texts)} completions after step {record.step}: {summary}" if scores else ""
-        return EventRecord(
-            event="samples", step=record.step, message=message, time=record.time + elapsed_seconds, facts=details
-        )
+        keys, examples = ("prompt", "reference", "references", "base", "completion"), []
+        for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)]):
+            values = (prompt.text, prompt.references[0], len(prompt.references), base, text)
+            examples.append(dict(zip(keys, values, strict=True)))
+        facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
+        facts |= {"seconds": seconds, "texts": examples[: self.settings.output.num_samples]}
+        message = ""
+        if scores:
+            facts |= {"scored": len(texts), "scores": scores}
+            summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+            message = f"{len(texts)} completions after step {record.step}: {summary}"
+        now = record.time + seconds
+        return EventRecord(event="samples", step=record.step, message=message, time=now, facts=facts)
 
 
 def check_prompts_available(settings: Settings, data: PreparedDataset) -> None:
@@ -163,14 +150,12 @@ def text_scores(completions: Sequence[str], references: Sequence[Sequence[str]])
 
     predictions = [text.strip() for text in completions]
     targets = [[text.strip() for text in texts] for texts in references]
+    pairs = list(zip(predictions, targets, strict=True))
     scorer = RougeScorer(["rougeL"])
-    rouge = [
-        max(scorer.score(target, text)["rougeL"].fmeasure for target in texts)
-        for text, texts in zip(predictions, targets, strict=True)
-    ]
+    rouge = [max(scorer.score(target, text)["rougeL"].fmeasure for target in texts) for text, texts in pairs]
     streams = [list(stream) for stream in zip_longest(*targets)]  # None where a text has fewer references
     return {
-        "exact_match": sum(text in texts for text, texts in zip(predictions, targets, strict=True)) / len(predictions),
+        "exact_match": sum(text in texts for text, texts in pairs) / len(pairs),
         "bleu": BLEU().corpus_score(predictions, streams).score,
         "chrf": CHRF().corpus_score(predictions, streams).score,
         "rouge_l": sum(rouge) / len(rouge),

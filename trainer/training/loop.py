@@ -54,13 +54,14 @@ def train(
                 state = state.after(batch, result, stopwatch())
                 yield _step_record(schedule, state, batch, result)
         except NonFiniteError as error:
-            dump_name = checkpoints.dump_batch(state.step + 1, error.batch.micro_batches if error.batch else [])
+            step, rows = state.step + 1, error.batch.example_ids if error.batch else []
+            dump_name = checkpoints.dump_batch(step, error.batch.micro_batches if error.batch else [])
             if state.step > last_saved_step:
                 checkpoints.save(engine, state)
-            message = f"step {state.step + 1}: {error}; the weights are those after step {state.step}, the rows are in "
-            message += dump_name
-            facts = {"rows": error.batch.example_ids if error.batch else []}
-            yield EventRecord(event="not_finite", step=state.step + 1, message=message, time=stopwatch(), facts=facts)
+            message = (
+                f"step {step}: {error}; the weights are those after step {state.step}, the rows are in {dump_name}"
+            )
+            yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch(), facts={"rows": rows})
             raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
         if not state.stop_requested:
             state = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
@@ -74,61 +75,6 @@ def train(
     return state
 
 
-def _run_due_actions(
-    engine: Engine,
-    data: PreparedDataset,
-    schedule: TrainSchedule,
-    state: TrainState,
-    stopwatch: Callable[[], float],
-    should_stop: Callable[[], bool],
-) -> Generator[Record, None, TrainState]:
-    """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
-    train_settings = schedule.settings.train
-    if schedule.is_eval_due(state.step):
-        try:
-            num_bytes = data.num_target_bytes("val")
-            evaluation = evaluate(engine, data.val, train_settings.eval_batch, should_stop, num_bytes=num_bytes)
-        except StopRequested:
-            return replace(state, stop_requested=True)
-        if not math.isfinite(evaluation.loss):
-            message = (
-                f"evaluation after step {state.step}: validation loss {evaluation.loss}; the checkpoints before it "
-            )
-            message += "are whole"
-            yield EventRecord(event="not_finite", step=state.step, message=message, time=stopwatch())
-            raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
-        axes = schedule.record_axes(state) | {"time": stopwatch()}
-        state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=train_settings.min_delta)
-        yield EvalRecord(
-            **axes,
-            loss=evaluation.loss,
-            perplexity=perplexity(evaluation.loss),
-            eval_tokens=evaluation.num_target_tokens,
-            bits_per_byte=evaluation.bits_per_byte,
-            row_nll=evaluation.row_nll,
-        )
-    is_early_stop = schedule.is_stopped_early(state) and state.step < schedule.total_steps
-    is_epoch_end = schedule.is_epoch_end(state.step)
-    if state.step and (is_epoch_end or is_early_stop or state.step == schedule.total_steps):
-        axes = schedule.record_axes(state) | {"time": stopwatch()}
-        yield EpochRecord(**axes, train_loss=state.epoch_loss_sum / state.epoch_target_tokens)
-        if is_epoch_end:  # else a longer schedule may go on within the epoch
-            state = replace(state, epoch_loss_sum=0.0, epoch_target_tokens=0)
-    if is_early_stop:
-        min_delta, num_evals = train_settings.min_delta, state.evals_without_improvement
-        assert state.best is not None, "evaluated"
-        margin = f" by more than {min_delta:g}" if min_delta else ""
-        evaluations = "1 evaluation" if num_evals == 1 else f"{num_evals} evaluations in a row"
-        message = (
-            f"stopped early after step {state.step} of {schedule.total_steps}: {evaluations} did not lower "
-            f"the validation loss{margin} (best {state.best.loss:.4f} at step {state.best.step})"
-        )
-        facts: dict[str, Any] = {"patience": train_settings.patience, "min_delta": min_delta, "stale": num_evals}
-        facts["best"] = vars(state.best)
-        yield EventRecord(event="early_stop", step=state.step, message=message, time=stopwatch(), facts=facts)
-    return replace(state, eval_pending=False)
-
-
 def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch, result: StepResult) -> Record:
     if result.is_skipped:
         message = f"step {state.step}: gradient overflow in fp16, update skipped and loss scale lowered"
@@ -140,3 +86,56 @@ def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch,
         grad_norm=result.grad_norm,
         tokens_per_second=batch.num_tokens / result.elapsed_seconds,
     )
+
+
+def _run_due_actions(
+    engine: Engine,
+    data: PreparedDataset,
+    schedule: TrainSchedule,
+    state: TrainState,
+    stopwatch: Callable[[], float],
+    should_stop: Callable[[], bool],
+) -> Generator[Record, None, TrainState]:
+    """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
+    settings, step = schedule.settings.train, state.step
+    if schedule.is_eval_due(step):
+        num_bytes = data.num_target_bytes("val")
+        try:
+            evaluation = evaluate(engine, data.val, settings.eval_batch, should_stop, num_bytes=num_bytes)
+        except StopRequested:
+            return replace(state, stop_requested=True)
+        if not math.isfinite(evaluation.loss):
+            message = f"evaluation after step {step}: validation loss {evaluation.loss}; the checkpoints before it are "
+            message += "whole"
+            yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
+            raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
+        axes = schedule.record_axes(state) | {"time": stopwatch()}
+        state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=settings.min_delta)
+        yield EvalRecord(
+            **axes,
+            loss=evaluation.loss,
+            perplexity=perplexity(evaluation.loss),
+            eval_tokens=evaluation.num_target_tokens,
+            bits_per_byte=evaluation.bits_per_byte,
+            row_nll=evaluation.row_nll,
+        )
+
+    is_early_stop = schedule.is_stopped_early(state) and step < schedule.total_steps
+    is_epoch_end = schedule.is_epoch_end(step)
+    if step and (is_epoch_end or is_early_stop or step == schedule.total_steps):
+        axes = schedule.record_axes(state) | {"time": stopwatch()}
+        yield EpochRecord(**axes, train_loss=state.epoch_loss_sum / state.epoch_target_tokens)
+        if is_epoch_end:  # else a longer schedule may go on within the epoch
+            state = replace(state, epoch_loss_sum=0.0, epoch_target_tokens=0)
+
+    if is_early_stop:
+        assert state.best is not None, "evaluated"
+        stale = state.evals_without_improvement
+        facts: dict[str, Any] = {"patience": settings.patience, "min_delta": settings.min_delta, "stale": stale}
+        facts["best"] = vars(state.best)
+        evaluations = "1 evaluation" if stale == 1 else f"{stale} evaluations in a row"
+        margin = f" by more than {settings.min_delta:g}" if settings.min_delta else ""
+        message = f"stopped early after step {step} of {schedule.total_steps}: {evaluations} did not lower the "
+        message += f"validation loss{margin} (best {state.best.loss:.4f} at step {state.best.step})"
+        yield EventRecord(event="early_stop", step=step, message=message, time=stopwatch(), facts=facts)
+    return replace(state, eval_pending=False)

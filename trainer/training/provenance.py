@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from trainer.config.settings import Settings
@@ -35,16 +36,17 @@ def device_name(dist_context: DistContext) -> str:
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.check_output(
+            ["git", *command], cwd=folder, stderr=subprocess.DEVNULL, timeout=10, text=True
+        ).strip()
+
     try:
-        output = [
-            subprocess.check_output(
-                command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, timeout=10, text=True
-            )
-            for command in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
-        ]
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": output[0].strip(), "dirty": bool(output[1].strip())}
 
 
 def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
         "gpus": dist_context.world_size if is_gpu else 0,
         "gpus_here": torch.cuda.device_count(),

@@ -1,77 +1,149 @@
 """What becomes of the records of a run: logged on rank 0, and looked at on all ranks for what else is to be said."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
-from trainer.tracking import records
 from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summary
-from trainer.tracking.eval_records import (
-    EVAL_RECORDS_FOLDER,
-    EvalRecordsLogger,
-    rewind_evaluations,
-)
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.profiler import ProfileLogger
-from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger
+from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger, read_records
 from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import start_wandb
+from trainer.training.checkpoint import Checkpoint
 from trainer.training.diagnostics import DiagnosticsMonitor
 from trainer.training.generation import GenerationEvaluator
+from trainer.training.run_folder import write_run_json
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainState
 
 
 class Recorder:
-    """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
+    """Logs the records of the loop with the events that follow from each; changes no number of the run.
+
+    All ranks have one and show it the same records; rank 0's go to metrics.jsonl, eval_records/, the terminal, W&B and
+    other loggers. `metadata`: the content of run.json; a resumed run's rows after `state` are cut off.
+    """
 
     def __init__(
-        self, plan: RunPlan, data: PreparedDataset, metadata: dict[str, Any], state: TrainState, *, is_resumed: bool
+        self, plan: RunPlan, data: PreparedDataset, engine: Engine, metadata: dict[str, Any], state: TrainState
     ):
-        """`metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
-        folder, output, schedule = Path(plan.settings.run_folder), plan.settings.output, plan.schedule
-        self.plan = plan
-        self.metrics_path, self.eval_records_folder = folder / METRICS_FILE, folder / EVAL_RECORDS_FOLDER
+        self.plan, self.engine, self.metadata = plan, engine, metadata
+        self.folder = Path(plan.settings.run_folder)
+        self.samples = GenerationEvaluator(engine, data, plan.settings)
+        self.diagnostics = DiagnosticsMonitor({**metadata, "resolved": plan.resolved()})
         self.loggers: list[RecordLogger] = []
         self.num_truncated = 0  #: rows that were cut off
-        if plan.dist_context.rank != 0:
-            return
-        show_plan(plan.summary_lines())
+        if plan.dist_context.rank == 0:
+            self._open_loggers(data, state, is_resumed="resumed" in metadata)
+        previous_records = read_records(self.folder / METRICS_FILE) if self.loggers else ()
+        #: what a process that was killed did not say
+        self.unreported = self.diagnostics.replay(self.samples.replay(previous_records))
+        self._lora_b_names = tuple(name for name in engine.trainable_params if ".lora_B." in name)
+        self._data_wait_seconds = 0.0  # of the engine's, up to the record before
+        self._num_graph_checks = self._num_plan_changes = 0  # of the engine's, that were reported
+
+    def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
+        schedule, output = self.plan.schedule, self.plan.settings.output
+        rows_file, evaluations = self.folder / METRICS_FILE, self.folder / EVAL_RECORDS_FOLDER
+        show_plan(self.plan.summary_lines())
         if is_resumed:
-            last_step = state.step or -1
-            if self.metrics_path.exists():
-                self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
-            rewind_evaluations(self.eval_records_folder, last_step, eval_pending=state.eval_pending)
+            if rows_file.exists():
+                self.num_truncated = rewind(rows_file, state.step or -1, eval_pending=state.eval_pending)
+            rewind_evaluations(evaluations, state.step or -1, eval_pending=state.eval_pending)
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._log_lines = LogLines(progress_bar)
-        resume_step = state.step if is_resumed else -1
-        self._evaluations = EvalRecordsLogger(folder, data.row_info("val"))
-        self._rows = JsonlLogger(self.metrics_path, resume=is_resumed)
+        self._evaluations = EvalRecordsLogger(self.folder, data.row_info("val"))
+        self._rows = JsonlLogger(rows_file, resume=is_resumed)
         self.loggers = [
             self._evaluations,  # before the line that says so
             self._rows,
             progress_bar,
-            start_wandb(metadata, folder, is_resumed=is_resumed),
+            start_wandb(self.metadata, self.folder, is_resumed=is_resumed),
         ]
         if output.report_to:
-            self.loggers.append(TensorBoardLogger(metadata, folder, resume_step=resume_step))
+            resume_step = state.step if is_resumed else -1
+            self.loggers.append(TensorBoardLogger(self.metadata, self.folder, resume_step=resume_step))
         if output.profile:
-            self.loggers.append(ProfileLogger(folder, output.profile))
+            self.loggers.append(ProfileLogger(self.folder, output.profile))
 
     def log(self, record: Record) -> None:
+        """Log one record and nothing else."""
         for logger in self.loggers:
             logger.log(record)
 
-    def record_digests(self) -> dict[str, Any]:
+    def log_event(self, event: str, state: TrainState, message: str, facts: dict[str, Any] | None = None) -> None:
+        time_now = state.elapsed_seconds
+        self.log(EventRecord(event=event, step=state.step, message=message, time=time_now, facts=facts or {}))
+
+    def begin(self, state: TrainState, source: Checkpoint | None) -> None:
+        """Log what there is to say before the first record: of a resumed run from where it goes on and what changed."""
+        if "resumed" in self.metadata:
+            origin = source.folder.name if source else "the start: the run had no checkpoint"
+            message = f"resumed from {origin}"
+            message += f", {self.num_truncated} rows after it cut off" if self.num_truncated else ""
+            message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
+            changes = self.metadata["resumed"]["changed"]
+            message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
+            facts = {
+                "checkpoint": origin,
+                "rows_cut": self.num_truncated,
+                "changed": changes,
+                "resolved": self.plan.resolved(),
+                "execution": self.plan.execution_entry(state.step),
+            }
+            self.log_event("resumed", state, message, facts)
+        for diagnostic in self.unreported:
+            self.log(diagnostic.to_record(state.step, state.elapsed_seconds))
+        if self.samples.disabled_reason:
+            self.log_event("samples_off", state, f"no samples: {self.samples.disabled_reason}")
+
+    def follow(self, stream: Generator[Record, None, TrainState]) -> TrainState:
+        """Log all records of the loop and what follows from each; returns where the loop ended."""
+        while True:
+            try:
+                record = next(stream)
+            except StopIteration as end:
+                state: TrainState = end.value
+                return state
+            start_time = time.perf_counter()
+            self.log(record)
+            self.diagnostics.add_time("logging", time.perf_counter() - start_time)
+            for event in self._events_after(record):
+                self.log(event)
+
+    def _events_after(self, record: Record) -> Iterator[EventRecord]:
+        """What follows a record, in order; only rank 0's is written, but every rank must ask."""
+        self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
+        self._data_wait_seconds = self.engine.data_wait_seconds
+        diagnostics = self.diagnostics.on_record(record)
+        if isinstance(record, EvalRecord):
+            if record.step and self._lora_b_names:
+                diagnostics += self.diagnostics.check_adapter(self.engine.state.max_abs(self._lora_b_names))
+                self._lora_b_names = ()  # what has moved once is not zero again
+            if samples := self.samples.evaluate(record):
+                self.diagnostics.add_time("evaluation", samples.facts["seconds"])
+                yield samples
+        for diagnostic in diagnostics:
+            yield diagnostic.to_record(record.step, record.time)
+        step, now, checks, changes = record.step, record.time, self.engine.graph_checks, self.engine.plan_changes
+        for check in checks[self._num_graph_checks :]:
+            yield EventRecord(event="checked", step=step, message=check, time=now)
+        for change in changes[self._num_plan_changes :]:
+            yield EventRecord(event="execution", step=step, message=change.reason, time=now, facts=change.as_dict())
+            self.metadata["execution"].append(change.as_dict())  # run.json keeps every plan by which steps ran
+            if self.loggers:
+                write_run_json(self.folder, self.metadata)
+        self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
+
+    def digests(self) -> dict[str, Any]:
         """What a checkpoint keeps of the rows and the evaluations so far, on rank 0."""
         return {"records": self._rows.digest(), "evaluations": self._evaluations.digest()}
-
-    def previous_records(self) -> Iterator[Record]:
-        if self.loggers:
-            yield from records.read_records(self.metrics_path)
 
     def close(self, exit_code: int) -> None:
         if not self.loggers:
@@ -82,58 +154,5 @@ class Recorder:
         if exit_code == 0:
             reasons = self.plan.incomparable_reasons()
             with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
-            rows = records.read_records(self.metrics_path, with_steps=False)
+            rows = read_records(self.folder / METRICS_FILE, with_steps=False)
             show_summary(rows, reasons, with_reference=with_reference)
-
-
-class Observer:
-    """Looks at each record of the loop and adds events. Changes no number: it draws nothing and trains nothing."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        metadata: Mapping[str, Any],
-        generation_evaluator: GenerationEvaluator,
-        previous_records: Iterable[Record] = (),
-    ):
-        self.engine = engine
-        self.diagnostics = DiagnosticsMonitor(metadata)
-        self.generation_evaluator = generation_evaluator
-        #: what a process that was killed did not say
-        self.unreported = self.diagnostics.replay(generation_evaluator.replay(previous_records))
-        self._lora_b_names = tuple(name for name in engine.trainable_params if ".lora_B." in name)
-        self._data_wait_seconds = 0.0  # of the engine's, up to the record before
-        self._num_graph_checks = 0
-        self._num_plan_changes = 0  # of the engine's, that were reported
-
-    def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
-        events = [diagnostic.to_record(step, elapsed_seconds) for diagnostic in self.unreported]
-        if self.generation_evaluator.disabled_reason:
-            message = f"no samples: {self.generation_evaluator.disabled_reason}"
-            events.append(EventRecord(event="samples_off", step=step, message=message, time=elapsed_seconds))
-        return events
-
-    def on_record(self, record: Record) -> list[EventRecord]:
-        """What follows a record, in order; only rank 0's is written, but every rank must ask."""
-        self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
-        self._data_wait_seconds = self.engine.data_wait_seconds
-        diagnostics, events = self.diagnostics.on_record(record), []
-        if isinstance(record, EvalRecord):
-            if record.step and self._lora_b_names:
-                diagnostics += self.diagnostics.check_adapter(self.engine.state.max_abs(self._lora_b_names))
-                self._lora_b_names = ()  # what has moved once is not zero again
-            if samples := self.generation_evaluator.evaluate(record):
-                self.diagnostics.add_time("evaluation", samples.facts["seconds"])
-                events.append(samples)
-        events += [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
-        checks, changes = self.engine.graph_checks, self.engine.plan_changes
-        for check in checks[self._num_graph_checks :]:
-            events.append(EventRecord(event="checked", step=record.step, message=check, time=record.time))
-        for change in changes[self._num_plan_changes :]:
-            events.append(
-                EventRecord(
-                    event="execution", step=record.step, message=change.reason, time=record.time, facts=change.as_dict()
-                )
-            )
-        self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
-        return events

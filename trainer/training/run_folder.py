@@ -15,20 +15,12 @@ from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_r
 from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
-from trainer.tracking.eval_records import (
-    EVAL_RECORDS_FOLDER,
-    find_changed_evaluations,
-    find_damaged_evaluations,
-)
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations
 from trainer.tracking.jsonl import METRICS_FILE, find_changed_rows
 from trainer.tracking.records import read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
-from trainer.training.checkpoint import (
-    MIN_BYTES_PER_TRAINED_WEIGHT,
-    Checkpoint,
-    resolve_checkpoint,
-)
+from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, resolve_checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
@@ -73,9 +65,8 @@ def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
 
 def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
     """UserError where a run stands in this folder on another host only: --resume auto would begin a second one."""
-    has_run = context.all_gather_object((folder / METADATA_FILE).exists())
+    has_run, hosts = context.all_gather_object((folder / METADATA_FILE).exists()), context.hosts
     if any(has_run) and not has_run[0]:
-        hosts = context.hosts
         raise UserError(
             f"--resume auto: the run in {folder} is on {hosts[has_run.index(True)]}, and rank 0 on {hosts[0]} has "
             "none there; name its host first, or another --output-dir"
@@ -105,11 +96,10 @@ def begin_run(
         wandb = wandb_block(plan.settings.output, plan.data_info["source"])
         metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
     else:  # `settings` stay those it began with; the next resume takes these
-        changes = _validate_overrides(previous, plan, allowed_changes)
-        changes |= _validate_rows(folder, source, allowed_changes) if source is not None else {}
-        resumed = {"settings": plan.settings.as_dict(), "changed": changes}
+        changes = _allowed_changes(previous, plan, source, allowed_changes)
         entry = plan.execution_entry(source.step if source is not None else 0)
         is_new = entry["path"] != previous["execution"][-1]["path"]
+        resumed = {"settings": plan.settings.as_dict(), "changed": changes}
         metadata = {**previous, "resumed": resumed, "execution": [*previous["execution"], *[entry] * is_new]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,71 +119,70 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
-def _validate_overrides(
-    previous: Mapping[str, Any], plan: RunPlan, allowed_names: tuple[str, ...]
+def _allowed_changes(
+    previous: Mapping[str, Any], plan: RunPlan, source: Checkpoint | None, allowed_names: tuple[str, ...]
 ) -> dict[str, list[Any]]:
-    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
+    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume; `records` are the
+    rows and evaluations written until `source` was saved. UserError for the first change that was not allowed."""
 
-    UserError for the first change since the run last went on that was not allowed.
-    """
-    initial = fields_fixed_on_resume(Settings.from_dict(previous["settings"]))
-    initial |= {"data": previous["data"]["fingerprint"], "precision": previous["resolved"]["precision"]}
-    last_resume = previous.get("resumed", {"settings": previous["settings"], "changed": {}})
-    before = fields_fixed_on_resume(Settings.from_dict(last_resume["settings"]))
-    before |= {name: last_resume["changed"].get(name, [initial[name]])[-1] for name in ("data", "precision")}
-    current = fields_fixed_on_resume(plan.settings)
-    current |= {"data": plan.data_info["fingerprint"], "precision": plan.precision}
-    known_names = sorted((*current, "records"))
+    def fixed_values(settings: Settings, data: str, precision: str) -> dict[str, Any]:
+        return {**fields_fixed_on_resume(settings), "data": data, "precision": precision}
+
+    data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
+    initial = fixed_values(Settings.from_dict(previous["settings"]), data, precision)
+    last = previous.get("resumed", {"settings": previous["settings"], "changed": {}})
+    data, precision = (last["changed"].get(name, [initial[name]])[-1] for name in ("data", "precision"))
+    before = fixed_values(Settings.from_dict(last["settings"]), data, precision)
+    current = fixed_values(plan.settings, plan.data_info["fingerprint"], plan.precision)
     for name in allowed_names:
-        if name not in known_names:
-            raise UserError(f"--allow-change {name}: expected one of {', '.join(known_names)}")
+        if name not in (*current, "records"):
+            raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
     for name in current:
         if current[name] != before[name] and name not in allowed_names:
             raise UserError(
                 f"--resume: {name} is {current[name]} and was {before[name]} in this run; "
                 f"restore it, or pass --allow-change {name} as well"
             )
-    return {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
-
-
-def _validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """{"records": [as written, how they differ]} where rows of metrics.jsonl or evaluations were changed
-    since the checkpoint was saved and that is allowed; UserError where it is not, or they cannot be read."""
-    changes = find_changed_records(folder, source)
-    for name, damage in changes.items():
-        unreadable = None
-        try:
-            if name == EVAL_RECORDS_FOLDER:
-                damaged = find_damaged_evaluations(folder / name)
-                unreadable = next((f"{file.name}: {what}" for file, what in damaged.items()), None)
-            elif (folder / name).exists():
-                deque(read_records(folder / name), maxlen=0)
-        except (OSError, ValueError) as error:
-            unreadable = str(error).removeprefix(f"{folder / name}").lstrip(":, ")
-        if unreadable:
+    changes = {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
+    folder = Path(plan.settings.run_folder)
+    if source is None:
+        return changes
+    changed_records = find_changed_records(folder, source)
+    for name, difference in changed_records.items():
+        if unreadable := _find_unreadable(folder / name):
             raise UserError(
                 f"--resume: {folder / name}: {unreadable}; restore it, or have `python launch/doctor.py --check-run "
                 f"{folder} --move-aside` put aside what cannot be read"
             )
         if "records" not in allowed_names:
             raise UserError(
-                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; "
+                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {difference}; "
                 "restore it, or pass --allow-change records to go on with the rows that are there"
             )
-    differences = "; ".join(f"{name}: {damage}" for name, damage in changes.items())
-    return {"records": ["as written", differences]} if changes else {}
+    if changed_records:
+        differences = "; ".join(f"{name}: {difference}" for name, difference in changed_records.items())
+        changes["records"] = ["as written", differences]
+    return changes
 
 
 def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
     """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
-    changes = {}
-    if "records" in source.metadata:
-        changes[METRICS_FILE] = find_changed_rows(run_folder / METRICS_FILE, source.metadata["records"])
-    if "evaluations" in source.metadata:
-        changes[EVAL_RECORDS_FOLDER] = find_changed_evaluations(
-            run_folder / EVAL_RECORDS_FOLDER,
-            source.metadata["evaluations"],
-            source.step,
-            eval_pending=source.train_state.eval_pending,
-        )
+    rows, evaluations = source.metadata["records"], source.metadata["evaluations"]
+    is_pending, folder = source.train_state.eval_pending, run_folder / EVAL_RECORDS_FOLDER
+    changes = {
+        METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, rows),
+        EVAL_RECORDS_FOLDER: find_changed_evaluations(folder, evaluations, source.step, eval_pending=is_pending),
+    }
     return {name: change for name, change in changes.items() if change is not None}
+
+
+def _find_unreadable(path: Path) -> str | None:
+    """What in metrics.jsonl or eval_records/ cannot be read; None where all can, or nothing is there."""
+    try:
+        if path.name == EVAL_RECORDS_FOLDER:
+            return next((f"{file.name}: {what}" for file, what in find_damaged_evaluations(path).items()), None)
+        if path.exists():
+            deque(read_records(path), maxlen=0)
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(str(path)).lstrip(":, ")
+    return None

@@ -53,79 +53,63 @@ class RunPlan:
     data_info: dict[str, Any]
     padding: str  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
+    #: of a rank under a ZeRO file; `row_length` in tokens and `micro_batch_size`: left out, those of the run
+    estimate_memory: Callable[..., MemoryEstimate]
     host_lines: tuple[tuple[str, str], ...] = ()  #: what there is to say of several hosts, (what, value)
 
     @property
     def precision(self) -> str:
         return self.execution.precision
 
-    def estimate_memory(
-        self, deepspeed_file: DeepSpeedFile, row_length: int, micro_batch_size: int | None = None
-    ) -> MemoryEstimate:
-        """The memory of a rank under a ZeRO file, with rows of `row_length` tokens.
-
-        `micro_batch_size`: another than the plan's.
-        """
-        return estimate_rank_memory(
-            self.settings,
-            self.dist_context,
-            self.model_info,
-            deepspeed_file,
-            precision=self.precision,
-            model_dropout=self.dropout,
-            row_length=row_length,
-            micro_batch_size=micro_batch_size or self.schedule.batch.micro_batch_size,
-        )
-
     def summary_lines(self) -> list[tuple[str, str]]:
+        """(what, value) lines of the plan for people."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
-        train, train_settings = data_info["train"], settings.train
-        unit = "blocks" if data_info["objective"] == "blocks" else "rows"
-        lr_shape = describe_schedule(
-            train_settings.schedule, min_lr=train_settings.min_lr, warmup_steps=schedule.num_warmup_steps
-        )
+        train, unit = data_info["train"], "blocks" if data_info["objective"] == "blocks" else "rows"
+
+        def describe_split(split: str) -> str:
+            counts = data_info[split]
+            groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
+            return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
+
         trained = "every weight"
         if model_info["lora_targets"]:
             adapter = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
             trained = f"{adapter}adapters on {', '.join(model_info['lora_targets'])}"
             trained += f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
         rows = f"{train['examples']:,} {unit} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens"
+        lr_shape = describe_schedule(
+            settings.train.schedule, min_lr=settings.train.min_lr, warmup_steps=schedule.num_warmup_steps
+        )
         lines = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("overridden", " ".join(settings.overridden) or "nothing"),
             ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
-            ("validation", f"{self._describe_split('val', unit)} ({data_info['split']})"),
+            ("validation", f"{describe_split('val')} ({data_info['split']})"),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("example", data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
             ("padding", self.padding),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
-            ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
+            ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self.execution.describe()),
             ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
         if data_info.get("test", {}).get("examples"):
-            lines.insert(6, ("test", self._describe_split("test", unit)))
+            lines.insert(6, ("test", describe_split("test")))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
-        if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
-            notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
         return lines + [("note", note) for note in notes]
-
-    def _describe_split(self, split: str, unit: str) -> str:
-        counts = self.data_info[split]
-        groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
-        return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         return PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
+        """The content of run.json of a run that begins."""
         settings = self.settings
         return {
             "schema_version": SCHEMA_VERSION,
@@ -147,6 +131,17 @@ class RunPlan:
             "git": git_state(),
             "hardware": describe_hardware(self.dist_context),
             "wandb": wandb,
+        }
+
+    def checkpoint_identity(self, run_id: str) -> dict[str, Any]:
+        """Of which run, model and data a checkpoint is the state, and on what its validation loss was computed."""
+        return {
+            "run_id": run_id,
+            "mode": self.settings.mode,
+            "base": self.model_info["fingerprint"],
+            "data": self.data_info["fingerprint"],
+            "precision": self.precision,
+            "device": self.dist_context.device.type,
         }
 
     def resolved(self) -> dict[str, Any]:
@@ -184,63 +179,55 @@ class RunPlan:
 
 def validate_early(settings: Settings, dist_context: DistContext) -> None:
     """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched."""
-    on_cpu = dist_context.device.type == "cpu"
+    engine, on_cpu, folder = settings.engine, dist_context.device.type == "cpu", Path(settings.run_folder)
     settings.train.batch(dist_context.world_size)
-    folder = Path(settings.run_folder)
     existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        ) from error
+        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        raise UserError(message) from error
     if settings.output.score_samples:
         check_installed("--score-samples")
-    if settings.engine.execution == "graphs" and on_cpu:
+    if engine.execution == "graphs" and on_cpu:
         raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto or eager")
-    if settings.engine.precision == "fp16" and on_cpu:
+    if engine.precision == "fp16" and on_cpu:
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
-    if settings.engine.ds_config is not None:
-        validate_stage(settings, read_deepspeed_file(settings.engine.ds_config))
-    max_positions = get_max_positions(load_config(settings.model))
-    if max_positions is not None and settings.data.block_size > max_positions:
-        raise UserError(
-            f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {max_positions} tokens"
-        )
+    if engine.ds_config is not None:
+        validate_stage(settings, read_deepspeed_file(engine.ds_config))
+    block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
+    if max_positions is not None and block_size > max_positions:
+        raise UserError(f"--block-size {block_size}: {settings.model.model} takes at most {max_positions} tokens")
     build_model(settings, on_meta=True)  # what cannot be built, and targets and ranks, without reading weights
 
 
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    if deepspeed_file.stage and settings.train.optim in EIGHT_BIT_OPTIMIZERS:
+    stage = deepspeed_file.stage
+    if stage and settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         raise UserError(
-            f"--optim {settings.train.optim}: not under ZeRO {deepspeed_file.stage}, which joins all tensors and cuts "
-            "them by rank, so the 8-bit blocks and every number would depend on how many ranks there are; expected "
-            "--ds-config zero0"
+            f"--optim {settings.train.optim}: not under ZeRO {stage}, which joins all tensors and cuts them by rank, "
+            "so the 8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
         )
-    if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
+    if stage == 0 and settings.engine.precision == "fp16":
         raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
-    if settings.engine.execution == "graphs" and deepspeed_file.stage:
+    if stage and settings.engine.execution == "graphs":
         raise UserError(
-            f"--execution graphs: steps of ZeRO {deepspeed_file.stage} are eager; expected --ds-config zero0, or "
-            "--execution auto or eager"
+            f"--execution graphs: steps of ZeRO {stage} are eager; expected --ds-config zero0, or --execution auto or "
+            "eager"
         )
-    if deepspeed_file.stage == 3 and (problem := _zero_3_problem(settings)):
-        raise UserError(problem)
+    if stage == 3 and (problem := _zero_3_problem(settings)):
+        raise UserError(f"--quant {settings.model.quant}: {problem}")
 
 
 def _zero_3_problem(settings: Settings) -> str:
-    """Why these settings cannot be trained under ZeRO 3; empty where they can."""
+    """Why a packed base cannot be trained under ZeRO 3; empty where it can."""
+    other_files = "expected --ds-config zero0, zero1 or zero2"
     if settings.model.quant and settings.lora.adapter == "dora":
-        return (
-            f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
-            "--ds-config zero0, zero1 or zero2, or another --adapter"
-        )
+        return f"dora reads whole packed weights, which ZeRO 3 has divided; {other_files}, or another --adapter"
     if settings.model.quant == "int8":
-        return (
-            "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
-            "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
-        )
+        reason = "not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides"
+        return f"{reason}; {other_files}, or --quant nf4"
     return ""
 
 
@@ -252,9 +239,8 @@ def make_plan(
     model_config: Any,
 ) -> RunPlan:
     """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
-    block_size = settings.data.block_size or data.metadata["block_size"]
-    data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
-    settings = replace(settings, data=data_settings)
+    objective, block_size = data.metadata["objective"], settings.data.block_size or data.metadata["block_size"]
+    settings = replace(settings, data=replace(settings.data, objective=objective, block_size=block_size))
     vocab_size = data.metadata["vocabulary"]
     if vocab_size > model_config.vocab_size:
         raise UserError(
@@ -263,7 +249,7 @@ def make_plan(
         )
     batch = settings.train.batch(dist_context.world_size)
     if settings.data.packing:
-        if data_settings.objective != "completion":
+        if objective != "completion":
             raise UserError("--packing: blocks are full already; expected --objective completion, or chat")
         if (model_type := model_config.model_type) not in PACKABLE_MODELS:
             expected = ", ".join(PACKABLE_MODELS)
@@ -272,20 +258,23 @@ def make_plan(
     precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
 
-    def estimate_bytes(candidate: DeepSpeedFile) -> float:
-        estimate = estimate_rank_memory(
+    def estimate_memory(
+        file: DeepSpeedFile,
+        row_length: int = int(data.train.lengths().max()),
+        micro_batch_size: int = batch.micro_batch_size,
+    ) -> MemoryEstimate:
+        return estimate_rank_memory(
             settings,
             dist_context,
             model_info,
-            candidate,
+            file,
             precision=precision,
             model_dropout=dropout,
-            row_length=int(data.train.lengths().max()),
-            micro_batch_size=batch.micro_batch_size,
+            row_length=row_length,
+            micro_batch_size=micro_batch_size,
         )
-        return CUDA_CONTEXT_BYTES + estimate.peak
 
-    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_bytes)
+    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_memory)
     validate_stage(settings, deepspeed_file)
     schedule = TrainSchedule(
         settings=settings,
@@ -310,6 +299,7 @@ def make_plan(
         data_info=data.metadata,
         dropout=dropout,
         padding=_describe_padding(schedule.batches(data.train, dist_context.rank)),
+        estimate_memory=estimate_memory,
     )
 
 
@@ -318,7 +308,7 @@ def _choose_deepspeed_file(
     dist_context: DistContext,
     model_info: dict[str, Any],
     precision: str,
-    estimate_bytes: Callable[[DeepSpeedFile], float],
+    estimate_memory: Callable[[DeepSpeedFile], MemoryEstimate],
 ) -> DeepSpeedFile:
     if settings.engine.ds_config:
         return read_deepspeed_file(settings.engine.ds_config)
@@ -336,7 +326,7 @@ def _choose_deepspeed_file(
         world_size=dist_context.world_size,
         device_memory_bytes=memory_bytes,
         precision=precision,
-        estimate_bytes=estimate_bytes,
+        estimate_bytes=lambda file: CUDA_CONTEXT_BYTES + estimate_memory(file).peak,
         stages=range(3 if _zero_3_problem(settings) else 4),
     )
 
@@ -347,21 +337,17 @@ def _describe_padding(batches: TrainBatches) -> str:
     num_steps = min(NUM_STEPS_COUNTED, -(-len(batches.dataset) // config.global_batch))
     text = f"{padding_share(batches, num_steps):.1%} of the positions"
     if config.packed_width:
-        plain = replace(batches, batch_config=replace(config, packed_width=None))
-        text += f"; one example a row: {padding_share(plain, num_steps):.1%}, "
-        by_length = replace(plain, by_length=True)
-        text += f"rows of like length together: {padding_share(by_length, num_steps):.1%}"
+        plain = replace(batches, batch_config=replace(config, packed_width=None), by_length=True)
+        text += f"; one example a row, those of like length together: {padding_share(plain, num_steps):.1%}"
     return text
 
 
 def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
-    """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
+    """What the adapters and the optimizer mean for this model, where that is worth a line."""
     notes = []
     lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
     if lora_flags and settings.mode == "full":
         notes.append(f"{', '.join(lora_flags)}: of no effect with --mode full")
-    if settings.mode == "lora" and settings.lora.plus_ratio != 1:
-        notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     if settings.model.quant:
@@ -370,12 +356,11 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
             f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
             f"weights; in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
         )
-    fp32_moments = model_info.get("kept_in_32_bits")
-    if fp32_moments and fp32_moments["kept_tensors"]:
-        fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
+    moments = model_info.get("kept_in_32_bits")
+    if moments and moments["kept_tensors"]:
         notes.append(
-            f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
-            f"({fraction:.0%} of the parameters) are embeddings or under {MIN_8BIT_SIZE:,} elements: their "
-            "moments stay in 32 bits and nothing is saved"
+            f"{settings.train.optim}: {moments['kept_tensors']} of {moments['tensors']} trained tensors "
+            f"({moments['kept_parameters'] / moments['parameters']:.0%} of the parameters) are embeddings or under "
+            f"{MIN_8BIT_SIZE:,} elements: their moments stay in 32 bits and nothing is saved"
         )
     return notes

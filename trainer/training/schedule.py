@@ -93,8 +93,15 @@ class TrainSchedule:
     steps_per_epoch: int
 
     def lr(self, step: int) -> float:
-        train, steps = self.settings.train, {"warmup_steps": self.num_warmup_steps, "total_steps": self.total_steps}
-        return learning_rate(step, peak_lr=train.lr, schedule=train.schedule, min_lr=train.min_lr, **steps)
+        train = self.settings.train
+        return learning_rate(
+            step,
+            peak_lr=train.lr,
+            warmup_steps=self.num_warmup_steps,
+            total_steps=self.total_steps,
+            schedule=train.schedule,
+            min_lr=train.min_lr,
+        )
 
     @property
     def num_warmup_steps(self) -> int:
@@ -171,24 +178,21 @@ def learning_rate(
     warm-up has the full rate, and the rate after the last one would be `min_lr`. A function of the step alone: a run
     resumed in the middle goes on with the rates it would have had.
     """
-    min_ratio = min_lr / peak_lr
+    decay_start = total_steps - num_decay_steps(warmup_steps, total_steps) if schedule == "wsd" else warmup_steps
     if step < warmup_steps:
         factor = step / warmup_steps
-        return peak_lr * (_raise_floor(factor, min_ratio) if schedule == "wsd" else factor)
-    decay_start = total_steps - num_decay_steps(warmup_steps, total_steps) if schedule == "wsd" else warmup_steps
-    if schedule == "constant" or step < decay_start:
+        if schedule != "wsd":  # only its warm-up begins at `min_lr`
+            return peak_lr * factor
+    elif schedule == "constant" or step < decay_start:
         return peak_lr
-    if step >= total_steps:
+    elif step >= total_steps:
         return min_lr
-    if schedule == "linear":
+    elif schedule == "linear":
         factor = (total_steps - step) / (total_steps - decay_start)
     else:
         factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
-    return peak_lr * _raise_floor(factor, min_ratio)
-
-
-def _raise_floor(factor: float, min_ratio: float) -> float:
-    return factor * (1.0 - min_ratio) + min_ratio
+    min_ratio = min_lr / peak_lr
+    return peak_lr * (factor * (1.0 - min_ratio) + min_ratio)
 
 
 def num_decay_steps(warmup_steps: int, total_steps: int) -> int:
