@@ -21,7 +21,6 @@ from trainer.model import torch_internals
 
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
 NUM_WARMUP_CALLS = 3
-NOT_RECORDED = "steps are not recorded as CUDA graphs"
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
 
 # Relative differences between a replay and the eager call of the same rows. Replayed kernels are the same, but some add
@@ -59,13 +58,6 @@ def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, 
     return float(torch.stack(differences).max())
 
 
-def root_cause(error: BaseException) -> str:
-    """The first line of the operation that failed: what ends after it, as a capture does, complains of it, too."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 class CUDAGraphRunner:
     """Takes the place of an eager forward and backward where a shape comes again and again.
 
@@ -81,12 +73,13 @@ class CUDAGraphRunner:
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
-        # All shapes write their gradients to the same addresses; None: those of the first recording.
-        self._static_grads: Grads | None = stepper.flat_grads
+        # All shapes write their gradients to the same addresses: of several ranks to the flat buffer that is reduced,
+        # else to those of the first recording.
+        self._static_grads: Grads | None = list(stepper.buckets.views.values()) if stepper.buckets else None
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Each row's sum; the gradients are added to those that the weights have."""
-        grads = [parameter.grad for parameter in self.trainable_params]
+        grads = self._grads()
         kind = "overwrite" if all(gradient is None for gradient in grads) else "accumulate"
         if kind == "accumulate" and not self._owns_grads(grads):
             return self.stepper.backward(ids, labels, loss_weight)  # an eager micro-batch of this step came before
@@ -95,7 +88,31 @@ class CUDAGraphRunner:
             return graph.replay(ids, labels, loss_weight)
         if not self._should_capture(kind, ids):
             return self._call_eagerly(self.stepper.backward, ids, labels, loss_weight)
-        return self._capture_backward(kind, ids, labels, loss_weight)
+        # The eager call, and a recording of it that is kept where its replay gives the same.
+        with self._gives_up_on_error():
+            grads = _clone_all(grads)
+        generator = _generator(ids.device)
+        rng_before = generator.get_state()
+        row_losses = self.stepper.backward(ids, labels, loss_weight)
+        if self.capture_error:
+            return row_losses
+        rng_after = generator.get_state()
+        eager_grads, overwritten = self._grads(), None
+        with self._gives_up_on_error():
+            graph = self._capture(ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
+            assert self._static_grads is not None
+            if self._owns_grads(eager_grads):
+                overwritten = eager_grads = _clone_all(eager_grads)
+            _copy_all(grads, self._static_grads)
+            generator.set_state(rng_before)
+            replayed = graph.replay(ids, labels, loss_weight)
+            self._keep_if_equal(kind, ids, graph, row_losses, eager_grads, replayed, self._static_grads)
+        if self._find(kind, ids):
+            self._use_static_grads()
+        elif overwritten is not None and self._static_grads is not None:  # what the eager call left
+            _copy_all(overwritten, self._static_grads)
+        generator.set_state(rng_after)
+        return row_losses
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's sum without gradients."""
@@ -104,7 +121,7 @@ class CUDAGraphRunner:
         row_losses = self._call_eagerly(self.stepper.forward, ids, labels)
         if self._should_capture("eval", ids):
             with self._gives_up_on_error():
-                graph = self._capture(ids, lambda ids, labels, _: self.stepper.loss_module(ids, labels)[1])
+                graph = self._capture(ids, lambda ids, labels, _: self.stepper.forward(ids, labels))
                 self._keep_if_equal("eval", ids, graph, row_losses, [], graph.replay(ids, labels, 1.0), [])
         return row_losses
 
@@ -112,107 +129,33 @@ class CUDAGraphRunner:
         """A recording of this shape; none after a failure, which gave the generator a state that no recording knows."""
         return None if self.capture_error else self._captured.get((kind, tuple(ids.shape)))
 
-    def _call_eagerly(self, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Without the recordings, where there is not enough memory beside what they hold."""
-        may_repeat = bool(self._captured) and all(parameter.grad is None for parameter in self.trainable_params)
-        generator = _generator(inputs[0].device)
-        rng_before = generator.get_state()
-        try:
-            return call(*inputs)
-        except torch.OutOfMemoryError as error:
-            if not may_repeat:
-                raise
-            self.capture_error = f"{NOT_RECORDED}: beside the recordings {root_cause(error)}"
-        for parameter in self.trainable_params:
-            parameter.grad = None
-        self._captured.clear()
-        self._static_grads = None
-        if inputs[0].is_cuda:
-            torch.cuda.synchronize(inputs[0].device)  # a replay of what is dropped may still be under way
-            torch.cuda.empty_cache()
-        generator.set_state(rng_before)
-        return call(*inputs)
-
-    def _capture_backward(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
-        """The eager call, and a recording of it that is kept where its replay gives the same."""
-        before: Grads = []
-        with self._gives_up_on_error():
-            before = _clone_all([p.grad for p in self.trainable_params])
-        generator = _generator(ids.device)
-        rng_before = generator.get_state()
-        row_losses = self.stepper.backward(ids, labels, loss_weight)
-        if self.capture_error:
-            return row_losses
-        rng_after = generator.get_state()
-        eager_grads: Grads = [p.grad for p in self.trainable_params]
-        is_kept, overwritten = False, None
-        with self._gives_up_on_error():
-            graph = self._capture(ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
-            assert self._static_grads is not None
-            if self._owns_grads(eager_grads):
-                overwritten = eager_grads = _clone_all(eager_grads)
-            _copy_all(before, self._static_grads)
-            generator.set_state(rng_before)
-            replayed = graph.replay(ids, labels, loss_weight)
-            is_kept = self._keep_if_equal(kind, ids, graph, row_losses, eager_grads, replayed, self._static_grads)
-        if is_kept:
-            self._use_static_grads()
-        elif overwritten is not None and self._static_grads is not None:  # what the eager call left
-            _copy_all(overwritten, self._static_grads)
-        generator.set_state(rng_after)
-        return row_losses
-
-    def _keep_if_equal(
-        self,
-        kind: str,
-        ids: Tensor,
-        graph: "CapturedGraph",
-        row_losses: Tensor,
-        grads: Grads,
-        replayed_losses: Tensor,
-        replayed_grads: Grads,
-    ) -> bool:
-        present = [row_losses, *(gradient for gradient in grads if gradient is not None)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in present):
-            return False  # nothing to compare with: the step is refused, and the shape recorded at its next call
-        difference = relative_difference(row_losses, grads, replayed_losses, replayed_grads)
-        label = f"{kind} {'x'.join(map(str, ids.shape))}"
-        if not difference <= self.max_difference:  # NaN is never equal
-            self.capture_error = (
-                f"{NOT_RECORDED}: the recording of {label} and the eager step are {difference:.1e} apart, "
-                f"at most {self.max_difference:.0e} is rounding"
-            )
-            return False
-        self.checks.append(f"{label} recorded, checked to {difference:.0e}")
-        self._captured[kind, tuple(ids.shape)] = graph
-        self._pool = graph.pool
-        return True
-
-    def _use_static_grads(self) -> None:
-        assert self._static_grads is not None
-        for parameter, gradient in zip(self.trainable_params, self._static_grads, strict=True):
-            parameter.grad = gradient
-
-    def _owns_grads(self, grads: Grads) -> bool:
-        return self._static_grads is not None and all(a is b for a, b in zip(grads, self._static_grads, strict=True))
-
-    def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
-        loss_sum, row_losses = self.stepper.loss_module(ids, labels)
-        new_grads = torch.autograd.grad(loss_sum * loss_weight, self.trainable_params, allow_unused=True)
-        if self._static_grads is None:
-            self._static_grads = list(new_grads)
-            return row_losses
-        pairs = [(a, b) for a, b in zip(self._static_grads, new_grads, strict=True) if a is not None and b is not None]
-        combine = torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_
-        combine([old for old, _ in pairs], [new for _, new in pairs])
-        return row_losses
-
     def _should_capture(self, kind: str, ids: Tensor) -> bool:
         """Whether a shape's kernels are warm and there is room for one more recording."""
         shape = tuple(ids.shape)
         count = self._call_counts[kind, shape] = self._call_counts.get((kind, shape), 0) + 1
         is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
         return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
+
+    def _call_eagerly(self, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Without the recordings, where there is not enough memory beside what they hold."""
+        may_repeat = bool(self._captured) and all(gradient is None for gradient in self._grads())
+        device = inputs[0].device
+        rng_before = _generator(device).get_state()
+        try:
+            return call(*inputs)
+        except torch.OutOfMemoryError as error:
+            if not may_repeat:
+                raise
+            self._give_up(error, "beside the recordings ")
+        for parameter in self.trainable_params:
+            parameter.grad = None
+        self._captured.clear()
+        self._static_grads = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a replay of what is dropped may still be under way
+            torch.cuda.empty_cache()
+        _generator(device).set_state(rng_before)
+        return call(*inputs)
 
     def _capture(self, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "CapturedGraph":
         """A recording; where it fails generator, stream and memory are as they were."""
@@ -228,13 +171,65 @@ class CUDAGraphRunner:
             torch.cuda.empty_cache()  # what the eager calls used is of no more use
         return graph
 
+    def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
+        loss_sum, row_losses = self.stepper.loss_module(ids, labels)
+        new_grads = torch.autograd.grad(loss_sum * loss_weight, self.trainable_params, allow_unused=True)
+        if self._static_grads is None:
+            self._static_grads = list(new_grads)
+            return row_losses
+        pairs = [(a, b) for a, b in zip(self._static_grads, new_grads, strict=True) if a is not None and b is not None]
+        combine = torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_
+        combine([old for old, _ in pairs], [new for _, new in pairs])
+        return row_losses
+
+    def _keep_if_equal(
+        self,
+        kind: str,
+        ids: Tensor,
+        graph: "CapturedGraph",
+        row_losses: Tensor,
+        grads: Grads,
+        replayed_losses: Tensor,
+        replayed_grads: Grads,
+    ) -> None:
+        present = [row_losses, *(gradient for gradient in grads if gradient is not None)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in present):
+            return  # nothing to compare with: the step is refused, and the shape recorded at its next call
+        difference = relative_difference(row_losses, grads, replayed_losses, replayed_grads)
+        label = f"{kind} {'x'.join(map(str, ids.shape))}"
+        if not difference <= self.max_difference:  # NaN is never equal
+            raise RuntimeError(
+                f"the recording of {label} and the eager step are {difference:.1e} apart, at most "
+                f"{self.max_difference:.0e} is rounding"
+            )
+        self.checks.append(f"{label} recorded, checked to {difference:.0e}")
+        self._captured[kind, tuple(ids.shape)] = graph
+        self._pool = graph.pool
+
     @contextmanager
     def _gives_up_on_error(self) -> Iterator[None]:
         """All is eager from there on: an operation that waits for the device, or not enough memory."""
         try:
             yield
         except RuntimeError as error:
-            self.capture_error = f"{NOT_RECORDED}: {root_cause(error)}"
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException, where: str = "") -> None:
+        while error.__context__ is not None:  # what ends after the operation that failed complains of it, too
+            error = error.__context__
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        self.capture_error = f"steps are not recorded as CUDA graphs: {where}{cause}"
+
+    def _grads(self) -> Grads:
+        return [parameter.grad for parameter in self.trainable_params]
+
+    def _use_static_grads(self) -> None:
+        assert self._static_grads is not None
+        for parameter, gradient in zip(self.trainable_params, self._static_grads, strict=True):
+            parameter.grad = gradient
+
+    def _owns_grads(self, grads: Grads) -> bool:
+        return self._static_grads is not None and all(a is b for a, b in zip(grads, self._static_grads, strict=True))
 
 
 def _generator(device: torch.device) -> torch.Generator:

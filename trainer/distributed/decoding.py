@@ -37,10 +37,9 @@ def decode(
     device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
         do_sample=sampling is not None,
-        **how,
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}),
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(end_token_ids),
@@ -48,24 +47,21 @@ def decode(
         use_cache=True,
     )
 
-    def observe(ids: Tensor, scores: Tensor) -> Tensor:
+    def call_on_token(ids: Tensor, scores: Tensor) -> Tensor:
         on_token()
         return scores
 
     generator: Any = causal
-    with (
-        torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext(),
-        torch.random.fork_rng(enabled=sampling is not None),
-    ):
+    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
+    with autocast, torch.random.fork_rng(enabled=sampling is not None):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
         sequences = generator.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            logits_processor=[observe],
+            logits_processor=[call_on_token],
             generation_config=config,
         )
     return [
-        list(itertools.takewhile(lambda token_id: token_id not in end_token_ids, row))
-        for row in sequences[:, width:].tolist()
+        list(itertools.takewhile(lambda token: token not in end_token_ids, row[width:])) for row in sequences.tolist()
     ]

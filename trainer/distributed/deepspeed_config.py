@@ -14,34 +14,7 @@ from trainer.config.files import parse_json
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
 
-_KEYS_SET_BY_FLAGS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "torch_autocast",
-    "gradient_clipping",
-    "managed_gradient_accumulation",
-    "steps_per_print",
-    "timers",
-    "wandb",
-    "tensorboard",
-    "csv_monitor",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
-_ALLOWED_KEYS = (
-    "zero_optimization",
-    "communication_data_type",
-    "comms_logger",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "wall_clock_breakdown",
-    "aio",
-)
+_ALLOWED_KEYS = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown", "aio")
 _REFUSED_KEYS = {
     "prescale_gradients": "it scales the gradients, which are already the mean over the global batch",
     "gradient_predivide_factor": "it scales the gradients, which are already the mean over the global batch",
@@ -65,15 +38,16 @@ class DeepSpeedFile:
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's state lives in the host's memory."""
-        return self._offload_device("offload_optimizer") != "none"
+        return _offload_device(self.content, "offload_optimizer") != "none"
 
     @property
     def offloads_params(self) -> bool:
         """Whether the weights do, between the moments when a layer needs them."""
-        return self._offload_device("offload_param") != "none"
+        return _offload_device(self.content, "offload_param") != "none"
 
-    def _offload_device(self, key: str) -> str:
-        return str((self.content["zero_optimization"].get(key) or {}).get("device", "none"))
+
+def _offload_device(content: dict[str, Any], key: str) -> str:
+    return str((content["zero_optimization"].get(key) or {}).get("device", "none"))
 
 
 def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
@@ -81,8 +55,15 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     path = DS_CONFIG_DIR / f"{name}.json" if name in DS_CONFIG_NAMES else Path(name)
     if not path.is_file():
         raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_CONFIG_NAMES)} or a path to a JSON file")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"key {duplicate} appears twice")
+        return dict(pairs)
+
     try:
-        content = parse_json(path.read_bytes(), _reject_duplicate_keys)
+        content = parse_json(path.read_bytes(), refuse_duplicates)
     except (OSError, ValueError) as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     if mistake := next(_find_mistakes(content), None):
@@ -90,30 +71,21 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     return DeepSpeedFile(name=name if name in DS_CONFIG_NAMES else path.stem, content=content, reason=reason)
 
 
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key {key} appears twice")
-    return dict(pairs)
-
-
 def _find_mistakes(content: Any) -> Iterator[str]:
     """What is wrong with a file's content; the first is what to say, those after it may follow from it."""
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
         yield "expected an object with the key zero_optimization"
         return
-    for key, key_path, value in _walk_keys(content):
+    for key_path, value in _walk_keys(content):
+        key = key_path.rpartition(".")[2]
         if value == "auto":
             yield f'{key_path} is "auto"; give a value, nothing here fills it in'
         if key in _REFUSED_KEYS:
             yield f"{key_path} is refused: {_REFUSED_KEYS[key]}"
     for key in content:
-        if key in _KEYS_SET_BY_FLAGS:
-            yield f"{key} comes from the flags, not from this file; take it out"
-        elif key not in _ALLOWED_KEYS:
-            known = ", ".join(known_key for known_key in _ALLOWED_KEYS if known_key not in _REFUSED_KEYS)
-            yield f"unknown key {key}; known are {known}"
+        if key not in _ALLOWED_KEYS:
+            known = ", ".join(_ALLOWED_KEYS)
+            yield f"unknown key {key}; known are {known}; batch, optimizer, precision and clipping come from the flags"
     zero = content["zero_optimization"]
     stage = zero.get("stage", 0)
     if stage not in range(4):
@@ -131,7 +103,7 @@ def _find_mistakes(content: Any) -> Iterator[str]:
     if stage == 0 and (others := [key for key in content if key != "zero_optimization"]):
         yield f"{others[0]} is without effect under stage 0; take it out, or use stage 1"
     for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(key) or {}).get("device", "none")
+        device = _offload_device(content, key)
         if device not in ("none", "cpu"):
             yield f"zero_optimization.{key}.device {device}: expected cpu or none"
         if device == "cpu" and stage < min_stage:
@@ -140,10 +112,10 @@ def _find_mistakes(content: Any) -> Iterator[str]:
         yield f"zero_optimization.overlap_comm true needs stage 2 or 3, not {stage}; take it out"
 
 
-def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(key, its dotted path, its value) at every depth."""
+def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path of a key, its value) at every depth."""
     for key, child in value.items() if isinstance(value, dict) else ():
-        yield key, prefix + key, child
+        yield prefix + key, child
         yield from _walk_keys(child, f"{prefix}{key}.")
 
 
@@ -159,7 +131,6 @@ def build_deepspeed_config(
         "gradient_clipping": max_grad_norm if deepspeed_file.stage else 0.0,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at each forward and step
-        "wall_clock_breakdown": False,
     }
     if deepspeed_file.stage:
         # Otherwise offload wants DeepSpeed's own Adam, other numbers and a compiler.

@@ -4,10 +4,13 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from trainer.distributed.process_group import DistContext
 
 
 def skip_compiled_collectives() -> None:
@@ -54,8 +57,8 @@ def link_optimizer_state(zero_optimizer: Any) -> None:
     zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def local_share(parameter: nn.Parameter, value: Tensor, rank: int, world_size: int) -> Tensor:
+def local_share(parameter: nn.Parameter, value: Tensor, context: "DistContext") -> Tensor:
     """What a rank holds of a value of a whole weight under ZeRO 3; the last rank's share is padded."""
     shard_size = parameter.ds_tensor.ds_numel
-    flat = torch.nn.functional.pad(value.flatten(), (0, shard_size * world_size - value.numel()))
-    return flat[shard_size * rank : shard_size * (rank + 1)]
+    flat = torch.nn.functional.pad(value.flatten(), (0, shard_size * context.world_size - value.numel()))
+    return flat[shard_size * context.rank : shard_size * (context.rank + 1)]

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
-from trainer.distributed.execution import ExecutionPlan, PlanChange, cast_frozen_weights
+from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
 from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
@@ -59,13 +57,12 @@ class Engine:
         self.dist_context = dist_context
         self.model = model
         self.plan = plan
-        self.plan_changes: list[PlanChange] = []  #: plans that took the place of others, in order
+        self.plan_changes: list[dict[str, Any]] = []  #: `ExecutionPlan.as_entry` of those that took its place, in order
         self.graph_checks: list[str] = []  #: one line for each CUDA graph that was compared with its eager step
         self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
         self.data_wait_seconds = 0.0  #: until the rows of steps were drawn
         self._seed = train_settings.seed
         self._launch_time = self._last_end_time = 0.0
-        stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
         self._autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
         if dist_context.device.type == "cpu":
             tune_malloc()
@@ -89,7 +86,9 @@ class Engine:
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
-        self.stepper: PlainStepper | DeepSpeedStepper
+        stage = self.deepspeed_engine.zero_optimization_stage()
+        self.stepper: PlainStepper | DeepSpeedStepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
+        self._graphs: CUDAGraphRunner | None = None
         if stage == 0:
             self.stepper = PlainStepper(
                 dist_context,
@@ -99,20 +98,17 @@ class Engine:
                 train_settings.max_grad_norm,
                 skips_on_device=plan.finite_check == "device",
             )
-        else:
-            self.stepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
+            if plan.cuda_graphs:
+                self._graphs = CUDAGraphRunner(self.stepper, precision=plan.precision, checks=self.graph_checks)
         self.state = EngineState(
-            dist_context,
-            self.deepspeed_engine,
-            self.trainable_params,
-            stage=stage,
-            precision=plan.precision,
-            uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
+            dist_context, self.deepspeed_engine, self.trainable_params, stage=stage, precision=plan.precision
         )
         if head_problem:
             self._change_plan(0, head_problem, chunked_loss=False)
-        self._graphs: CUDAGraphRunner | None = None
-        self.reset_graphs()
+
+    def _change_plan(self, step: int, reason: str, **fields: Any) -> None:
+        self.plan = replace(self.plan, **fields)
+        self.plan_changes.append(self.plan.as_entry(step, reason))
 
     # --- optimizer steps ---
 
@@ -154,8 +150,7 @@ class Engine:
 
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> Callable[[], StepResult]:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
-        if self._graphs is not None:
-            self.fall_back(batch.step)
+        self.fall_back(batch.step)
         self._launch_time = time.perf_counter()
         loss_sums = []
         for micro_batch in batch.micro_batches:
@@ -165,6 +160,17 @@ class Engine:
                 self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
             )
         return self.launch_update(lr, loss_sums, should_stop=should_stop())
+
+    def fall_back(self, step: int) -> None:
+        """Before a step: where recording a CUDA graph has failed, go on eagerly.
+
+        Whether gradients are reduced during the backward stays as it is: on another rank it may have worked.
+        """
+        if self._graphs is not None and self._graphs.capture_error:
+            if self.dist_context.device.type == "cuda":
+                torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
+            self._change_plan(step, self._graphs.capture_error, cuda_graphs=False, eager_reason="recording failed")
+            self._graphs = None
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
@@ -194,20 +200,35 @@ class Engine:
 
         `loss_sums`: what `forward_backward` returned for this rank's micro-batches.
         """
-        launch_time = self._launch_time
+        context, launch_time = self.dist_context, self._launch_time
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        gathered_sums = all_gather_sums(self.dist_context, loss_sums, should_stop=should_stop)
-        totals = None
+        # One row a rank, [ranks, micro-batches + 1]: its sums, and whether it wants to stop. `full` and not `tensor`: a
+        # copy to the device would wait.
+        stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=context.device)
+        rows = own_row = torch.stack([*loss_sums, stop_flag])
+        if context.world_size > 1:
+            rows = own_row.new_empty(context.world_size * len(own_row))
+            dist.all_gather_into_tensor(rows, own_row)
+
+        def wait_for_sums(read: Callable[[], list[float]]) -> tuple[float, bool, list[float]]:
+            """(exact sum of all micro-batches' sums, whether any rank wants to stop, the numbers after these)."""
+            start_time, width = time.perf_counter(), len(own_row)
+            numbers = read()
+            self.device_wait_seconds += time.perf_counter() - start_time
+            sums = [value for index, value in enumerate(numbers[: len(rows)], 1) if index % width]
+            if not all(map(math.isfinite, sums)):
+                raise NonFiniteError("loss nan")
+            return math.fsum(sums), any(numbers[width - 1 : len(rows) : width]), numbers[len(rows) :]
+
         if self.plan.finite_check == "host":
-            totals = add_sums(self._timed(copy_to_host(gathered_sums.flatten())), self.dist_context.world_size)
-        grad_norm, is_skipped = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
-        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=gathered_sums.device)
-        read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
+            wait_for_sums(copy_to_host(rows))
+        grad_norm, is_skipped = self.stepper.optimizer_step(torch.isfinite(rows).all())
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=context.device)
+        read_numbers = copy_to_host(torch.cat([rows, norm[None]]))
 
         def wait() -> StepResult:
-            *sums, grad_norm = self._timed(read_numbers)
-            loss_sum, stop_requested = totals or add_sums(sums, self.dist_context.world_size)
+            loss_sum, stop_requested, (grad_norm,) = wait_for_sums(read_numbers)
             if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
                 raise NonFiniteError(f"gradient norm {grad_norm}")
             start_time, self._last_end_time = max(launch_time, self._last_end_time), time.perf_counter()
@@ -221,38 +242,6 @@ class Engine:
             )
 
         return wait
-
-    def _timed(self, read: Callable[[], list[float]]) -> list[float]:
-        """Numbers of the device, whose waiting time counts."""
-        start_time = time.perf_counter()
-        numbers = read()
-        self.device_wait_seconds += time.perf_counter() - start_time
-        return numbers
-
-    # --- CUDA graphs, and what becomes of the plan where one fails ---
-
-    def reset_graphs(self) -> None:
-        """Drop all CUDA graphs and the memory that they hold; where the plan has any, record anew."""
-        if self.dist_context.device.type == "cuda":
-            torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
-        self._graphs = None
-        if self.plan.cuda_graphs:
-            assert isinstance(self.stepper, PlainStepper)
-            self._graphs = CUDAGraphRunner(self.stepper, precision=self.plan.precision, checks=self.graph_checks)
-
-    def fall_back(self, step: int) -> None:
-        """Before a step: where recording a CUDA graph has failed, go on eagerly.
-
-        Whether gradients are reduced during the backward stays as it is: on another rank it may have worked.
-        """
-        if self._graphs is not None and self._graphs.capture_error:
-            reason = self._graphs.capture_error
-            self._change_plan(step, reason, cuda_graphs=False, eager_reason="recording failed")
-            self.reset_graphs()
-
-    def _change_plan(self, step: int, reason: str, **fields: Any) -> None:
-        self.plan = replace(self.plan, **fields)
-        self.plan_changes.append(PlanChange(step=step, plan=self.plan, reason=reason))
 
     @property
     def num_warmup_steps(self) -> int:
@@ -268,13 +257,48 @@ class Engine:
         self._set_training(False)
         return (self._graphs or self.stepper).forward(*self._to_device(micro_batch)).double()
 
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_ids: Sequence[int]
+    ) -> list[list[int]] | None:
+        """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
+
+        On one rank, so that no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
+        """
+        context = self.dist_context
+        context.watchdog.heartbeat()
+        self._set_training(False)
+        with self.state.gathered_model():
+            if context.rank != 0:
+                return None
+            return decode(
+                self.model.causal,
+                prompts,
+                max_new_tokens,
+                end_token_ids,
+                autocast_dtype=self._autocast_dtype,
+                on_token=context.watchdog.heartbeat,
+            )
+
+    def _set_training(self, is_training: bool) -> None:
+        if self._loss_module.training != is_training:  # both walk over all modules
+            self.deepspeed_engine.train(is_training)
+
+    def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        width_multiple = GRAPH_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
+        max_width = get_max_positions(self.model.causal.config)
+        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
+
+    # --- memory ---
+
     def measure_memory(self) -> dict[str, int]:
         """peak_memory_bytes and optimizer_bytes, the largest of the ranks; all must call."""
-        context = self.dist_context
-        return {
-            "peak_memory_bytes": max(context.all_gather_object(peak_memory_bytes(context.device))),
-            "optimizer_bytes": max(context.all_gather_object(self.state.optimizer_bytes())),
+        own = {
+            "peak_memory_bytes": peak_memory_bytes(self.dist_context.device),
+            "optimizer_bytes": self.state.optimizer_bytes(),
         }
+        of_ranks = self.dist_context.all_gather_object(own)
+        return {name: max(numbers[name] for numbers in of_ranks) for name in own}
 
     def release_memory(self) -> None:
         """Give back what weights, gradients and optimizer state took; nothing may be asked of this engine any more."""
@@ -287,40 +311,6 @@ class Engine:
         self._graphs = None  # they hold memory that belongs to them alone
         if self.dist_context.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_ids: Sequence[int]
-    ) -> list[list[int]] | None:
-        """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
-
-        On one rank, so that no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
-        """
-        self.dist_context.watchdog.heartbeat()
-        self._set_training(False)
-        with self.state.gathered_model():
-            if self.dist_context.rank != 0:
-                return None
-            return decode(
-                self.model.causal,
-                prompts,
-                max_new_tokens,
-                end_token_ids,
-                autocast_dtype=self._autocast_dtype,
-                on_token=self.dist_context.watchdog.heartbeat,
-            )
-
-    def _set_training(self, is_training: bool) -> None:
-        if self._loss_module.training != is_training:  # both walk over all modules
-            self.deepspeed_engine.train(is_training)
-
-    def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        width_multiple = GRAPH_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
-        max_width = get_max_positions(self.model.causal.config)
-        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
-
-
-# --- the model, before it has an engine ---
 
 
 def place_model(
@@ -379,29 +369,3 @@ def copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
         return buffer.tolist()
 
     return read
-
-
-def all_gather_sums(context: DistContext, loss_sums: Sequence[Tensor], *, should_stop: bool) -> Tensor:
-    """One row a rank on the device, float64 [ranks, micro-batches + 1]: its sums, and whether it wants to stop."""
-    # `full` and not `tensor`: a copy to the device would wait.
-    stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=context.device)
-    local_sums = torch.stack([*loss_sums, stop_flag])
-    if context.world_size == 1:
-        return local_sums[None]
-    gathered_sums = local_sums.new_empty(context.world_size * len(local_sums))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
-        dist.all_gather_into_tensor(gathered_sums, local_sums)
-    return gathered_sums.view(context.world_size, -1)
-
-
-def add_sums(sums: Sequence[float], world_size: int) -> tuple[float, bool]:
-    """(exact sum of all micro-batches' sums, whether any rank wants to stop) of `all_gather_sums`, flat.
-
-    Raises NonFiniteError where one is not finite.
-    """
-    width = len(sums) // world_size
-    values = [value for index, value in enumerate(sums) if (index + 1) % width]
-    if not all(map(math.isfinite, values)):
-        raise NonFiniteError("loss nan")
-    return math.fsum(values), any(sums[width - 1 :: width])

@@ -15,8 +15,6 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel
 from trainer.model.loss import uses_gpu_form
 
-AS_PLANNED = "as planned"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionPlan:
@@ -51,22 +49,9 @@ class ExecutionPlan:
         ]
         return ", ".join(filter(None, parts))
 
-    def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return {"path": self.path, **asdict(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanChange:
-    """A plan that took the place of another while the run went on."""
-
-    step: int  #: the first step that runs by it
-    plan: ExecutionPlan
-    reason: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """For run.json."""
-        return {"step": self.step, "reason": self.reason, **self.plan.as_dict()}
+    def as_entry(self, step: int, reason: str) -> dict[str, Any]:
+        """For run.json: from this step on, steps run by this plan."""
+        return {"step": step, "reason": reason, "path": self.path, **asdict(self)}
 
 
 def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
@@ -80,30 +65,28 @@ def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
     return graph_blocker(settings)
 
 
+def holds_frozen_in_bf16(settings: Settings, *, precision: str, stage: int) -> bool:
+    """Whether the frozen base is held in bfloat16. ZeRO 3 shards weights of one type."""
+    return precision == "bf16" and stage < 3 and settings.mode == "lora" and not settings.model.quant
+
+
 def make_execution_plan(
-    settings: Settings,
-    dist_context: DistContext,
-    *,
-    stage: int,
-    precision: str,
-    model_dropout: float,
+    settings: Settings, dist_context: DistContext, *, stage: int, precision: str, model_dropout: float
 ) -> ExecutionPlan:
     """The plan of a run. `stage`: of ZeRO; `model_dropout`: the largest dropout probability of the base model."""
     is_gpu = uses_gpu_form(dist_context.device)
-    lora, quant = settings.lora, settings.model.quant
     eager_reason = find_eager_reason(settings, is_gpu=is_gpu, stage=stage)
     if not eager_reason and settings.engine.execution == "eager":
         eager_reason = "--execution eager"
-    has_adapters = settings.mode == "lora"
-    lora_dropout = lora.dropout if has_adapters else 0.0
+    dropout = max(model_dropout, settings.lora.dropout if settings.mode == "lora" else 0.0)
     is_guarded = stage == 0 and settings.train.optim == "adamw_fused"  # leaves an update out on the device's word
     return ExecutionPlan(
         precision=precision,
         cuda_graphs=not eager_reason,
         eager_reason=eager_reason,
-        blockwise_attention=not (is_gpu or settings.data.packing) and max(model_dropout, lora_dropout) > 0,
+        blockwise_attention=not (is_gpu or settings.data.packing) and dropout > 0,
         packed_rows=settings.data.packing,
-        frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",
+        frozen_dtype="bfloat16" if holds_frozen_in_bf16(settings, precision=precision, stage=stage) else "float32",
         chunked_loss=True,  # until the model's own logits say otherwise
         overlaps_reduction=stage == 0 and dist_context.world_size > 1 and bool(eager_reason),
         finite_check="device" if is_guarded else "host",
@@ -127,11 +110,10 @@ def cast_frozen_weights(model: TrainableModel) -> list[nn.Module]:
 def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
     """Layers with a frozen weight, but the output layer, whose weight may be the embedding's, and those of DoRA,
     which takes its norms."""
-    excluded = {model.causal.get_output_embeddings()} | {
-        layer.base_layer for layer in model.module.modules() if len(getattr(layer, "lora_magnitude_vector", None) or ())
-    }
+    layers: list[Any] = list(model.module.modules())
+    excluded = {layer.base_layer for layer in layers if len(getattr(layer, "lora_magnitude_vector", None) or ())}
+    excluded.add(model.causal.get_output_embeddings())
+    kinds = (Conv1D, nn.Linear)
     return [
-        layer
-        for layer in model.module.modules()
-        if type(layer) in (Conv1D, nn.Linear) and layer not in excluded and not layer.weight.requires_grad
+        layer for layer in layers if type(layer) in kinds and layer not in excluded and not layer.weight.requires_grad
     ]

@@ -9,9 +9,9 @@ nor the device that is counted for: a GPU's kernels are stood in for by operatio
 import functools
 import math
 import weakref
-from collections.abc import Callable, Container, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,82 +21,50 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.settings import Settings
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
-from trainer.distributed.execution import cast_frozen_weights, find_frozen_layers, make_execution_plan
+from trainer.distributed.execution import cast_frozen_weights, find_frozen_layers, holds_frozen_in_bf16
 from trainer.distributed.process_group import DistContext
 from trainer.model import attention, cpu_attention, torch_internals
 from trainer.model.build import TrainableModel, build_model
 from trainer.model.loss import CausalLMLoss, simulate_gpu
 
+DEFAULT_BUCKET_SIZE = 5 * 10**8  # elements; DeepSpeed's reduce_bucket_size where a file does not say
 MAX_LIVE_PARAMETERS = 10**9  # elements; DeepSpeed's stage3_max_live_parameters, up to which weights stay gathered
-REDUCE_BUCKET_SIZE = 5 * 10**8  # elements; DeepSpeed's reduce_bucket_size
 CUDA_CONTEXT_BYTES = 600 * 2**20  # what CUDA's context, NCCL and cuBLAS take of a GPU beside the tensors
+PROCESS_BASE_BYTES = 700 * 2**20  # what a CPU rank holds before it has a model: Python, torch, DeepSpeed
 MAX_STATE_FRACTION = 0.5  # of a device's memory; model state beyond it is divided over the ranks
 MAX_ESTIMATE_FRACTION = 0.9  # of a device's memory, for all that a single rank is estimated to hold
-PROCESS_BASE_BYTES = 700 * 2**20  # what a CPU rank holds before it has a model: Python, torch, DeepSpeed
 MAX_COUNTED_TOKENS = 4096  # of a CPU rank's micro-batch, which takes an operation for every few rows of logits
 
 
 # --- the sum ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParamCounts:
-    """Weights by what training does to them; tied ones are counted once."""
-
-    frozen: int
-    trainable: int
-    quantized_bytes: int | None = None  #: of the frozen ones in a quantised base; None: they are not packed
-
-    @classmethod
-    def from_model_info(cls, model_info: dict[str, Any]) -> "ParamCounts":
-        """From run.json's block `model_info`, where `parameters` are those of the base, without adapters."""
-        trainable, parameters = model_info["trainable"], model_info["parameters"]
-        return cls(
-            frozen=parameters if model_info["lora_targets"] else parameters - trainable,
-            trainable=trainable,
-            quantized_bytes=model_info.get("frozen_bytes"),
-        )
-
-    def weight_bytes(self, bytes_per_weight: int) -> int:
-        """Of all weights, with `bytes_per_weight` for each that is not packed."""
-        frozen_bytes = bytes_per_weight * self.frozen if self.quantized_bytes is None else self.quantized_bytes
-        return frozen_bytes + bytes_per_weight * self.trainable
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassMemory:
+class PassMemory(NamedTuple):
     """Bytes of one forward and backward beside weights and optimizer state."""
 
-    saved: float  #: what the forward leaves for its backward
-    peak: float  #: the most at one time, without gradients that have arrived at their weight
-    peak_with_gradients: float  #: the same with them
-    cast_weights: int = 0  #: frozen weights that are held in bfloat16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelStates:
-    """Bytes of what lives from step to step on one rank; `host` is what offload keeps in the host's memory instead."""
-
-    weights: float
-    gradients: float
-    optimizer: float  #: AdamW's two moments, and the float32 copy that ZeRO 1 to 3 keep of the weights
-    host: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """On the device."""
-        return self.weights + self.gradients + self.optimizer
+    saved: float = 0.0  #: what the forward leaves for its backward
+    peak: float = 0.0  #: the most at one time, without gradients that have arrived at their weight
+    peak_with_gradients: float = 0.0  #: the same with them
+    cast_weights: float = 0.0  #: frozen weights that are held in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Bytes of one rank by what they are for."""
 
-    model_states: ModelStates
+    weights: float
+    gradients: float
+    optimizer: float  #: AdamW's two moments, and the float32 copy that ZeRO 1 to 3 keep of the weights
+    host: float  #: weights, gradients and optimizer state that offload keeps in the host's memory instead
     activations: float  #: what a forward leaves for its backward
     gathered: float  #: weights that ZeRO-3 puts together for a pass
     forward_backward: float  #: the most that forward and backward hold beside weights and optimizer state
     optimizer_step: float  #: the most that the step holds beside them
+
+    @property
+    def state(self) -> float:
+        """What lives on the device from step to step."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def passing(self) -> float:
@@ -106,76 +74,74 @@ class MemoryEstimate:
     @property
     def peak(self) -> float:
         """The largest sum at one time: gradients are not there yet when the activations are at their most."""
-        states = self.model_states
-        return states.weights + states.optimizer + max(self.forward_backward, self.optimizer_step)
-
-
-def estimate_model_states(
-    counts: ParamCounts, deepspeed_file: DeepSpeedFile, world_size: int, *, precision: str
-) -> ModelStates:
-    """State per rank: stage 1 shards the optimizer's, 2 the gradients too, 3 the weights too, frozen ones as well.
-
-    Frozen weights count in float32, also where bf16 halves most of them (`choose_deepspeed_file`, `estimate_memory`).
-    """
-    bytes_per_weight = 2 if precision == "fp16" else 4
-    num_trainable, stage = counts.trainable, deepspeed_file.stage
-    weights = counts.weight_bytes(bytes_per_weight) / (world_size if stage == 3 else 1)
-    gradients = bytes_per_weight * num_trainable / (world_size if stage >= 2 else 1)
-    optimizer = (8 * num_trainable) if stage == 0 else 12 * num_trainable / world_size
-    host = 0.0
-    if deepspeed_file.offloads_optimizer:  # DeepSpeed keeps the sharded gradients beside the optimizer
-        host += optimizer + 4 * num_trainable / world_size
-        optimizer, gradients = 0.0, (0.0 if stage >= 2 else gradients)
-    if deepspeed_file.offloads_params:
-        host, weights = host + weights, 0.0
-    return ModelStates(weights=weights, gradients=gradients, optimizer=optimizer, host=host)
+        return self.weights + self.optimizer + max(self.forward_backward, self.optimizer_step)
 
 
 def estimate_memory(
-    counts: ParamCounts,
+    model_info: Mapping[str, Any],
     passes: PassMemory,
     deepspeed_file: DeepSpeedFile,
     world_size: int,
     *,
     precision: str,
-    accumulates: bool,
+    is_gpu: bool,
 ) -> MemoryEstimate:
-    """The memory of one rank while it trains, without what the program takes (of a GPU: CUDA_CONTEXT_BYTES)."""
-    states = estimate_model_states(counts, deepspeed_file, world_size, precision=precision)
-    states = replace(states, weights=states.weights - 2 * passes.cast_weights)  # in place of the float32 ones
-    stage, bytes_per_weight = deepspeed_file.stage, 2 if precision == "fp16" else 4
-    gathered_bytes = 0.0
+    """The memory of one rank while it trains. `model_info`: run.json's, where `parameters` are those of the base.
+
+    Stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too, frozen ones as well.
+    """
+    stage, width, trainable = deepspeed_file.stage, 2 if precision == "fp16" else 4, model_info["trainable"]
+    all_weights = model_info.get("frozen_bytes", width * count_frozen(model_info)) + width * trainable
+    all_weights -= 2 * passes.cast_weights  # in place of the float32 ones
+    weights = all_weights / (world_size if stage == 3 else 1)
+    gradients = width * trainable / (world_size if stage >= 2 else 1)
+    optimizer = (8 * trainable) if stage == 0 else 12 * trainable / world_size
+    host = gathered = 0.0
+    if deepspeed_file.offloads_optimizer:  # DeepSpeed keeps the sharded gradients beside the optimizer
+        host += optimizer + 4 * trainable / world_size
+        optimizer, gradients = 0.0, (0.0 if stage >= 2 else gradients)
+    if deepspeed_file.offloads_params:
+        host, weights = host + weights, 0.0
     if stage == 3:
-        gathered_bytes = min(counts.weight_bytes(bytes_per_weight), bytes_per_weight * MAX_LIVE_PARAMETERS)
-    if stage == 1 or (world_size == 1 and stage < 3):  # every gradient stays where the backward left it
+        gathered = min(all_weights, width * MAX_LIVE_PARAMETERS)
+    if stage == 1 or (world_size == 1 and stage < (2 if is_gpu else 3)):  # gradients stay where the backward left them
         pass_bytes = passes.peak_with_gradients
-    elif stage == 0:  # each moves to its place in a flat buffer that is always there
-        pass_bytes = passes.peak + states.gradients
-    else:  # this rank's share of them: of earlier micro-batches, and the buffer that ZeRO-3 keeps
-        pass_bytes = passes.peak + (states.gradients if accumulates or stage == 3 else 0.0)
+    else:  # each moves to its place in a flat buffer: under stage 0 of all, else of this rank's share
+        pass_bytes = passes.peak + gradients
     # For the flat weights of ZeRO, gradients are laid end to end, up to a bucket: under stage 1 all of them beside the
     # gradients, when they are reduced; then, and under stages 2 and 3, a rank's share.
-    step_bytes = states.gradients
+    step_bytes = gradients
     if stage:
-        flat_bytes = bytes_per_weight * float(min(counts.trainable, REDUCE_BUCKET_SIZE))
-        step_bytes += flat_bytes / (1 if stage == 1 else world_size)
+        zero = deepspeed_file.content["zero_optimization"]
+        bucket_size = float(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
+        step_bytes += width * min(trainable, bucket_size) / (1 if stage == 1 else world_size)
+        # A GPU holds buckets of their whole size; of a CPU's only the pages that were written to take memory.
+        if is_gpu and (zero.get("contiguous_gradients", True) or deepspeed_file.offloads_optimizer):
+            pass_bytes += width * bucket_size * (2 if stage == 2 and zero.get("overlap_comm") else 1)
     return MemoryEstimate(
-        model_states=states,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        host=host,
         activations=passes.saved,
-        gathered=gathered_bytes,
-        forward_backward=gathered_bytes + pass_bytes,
+        gathered=gathered,
+        forward_backward=gathered + pass_bytes,
         optimizer_step=step_bytes,
     )
+
+
+def count_frozen(model_info: Mapping[str, Any]) -> int:
+    """Weights that are not trained; tied ones are counted once."""
+    return int(model_info["parameters"]) - (0 if model_info["lora_targets"] else int(model_info["trainable"]))
 
 
 def estimate_rank_memory(
     settings: Settings,
     dist_context: DistContext,
-    model_info: dict[str, Any],
+    model_info: Mapping[str, Any],
     deepspeed_file: DeepSpeedFile,
     *,
     precision: str,
-    model_dropout: float,
     row_length: int,
     micro_batch_size: int,
 ) -> MemoryEstimate:
@@ -183,40 +149,33 @@ def estimate_rank_memory(
 
     Takes a few seconds for a setup that was not asked about before.
     """
-    world_size = dist_context.world_size
-    execution = make_execution_plan(
-        settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=model_dropout
-    )
+    stage, world_size, is_gpu = deepspeed_file.stage, dist_context.world_size, dist_context.device.type == "cuda"
     setup = PassSetup(
         micro_batch_size=micro_batch_size,
         sequence_length=row_length,
         precision=precision,
-        is_gpu=dist_context.device.type == "cuda",
-        is_zero3=deepspeed_file.stage == 3,
-        casts_frozen_weights=execution.frozen_dtype == "bfloat16",
+        is_gpu=is_gpu,
+        is_zero3=stage == 3,
+        casts_frozen_weights=holds_frozen_in_bf16(settings, precision=precision, stage=stage),
         accumulates=settings.train.global_batch > micro_batch_size * world_size,
     )
-    return estimate_memory(
-        ParamCounts.from_model_info(model_info),
-        pass_memory(settings, setup),
-        deepspeed_file,
-        world_size,
-        precision=precision,
-        accumulates=setup.accumulates,
-    )
+    passes = count_pass_memory(settings, setup)
+    return estimate_memory(model_info, passes, deepspeed_file, world_size, precision=precision, is_gpu=is_gpu)
 
 
-def required_bytes(estimate: MemoryEstimate, num_parameters: int, device: torch.device) -> tuple[float, float]:
+def required_bytes(
+    estimate: MemoryEstimate, model_info: Mapping[str, Any], device: torch.device
+) -> tuple[float, float]:
     """(bytes on the device, bytes of the host's memory beside them): for a CPU rank all is one."""
     if device.type == "cuda":
-        return estimate.peak + CUDA_CONTEXT_BYTES, estimate.model_states.host
-    unquantized_bytes = 4.0 * num_parameters  # in float32 before it is packed, in the same memory
-    return max(estimate.peak + estimate.model_states.host, unquantized_bytes) + PROCESS_BASE_BYTES, 0.0
+        return estimate.peak + CUDA_CONTEXT_BYTES, estimate.host
+    unquantized_bytes = 4.0 * model_info["parameters"]  # in float32 before it is packed, in the same memory
+    return max(estimate.peak + estimate.host, unquantized_bytes) + PROCESS_BASE_BYTES, 0.0
 
 
 def choose_deepspeed_file(
     *,
-    counts: ParamCounts,
+    model_info: Mapping[str, Any],
     world_size: int,
     device_memory_bytes: float | None,
     precision: str,
@@ -228,7 +187,6 @@ def choose_deepspeed_file(
     `device_memory_bytes`: of the smallest device; None: not what decides, as for one rank on a CPU. `estimate_bytes`:
     of all that a rank holds on its device under a file. `stages`: those that the run's other flags allow.
     """
-    frozen_bytes = counts.frozen * (2 if precision == "bf16" and counts.quantized_bytes is None else 0)
     candidates = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
     files = [read_deepspeed_file(f"zero{stage}") for stage in candidates]
     first = files[0]
@@ -238,14 +196,15 @@ def choose_deepspeed_file(
             return replace(first, reason="one rank: there is nothing to shard")
         sizes = f"{needed_bytes / 2**30:.1f} of {device_memory_bytes / 2**30:.1f} GiB"
         return read_deepspeed_file("zero2_offload", f"{first.name} would take {sizes}: the optimizer moves to the host")
-    state_bytes = [
-        estimate_model_states(counts, file, world_size, precision=precision).total
-        - (frozen_bytes if file.stage < 3 else 0)  # held in bfloat16, where frozen and not sharded
-        for file in files
-    ]
+
+    def state_bytes(file: DeepSpeedFile) -> float:
+        holds_bf16 = precision == "bf16" and "frozen_bytes" not in model_info and file.stage < 3
+        passes = PassMemory(cast_weights=count_frozen(model_info) if holds_bf16 else 0)
+        return estimate_memory(model_info, passes, file, world_size, precision=precision, is_gpu=True).state
+
     max_bytes = math.inf if device_memory_bytes is None else MAX_STATE_FRACTION * device_memory_bytes
-    fitting = [file for file, size in zip(files, state_bytes, strict=True) if size <= max_bytes]
-    chosen, size = (fitting or files[-1:])[0], state_bytes[0]
+    fitting = [file for file in files if state_bytes(file) <= max_bytes]
+    chosen, size = (fitting or files[-1:])[0], state_bytes(first)
     state = f"{size / 2**30:.1f} GiB of state" if size >= 2**29 else f"{size / 2**20:.0f} MiB of state"
     if chosen is not first:
         parts = "weights are sharded too" if chosen.stage == 3 else "gradients and optimizer state are sharded"
@@ -271,23 +230,17 @@ class PassSetup:
 
 
 @functools.cache
-def pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
-    """The bytes of a forward and backward; of a large micro-batch on a CPU by the growth from two small ones."""
-    small_size = max(1, MAX_COUNTED_TOKENS // (2 * setup.sequence_length))
-    if setup.is_gpu or setup.micro_batch_size <= 2 * small_size:
-        return count_pass_memory(settings, setup)
-    small, large = (
-        asdict(pass_memory(settings, replace(setup, micro_batch_size=size))) for size in (small_size, 2 * small_size)
-    )
-    factor = (setup.micro_batch_size - small_size) / small_size
-    return PassMemory(**{name: value + factor * (large[name] - value) for name, value in small.items()})
-
-
 def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
     """The bytes of one forward and backward; takes a second or two for GPT-2 124M.
 
-    The random state is afterwards what it was before.
+    A large micro-batch on a CPU follows by the growth from two small ones. The random state stays what it was.
     """
+    small_size = max(1, MAX_COUNTED_TOKENS // (2 * setup.sequence_length))
+    if not setup.is_gpu and setup.micro_batch_size > 2 * small_size:
+        sizes = (small_size, 2 * small_size)
+        small, large = (count_pass_memory(settings, replace(setup, micro_batch_size=size)) for size in sizes)
+        factor = (setup.micro_batch_size - small_size) / small_size
+        return PassMemory(*(a + factor * (b - a) for a, b in zip(small, large, strict=True)))
     with torch.random.fork_rng(devices=[]):
         model = build_model(settings, on_meta=True)
     loss_module, num_cast = prepare_loss(model, setup)
@@ -301,12 +254,7 @@ def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
             loss_sum, _ = loss_module(ids, ids)
             saved_bytes = live.bytes
             loss_sum.backward()
-    return PassMemory(
-        saved=saved_bytes,
-        peak=live.peak_bytes,
-        peak_with_gradients=live.peak_bytes_with_gradients,
-        cast_weights=num_cast,
-    )
+    return PassMemory(saved_bytes, live.peak_bytes, live.peak_bytes_with_gradients, num_cast)
 
 
 def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:

@@ -23,17 +23,13 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
 
     A fact of None is that of a rank that need not know it.
     """
-    if context.world_size == 1:
-        return
     facts_of_ranks = context.all_gather_object(dict(facts))
     differences = []
     for name in dict.fromkeys(name for other in facts_of_ranks for name in other):
         known = [(rank, other[name]) for rank, other in enumerate(facts_of_ranks) if other.get(name) is not None]
-        for rank, value in known:
-            if value != known[0][1]:
-                first = f"{known[0][1]} on {_where(context, known[0][0])}"
-                differences.append(f"{name} is {first} and {value} on {_where(context, rank)}")
-                break
+        if other := next(((rank, value) for rank, value in known if value != known[0][1]), None):
+            values = (f"{value} on {context.name_of(rank)}" for rank, value in (known[0], other))
+            differences.append(f"{name} is {' and '.join(values)}")
     if differences:
         shown = differences[:MAX_DIFFERENCES_SHOWN]
         if num_more := len(differences) - len(shown):
@@ -43,15 +39,25 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
 
 def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is read: the program's own files, what is installed, and every setting."""
-    flags = {
-        f"the setting {group}.{name}": repr(value)
-        for group, fields in settings.items()
-        if isinstance(fields, Mapping)
-        for name, value in fields.items()
-    }
-    flags |= {f"the setting {name}": value for name, value in settings.items() if isinstance(value, str)}
-    versions = {name: package_version(name) or "missing" for name in PACKAGES}
-    return {"this program": _source_fingerprint(), "Python": platform.python_version(), **versions, **flags}
+    facts = {name: package_version(name) or "missing" for name in PACKAGES} | {"Python": platform.python_version()}
+    package_dir, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package_dir.rglob("*.py")):  # a checkout may have been changed since its commit
+        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
+    facts["this program"] = f"version {digest.hexdigest()[:12]}"
+    for group, fields in settings.items():
+        if isinstance(fields, Mapping):
+            facts |= {f"the setting {group}.{name}": repr(value) for name, value in fields.items()}
+        elif isinstance(fields, str):
+            facts[f"the setting {group}"] = fields
+    return facts
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def refuse_full_disk(folder: Path, checkpoint_bytes: float) -> None:
@@ -63,24 +69,3 @@ def refuse_full_disk(folder: Path, checkpoint_bytes: float) -> None:
             f"{folder}: {free_bytes / 2**20:,.0f} MiB are free and a checkpoint takes {checkpoint_bytes / 2**20:,.0f}; "
             "name another folder with --output-dir"
         )
-
-
-def _where(context: DistContext, rank: int) -> str:
-    return f"{context.hosts[rank]} (rank {rank})" if context.num_nodes > 1 else f"rank {rank}"
-
-
-def package_version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _source_fingerprint() -> str:
-    """Of the Python files of this program: a checkout may have been changed since its commit."""
-    package_dir = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package_dir.rglob("*.py")):
-        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"version {digest.hexdigest()[:12]}"

@@ -8,12 +8,12 @@ import ctypes
 import ipaddress
 import json
 import os
+import re
 import socket
-import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -35,6 +35,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(seconds=MAX_HANG_TIMEOUT_SECONDS)  # that of the groups which DeepSpeed makes for itself
 PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
+PORT_HINT = "pass a free one, as --master_port of the launcher or in MASTER_PORT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class DistContext:
     def local_world_size(self) -> int:
         """The ranks of its host."""
         return self.hosts.count(self.hosts[self.rank])
+
+    def name_of(self, rank: int) -> str:
+        """For messages."""
+        return f"{self.hosts[rank]} (rank {rank})" if self.num_nodes > 1 else f"rank {rank}"
 
     def device_memory_bytes(self) -> int | None:
         """Bytes of the GPU's memory; None for a CPU, where state is not what runs out."""
@@ -97,21 +102,20 @@ class DistContext:
     def on_rank_zero(self, fn: Callable[[], T], *, per_node: bool = False) -> T:
         """What `fn` returns on rank 0 (on each node's first rank), for everybody; its errors are everybody's too."""
         leader = self.hosts.index(self.hosts[self.rank]) if per_node else 0
-        value, leader_error = None, None
+        value, own_error = None, None
         if self.rank == leader:
             try:
                 value = fn()
             except (UserError, TrainingError) as error:
-                leader_error = error
+                own_error = error
             except BaseException as error:
                 self.all_gather_object((None, TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")))
                 raise
-        results = self.all_gather_object((value, leader_error))
-        failures = [(rank, failure) for rank, (_, failure) in enumerate(results) if failure is not None]
-        if failures:
-            rank, failure = failures[0]
+        results = self.all_gather_object((value, own_error))
+        failures = {rank: failure for rank, (_, failure) in enumerate(results) if failure is not None}
+        for rank, failure in failures.items():
             if per_node and len(failures) < self.num_nodes:  # the others would not say the same
-                raise type(failure)(f"on {self.hosts[rank]} (rank {rank}): {failure}")
+                raise type(failure)(f"on {self.name_of(rank)}: {failure}")
             raise failure
         return results[leader][0]  # type: ignore[return-value]
 
@@ -188,39 +192,106 @@ def meet(launch: LaunchEnvironment, gpus: Sequence[str], timeout_seconds: float)
     network interface of this one). UserError where rank 0 cannot listen at its port; otherwise ranks that do not meet
     end here, with one line.
     """
-    host, address = socket.gethostname(), _local_address(launch.master_addr)
-
-    def is_loopback(other: str) -> bool:
-        return ipaddress.ip_address(other.partition("%")[0]).is_loopback
-
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:  # not Linux
-        boot_id = f"{uuid.getnode():x}"
-    here = {"host": host, "identity": f"{host}/{boot_id}", "address": address, "gpus": list(gpus), "board": 0}
+    host, own_address = socket.gethostname(), _local_address(launch.master_addr)
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    here = {"host": host, "identity": f"{host}/{boot_id}", "address": own_address, "gpus": list(gpus), "board": 0}
     if launch.world_size == 1:
         return dist.HashStore(), None, [here], ""
-    store, board = _open_store(launch, timeout_seconds), None
-    if launch.rank == 0:  # torchrun's store may go before the ranks do
-        board = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        here["board"] = board.port
-    ranks = _exchange(store, launch, here, timeout_seconds)
-    other_addresses = [rank["address"] for rank in ranks if rank["identity"] != here["identity"]]
-    reachable = [other for other in other_addresses if not is_loopback(other)]
-    if is_loopback(address) and reachable:  # its own name leads to one (127.0.1.1 in /etc/hosts, as Debian writes it)
-        address = _local_address(reachable[0])
+    rank, address = launch.rank, (launch.master_addr, launch.master_port or 0)
+    place, within = f"{address[0]}:{address[1]}", f"within {timeout_seconds:g} s (--hang-timeout)"
+
+    # The store of this run: on rank 0, or torchrun's where it keeps one.
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
+    if is_server:
+        try:
+            store: Any = dist.TCPStore(*address, is_master=True, **options)
+        except dist.DistError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"rank 0 cannot listen at port {address[1]} of {host} ({reason}); {PORT_HINT}") from None
+    else:
+        deadline = time.monotonic() + timeout_seconds
+        while not _is_listening(address):  # torch's own store says so with a traceback of C++
+            if time.monotonic() > deadline:
+                _give_up(
+                    f"rank {rank} on {host} cannot reach rank 0 at {place} {within}: has it started? Check MASTER_ADDR "
+                    "and the port"
+                )
+            time.sleep(0.2)
+        # In a thread: torch waits for ever for the answer of another program that listens there.
+        store = call_with_timeout(ANSWER_SECONDS, lambda: dist.TCPStore(*address, is_master=False, **options))
+    problem = "" if store is not None else "what listens there does not answer"
+    keys = [f"rank/{other}" for other in range(launch.world_size)]
+    board = None
+    if store is not None:
+        store = dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if rank == 0:  # torchrun's store may go before the ranks do
+            board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
+            here["board"] = board.port
+        own_value = json.dumps({**here, "process": uuid.uuid4().hex})
+        if store.compare_set(keys[rank], "", own_value) != own_value.encode():
+            problem = f"it already has a rank {rank}"
+    if problem:
+        _give_up(f"rank {rank} on {host}: {place} is not this run's rank 0 ({problem}); {PORT_HINT}")
+
+    # What each rank says of itself. Where ranks are missing after the time, all end and the first names the missing.
+    try:
+        ranks = [json.loads(value) for value in store.multi_get(keys)]
+    except dist.DistError:
+        try:
+            present = [other for other, key in enumerate(keys) if store.check([key])]
+        except dist.DistError:  # rank 0 has left, with its own line
+            present = [0]
+        missing = ", ".join(str(other) for other in range(launch.world_size) if other not in present)
+        message = f"of {launch.world_size} ranks these did not join {place} {within}: {missing}"
+        _give_up(message, is_reporting_rank=rank == min(present))
+
+    # The network: this rank's own name may lead to a loopback (127.0.1.1 in /etc/hosts, as Debian writes it).
+    others = [other["address"] for other in ranks if other["identity"] != here["identity"]]
+    reachable = [other for other in others if not _is_loopback(other)]
+    if _is_loopback(own_address) and reachable:
+        own_address = _local_address(reachable[0])
     if board is None:
         first = ranks[0]["address"]
-        board_host = launch.master_addr if is_loopback(first) else first
+        board_host = launch.master_addr if _is_loopback(first) else first
         board = dist.TCPStore(board_host, ranks[0]["board"], is_master=False, wait_for_workers=False)
-    interfaces = psutil.net_if_addrs().items()
-    interface = next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), "")
+    names = (name for name, entries in psutil.net_if_addrs().items() if own_address in [e.address for e in entries])
+    interface = next(names, "")
     if interface:  # gloo would look its own name up instead
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return store, board, ranks, f"{interface} ({address})" if interface else ""
+    return store, board, ranks, f"{interface} ({own_address})" if interface else ""
 
 
-def name_hosts(ranks: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _is_listening(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _local_address(host: str) -> str:
+    """The address of this host from which a packet to `host` would leave; nothing is sent."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
+    """End this process: ranks that have not met cannot agree on who reports the error."""
+    error = TrainingError(message)
+    raise SystemExit(report_error(error) if is_reporting_rank else error.exit_code) from None
+
+
+def name_hosts(ranks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The name of each rank's host, with its address where two hosts have one name."""
     first_ranks = {rank["identity"]: rank for rank in reversed(ranks)}
     names = {identity: rank["host"] for identity, rank in first_ranks.items()}
@@ -247,106 +318,6 @@ def assign_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> list[int
     return indices
 
 
-def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
-    """The store of this run: on rank 0, or torchrun's where it keeps one."""
-    is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    is_listening, deadline = is_server, time.monotonic() + timeout_seconds
-    while not is_listening and time.monotonic() < deadline:  # torch's own store says so with a traceback of C++
-        address = launch.master_addr, launch.master_port or 0
-        try:
-            socket.create_connection(address, timeout=2.0).close()
-            is_listening = True
-        except OSError:
-            time.sleep(0.2)
-    if not is_listening:
-        _give_up(
-            f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{launch.master_addr}:{launch.master_port} within {timeout_seconds:g} s (--hang-timeout): has it started? "
-            "Check MASTER_ADDR and the port"
-        )
-
-    def make_store() -> Any:
-        return dist.TCPStore(
-            launch.master_addr,
-            launch.master_port or 0,
-            is_master=is_server,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,
-        )
-
-    try:
-        # In a thread: torch waits for ever for the answer of another program that listens there.
-        store = make_store() if is_server else call_with_timeout(ANSWER_SECONDS, make_store)
-    except dist.DistError as error:
-        raise UserError(
-            f"rank 0 cannot listen at port {launch.master_port} of {socket.gethostname()} "
-            f"({str(error).splitlines()[0][:200]}); pass a free one, as --master_port of the launcher or in MASTER_PORT"
-        ) from None
-    if store is None:
-        _refuse_other_run(launch, "what listens there does not answer")
-    return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _exchange(store: Any, launch: LaunchEnvironment, value: dict[str, Any], timeout_seconds: float) -> list[Any]:
-    """What each rank says of itself, in the order of ranks: two calls of the store for each.
-
-    Where ranks are missing after the time, all that are there end; one of them names the missing.
-    """
-    keys = [f"rank/{rank}" for rank in range(launch.world_size)]
-    own_value = json.dumps({**value, "process": uuid.uuid4().hex})
-    if store.compare_set(keys[launch.rank], "", own_value) != own_value.encode():
-        _refuse_other_run(launch, f"it already has a rank {launch.rank}")
-    try:
-        return [json.loads(other) for other in store.multi_get(keys)]
-    except dist.DistError:
-        try:
-            present = [rank for rank, key in enumerate(keys) if store.check([key])]
-        except dist.DistError:  # rank 0 has left, with its own line
-            present = [0]
-        missing = ", ".join(str(rank) for rank in range(launch.world_size) if rank not in present)
-        _give_up(
-            f"of {launch.world_size} ranks these did not join {launch.master_addr}:{launch.master_port} within "
-            f"{timeout_seconds:g} s (--hang-timeout): {missing}",
-            is_reporting_rank=launch.rank == min(present),
-        )
-
-
-def _local_address(host: str) -> str:
-    """The address of this host from which a packet to `host` would leave; nothing is sent."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"
-
-
-def _refuse_other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
-    _give_up(
-        f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port} is not this run's "
-        f"rank 0 ({reason}); pass a free port, as --master_port of the launcher or in MASTER_PORT"
-    )
-
-
-def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
-    """End this process: ranks that have not met cannot agree on who reports the error."""
-    error = TrainingError(message)
-    raise SystemExit(report_error(error) if is_reporting_rank else error.exit_code) from None
-
-
-def tune_malloc() -> None:
-    """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
-
-    glibc maps and unmaps every allocation of more than 32 MiB; here a fifth of a step went into page faults. What the
-    process has needed at its peak stays its own until it ends. Other C libraries are left as they are.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
 def simulated_context(
     world_size: int, device: str | None = None, *, gpu_memory_bytes: int | None = None
 ) -> DistContext:
@@ -370,19 +341,11 @@ def simulated_context(
     )
 
 
-def forwarded_env_prefixes() -> tuple[str, ...]:
-    """Beginnings of the environment variables that `deepspeed` hands on to other machines."""
-    runner = import_module("deepspeed.launcher.runner")
-    accelerator = import_module("deepspeed.accelerator").get_accelerator()
-    return (*runner.EXPORT_ENVS, *accelerator.export_envs())
-
-
 def is_peer_failure(error: BaseException) -> bool:
     """Whether a collective failed because another rank is no longer there, as gloo and NCCL put it."""
-    if isinstance(error, dist.DistError):
-        return True
-    messages = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed"
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
+    messages = "gloo/transport|Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed"
+    is_gloo_error = isinstance(error, RuntimeError) and re.search(messages, str(error)) is not None
+    return isinstance(error, dist.DistError) or is_gloo_error
 
 
 def destroy_process_group() -> None:
@@ -391,10 +354,19 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
+# --- this process and its host ---
+
+
+def forwarded_env_prefixes() -> tuple[str, ...]:
+    """Beginnings of the environment variables that `deepspeed` hands on to other machines."""
+    runner = import_module("deepspeed.launcher.runner")
+    accelerator = import_module("deepspeed.accelerator").get_accelerator()
+    return (*runner.EXPORT_ENVS, *accelerator.export_envs())
+
+
 def find_free_port() -> int:
     """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -405,14 +377,22 @@ def _threads_per_rank(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
+def tune_malloc() -> None:
+    """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
+
+    glibc maps and unmaps every allocation of more than 32 MiB; here a fifth of a step went into page faults. What the
+    process has needed at its peak stays its own until it ends. Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Bytes: the GPU allocator's peak, or the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # Linux's own count: that of getrusage begins with the size of the process that started this one
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Linux's own count: that of getrusage begins with the size of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -18,9 +18,6 @@ from trainer.model import optimizer
 
 #: of DeepSpeed's DynamicLossScaler
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-_OPTIMIZER_MISMATCH = (
-    "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; pass the one it had"
-)
 
 
 class EngineState:
@@ -34,14 +31,12 @@ class EngineState:
         *,
         stage: int,
         precision: str,
-        uses_8bit_optimizer: bool,
     ):
         self.dist_context = dist_context
         self.deepspeed_engine = deepspeed_engine
         self.optimizer = deepspeed_engine.optimizer  # DeepSpeed's around ours, but under stage 0
         self.trainable_params = trainable_params
         self.precision = precision
-        self.uses_8bit_optimizer = uses_8bit_optimizer
         self._stage = stage
         self._torch_optimizer = self.optimizer if stage == 0 else self.optimizer.optimizer
         self._fragments = import_module("deepspeed.utils")
@@ -113,19 +108,23 @@ class EngineState:
         The weights were in the model before the engine was made. UserError where the moments are of an optimizer
         that holds them otherwise.
         """
-        if self.uses_8bit_optimizer:
-            self._load_8bit_states(read_tensor, num_steps)
-            return
-        self._create_states(num_steps)
+        self._set_step_counts(num_steps)
         for name, parameter in self.trainable_params.items():
-            for key in optimizer.MOMENTS:
+            targets: dict[str, Tensor | None] = dict.fromkeys(optimizer.MOMENTS)
+            if self._stage == 0:
+                targets = dict(optimizer.iter_named_state(self.optimizer.state[parameter]))
+            for key, target in targets.items():
                 value = read_tensor(f"{key}/{name}")
-                if value.dtype != torch.float32:
-                    raise UserError(_OPTIMIZER_MISMATCH)
-                if self._stage == 0:
-                    self.optimizer.state[parameter][key].copy_(value)
+                if value.dtype != (torch.float32 if target is None else target.dtype):
+                    raise UserError(
+                        "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; pass "
+                        "the one it had"
+                    )
+                if target is not None:
+                    target.copy_(value)
                 elif self._stage == 3:  # `safe_set_full_optimizer_state` takes no share of a size that is not even
-                    self._fragments.safe_set_local_optimizer_state(parameter, self._local_share(parameter, value), key)
+                    share = deepspeed_internals.local_share(parameter, value, self.dist_context)
+                    self._fragments.safe_set_local_optimizer_state(parameter, share, key)
                 else:
                     self._fragments.safe_set_full_optimizer_state(parameter, value, key)
             if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
@@ -133,7 +132,7 @@ class EngineState:
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
 
-    def _create_states(self, num_steps: int) -> None:
+    def _set_step_counts(self, num_steps: int) -> None:
         """AdamW's state as it is after so many steps, its moments zero where there were none."""
         flat_params = [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
         if self._stage:
@@ -144,22 +143,12 @@ class EngineState:
             if not state:
                 state.update({key: torch.zeros_like(flat) for key in optimizer.MOMENTS})
                 state["step"] = torch.zeros((), device=flat.device if is_fused else "cpu")
-            state["step"].fill_(num_steps)
+            if torch.is_tensor(state["step"]):
+                state["step"].fill_(num_steps)
+            else:  # bitsandbytes'
+                state["step"] = num_steps
         if self._stage in (1, 2):
             deepspeed_internals.link_optimizer_state(self.optimizer)
-
-    def _local_share(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        return deepspeed_internals.local_share(parameter, value, self.dist_context.rank, self.dist_context.world_size)
-
-    def _load_8bit_states(self, read_tensor: Callable[[str], Tensor], num_steps: int) -> None:
-        for name, parameter in self.trainable_params.items():
-            state = self.optimizer.state[parameter]
-            state["step"] = num_steps
-            for state_key, tensor in optimizer.iter_named_state(state):
-                value = read_tensor(f"{state_key}/{name}")
-                if value.dtype != tensor.dtype:
-                    raise UserError(_OPTIMIZER_MISMATCH)
-                tensor.copy_(value)
 
     # --- the weights that the model computes with ---
 
@@ -168,7 +157,7 @@ class EngineState:
         for name, parameter in self.trainable_params.items():
             value = read_tensor(f"weight/{name}")
             if self._stage == 3:
-                parameter.ds_tensor.data.copy_(self._local_share(parameter, value))
+                parameter.ds_tensor.data.copy_(deepspeed_internals.local_share(parameter, value, self.dist_context))
             if self._stage < 3 or parameter.ds_status.name == "AVAILABLE":
                 parameter.data.copy_(value)
 
@@ -181,8 +170,5 @@ class EngineState:
     def gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor on the CPU) of every trained weight in the names of `model.module`; all ranks must iterate."""
         for name, parameter in self.trainable_params.items():
-            if self._stage == 3:
-                with import_module("deepspeed").zero.GatheredParameters([parameter]):
-                    yield name, parameter.detach().float().cpu().clone()
-            else:
-                yield name, parameter.detach().float().cpu()
+            with import_module("deepspeed").zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.detach().float().cpu().clone()

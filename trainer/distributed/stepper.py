@@ -96,15 +96,10 @@ class PlainStepper:
         # 1 after an update that was left out: no other follows until `discard_step`.
         self._found_inf = torch.zeros((), device=dist_context.device)
 
-    @property
-    def flat_grads(self) -> list[Tensor] | None:
-        """Of several ranks: the place of each weight's gradient in the flat buffer that is reduced."""
-        return list(self.buckets.views.values()) if self.buckets else None
-
     def reduce_during_backward(self) -> None:
         """The next backward is the last of its step: what it has made is reduced while it goes on."""
         if self.buckets:
-            self.buckets.overlap()
+            self.buckets.is_overlapping = True
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -174,28 +169,22 @@ class GradientBuckets:
         self.flat = params[0].new_zeros(sum(sizes))
         #: for each weight the part of the flat buffer that is its gradient
         self.views = {p: part.view_as(p) for p, part in zip(params, self.flat.split(sizes), strict=True)}
-        #: (start, end) in the flat buffer, in the order in which a backward completes them
-        self.buckets: list[tuple[int, int]] = []
-        self._bucket_of: dict[nn.Parameter, int] = {}
+        #: True until `reduce`: there is one backward, the step's last, and what it has made is sent while it goes on
+        self.is_overlapping = False
+        # (part of the flat buffer, its weights), in the order in which a backward completes them.
+        self._buckets: list[tuple[Tensor, set[nn.Parameter]]] = []
+        self._ready: set[nn.Parameter] = set()
+        self._work: list[Any] = []
         min_size = MIN_BUCKET_BYTES[dist.get_backend()] // params[0].element_size()
         start = end = self.flat.numel()
+        members: set[nn.Parameter] = set()
         for parameter in reversed(params):
             start -= parameter.numel()
-            self._bucket_of[parameter] = len(self.buckets)
+            members.add(parameter)
             if end - start >= min_size or start == 0:
-                self.buckets.append((start, end))
-                end = start
+                self._buckets.append((self.flat[start:end], members))
+                end, members = start, set()
             parameter.register_post_accumulate_grad_hook(self._on_grad_ready)
-        self._is_overlapping = False
-        self._num_missing: list[int] = []
-        self._work: list[Any] = []
-
-    def overlap(self) -> None:
-        """From here to `reduce` there is one backward, the step's last: send what it has made while it goes on."""
-        self._is_overlapping = True
-        self._num_missing = [0] * len(self.buckets)
-        for index in self._bucket_of.values():
-            self._num_missing[index] += 1
 
     def reduce(self) -> None:
         """Leave at each weight the sum of its gradients over the ranks. All ranks must call."""
@@ -205,19 +194,18 @@ class GradientBuckets:
             elif parameter.grad is not view:
                 view.copy_(parameter.grad)
             parameter.grad = view
-        if self._is_overlapping:
+        if self.is_overlapping:
             self.finish_overlap()
         else:
             dist.all_reduce(self.flat)
 
     def finish_overlap(self) -> None:
         """Send what is left and wait for all of it: also of a refused step, as the next one needs the buffer."""
-        if self._is_overlapping:
-            while len(self._work) < len(self.buckets):
-                self._launch_next()
-            for work in self._work:
-                work.wait()
-            self._work, self._is_overlapping = [], False
+        while self.is_overlapping and len(self._work) < len(self._buckets):
+            self._launch_next()
+        for work in self._work:
+            work.wait()
+        self._work, self._ready, self.is_overlapping = [], set(), False
 
     def _on_grad_ready(self, parameter: nn.Parameter) -> None:
         """After each backward: the gradient moves to its place; buckets that are whole are sent, in their order."""
@@ -226,14 +214,13 @@ class GradientBuckets:
             assert parameter.grad is not None
             view.copy_(parameter.grad)
             parameter.grad = view
-        if self._is_overlapping:
-            self._num_missing[self._bucket_of[parameter]] -= 1
-            while len(self._work) < len(self.buckets) and not self._num_missing[len(self._work)]:
+        if self.is_overlapping:
+            self._ready.add(parameter)
+            while len(self._work) < len(self._buckets) and self._buckets[len(self._work)][1] <= self._ready:
                 self._launch_next()
 
     def _launch_next(self) -> None:
-        start, end = self.buckets[len(self._work)]
-        self._work.append(dist.all_reduce(self.flat[start:end], async_op=True))
+        self._work.append(dist.all_reduce(self._buckets[len(self._work)][0], async_op=True))
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -244,12 +231,10 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     if uses_gpu_form(grads[0].device):
         return torch.linalg.vector_norm(torch.stack(torch_internals.foreach_norm(grads)))
+    small = [grad for grad in grads if grad.numel() <= NORM_CHUNK]
     large = [grad.flatten() for grad in grads if grad.numel() > NORM_CHUNK]
-    pieces = [grad for grad in grads if grad.numel() <= NORM_CHUNK]
-    pieces += [tail for flat in large if len(tail := flat[len(flat) // NORM_CHUNK * NORM_CHUNK :])]
-    norms = [torch.stack(torch_internals.foreach_norm(pieces))] if pieces else []
-    norms += [
-        torch.linalg.vector_norm(flat[: len(flat) // NORM_CHUNK * NORM_CHUNK].view(-1, NORM_CHUNK), dim=1)
-        for flat in large
-    ]
+    whole = [flat[: len(flat) // NORM_CHUNK * NORM_CHUNK].view(-1, NORM_CHUNK) for flat in large]
+    small += [flat[chunks.numel() :] for flat, chunks in zip(large, whole, strict=True) if flat.numel() % NORM_CHUNK]
+    norms = [torch.stack(torch_internals.foreach_norm(small))] if small else []
+    norms += [torch.linalg.vector_norm(chunks, dim=1) for chunks in whole]
     return torch.linalg.vector_norm(torch.cat(norms))

@@ -114,7 +114,7 @@ def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) ->
     budget_note = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
     for index, size in enumerate(sizes):
         estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
-        needed_bytes = required_bytes(estimate, plan.model_info["parameters"], plan.dist_context.device)[0]
+        needed_bytes = required_bytes(estimate, plan.model_info, plan.dist_context.device)[0]
         if needed_bytes > limit_bytes:
             note = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
             return list(sizes[:index]), f"{budget_note}; {note}"

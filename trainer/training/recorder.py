@@ -135,8 +135,8 @@ class Recorder:
         for check in checks[self._num_graph_checks :]:
             yield EventRecord(event="checked", step=step, message=check, time=now)
         for change in changes[self._num_plan_changes :]:
-            yield EventRecord(event="execution", step=step, message=change.reason, time=now, facts=change.as_dict())
-            self.metadata["execution"].append(change.as_dict())  # run.json keeps every plan by which steps ran
+            yield EventRecord(event="execution", step=step, message=change["reason"], time=now, facts=change)
+            self.metadata["execution"].append(change)  # run.json keeps every plan by which steps ran
             if self.loggers:
                 write_run_json(self.folder, self.metadata)
         self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)

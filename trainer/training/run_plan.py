@@ -19,13 +19,12 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import TrainBatches, padding_share
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
-from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, PlanChange, make_execution_plan
+from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory import (
-    CUDA_CONTEXT_BYTES,
     MemoryEstimate,
-    ParamCounts,
     choose_deepspeed_file,
     estimate_rank_memory,
+    required_bytes,
 )
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
@@ -106,7 +105,7 @@ class RunPlan:
         return lines + [("note", note) for note in notes]
 
     def execution_entry(self, step: int) -> dict[str, Any]:
-        return PlanChange(step=step, plan=self.execution, reason=AS_PLANNED).as_dict()
+        return self.execution.as_entry(step, "as planned")
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json of a run that begins."""
@@ -269,7 +268,6 @@ def make_plan(
             model_info,
             file,
             precision=precision,
-            model_dropout=dropout,
             row_length=row_length,
             micro_batch_size=micro_batch_size,
         )
@@ -322,11 +320,11 @@ def _choose_deepspeed_file(
     if memory_bytes is not None:
         memory_bytes = min(dist_context.all_gather_object(memory_bytes))
     return choose_deepspeed_file(
-        counts=ParamCounts.from_model_info(model_info),
+        model_info=model_info,
         world_size=dist_context.world_size,
         device_memory_bytes=memory_bytes,
         precision=precision,
-        estimate_bytes=lambda file: CUDA_CONTEXT_BYTES + estimate_memory(file).peak,
+        estimate_bytes=lambda file: required_bytes(estimate_memory(file), model_info, dist_context.device)[0],
         stages=range(3 if _zero_3_problem(settings) else 4),
     )
 

@@ -97,7 +97,7 @@ def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_
     """Else it would be added to them."""
     layer, buckets = layer_and_buckets
     for is_refused in (True, False):
-        buckets.overlap()
+        buckets.is_overlapping = True
         layer(torch.ones(1, 3)).sum().backward()
         if is_refused:
             buckets.finish_overlap()

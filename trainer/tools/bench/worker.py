@@ -62,7 +62,7 @@ def main(job_file: str) -> None:
             for record in train(engine, data, plan.schedule, state, nothing_saved, lambda: False):
                 if isinstance(record, StepRecord):
                     after_step()
-            ran_by = "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
+            ran_by = "; ".join([engine.plan.path, *(change["reason"] for change in engine.plan_changes)])
         else:  # the model as transformers and peft make it
             torch.manual_seed(settings.train.seed)
             model_config = load_config(settings.model)

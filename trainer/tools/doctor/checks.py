@@ -287,14 +287,14 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:
     table, context = [], plan.dist_context
     for file in files:
         estimate = plan.estimate_memory(file, row_length)
-        device_bytes, host_bytes = required_bytes(estimate, plan.model_info["parameters"], context.device)
+        device_bytes, host_bytes = required_bytes(estimate, plan.model_info, context.device)
         row = {
             "ds_config": file.name,
             "chosen": file.name == plan.deepspeed_file.name,
             "fits": device_bytes <= context.available_bytes() and host_bytes <= context.free_host_bytes(),
-            "weights": estimate.model_states.weights,
-            "gradients": estimate.model_states.gradients,
-            "optimizer": estimate.model_states.optimizer,
+            "weights": estimate.weights,
+            "gradients": estimate.gradients,
+            "optimizer": estimate.optimizer,
             "activations": estimate.activations,
             "passing": estimate.passing,
             "gathered": estimate.gathered,

@@ -200,7 +200,7 @@ def run_row(
     timed = seconds[-(NUM_STEPS - 1) :]
     return {
         "path": engine.plan.path,
-        "problem": "; ".join(change.reason for change in engine.plan_changes),
+        "problem": "; ".join(change["reason"] for change in engine.plan_changes),
         "loss_difference": _relative_difference(losses, reference["losses"]),
         "norm_difference": _relative_difference(norms, reference["norms"]),
         "weight_difference": weight_difference / (settings.train.lr * len(losses)),
