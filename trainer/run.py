@@ -212,9 +212,6 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
             "output_dir": str(folder / "model"),
             "is_own_export": True,
             "data_folder": str(data.folder),
-            "device": context.device.type,
-            "num_threads": context.num_threads,
-            "measurements": measurements,
         }
         result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
     elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time

@@ -23,6 +23,7 @@ from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, run_train_script, t
 from helpers.matrix import launch_jobs, make_job, run_job
 from helpers.tiny_inputs import tiny_argv
 from peft import PeftModel
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,7 +185,7 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_e
 
 
 def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_script, monkeypatch, tmp_path):
-    original = PeftModel.merge_and_unload
+    original = LoraModel.merge_and_unload
 
     def untie(model: Any, **options: Any) -> Any:
         merged = original(model, **options)
@@ -192,7 +193,7 @@ def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_scr
         merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.detach().clone())
         return merged
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", untie)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", untie)
     code, output = run_export_script(lora_run, "--merge", "--output-dir", tmp_path / "untied")
     assert (code, "input and output embeddings are no longer tied" in output) == (1, True), output
 

@@ -47,8 +47,6 @@ def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):
     card = (quantized_run / "model" / "README.md").read_text()
     assert "It was trained on the base in nf4, its scales in 8 bits" in card
     assert run["model"]["fingerprint"] in card
-    assert f"| optimizer state | {8 * trainable:,} bytes on a rank |" in card
-    assert f"| peak memory | {facts['peak_memory_bytes']:,} bytes on a rank |" in card
     assert "| base | nf4, double |" in card
     quantization = json.loads((quantized_run / "model" / "base_quantization.json").read_text())
     assert quantization["fingerprint"] == run["model"]["fingerprint"]

@@ -10,9 +10,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -31,8 +30,7 @@ from trainer.model.build import TrainableModel
 MODEL_CARD_FILE = "README.md"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseModelRef:
+class BaseModel(NamedTuple):
     """What an adapter is an adapter of."""
 
     path: str  #: hub id or folder from which the untouched weights are loaded here
@@ -59,7 +57,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         raise TrainingError(f"{destination} not written: {getattr(error, 'strerror', None) or error}") from error
 
 
-def save_plain_model(folder: Path, module: Any, state_dict: Mapping[str, Tensor], dtype: ExportDtype = "fp32") -> None:
+def save_plain_model(folder: Path, module: Any, state_dict: Mapping[str, Tensor], dtype: ExportDtype) -> None:
     """Write a folder that AutoModelForCausalLM loads; tied weights are stored once."""
     torch_dtype = STORED_DTYPES[dtype][0]
     weights = {name: tensor.to(getattr(torch, torch_dtype)) for name, tensor in state_dict.items()}
@@ -72,11 +70,7 @@ def save_plain_model(folder: Path, module: Any, state_dict: Mapping[str, Tensor]
 
 
 def save_adapter(
-    folder: Path,
-    model: TrainableModel,
-    state_dict: Mapping[str, Tensor],
-    base: BaseModelRef,
-    dtype: ExportDtype = "fp32",
+    folder: Path, model: TrainableModel, state_dict: Mapping[str, Tensor], base: BaseModel, dtype: ExportDtype
 ) -> None:
     """Write an adapter that plain peft loads onto the untouched base, and beside a packed base how it was packed.
 
@@ -121,29 +115,24 @@ def save_tokenizer(folder: Path, model: str, chat_template: str | None, generati
     config.save_pretrained(folder)
 
 
-def base_model_ref(model_name: str, run_folder: Path) -> BaseModelRef:
+def find_base(model_name: str, run_folder: Path) -> BaseModel:
     """What an adapter stands on: the hub id or folder of the run's model, or the random weights that the run kept."""
     from huggingface_hub import try_to_load_from_cache
 
     base_folder = run_folder / "base"
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model_name)
     config_file = try_to_load_from_cache(path, "config.json") if is_hub_id(path) else None
-    cached_folder = str(Path(config_file).parent) if isinstance(config_file, str) else path
-    name, revision = hub_snapshot(cached_folder) or (public_name(model_name), None)
-    return BaseModelRef(path=path, name=name, revision=revision)
-
-
-def hub_snapshot(path: str) -> tuple[str, str] | None:
-    """(hub id, commit) of a folder of the hub's own cache, `models--ORG--NAME/snapshots/COMMIT`; None for others."""
-    match = re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", path)
-    return (match[1].replace("--", "/"), match[2]) if match else None
+    location = str(Path(config_file).parent) if isinstance(config_file, str) else path
+    # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.
+    if snapshot := re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", location):
+        return BaseModel(path, snapshot[1].replace("--", "/"), snapshot[2])
+    return BaseModel(path, public_name(model_name), None)
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is one of the Hub's: neither a folder here nor the embedded one."""
-    if name == DEMO_MODEL or Path(name).exists():
-        return False
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+    is_local = name == DEMO_MODEL or Path(name).exists()
+    return not is_local and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
 
 
 def public_name(name: str) -> str:
@@ -164,7 +153,9 @@ def check_push(repo_id: str) -> None:
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:  # of the hub, of httpx, of the network below it
-        raise UserError(f"--push {repo_id}: the hub refuses the login ({_reason(error)})") from None
+        raise UserError(
+            f"--push {repo_id}: the hub refuses the login ({first_line(error.__cause__ or error)})"
+        ) from None
 
 
 def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
@@ -179,10 +170,6 @@ def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
         address = str(api.create_repo(repo_id, private=is_private or None, exist_ok=True))
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload of a checked export")
     except Exception as error:
-        raise TrainingError(f"--push {repo_id}: {_reason(error)}; the checked folder is {folder}") from None
+        reason = first_line(error.__cause__ or error)
+        raise TrainingError(f"--push {repo_id}: {reason}; the checked folder is {folder}") from None
     return address
-
-
-def _reason(error: Exception) -> str:
-    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return f"{type(error).__name__}: {first_line(error)}"

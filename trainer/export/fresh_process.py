@@ -22,16 +22,19 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
 
     The process ends with this one: it reads from a pipe of which we hold the other end.
     """
+    import torch  # not by the process that exports, before it watches its input
+
     environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
-    root = str(Path(__file__).parents[2])
     environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",  # a base of the hub is in its local cache: this process has just used it
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
+    command = [sys.executable, "-m", "trainer.export.fresh_process", json.dumps(request)]
     read_end, write_end = os.pipe()
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "trainer.export.fresh_process", json.dumps(request)],
+            command,
             stdin=read_end,
             capture_output=True,
             text=True,
@@ -56,8 +59,9 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main(request: dict[str, Any]) -> None:
-    """Export, and print one line of JSON."""
+if __name__ == "__main__":
+    # Our input ends, written by nobody, when the process that asked has ended: watched before slow imports.
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     from trainer.tracking.silence import silence_libraries
 
     silence_libraries()  # before the libraries it silences are imported
@@ -65,12 +69,6 @@ def main(request: dict[str, Any]) -> None:
     from trainer.export.export_cli import export_checkpoint
 
     try:
-        print(json.dumps(export_checkpoint(**request)))
+        print(json.dumps(export_checkpoint(**json.loads(sys.argv[1]))))
     except (UserError, TrainingError) as error:
         print(json.dumps({"error": str(error)}))
-
-
-if __name__ == "__main__":
-    # Our input ends, written by nobody, when the process that asked has ended: watched before slow imports.
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    main(json.loads(sys.argv[1]))

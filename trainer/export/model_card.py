@@ -29,41 +29,35 @@ def render_model_card(
     *,
     step: int,
     is_merged: bool = False,
-    loss_change: str = "",
-    measurements: Mapping[str, Any] | None = None,
-    choice_reason: str = "",
+    last_step: int | None = None,
     answer: str = "",
 ) -> str:
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
-    in; `loss_change`: what the form of the export did to the loss; `measurements`: may hold `optimizer_bytes` and
-    `peak_memory_bytes`, of the largest rank (default: those of the run's end); `choice_reason`: why these weights and
-    not the last; `answer`: the sentence of a comparison of LoRA with full.
+    in; `last_step`: of the run, where these weights were chosen by their validation loss; `answer`: the sentence of a
+    comparison of LoRA with full. ValueError for records that cannot be read.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     model, data, settings, resolved = (metadata[name] for name in ("model", "data", "settings", "resolved"))
+    train, lora = settings["train"], settings["lora"]
     records = [record for record in records if record.step <= step or isinstance(record, EventRecord)]
-    events = [record for record in records if isinstance(record, EventRecord)]
     train_losses = {r.step: f"{r.train_loss:.4f}" for r in records if isinstance(r, EpochRecord)}
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
-    is_random, source = model["init"] == "random", public_name(data["source"])
-    is_adapter = metadata["mode"] == "lora" and not is_merged
-    method, lora = "every weight", settings["lora"]
+    is_random, is_adapter = model["init"] == "random", metadata["mode"] == "lora" and not is_merged
+    method = "every weight"
     if metadata["mode"] == "lora":
-        method = f"{ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}"
+        method = f"{ADAPTER_NAMES[lora['adapter']]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}"
         method += f", on {_plain(', '.join(model['lora_targets']))}"
-        if modules := lora.get("modules_to_save"):
-            method += f", and the base's own {', '.join(modules)}"
+        if lora["modules_to_save"]:
+            method += f", and the base's own {', '.join(lora['modules_to_save'])}"
     base_model = {}
-    if model["init"] == "pretrained" and is_hub_id(model["name"]):
+    if not is_random and is_hub_id(model["name"]):
         base_model = {"base_model": model["name"], "base_model_relation": "adapter" if is_adapter else "finetune"}
-    values = []
-    if (loss := verification.loss) is not None:
-        values = [("loss", "validation loss", loss), ("perplexity", "perplexity", perplexity(loss))]
+    metrics = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
     card_data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
@@ -73,14 +67,14 @@ def render_model_card(
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=source,
-                dataset_name=source,
+                dataset_type=public_name(data["source"]),
+                dataset_name=public_name(data["source"]),
                 dataset_split="validation",
-                metric_type=metric,
-                metric_name=name,
+                metric_type=name,
+                metric_name=f"validation {name}",
                 metric_value=value,
             )
-            for metric, name, value in values
+            for name, value in metrics.items()
         ],
         **base_model,
     )
@@ -89,25 +83,25 @@ def render_model_card(
         not_comparable = "; ".join(metadata["not_comparable_with_card"])
         for name in (data["source"], model["name"]):
             not_comparable = not_comparable.replace(name, public_name(name))
-    train = settings["train"]
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_suffix(".md")),
         run=metadata,
-        **{name: metadata[name] for name in ("model", "data", "settings", "resolved")},
+        model=model,
+        data=data,
+        settings=settings,
+        resolved=resolved,
         train=train,
-        events=events,
+        events=[record for record in records if isinstance(record, EventRecord)],
         verification=verification,
         step=step,
+        last_step=last_step,
         method=method,
         base=json.dumps(model["name"]) if is_hub_id(model["name"]) and not is_random else "BASE",
         is_random=is_random,
         is_merged=is_merged,
-        choice_reason=choice_reason,
-        loss_change=loss_change,
         lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
-        optimizer=OPTIMIZER_NAMES.get(train.get("optim"), "AdamW"),
-        measured=measurements or next((e.facts for e in reversed(events) if e.event == "finished"), {}),
+        optimizer=OPTIMIZER_NAMES.get(train["optim"], "AdamW"),
         results=[
             (f"{r.epoch:.4g}", f"{n:,}", train_losses.get(n, ""), f"{r.loss:.4f}", f"{perplexity(r.loss):.3f}")
             for n, r in sorted(evals.items())

@@ -6,13 +6,14 @@ of the training: the folder is loaded by plain transformers or peft.
 
 import json
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import first_line
@@ -42,25 +43,10 @@ NUM_RANDOM_TOKENS = 64  # of a row, where the run's data are gone
 class VerificationResult:
     """What the reloaded folder answered; without `problems` it is the model that was trained."""
 
-    max_logits_difference: float | None = None  #: largest, absolute; None where the folder could not be loaded
-    max_abs_logit: float = 0.0  #: of the trained model, absolute
-    loss: float | None = None  #: validation loss of the folder, nats per target token
-    recorded_loss: float | None = None
-    loss_missing_reason: str = ""  #: why there is no loss to compare
-    is_tied: bool | None = None
-    dtype: str = ""
+    summary: str = ""  #: one line for people
     problems: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        verdict = "reloaded and checked" if not self.problems else "CHECK FAILED: " + "; ".join(self.problems)
-        if self.max_logits_difference is None:
-            return verdict
-        scale = f" (the largest is {self.max_abs_logit:.1f})" if self.max_logits_difference > LOGITS_BOUND else ""
-        losses = f"validation loss not evaluated again ({self.loss_missing_reason})"
-        if self.loss is not None:
-            remark = self.loss_missing_reason if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
-            losses = f"validation loss {self.loss:.6f}" + (f" ({remark})" if remark else "")
-        return f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, {losses}, {self.dtype}"
+    loss: float | None = None  #: validation loss of the folder, nats per target token
+    is_tied: bool | None = None  #: whether its input and output embeddings are one tensor
 
 
 def fixed_input_ids(data: PreparedDataset | None, config: Any = None) -> np.ndarray:
@@ -74,12 +60,15 @@ def fixed_input_ids(data: PreparedDataset | None, config: Any = None) -> np.ndar
 
 @torch.no_grad()
 def compute_logits(module: Any, input_ids: np.ndarray, device: torch.device) -> np.ndarray:
-    """Float32 logits [rows, width, vocabulary] of a model on fixed rows."""
-    was_training = module.training
-    module.eval()
-    logits = module(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False).logits.float().cpu().numpy()
-    module.train(was_training)
-    return logits
+    """Float32 logits [rows, width, vocabulary] of a model, in evaluation mode, on fixed rows."""
+    return module.eval()(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False).logits.float().cpu().numpy()
+
+
+def compare_logits(logits: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
+    """(largest absolute difference, what is wrong with it)."""
+    difference = float(np.abs(logits - expected).max())
+    bound = LOGITS_BOUND * max(1.0, float(np.abs(expected).max()))
+    return difference, "" if difference <= bound else f"logits differ by {difference:.1e}, more than {bound:.1e}"
 
 
 def verify_folder(
@@ -95,7 +84,8 @@ def verify_folder(
     eval_batch: int = 1,
     precision: str = "fp32",
     recorded_loss: float | None = None,
-    loss_missing_reason: str = "none was recorded",
+    loss_missing_reason: str = "",
+    loss_changes: Sequence[str] = (),
     is_cross_device: bool = False,
 ) -> VerificationResult:
     """Load the folder and judge its answers; never raises for a bad folder.
@@ -103,38 +93,42 @@ def verify_folder(
     `logits`: float32 [rows, width, vocabulary] of the trained model on `input_ids`; `is_tied`: whether its input and
     output embeddings are one tensor; `base_path`: where the base of an adapter is; `dtype`: in which the weights must
     be stored; `val`: rows to evaluate, None where they are gone; `precision`: of the recorded loss;
-    `loss_missing_reason`: why there is none to compare; `is_cross_device`: it was recorded on another kind of device.
+    `loss_missing_reason`: why it cannot be evaluated; `loss_changes`: what the export did to the weights, so that the
+    losses may differ; `is_cross_device`: it was recorded on another kind of device.
     """
     try:
         model = load_folder(folder, base_path, device)
         embedding = model.get_input_embeddings().weight
         embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
         is_tied_now = embedding is model.get_output_embeddings().weight
-        difference = float(np.abs(compute_logits(model, input_ids, device) - logits).max())
+        difference, logits_problem = compare_logits(compute_logits(model, input_ids, device), logits)
         loss = None if val is None else compute_validation_loss(model, val, eval_batch, precision, device)
         problems = list(_find_storage_problems(folder, dtype, embedding_names if is_tied else set()))
     except Exception as error:  # as many kinds as there are ways to damage a folder
-        return VerificationResult(problems=(f"it could not be loaded again: {first_line(error)}",))
+        problem = f"it could not be loaded again: {first_line(error)}"
+        return VerificationResult(summary=f"CHECK FAILED: {problem}", problems=(problem,))
     if is_tied_now != is_tied:
         problems.append(f"input and output embeddings are {'no longer' if is_tied else 'now'} tied")
-    max_abs_logit = float(np.abs(logits).max())
-    bound = LOGITS_BOUND * max(1.0, max_abs_logit)
-    if not difference <= bound:
-        problems.append(f"logits differ by {difference:.1e}, more than {bound:.1e}")
-    if recorded_loss is not None and loss is not None:
-        bound = LOSS_BOUND[precision] * recorded_loss * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
-        if not abs(loss - recorded_loss) <= bound:
-            problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
-    return VerificationResult(
-        max_logits_difference=difference,
-        max_abs_logit=max_abs_logit,
-        loss=loss,
-        recorded_loss=recorded_loss,
-        loss_missing_reason=loss_missing_reason,
-        is_tied=is_tied_now,
-        dtype=STORED_DTYPES[dtype][0],
-        problems=tuple(problems),
-    )
+    if logits_problem:
+        problems.append(logits_problem)
+    losses = f"validation loss not evaluated again ({loss_missing_reason})"
+    if loss is not None:
+        remark = "" if loss_changes else " (none was recorded)"
+        if recorded_loss is not None and not loss_changes:
+            remark = f" (recorded {recorded_loss:.6f})"
+            bound = LOSS_BOUND[precision] * recorded_loss * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
+            if not abs(loss - recorded_loss) <= bound:
+                problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
+        losses = f"validation loss {loss:.6f}{remark}"
+    verdict = "reloaded and checked" if not problems else "CHECK FAILED: " + "; ".join(problems)
+    scale = f" (the largest is {float(np.abs(logits).max()):.1f})" if difference > LOGITS_BOUND else ""
+    summary = f"{verdict}: logits differ by at most {difference:.1e}{scale}, {losses}, {STORED_DTYPES[dtype][0]}"
+    if loss_changes:
+        change = "how its validation loss changed by that is not known"
+        if loss is not None and recorded_loss is not None:
+            change = f"validation loss {loss:.6f}, before {recorded_loss:.6f} ({loss - recorded_loss:+.6f})"
+        summary += f"; {' and '.join(loss_changes)}: {change}"
+    return VerificationResult(summary=summary, problems=tuple(problems), loss=loss, is_tied=is_tied_now)
 
 
 def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str]) -> Iterator[str]:
@@ -142,8 +136,6 @@ def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str
 
     `tied_names`: all that a tied embedding could be stored under.
     """
-    from safetensors import safe_open
-
     names, empty_names, moved, dtypes = [], [], [], set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -187,13 +179,12 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
         config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
         options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(base_path or folder, trust_remote_code=False, **options)
-    if not is_packed:
-        model = model.to(device)
     if base_path is not None:
         model = PeftModel.from_pretrained(model, folder)
     if is_packed:
         quantization.disable_avx512_repacking(model)
-    return model.eval()
+        return model.eval()
+    return model.to(device).eval()
 
 
 @torch.no_grad()

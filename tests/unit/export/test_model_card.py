@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.export.export_cli import read_answer_sentence
-from trainer.export.folder import hub_snapshot, is_hub_id, public_name
+from trainer.export.folder import find_base, is_hub_id, public_name
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EventRecord
@@ -25,7 +25,7 @@ def render(name: str, *, message: str = "", mode: str = "full") -> str:
     metadata["data"] = {**metadata["data"], "source": f"folder/{name}"}
     metadata["resolved"] = {**metadata["resolved"], "ds_config": name}
     events = [EventRecord(event="diagnosis", step=1, message=message or name, time=1.0)]
-    return render_model_card(metadata, events, VerificationResult(loss=1.0, problems=(name,)), step=1, answer=name)
+    return render_model_card(metadata, events, VerificationResult(loss=1.0, summary=name), step=1, answer=name)
 
 
 def without_code_spans(text: str) -> str:
@@ -88,6 +88,9 @@ def test_hub_names_and_paths_are_told_apart(tmp_path):
     assert public_name("/data/secret/events.csv") == "events.csv"
     assert public_name("org/name") == "org/name"
     commit = "a" * 40
-    assert hub_snapshot(f"/x/hub/models--org--some-name/snapshots/{commit}/") == ("org/some-name", commit)
-    assert hub_snapshot(f"/x/hub/models--gpt2/snapshots/{commit}") == ("gpt2", commit)
-    assert hub_snapshot("/x/models/gpt2") is None
+    for path, name, revision in (
+        (f"/x/hub/models--org--some-name/snapshots/{commit}/", "org/some-name", commit),
+        (f"/x/hub/models--gpt2/snapshots/{commit}", "gpt2", commit),
+        ("/x/models/gpt2", "gpt2", None),
+    ):
+        assert find_base(path, tmp_path) == (path, name, revision)

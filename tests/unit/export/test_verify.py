@@ -15,7 +15,7 @@ def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(tm
     logits, cpu = np.ones((1, 1, 1)), torch.device("cpu")
     verification = verify_folder(tmp_path, input_ids=np.zeros((1, 1)), logits=logits, is_tied=True, device=cpu)
     assert len(verification.problems) == 1
-    assert verification.summary().startswith("CHECK FAILED: it could not be loaded again: ")
+    assert verification.summary.startswith("CHECK FAILED: it could not be loaded again: ")
 
 
 def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):

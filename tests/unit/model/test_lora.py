@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer.config.errors import UserError
-from trainer.export.folder import base_model_ref, save_adapter
+from trainer.export.folder import find_base, save_adapter
 from trainer.export.verify import load_folder
 from trainer.model import optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu
@@ -215,8 +215,8 @@ def export_and_reload(model: Any, folder: Path) -> Any:
     """The model of the exported folder, loaded as its user would."""
     folder.mkdir(exist_ok=True)
     weights = {n: p.detach() for n, p in model.module.named_parameters() if p.requires_grad}
-    base_model = base_model_ref(model.metadata["name"], folder)
-    save_adapter(folder, model, weights, base_model)
+    base_model = find_base(model.metadata["name"], folder)
+    save_adapter(folder, model, weights, base_model, "fp32")
     return SimpleNamespace(module=load_folder(folder, base_model.path, torch.device("cpu")), causal=None)
 
 
