@@ -30,8 +30,8 @@ from trainer.tools.find_batch import find_micro_batch_size
 from trainer.tools.find_lr import find_lr
 from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import show_plan
-from trainer.tracking.run_lock import hold_run_folder
-from trainer.tracking.tensorboard_logger import check_loggers
+from trainer.tracking.optional_loggers import check_loggers
+from trainer.tracking.run_lock import RunLock
 from trainer.training import checkpoint, run_folder
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits
 from trainer.training.generation import check_prompts_available
@@ -118,11 +118,15 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     if args.find_lr is not None:
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
             return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
-    with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
+    lock = RunLock(Path(settings.run_folder))
+    context.on_rank_zero(lock.acquire)
+    try:
         # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
         _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
         plan = replace(plan, host_lines=tuple(describe_hosts(settings, context)))
         return _train_and_export(args, plan, data, model, previous, signal_handler)
+    finally:
+        lock.release()
 
 
 def build_engine(

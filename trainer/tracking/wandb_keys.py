@@ -19,17 +19,11 @@ METRICS = (  # (pattern, x axis, what the summary keeps)
     ("sample/*", "epoch", None),
 )
 COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
-    StepRecord: {
-        "train/loss": "loss",
-        "train/lr": "lr",
-        "train/grad_norm": "grad_norm",
-        "train/tokens_per_second": "tokens_per_second",
-    },
-    EvalRecord: {"val/loss": "loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits_per_byte"},
+    StepRecord: {f"train/{name}": name for name in ("loss", "lr", "grad_norm", "tokens_per_second")},
+    EvalRecord: {f"val/{name}": name for name in ("loss", "perplexity", "bits_per_byte")},
     EpochRecord: {"train/loss_epoch": "train_loss"},
 }
 RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-data before training and after
-TAG_LENGTH = 64  # a longer tag makes wandb.init raise
 
 
 def wandb_row(record: Record) -> dict[str, float]:
@@ -73,45 +67,29 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     replaces what was asked for.
     """
     settings, model, data = metadata["settings"], metadata["model"], metadata["data"]
-    config: dict[str, Any] = {name: metadata[name] for name in ("mode", "preset", "overridden")}
-    for group in ("model", "data", "train", "engine"):
-        config |= settings[group]
+    config = {name: metadata[name] for name in ("mode", "preset", "overridden", "deepspeed", "versions", "hardware")}
+    config |= {name: value for group in ("model", "data", "train", "engine") for name, value in settings[group].items()}
     if metadata["mode"] == "lora":
         config |= {f"lora_{name}": value for name, value in settings["lora"].items() if name != "target_modules"}
         config["lora_targets"] = model["lora_targets"]
-    config |= metadata["resolved"]
-    config |= {
-        f"data_{name}": data.get(name) for name in ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
+    return {
+        **config,
+        **metadata["resolved"],
+        **{f"data_{name}": data.get(name) for name in ("fingerprint", "train_fingerprint", "val_fingerprint", "split")},
+        **{f"{side}_{name}": count for side in ("train", "val") for name, count in data[side].items()},
+        "tokenizer": data["tokenizer"],
+        "vocabulary": data["vocabulary"],
+        "model_class": model["class"],
+        "model_fingerprint": model["fingerprint"],
+        "parameters": model["parameters"],
+        "trainable_parameters": model["trainable"],
+        "trainable_share": model["share"],
+        "git_commit": (metadata.get("git") or {}).get("commit"),
+        "run": dict(metadata),
     }
-    for side in ("train", "val"):
-        config |= {f"{side}_{name}": count for name, count in data[side].items()}
-    config |= {name: data[name] for name in ("tokenizer", "vocabulary")}
-    config |= {name: model[key] for name, key in _MODEL_NAMES.items()}
-    config |= {name: metadata[name] for name in ("deepspeed", "versions", "hardware")}
-    config["git_commit"] = (metadata.get("git") or {}).get("commit")
-    return config | {"run": dict(metadata)}
-
-
-_MODEL_NAMES = {  # {name on W&B: key of run.json's model}
-    "model_class": "class",
-    "model_fingerprint": "fingerprint",
-    "parameters": "parameters",
-    "trainable_parameters": "trainable",
-    "trainable_share": "share",
-}
 
 
 def data_name(source: str) -> str:
     """The short name of a data source: the last part of a path or hub id, without its ending."""
     stem = re.sub(r"\.\w+$", "", source.rstrip("/").rsplit("/", 1)[-1])
     return re.sub(r"[^A-Za-z0-9_.+-]", "-", stem).strip("-") or "data"
-
-
-def run_group(source: str) -> str:
-    """The group in which the runs of one comparison meet."""
-    return f"full-vs-lora-{data_name(source)}"[:128]
-
-
-def run_tags(mode: str, model: str, source: str) -> list[str]:
-    """Mode, model and data as tags, cut to the length that W&B takes."""
-    return list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (mode, data_name(model), data_name(source))))

@@ -1,4 +1,4 @@
-"""One run on Weights & Biases: never a prompt, never a hang, and never the reason why training stops.
+"""One run on Weights & Biases: never a prompt, never a hang.
 
 What W&B's variables and files say of a run is read here too, and a .wandb file is read back.
 """
@@ -14,7 +14,6 @@ import secrets
 import string
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from trainer.config.fields import RunId, WandbProject, check_value
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.records import EventRecord, Record
-from trainer.tracking.wandb_keys import AXES, METRICS, run_group, run_tags, wandb_config, wandb_row, wandb_summary
+from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, wandb_row, wandb_summary
 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
@@ -33,9 +32,13 @@ FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest st
 READ_TIMEOUT_SECONDS = 600.0  # reading one .wandb file back may take this long
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new names of the server
 DEFAULT_PROJECT = "gpt2-full-vs-lora"
+TAG_LENGTH = 64  # a longer tag makes wandb.init raise
 #: W&B's variables that name one run: a program that starts many must not hand them on.
 RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+# --- what the user's variables and files say ---
 
 
 def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
@@ -48,7 +51,7 @@ def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
     project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     check_value(RunId, "WANDB_RUN_ID", run_id)
     check_value(WandbProject, "WANDB_PROJECT", project)
-    group = os.environ.get("WANDB_RUN_GROUP") or run_group(source)
+    group = os.environ.get("WANDB_RUN_GROUP") or f"full-vs-lora-{data_name(source)}"[:128]
     return {"id": run_id, "project": project, "group": group, "mode": wandb_mode(output.wandb)}
 
 
@@ -73,13 +76,13 @@ def is_logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or _settings_entry("base_url")).netloc
-    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        try:
-            logins = netrc.netrc(os.path.expanduser(name)).hosts
-        except (OSError, netrc.NetrcParseError):
-            continue
-        return any(logins.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
-    return False
+    paths = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next(filter(os.path.exists, map(os.path.expanduser, paths)), None)
+    try:
+        logins = netrc.netrc(path).hosts if path else {}
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(logins.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
 
 
 def _settings_entry(name: str) -> str:
@@ -91,6 +94,9 @@ def _settings_entry(name: str) -> str:
     return parser.get("default", name, fallback="")
 
 
+# --- a run ---
+
+
 def prepare_environment(folder: Path, mode: str) -> None:
     """Set what wandb reads from the environment when it is imported; everything it writes goes into the run folder.
 
@@ -99,26 +105,34 @@ def prepare_environment(folder: Path, mode: str) -> None:
     home = folder.resolve() / "wandb" / "home"
     os.environ["WANDB_MODE"] = mode
     os.environ.pop("WANDB_SERVICE", None)  # the service of a parent process would keep our rows to itself
-    os.environ.setdefault("WANDB_SILENT", "true")  # what matters is logged here
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_CACHE_DIR", str(home / "cache"))
-    os.environ.setdefault("WANDB_DATA_DIR", str(home / "data"))
+    defaults = {
+        "WANDB_SILENT": "true",  # what matters is logged here
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_CACHE_DIR": str(home / "cache"),
+        "WANDB_DATA_DIR": str(home / "data"),
+    }
     if mode == "offline":  # online it holds the user's own server and entity
-        os.environ.setdefault("WANDB_CONFIG_DIR", str(home / "config"))
+        defaults["WANDB_CONFIG_DIR"] = str(home / "config")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
-def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool = False) -> "WandbLogger":
-    """The logger of the run that `metadata` (run.json) describes, in the mode that it names.
+def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool = False) -> "WandbLogger | None":
+    """The logger of the run that `metadata` (run.json) describes, in the mode that it names; None where disabled.
 
-    A server that does not answer makes the run an offline one; any other trouble is logged once and leaves a
-    logger that takes records and does nothing. W&B's variables count, except where a flag says otherwise.
+    A server that does not answer makes the run an offline one; any other trouble is raised, whatever it is. W&B's
+    variables count, except where a flag says otherwise.
     """
     mode, run_id = metadata["wandb"]["mode"], metadata["run_id"]
     if mode == "disabled":
-        return WandbLogger(None)
+        return None
+    for variable, value in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")) if is_resumed else ():
+        if (ignored := os.environ.get(variable)) and ignored != value:
+            logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
     wandb_dir = Path(os.environ.get("WANDB_DIR") or folder).resolve()
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
-    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
+    tags += [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     settings = {
         "init_timeout": INIT_TIMEOUT_SECONDS,
         "finish_timeout": FINISH_TIMEOUT_SECONDS,
@@ -130,7 +144,7 @@ def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool =
     }
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
 
-    def init() -> Any:
+    def init(mode: Any) -> Any:
         prepare_environment(folder, mode)
         import wandb
 
@@ -141,7 +155,7 @@ def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool =
             name=name or metadata["name"],
             group=metadata["wandb"]["group"],
             job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
-            tags=[*run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]), *tags],
+            tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags)),
             config=wandb_config(metadata),
             dir=str(wandb_dir),
             mode=mode,
@@ -149,34 +163,26 @@ def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool =
         )
 
     try:
-        for variable, value in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")) if is_resumed else ():
-            if (ignored := os.environ.get(variable)) and ignored != value:
-                logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
-        try:
-            wandb_run = init()
-        except ImportError:
+        run = init(mode)
+    except Exception as error:
+        if mode != "online" or isinstance(error, ImportError):
             raise
-        except Exception as error:
-            if mode != "online":
-                raise
-            logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
-            _teardown()  # the failed start still holds the id
-            mode = "offline"
-            wandb_run = init()
-        for axis in AXES:
-            wandb_run.define_metric(axis, hidden=True)
-        for pattern, axis, summary in METRICS:
-            wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
-        place = wandb_run.url if mode == "online" else f"offline, send it later with {_sync_command(wandb_run)}"
-        logger.info(f"W&B: {place}")
-        return WandbLogger(wandb_run, last_logged_step=_last_step(wandb_dir, run_id) if is_resumed else -1)
-    except Exception as error:  # whatever happens in there, it must not cost the run
-        logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
-        return WandbLogger(None)
+        reason = shorten(str(error), 120) or type(error).__name__
+        logger.warning(f"W&B: no connection ({reason}); going on offline")
+        _teardown()  # the failed start still holds the id
+        mode = "offline"
+        run = init(mode)
+    for axis in AXES:
+        run.define_metric(axis, hidden=True)
+    for pattern, axis, summary in METRICS:
+        run.define_metric(pattern, step_metric=axis, summary=summary)
+    place = run.url if mode == "online" else f"offline, send it later with {_sync_command(run)}"
+    logger.info(f"W&B: {place}")
+    return WandbLogger(run, last_logged_step=_last_step(wandb_dir, run_id) if is_resumed else -1)
 
 
 class WandbLogger:
-    """Hands records to a wandb run (None: takes them and does nothing); the first failure is logged and ends it.
+    """Hands records to a wandb run, and raises what goes wrong there.
 
     `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows
     up to it are left out; a resumed run repeats them number by number anyway.
@@ -186,33 +192,29 @@ class WandbLogger:
         self._run, self._last_logged_step = run, last_logged_step
 
     def log(self, record: Record) -> None:
-        if self._run is None:
-            return
-        try:
+        with self._teardown_on_error():
             if isinstance(record, EventRecord) and record.event != "samples":
                 self._run.summary.update(wandb_summary(record))
             elif record.step > self._last_logged_step:
                 row = _samples_row(record) if isinstance(record, EventRecord) else wandb_row(record)
                 self._run.log(row, step=record.step)
-        except Exception as error:
-            self._give_up(error)
 
     def close(self, exit_code: int) -> None:
-        """Finish the run within the finish timeout; a second call does nothing."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish(exit_code=exit_code)
-        except TimeoutError:
-            logger.warning(f"W&B: the server did not take everything in time; send the rest with {_sync_command(run)}")
-        except Exception as error:
-            self._give_up(error)
+        """Finish the run within the finish timeout."""
+        with self._teardown_on_error():
+            try:
+                self._run.finish(exit_code=exit_code)
+            except TimeoutError:
+                command = _sync_command(self._run)
+                logger.warning(f"W&B: the server did not take everything in time; send the rest with {command}")
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        _teardown()
-        logger.warning(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
+    @contextlib.contextmanager
+    def _teardown_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            _teardown()
+            raise
 
 
 def _samples_row(record: EventRecord) -> dict[str, Any]:
@@ -241,19 +243,18 @@ def _sync_command(run: Any) -> str:
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
 
 
-def _one_line(error: Exception) -> str:
-    return shorten(str(error), 120) or type(error).__name__
+# --- reading back ---
 
 
 def _last_step(folder: Path, run_id: str) -> int:
     """The last step that earlier processes logged under this id, read from their files; -1 without any."""
     last_step = -1
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
-        try:
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, TypeError
+        ):  # of a foreign file what could be read
             for record in WandbFile(path):
                 last_step = max(last_step, record.get("history", {}).get("item", {}).get("_step", -1))
-        except (OSError, ValueError, AttributeError, TypeError):
-            continue  # of a foreign file what could be read counts
     return last_step
 
 
@@ -270,21 +271,17 @@ class WandbFile:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
         command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(self.path)]
-        with (
-            tempfile.TemporaryFile() as stderr,
-            subprocess.Popen([*command, str(self.path.parent)], stdout=subprocess.PIPE, stderr=stderr) as process,
-        ):
-            timer = threading.Timer(READ_TIMEOUT_SECONDS, process.kill)
-            timer.start()
-            assert process.stdout is not None
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen([*command, str(self.path.parent)], stdout=output, stderr=errors)
             try:
-                yield from map(json.loads, process.stdout)
-            finally:  # also where a line cannot be read: the thread would hold this process at its end
-                timer.cancel()
-                process.stdout.close()
-            exit_code = process.wait()
-            stderr.seek(0)
-            message = stderr.read(4096).decode(errors="replace")
+                exit_code = process.wait(READ_TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                exit_code = process.wait()
+            output.seek(0)
+            yield from map(json.loads, output)
+            errors.seek(0)
+            message = errors.read(4096).decode(errors="replace")
         self.is_truncated = "incomplete" in message
         if exit_code:
-            raise ValueError(f"{self.path.name} is not a W&B run file ({' '.join(message.split())[:120]})")
+            raise ValueError(f"{self.path.name} is not a W&B run file ({shorten(message, 120)})")

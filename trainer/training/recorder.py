@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from trainer.distributed.engine import Engine
 from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summary
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
-from trainer.tracking.profiler import ProfileLogger
+from trainer.tracking.optional_loggers import OptionalLogger, ProfileLogger, TensorBoardLogger
 from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger, read_records
-from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.diagnostics import DiagnosticsMonitor
@@ -64,13 +64,14 @@ class Recorder:
             self._evaluations,  # before the line that says so
             self._rows,
             progress_bar,
-            start_wandb(self.metadata, self.folder, is_resumed=is_resumed),
+            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, is_resumed=is_resumed)),
         ]
         if output.report_to:
             resume_step = state.step if is_resumed else -1
-            self.loggers.append(TensorBoardLogger(self.metadata, self.folder, resume_step=resume_step))
+            start = partial(TensorBoardLogger, self.metadata, self.folder, resume_step=resume_step)
+            self.loggers.append(OptionalLogger("TensorBoard", start))
         if output.profile:
-            self.loggers.append(ProfileLogger(self.folder, output.profile))
+            self.loggers.append(OptionalLogger("--profile", partial(ProfileLogger, self.folder, output.profile)))
 
     def log(self, record: Record) -> None:
         """Log one record and nothing else."""

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 
@@ -25,36 +24,25 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lock on `tmp_path / "run"`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    with process:
-        yield process
-        process.kill()
-
-
-def test_a_run_folder_that_another_process_holds_is_refused_in_one_line(holder, tmp_path):
-    with pytest.raises(UserError) as caught:
-        RunLock(tmp_path / "run").acquire()
-    assert str(caught.value).startswith(f"{tmp_path / 'run'}: process {holder.pid} on ")
-    assert "--output-dir" in str(caught.value)
-    assert (tmp_path / "run" / LOCK_FILE).exists(), "the loser takes nothing away"
-
-
-def test_the_lock_is_freed_by_the_death_of_its_holder(holder, tmp_path):
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    lock = RunLock(tmp_path / "run")
+def test_a_run_folder_that_another_process_holds_is_refused_until_that_is_dead(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught:
+            RunLock(folder).acquire()
+        assert str(caught.value).startswith(f"{folder}: process {holder.pid} on ")
+        assert "is writing there; wait until it ends, or pass another --output-dir" in str(caught.value)
+        assert (folder / LOCK_FILE).exists(), "the loser takes nothing away"
+    finally:
+        holder.kill()
+        holder.communicate()
+    lock = RunLock(folder)
     lock.acquire()
     assert lock.is_held
     lock.release()
     lock.release()
-    assert not list((tmp_path / "run").iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path):
@@ -69,20 +57,29 @@ def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path):
         child.wait()
 
 
-def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_taken_by_another", [False, True])
+def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(is_taken_by_another, tmp_path, monkeypatch):
     """The holder removes the file as it ends; whoever had opened it by then would hold a lock that nobody sees."""
     opened = []
-    lock = run_lock._lock
+    take = run_lock._lock
 
     def remove_first(file: int) -> bool:
-        if not opened:
-            (tmp_path / LOCK_FILE).unlink()
         opened.append(file)
-        return lock(file)
+        if len(opened) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        elif is_taken_by_another:
+            raise BlockingIOError
+        return take(file)
 
     monkeypatch.setattr(run_lock, "_lock", remove_first)
-    RunLock(tmp_path).acquire()
+    lock = RunLock(tmp_path)
+    if is_taken_by_another:
+        with pytest.raises(UserError, match="another process is writing there"):
+            lock.acquire()
+    else:
+        lock.acquire()
     assert len(opened) == 2
+    assert lock.is_held is not is_taken_by_another
     assert (tmp_path / LOCK_FILE).exists()
 
 
@@ -103,19 +100,12 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path):
         RunLock(tmp_path / "file" / "run").acquire()
 
 
-def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):
-    (tmp_path / "target").write_text("precious")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "target")
-    with pytest.raises(UserError, match="cannot write there"):
-        RunLock(tmp_path / "run").acquire()
-    assert (tmp_path / "target").read_text() == "precious"
-
-
 def test_files_of_a_run_are_not_written_through_links(tmp_path):
     (tmp_path / "target").write_text("precious")
-    for name in (".run.json.tmp", "run.json", "metrics.jsonl"):
+    for name in (LOCK_FILE, ".run.json.tmp", "run.json", "metrics.jsonl"):
         (tmp_path / name).symlink_to(tmp_path / "target")
+    with pytest.raises(UserError, match="cannot write there"):
+        RunLock(tmp_path).acquire()
     write_run_json(tmp_path, {"run_id": "x"})
     assert not (tmp_path / "run.json").is_symlink()
     with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl"):

@@ -21,7 +21,7 @@ from trainer.tools.doctor.prove import prove
 from trainer.tools.doctor.rehearsal import estimate_costs, rehearse
 from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import make_console
-from trainer.tracking.tensorboard_logger import check_loggers
+from trainer.tracking.optional_loggers import check_loggers
 from trainer.training.run_folder import is_unused
 from trainer.training.run_plan import make_plan, validate_early
 

@@ -1,0 +1,144 @@
+"""Loggers that a run can do without: TensorBoard, the profiler, and what keeps their failures from costing the run."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import UserError
+from trainer.config.settings import OutputSettings
+from trainer.config.text import markdown_table, shorten
+from trainer.tracking.records import Record, RecordLogger, StepRecord
+from trainer.tracking.wandb_keys import wandb_config, wandb_row
+from trainer.tracking.wandb_logger import wandb_mode
+
+logger = logging.getLogger(__name__)
+NUM_WARMUP_STEPS = 3  # steps before a profile begins: the first ones allocate and compile
+NUM_TOP_OPERATIONS = 10
+
+
+def check_loggers(output: OutputSettings) -> None:
+    """UserError where a logger cannot work: its package is not installed or, for W&B online, the login is missing."""
+    for name in output.report_to:
+        if find_spec(name) is None:
+            raise UserError(f"--report-to {name}: it is not installed; pip install -e '.[{name}]'")
+    wandb_mode(output.wandb)
+
+
+class OptionalLogger:
+    """The logger that `start` makes (None: nothing to do) until its first failure, which is logged in one line."""
+
+    def __init__(self, name: str, start: Callable[[], RecordLogger | None]) -> None:
+        self._name = name
+        self._logger: RecordLogger | None = None
+        with self._report_failure():
+            self._logger = start()
+
+    def log(self, record: Record) -> None:
+        if self._logger is not None:
+            with self._report_failure():
+                self._logger.log(record)
+
+    def close(self, exit_code: int) -> None:
+        """A second call does nothing."""
+        closing, self._logger = self._logger, None
+        if closing is not None:
+            with self._report_failure():
+                closing.close(exit_code)
+
+    @contextlib.contextmanager
+    def _report_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever happens in there, it must not cost the run
+            self._logger = None
+            reason = shorten(str(error), 120) or type(error).__name__
+            logger.warning(f"{self._name} failed ({reason}); going on without it, metrics.jsonl has every row")
+
+
+class TensorBoardLogger:
+    """`--report-to tensorboard`: the rows that W&B gets, under the same names, as event files in `tensorboard/` of the
+    run folder, each value at its step.
+
+    `resume_step`: the step that a resumed run continues from, -1 for a new run.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], folder: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        log_dir = folder / "tensorboard"
+        # TensorBoard itself hides what an earlier process logged after the checkpoint
+        purge_step = resume_step + 1 if resume_step >= 0 else None
+        self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=5)
+        if resume_step < 0:
+            config = {name: value for name, value in wandb_config(metadata).items() if name != "run"}
+            lines = "\n".join(f"| {name} | {value} |" for name, value in config.items())
+            self._writer.add_text("config", f"| setting | value |\n|---|---|\n{lines}", 0)
+        logger.info(f"TensorBoard: `tensorboard --logdir {os.path.relpath(log_dir)}`")
+
+    def log(self, record: Record) -> None:
+        for name, value in wandb_row(record).items():
+            self._writer.add_scalar(name, value, record.step)  # float32: a resume takes back only scalars of this form
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+class ProfileLogger:
+    """`--profile STEPS`: torch's profiler over rank 0 from step 4 of this start on, written to `profile/` of the run
+    folder.
+
+    trace.json.gz opens in Perfetto or chrome://tracing; top.md holds the operations that took the most time of
+    their own. It changes no number, but the profiled steps take longer.
+    """
+
+    def __init__(self, folder: Path, num_steps: int) -> None:
+        self._folder, self._num_steps = folder / "profile", num_steps
+        self._num_profiled = -NUM_WARMUP_STEPS  # below 0: the steps until it begins
+        self._profiler: Any = None
+
+    def log(self, record: Record) -> None:
+        """Begin or end after a step."""
+        if isinstance(record, StepRecord):
+            self._num_profiled += 1
+            if self._num_profiled == 0:
+                from torch.profiler import profile
+
+                self._profiler = profile(acc_events=True)  # of the processor, and of the GPU where there is one
+                self._profiler.start()
+            elif self._num_profiled == self._num_steps:
+                self._end()
+
+    def close(self, exit_code: int) -> None:
+        """End, where the run was shorter than what was asked for."""
+        if self._num_profiled <= 0:
+            logger.info(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
+        if self._profiler is not None:
+            self._end()
+
+    def _end(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        if self._num_profiled == 0:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        averages = profiler.key_averages()
+        device = "GPU" if any(row.self_device_time_total > 0 for row in averages) else "CPU"
+        times = [row.self_device_time_total if device == "GPU" else row.self_cpu_time_total for row in averages]
+        top = sorted(zip(times, averages, strict=True), key=lambda item: -item[0])[:NUM_TOP_OPERATIONS]
+        rows = [
+            (
+                row.key[:60],
+                f"{row.count / self._num_profiled:.1f}",
+                f"{time / 1000 / self._num_profiled:.2f}",
+                f"{100 * time / (sum(times) or 1.0):.1f}%",
+            )
+            for time, row in top
+        ]
+        table = markdown_table(("operation", "calls/step", f"{device} ms/step", "share"), rows)
+        (self._folder / "top.md").write_text(table + "\n", encoding="utf-8")
+        logger.info(f"profile of {self._num_profiled} steps in {self._folder}:\n{table}")
