@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs, make_job
 from helpers.process_groups import read_events, read_reproducible_records
-from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
@@ -25,6 +26,7 @@ from trainer.config.text import shorten
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
+from trainer.distributed.process_group import simulated_context
 from trainer.model.build import build_model, load_config
 from trainer.report.load import load_runs
 from trainer.report.page import write_report
@@ -48,20 +50,22 @@ def prepare_settings(text: str, *flags: str) -> tuple[Settings, PreparedDataset]
     return settings, prepare(settings.data, model=settings.model.model, global_batch=2)
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 # --- the scores ------------------------------------------------------------------------------------------------------
 
 
 PERFECT_SCORES = {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
 
 
-def test_text_metrics_of_identical_and_of_disjoint_texts():
+def test_text_metrics_are_those_of_their_definitions():
     texts = ["the cat sat on the mat", "five dogs ran home together"]
     assert text_scores(texts, [[f" {text} "] for text in texts]) == pytest.approx(PERFECT_SCORES)
     assert text_scores(["zzz qqq"], [["a b c d e f"]]) == pytest.approx(dict.fromkeys(PERFECT_SCORES, 0.0))
-
-
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
-    """`police killed the gunman` and `police kill the gunman`: 3 of 4 words on either side (Lin 2004, section 3.2)."""
+    # ROUGE-L, the F-measure of the longest common subsequence: 3 of 4 words on either side (Lin 2004, section 3.2)
     scores = text_scores(["police kill the gunman", "x"], [["police killed the gunman"], ["x"]])
     assert (scores["rouge_l"], scores["exact_match"]) == (pytest.approx((0.75 + 1) / 2), 0.5)
 
@@ -82,27 +86,26 @@ def test_several_references_of_a_prompt_count_as_the_measures_define_them():
 
 def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_path):
     pairs = itertools.product(range(1, 61), (20, 30, 40))
-    records = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n, m in pairs]
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    flags = f"--preset demo --model {tiny_model} --data {tmp_path}/train.jsonl --val-data {tmp_path}/val.jsonl"
+    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n, m in pairs]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = f"--preset demo --model {tiny_model} --data {path} --val-data {path}"
     _, data = prepare_settings(f"{flags} --block-size 16")
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
-    assert len(prompts) == MAX_NUM_SAMPLES
+    assert len(prompts) == MAX_NUM_SAMPLES, "as many as --num-samples allows are stored"
     assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
+    with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
+        cli.parse_args(["--mode", "full", "--num-samples", "33"])
 
 
 def test_text_metrics_without_their_packages_are_refused_before_data_are_read(monkeypatch):
     monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "rouge_score" else object())
     settings = cli.parse_args(["--mode", "full", "--score-samples", "--data", "nowhere.csv"]).settings
-    world: Any = SimpleNamespace(world_size=1, device=SimpleNamespace(type="cpu"))
     with pytest.raises(UserError, match=r"--score-samples: needs rouge_score, which is not installed; pip install"):
-        validate_early(settings, world)
+        validate_early(settings, simulated_context(1, "cpu"))
 
 
 def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path):
-    path = tmp_path / "plain.jsonl"
-    path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
+    path = write_rows(tmp_path / "plain.jsonl", ({"text": f"w{n} w{n + 1} " * 9} for n in range(1, 60)))
     flags = f"--score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
     settings, data = prepare_settings(flags)
     with pytest.raises(UserError, match=r"--score-samples: .*plain.jsonl has no prompts to complete"):
@@ -169,8 +172,7 @@ def generate_token_by_token(module: Any, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
 def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, tmp_path):
     """Batched, cached and padded, with every weight and with adapters; ZeRO-3 gathers once for all tokens."""
-    flags = [*argv, "--ds-config", zero, "--mode"]
-    jobs = [make_job(tmp_path, mode, [*flags, mode]) for mode in ("full", "lora")]
+    jobs = [make_job(tmp_path, mode, [*argv, "--ds-config", zero, "--mode", mode]) for mode in ("full", "lora")]
     launch_jobs(ranks, jobs, target=generate_jobs)
     full, lora = (json.loads((tmp_path / f"{mode}.json").read_text()) for mode in ("full", "lora"))
     for result in (full, lora):
@@ -208,7 +210,7 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
         texts = [{"prompt": text["prompt"], "completion": text["reference"]} for text in facts["texts"]]
         assert texts == val_records[:3]
         assert facts["scored"] == len(val_records)
-        assert set(facts["scores"]) == {"exact_match", "bleu", "chrf", "rouge_l"}
+        assert set(facts["scores"]) == set(PERFECT_SCORES)
         assert "exact_match" in event["message"]
     seconds = sum(event["facts"]["seconds"] for event in events)
     assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
@@ -235,27 +237,20 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
 def test_completions_that_repeat_their_references_get_full_marks_and_no_room_for_the_model_gives_a_reason(argv):
     settings, data = prepare_settings("--score-samples", *argv)
     encode = load_tokenizer(settings.model.model)
-
-    def generate(prompts: Any, max_new_tokens: int, end_ids: Any) -> list[list[int]]:
-        return [encode(completion)["input_ids"] for _, completion in data.val_texts]
-
-    model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
-    engine: Any = SimpleNamespace(generate=generate, model=model, state=SimpleNamespace(fits_unsharded=lambda: True))
+    completions = [encode(completion)["input_ids"] for _, completion in data.val_texts]
     record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
-    event = GenerationEvaluator(engine, data, settings).evaluate(record)
-    assert event is not None
-    assert event.facts["scores"] == pytest.approx(PERFECT_SCORES)
-    too_large: Any = SimpleNamespace(model=model, state=SimpleNamespace(fits_unsharded=lambda: False))
-    assert GenerationEvaluator(too_large, data, settings).evaluate(record) is None
-    assert "does not fit" in GenerationEvaluator(too_large, data, settings).disabled_reason
-
-
-def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):
-    path = write_records(tmp_path / "many.jsonl", num_records=150, seed=5)
-    flags = f"--preset demo --model {tiny_model} --data {path} --val-fraction 0.4"
-    assert len(prepare_settings(flags, *TEMPLATE_FLAGS)[1].val_texts) == MAX_NUM_SAMPLES
-    with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
-        cli.parse_args(["--mode", "full", "--num-samples", "33"])
+    for fits in (True, False):
+        engine: Any = SimpleNamespace(
+            generate=lambda *_: completions,
+            model=SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model))),
+            state=SimpleNamespace(fits_unsharded=lambda fits=fits: fits),
+        )
+        evaluator = GenerationEvaluator(engine, data, settings)
+        event = evaluator.evaluate(record)
+        assert (event is not None) == fits
+        assert ("does not fit" in evaluator.disabled_reason) != fits
+        if event is not None:
+            assert event.facts["scores"] == pytest.approx(PERFECT_SCORES)
 
 
 def test_the_wandb_logger_logs_a_sample_table_and_the_scores():

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.hosts import Hosts, started_hosts
+from helpers.hosts import started_hosts
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
     LaunchedRun,
@@ -44,13 +44,6 @@ from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 NUM_STEPS = 24
 #: functions of os by which files reach the disk, and about how often a whole run calls each
 WRITE_CALLS = {"write": 60, "fsync": 40, "replace": 20, "rename": 10}
-#: what a kill leaves behind while something is being written, in the folder of all runs
-LEFTOVERS = {
-    "a checkpoint": "run-*/checkpoints/.*.tmp",
-    "evaluation records": "run-*/eval_records/.*.tmp",
-    "run.json": "run-*/.run.json.*.tmp",
-    "prepared data": "cache-run-*/**/.*.tmp",
-}
 
 
 def main() -> int:
@@ -78,20 +71,26 @@ def main() -> int:
 class Campaign:
     """Runs of one command line, and how often what became of them; times are those of a run that nobody kills."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, hosts: Hosts | None):
-        data_files = (
-            write_records(folder / "train.jsonl", num_records=25, seed=1),
-            write_records(folder / "val.jsonl", num_records=9, seed=2),
-        )
+    def __init__(self, args: argparse.Namespace, folder: Path, hosts: Any):
+        files = (("train", 25, 1), ("val", 9, 2))
+        data_files = [write_records(folder / f"{name}.jsonl", num_records=n, seed=seed) for name, n, seed in files]
         text = f"--mode full --block-size 16 --global-batch 6 --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3"
         text += " --save-every 2 --save-total-limit 2 --ds-config zero2"
-        self.argv = tiny_argv(make_tiny_gpt2(folder / "tiny", dropout=0.1), data_files, text)
+        self.argv = tiny_argv(make_tiny_gpt2(folder / "tiny", dropout=0.1), (data_files[0], data_files[1]), text)
         self.args, self.folder, self.hosts, self.rng = args, folder, hosts, random.Random(args.seed)
         self.counts: Counter[str] = Counter()
         self.longest_seconds = 0.0
-        self.leftovers: set[Path] = set()  # of earlier kills
+        whole = folder / "whole"
         for _ in range(2):  # the second one counts: the first prepares the data
-            self.run_uninterrupted(folder / "whole")
+            shutil.rmtree(whole, ignore_errors=True)
+            run, times = self.start([], whole), [time.monotonic()]
+            for step in (0, NUM_STEPS):  # its first row, its last step
+                wait_for(run, 300, lambda step=step: last_logged_step(whole) >= step)
+                times.append(time.monotonic())
+            assert not any(run.wait(300)), run.output
+            self.start_seconds, self.step_seconds = times[1] - times[0], (times[2] - times[1]) / NUM_STEPS
+            self.export_seconds = time.monotonic() - times[2]
+        self.expected_records = read_reproducible_records(whole)
 
     def start(self, flags: list[str], out: Path, fault: Callable[[int], None] | None = None) -> Ranks | LaunchedRun:
         """A run that has just been started."""
@@ -103,17 +102,6 @@ class Campaign:
             return RankProcesses(argv, out=out, world_size=self.args.ranks, fault=fault, env=env)
         env |= {"WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[2])}
         return LaunchedRun(self.args.launcher, argv, out=out, num_ranks=self.args.ranks, env=env)
-
-    def run_uninterrupted(self, out: Path) -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        run, times = self.start([], out), [time.monotonic()]
-        for step in (0, NUM_STEPS):  # its first row, its last step
-            wait_for(run, 300, lambda step=step: last_logged_step(out) >= step)
-            times.append(time.monotonic())
-        assert not any(run.wait(300)), run.output
-        self.expected_records = read_reproducible_records(out)
-        self.start_seconds, self.step_seconds = times[1] - times[0], (times[2] - times[1]) / NUM_STEPS
-        self.export_seconds = time.monotonic() - times[2]
 
     def run_with_kills(self, out: Path) -> None:
         """One run from its beginning to its end, killed at random moments in between; its folder is gone after."""
@@ -138,10 +126,6 @@ class Campaign:
             unconfirmed_kills += 1
             is_exporting = last_logged_step(out) == NUM_STEPS and not read_events(out, "finished")
             self.counts.update(["tried", victim, *(["in the export"] if is_exporting else [])])
-            for name, pattern in LEFTOVERS.items():
-                new = set(self.folder.glob(pattern)) - self.leftovers
-                self.counts[f"in the writing of {name}"] += bool(new)
-                self.leftovers |= new
         actual, expected = read_reproducible_records(out), self.expected_records
         lost = abs(len(actual) - len(expected)) + sum(a != b for a, b in zip(actual, expected, strict=False))
         again = sum(event["facts"]["rows_cut"] for event in read_events(out, "resumed"))
@@ -159,6 +143,7 @@ class Campaign:
         if not is_spared and self.hosts is None and self.args.launcher is None and rng.random() < 1 / 3:
             name = rng.choice(list(WRITE_CALLS))
             fault = partial(kill_in_write, name=name, call_number=rng.randrange(1, WRITE_CALLS[name]))
+        old_files = set(self.folder.rglob(".*.tmp"))  # of earlier kills
         run = self.start([] if is_new else ["--resume"], out, fault)
         if is_spared:
             wait_for(run, 300, lambda: False)
@@ -167,8 +152,12 @@ class Campaign:
             assert isinstance(run, Ranks)
             run.processes[0].join(300)
             return run, "in a write" if run.processes[0].exitcode == -signal.SIGKILL else None
+
+        def is_writing(pattern: str) -> bool:
+            return bool(set(self.folder.glob(pattern)) - old_files)
+
         if is_new and rng.random() < 2 / 3:  # nothing is prepared yet
-            wait_for(run, 300, lambda: bool(set(self.folder.glob(LEFTOVERS["prepared data"])) - self.leftovers))
+            wait_for(run, 300, lambda: is_writing("cache-run-*/**/.*.tmp"))
             pause_seconds = 0.01
         elif rng.random() < 1 / 8:
             pause_seconds = self.start_seconds
@@ -177,7 +166,7 @@ class Campaign:
             wait_for(run, 300, lambda: count_starts(out) > starts_before and last_logged_step(out) >= target_step)
             pause_seconds = self.export_seconds if target_step == NUM_STEPS else self.step_seconds
             if rng.random() < 1 / 2:
-                wait_for(run, self.export_seconds, lambda: any(self.folder.glob(LEFTOVERS["a checkpoint"])))
+                wait_for(run, self.export_seconds, lambda: is_writing("run-*/checkpoints/.*.tmp"))
                 pause_seconds = 0.004
         wait_for(run, rng.uniform(0, pause_seconds), lambda: False)
         if not run.is_alive():

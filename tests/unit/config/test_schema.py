@@ -242,7 +242,8 @@ def test_settings_with_overrides_are_validated_too():
 
 def test_the_fields_fixed_on_resume_are_all_that_the_numbers_depend_on():
     names = set(fields_fixed_on_resume(resolve("lora", "card", {})))
-    numbers = "lr seed global_batch epochs max_steps rank alpha target_modules model objective"
+    numbers = "lr seed global_batch epochs max_steps rank alpha target_modules model objective dropout lora_dropout "
+    numbers += "early_stop"
     assert set(numbers.split()) <= names
     assert not {"micro_batch", "eval_batch", "ds_config", "output_dir", "save_total_limit", "wandb"} & names
     assert "rank" not in fields_fixed_on_resume(resolve("full", "card", {})), "a full run has no adapters"
