@@ -25,8 +25,7 @@ from trainer.config.errors import TrainingError
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.report.load import build_wandb_run, collect_wandb_rows, load_runs
-from trainer.report.page import write_report
-from trainer.report.tables import compare
+from trainer.report.page import compare, write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.tracking.wandb_logger import wandb_block

@@ -29,8 +29,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import build_model, load_config
 from trainer.report.load import load_runs
-from trainer.report.page import write_report
-from trainer.report.tables import compare
+from trainer.report.page import compare, write_report
 from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import generation

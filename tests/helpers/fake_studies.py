@@ -8,7 +8,7 @@ import numpy as np
 
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
 from trainer.report.comparable import group_by_seed
-from trainer.report.judge import ComparisonOptions, Margin
+from trainer.report.judge import Margin
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.sentence import Verdict, build_verdict
 
@@ -51,7 +51,7 @@ def run_maker(folder: Path) -> MakeRun:
 
 def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin | None = None) -> Verdict:
     """The verdict on these runs."""
-    return build_verdict(group_by_seed(runs), with_card, ComparisonOptions(margin=margin or Margin()))
+    return build_verdict(group_by_seed(runs), with_card, margin or Margin())
 
 
 def make_study(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.report.comparable import reference_blockers
-from trainer.report.run_data import RunData, Series
+from trainer.report.run_data import RunData
 
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
 #: whether a value is on the right side of a limit, widened by a tolerance
@@ -39,18 +39,8 @@ RUN_METRICS: dict[str, Callable[[RunData], Any]] = {
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?"
 _CONDITION_PATTERN = re.compile(
     rf"\s*(?P<metric>[a-z_]+)\s*(?P<op><=|>=|==|<|>)\s*(?P<limit>[-+]?{_NUMBER})\s*"
-    rf"(?:@\s*(?P<axis>epoch|step)\s+(?P<axis_value>{_NUMBER})\s*)?"
+    rf"(?:@\s*(?P<axis>epoch|step)\s+(?P<place>{_NUMBER})\s*)?"
 )
-
-
-class Condition(NamedTuple):
-    """One condition; `axis` None means the last value of a run that came to its end."""
-
-    metric: str
-    op: str
-    limit: float
-    axis: str | None
-    axis_value: float
 
 
 class CheckResult(NamedTuple):
@@ -65,8 +55,8 @@ class CheckResult(NamedTuple):
         return f"check {self.check}: {self.run}: {self.outcome} ({self.why})"
 
 
-def parse_condition(text: str) -> Condition | None:
-    """The condition that `text` states; None for `card`. A UserError says what would be accepted."""
+def parse_condition(text: str) -> re.Match[str] | None:
+    """The parts of the condition that `text` states; None for `card`. A UserError says what would be accepted."""
     if text.strip() == "card":
         return None
     match = _CONDITION_PATTERN.fullmatch(text)
@@ -75,9 +65,7 @@ def parse_condition(text: str) -> Condition | None:
             f"--check {text!r}: expected card, or METRIC OP NUMBER such as 'val_loss<=1.0048@epoch 2' (or @step N), "
             f"with one of {', '.join(SERIES_METRICS)}, or without @ one of {', '.join(RUN_METRICS)}"
         )
-    return Condition(
-        match["metric"], match["op"], float(match["limit"]), match["axis"], float(match["axis_value"] or 0)
-    )
+    return match
 
 
 def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) -> list[CheckResult]:
@@ -89,10 +77,11 @@ def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) 
             if condition is None:
                 outcome, reason = _check_against_reference(run, tolerance)
             else:
-                value, reason = _find_value(condition, run)
+                value, reason = _find_value(condition["metric"], condition["axis"], float(condition["place"] or 0), run)
                 outcome = FAILED
                 if value is not None:
-                    outcome = PASSED if OPERATORS[condition.op](value, condition.limit, tolerance) else FAILED
+                    is_held = OPERATORS[condition["op"]](value, float(condition["limit"]), tolerance)
+                    outcome = PASSED if is_held else FAILED
                     reason = f"{value:.6g} {reason}" + (f", tolerance {tolerance:g}" if tolerance else "")
             results.append(CheckResult(text.strip(), run.name, outcome, reason))
     return results
@@ -104,9 +93,8 @@ def exit_code(results: Sequence[CheckResult]) -> int:
     return 1 if FAILED in outcomes else 3 if NOT_COMPARABLE in outcomes else 0
 
 
-def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
-    """The value and where it was found, or None and why there is none."""
-    metric, axis = condition.metric, condition.axis
+def _find_value(metric: str, axis: str | None, place: float, run: RunData) -> tuple[float | None, str]:
+    """The value and where it was found, or None and why there is none; without an axis, that of the run's end."""
     if axis is None and not run.is_finished:
         return None, f"the run is not finished ({run.state}), so it has no final value"
     if metric in RUN_METRICS:
@@ -115,15 +103,14 @@ def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
     series_name, column = SERIES_METRICS[metric]
     if metric == "train_loss" and axis == "step":
         series_name, column = "steps", "loss"  # the mean of an epoch has no step of its own
-    series: Series = getattr(run, series_name)
+    series = getattr(run, series_name)
     if axis == "epoch":
-        index = run.index_at_epoch(series, condition.axis_value)
-    elif axis == "step":
-        index = next(iter((series["step"] == condition.axis_value).nonzero()[0]), None)
+        index = run.index_at_epoch(series, place)
     else:
-        index = len(series["step"]) - 1 if len(series["step"]) else None
+        indices = (series["step"] == place).nonzero()[0] if axis else range(len(series["step"]))[-1:]
+        index = next(iter(indices), None)
     if index is None or math.isnan(series[column][index]):
-        return None, f"no {metric} " + (f"at {axis} {condition.axis_value:g}" if axis else "at the end")
+        return None, f"no {metric} " + (f"at {axis} {place:g}" if axis else "at the end")
     return float(series[column][index]), f"at epoch {series['epoch'][index]:g}, step {series['step'][index]:.0f}"
 
 

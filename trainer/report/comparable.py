@@ -28,7 +28,7 @@ IGNORED_METADATA = {
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
 _IGNORED_SETTINGS = {
     *("settings.train.seed", "settings.train.micro_batch", "settings.train.eval_batch", "settings.preset"),
-    *("settings.data.data", "settings.data.val_data", "settings.model.model"),
+    *("settings.data.data", "settings.data.val_data", "settings.model.model", "settings.output"),
     *("settings.engine.ds_config", "settings.engine.precision"),
 }
 _GROUPING_PATHS = (
@@ -62,18 +62,14 @@ MAX_LABEL_PARTS = 4
 Item = TypeVar("Item")
 
 
-# --- what may be compared ---
-
-
 def comparison_blockers(a: RunData, b: RunData) -> list[str]:
     """The reasons by which the losses of two runs cannot be compared; empty where they can."""
     reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
     for name, path in COMPARABILITY_KEYS.items():
         values = a.get(path), b.get(path)
-        if None in values and values != (None, None):  # rows that came as token ids have no tokenizer
-            reasons.append(f"other {name} (one came as token ids)")
-        elif values[0] != values[1]:
-            reasons.append(f"other {name} ({_shorten(values[0])} against {_shorten(values[1])})")
+        if values[0] != values[1]:  # rows that came as token ids have no tokenizer
+            unequal = "one came as token ids" if None in values else " against ".join(map(_shorten, values))
+            reasons.append(f"other {name} ({unequal})")
     return reasons
 
 
@@ -131,10 +127,9 @@ def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -
     """The items in sets within which each one's run is comparable with each, in the order of their first."""
     sets: list[list[Item]] = []
     for item in items:
-        for members in sets:
-            if not comparison_blockers(get_run(item), get_run(members[0])):
-                members.append(item)
-                break
+        fitting = [members for members in sets if not comparison_blockers(get_run(item), get_run(members[0]))]
+        if fitting:
+            fitting[0].append(item)
         else:
             sets.append([item])
     return sets
@@ -143,9 +138,6 @@ def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "..."
-
-
-# --- groups of seeds ---
 
 
 @dataclass(frozen=True)
@@ -187,31 +179,23 @@ class SeedGroup:
 
 def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     """The runs by what they have in common, full ones first, in the order they were given."""
-    runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
+    runs_by_key: dict[str, list[RunData]] = {}
     for run in runs:
-        settings = [
-            (name, repr(value))
-            for name, value in sorted(flatten(run.get("settings"), ".", "settings.", IGNORED_METADATA))
-            if name not in _IGNORED_SETTINGS and not name.startswith("settings.output.")
-        ]
-        key = (*settings, *(repr(run.get(path)) for path in _GROUPING_PATHS))
-        runs_by_key.setdefault(key, []).append(run)
-    groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
-    labels = [_make_label(group[0], [other[0] for other in groups]) for group in groups]
+        settings = sorted(flatten(run.get("settings"), ".", "settings.", IGNORED_METADATA | _IGNORED_SETTINGS))
+        runs_by_key.setdefault(repr((settings, [run.get(path) for path in _GROUPING_PATHS])), []).append(run)
+    groups = sorted(runs_by_key.values(), key=lambda members: members[0].mode)
+    labels = []
+    for run, *_ in groups:  # its mode, with what tells it apart from other groups of the mode
+        peers = [other for other, *_ in groups if other.mode == run.mode]
+        sources, parts = {peer.get("data.source") for peer in peers}, []
+        for path, format_value in _LABEL_FORMATS.items():
+            pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
+            # the name of the data, which a label has before it, may tell it already
+            is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
+            if run.get(path) is not None and len({value for _, value in pairs}) > 1 and not is_implied:
+                parts.append(format_value(run.get(path)))
+        labels.append(MODE_NAMES[run.mode] + (f" ({', '.join(parts[:MAX_LABEL_PARTS])})" if parts else ""))
     return [
-        SeedGroup(label if labels.count(label) == 1 else f"{label}: {group[0].name}", group[0].mode, tuple(group))
-        for label, group in zip(labels, groups, strict=True)
+        SeedGroup(label if labels.count(label) == 1 else f"{label}: {members[0].name}", members[0].mode, tuple(members))
+        for label, members in zip(labels, groups, strict=True)
     ]
-
-
-def _make_label(run: RunData, first_runs: Sequence[RunData]) -> str:
-    """The mode of a run with what tells it apart from those of its mode among the first runs of each group."""
-    peers = [other for other in first_runs if other.mode == run.mode]
-    sources, parts = {peer.get("data.source") for peer in peers}, []
-    for path, format_value in _LABEL_FORMATS.items():
-        pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
-        # the name of the data, which a label has before it, may tell it already
-        is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
-        if run.get(path) is not None and len({value for _, value in pairs}) > 1 and not is_implied:
-            parts.append(format_value(run.get(path)))
-    return MODE_NAMES[run.mode] + (f" ({', '.join(parts[:MAX_LABEL_PARTS])})" if parts else "")

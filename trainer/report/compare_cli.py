@@ -4,19 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from tabulate import tabulate
 
 from trainer.config.errors import UserError
 from trainer.report import wandb_report
 from trainer.report.checks import FAILED, CheckResult, check_runs, exit_code, parse_condition
-from trainer.report.judge import ComparisonOptions, parse_margin
+from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
-from trainer.report.page import write_report
+from trainer.report.page import Table, compare, write_report
 from trainer.report.sentence import Verdict
-from trainer.report.tables import REFERENCE_LABEL, Comparison, compare
 
 REFUSED_EXIT_CODE = 3
 MAX_CONSOLE_ROWS = 40
@@ -36,7 +33,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         raise UserError("--check card with --no-card: leave one of them out")
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
-    options = ComparisonOptions(margin=parse_margin(args.margin))
+    margin = parse_margin(args.margin)
     report_target = wandb_report.parse_target(args.wandb_report) if args.wandb_report else None
     if args.log_card:
         print(wandb_report.log_reference(args.log_card))
@@ -47,7 +44,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
-    comparison = compare(runs, problems, with_reference=not args.no_card, options=options)
+    comparison = compare(runs, problems, not args.no_card, margin)
     results = check_runs(args.check, runs, args.tolerance)
     results += [  # a run that could not be read fails each check: silence would let it pass
         CheckResult(check.strip(), problem.source, FAILED, problem.text)
@@ -56,39 +53,30 @@ def run_comparison(args: argparse.Namespace) -> int:
         if problem.is_excluded
     ]
     paths = write_report(comparison, args.output_dir)
-    print_comparison(comparison, results)
+    print_epochs(comparison.by_epoch)
+    print_verdict(comparison.verdict, [*(f"- {line}" for line in comparison.comparability_notes), *map(str, results)])
     if args.wandb_report_json:
         args.wandb_report_json.parent.mkdir(parents=True, exist_ok=True)
         args.wandb_report_json.write_text(wandb_report.to_spec_json(comparison), encoding="utf-8")
         print(f"W&B Report, not sent: {args.wandb_report_json}")
     if report_target:
-        print(f"W&B Report: {wandb_report.save_report(comparison, *report_target, args.output_dir)}")
+        print(f"W&B Report: {wandb_report.save_report(comparison, *report_target)}")
     print(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     primary = comparison.verdict.primary
     return exit_code(results) or (REFUSED_EXIT_CODE if primary is not None and primary.blockers else 0)
 
 
-def print_comparison(comparison: Comparison, results: Sequence[CheckResult]) -> None:
-    console, by_epoch = Console(highlight=False), comparison.by_epoch
-    is_plain = not console.is_terminal
-    if is_plain:
-        console.width = 160  # nobody to fit: whole columns are better
+def print_epochs(table: Table) -> None:
+    """The table by epoch without its examples; where it is long, a line that says where it is."""
+    if len(table.rows) > MAX_CONSOLE_ROWS:
+        print(f"{len(table.rows)} rows by epoch: see the report")
+        return
     short_headings = {"validation loss": "val loss", "loss − card's": "to card"}
-    columns = {i: short_headings.get(name, name) for i, name in enumerate(by_epoch.headings) if name != "examples"}
-    table = RichTable(box=box.MARKDOWN if is_plain else box.SIMPLE_HEAD)
-    for heading in columns.values():
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    for row in by_epoch.rows:  # names are text, not rich's markup
-        table.add_row(*(Text(row[i]) for i in columns), style="dim" if row[1] == REFERENCE_LABEL else None)
-    if len(by_epoch.rows) > MAX_CONSOLE_ROWS:
-        console.print(f"{len(by_epoch.rows)} rows by epoch: see the report")
-    elif is_plain:
-        with console.capture() as capture:
-            console.print(table, markup=False)
-        print(capture.get().strip(" \n") + "\n")
-    else:
-        console.print(table, markup=False)
-    print_verdict(comparison.verdict, [*(f"- {line}" for line in comparison.comparability_notes), *map(str, results)])
+    columns = [i for i, name in enumerate(table.headings) if name != "examples"]
+    headings = [short_headings.get(table.headings[i], table.headings[i]) for i in columns]
+    rows = [[row[i] for i in columns] for row in table.rows]
+    alignment = ["left" if name == "run" else "right" for name in headings]
+    print(tabulate(rows, headings, tablefmt="github", disable_numparse=True, colalign=alignment) + "\n")
 
 
 def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:

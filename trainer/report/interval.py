@@ -21,12 +21,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import poch, stdtr, stdtrit
 
 LEVEL = 0.95
+TWO_SIDED, ONE_SIDED = (1 + LEVEL) / 2, LEVEL  # the quantiles of an interval and of an upper bound
 MIN_SEEDS = 3  #: below it nothing is said of a method
 MAX_PLANNED_SEEDS = 64  #: `plan_sample_size` plans no study of more
 
@@ -51,7 +53,7 @@ class PairedInterval:
     high: float
     upper: float
     p_value: float  #: two-sided, of a true value of 0
-    level: float
+    level: float = LEVEL
     num_seeds: int
     num_units: int
     components: VarianceComponents
@@ -86,30 +88,28 @@ class _MeanSquares:
         error = math.sqrt(max(total, self.seed) / (s * n))
         return [(error, freedom), (math.sqrt(self.seed / (s * n)), s - 1)]
 
-    def interval(self, estimate: float, level: float) -> PairedInterval:
+    def interval(self, estimate: float) -> PairedInterval:
         """Half widths t * sqrt(V), not below that of the seeds' means alone; p: the level at which one reaches 0."""
-        s, n = self.num_seeds, self.num_units
-        width, upper = (max(float(stdtrit(f, q)) * e for e, f in self.errors()) for q in ((1 + level) / 2, level))
+        s, n, errors = self.num_seeds, self.num_units, self.errors()
+        width, upper = (max(float(stdtrit(f, q)) * error for error, f in errors) for q in (TWO_SIDED, ONE_SIDED))
         components = VarianceComponents(seed=0.0, unit=self.unit, rest=0.0)
         if s > 1:
             seed, unit = max(0.0, self.seed - self.rest) / n, max(0.0, self.unit - self.rest) / s
             components = VarianceComponents(seed=seed, unit=unit, rest=self.rest)
+        p_values = [2 * float(stdtr(f, -abs(estimate) / e)) if e > 0 else float(estimate == 0) for e, f in errors]
         return PairedInterval(
             estimate=estimate,
             low=estimate - width,
             high=estimate + width,
             upper=estimate + upper,
-            p_value=max(
-                2 * float(stdtr(f, -abs(estimate) / e)) if e > 0 else float(estimate == 0) for e, f in self.errors()
-            ),
-            level=level,
+            p_value=max(p_values),
             num_seeds=s,
             num_units=n,
             components=components,
         )
 
 
-def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: float = LEVEL) -> PairedInterval:
+def paired_interval(differences: Matrix, targets: NDArray[np.float64]) -> PairedInterval:
     """The interval of the module's docstring; with one seed it is of these two models alone (V = MS_b / N).
 
     Shapes: `differences` (seeds, units), `targets` (units,), of two units or more.
@@ -122,10 +122,10 @@ def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: fl
     if s > 1:
         rests = residuals - unit_means - seed_means[:, None] + residuals.mean()
         seed, rest = n * float(seed_means.var(ddof=1)), float((rests**2).sum()) / ((s - 1) * (n - 1))
-    return _MeanSquares(seed=seed, unit=unit, rest=rest, num_seeds=s, num_units=n).interval(estimate, level)
+    return _MeanSquares(seed=seed, unit=unit, rest=rest, num_seeds=s, num_units=n).interval(estimate)
 
 
-def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> PairedInterval:
+def seeds_interval(differences: Sequence[float]) -> PairedInterval:
     """The interval of paired differences of whole losses, one a seed: conditional on these evaluation records.
 
     For two seeds or more of runs without per-record losses.
@@ -133,25 +133,16 @@ def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> Paired
     values = np.asarray(differences, dtype=np.float64)
     variance = float(values.var(ddof=1))
     squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1)
-    return replace(squares.interval(float(values.mean()), level), num_units=0)
-
-
-def margin_contrast(lora: Matrix, full: Matrix, base: Matrix, share: float) -> Matrix:
-    """LoRA - full - share * (base - full) a unit: below 0 where LoRA is within `share` of what full gained.
-
-    The margin is itself an estimate, so its error is part of the contrast instead of being plugged in. Shapes
-    (seeds, units); `base` may be (units,).
-    """
-    return np.asarray(lora - full - share * (base - full), dtype=np.float64)
+    return replace(squares.interval(float(values.mean())), num_units=0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of several claims, raised so that all hold together (Holm, Scand. J. Stat. 6, 1979)."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    order = np.argsort(p_values)
+    raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(raised))
+    return adjusted.tolist()
 
 
 def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> Matrix:
@@ -163,7 +154,7 @@ def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> M
 
 
 def predict_half_width(
-    components: VarianceComponents, num_seeds: int, num_units: int, *, quantile: float = (1 + LEVEL) / 2
+    components: VarianceComponents, num_seeds: int, num_units: int, *, quantile: float = TWO_SIDED
 ) -> float:
     """The half width (nats per token) that so many seeds and units give on average, by the same rule.
 
@@ -176,25 +167,23 @@ def predict_half_width(
     return max(float(stdtrit(f, quantile) * np.sqrt(2 / f) * poch(f / 2, 0.5)) * error for error, f in squares.errors())
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSize:
+class SampleSize(NamedTuple):
     """What resolves a distance: seeds with today's units, units with today's seeds; None where no number does."""
 
     num_seeds: int | None
     num_units: int | None
-    floor: float  #: half width (nats per token) that today's units allow with any number of seeds
+    floor: float  # half width (nats per token) that today's units allow with any number of seeds
 
 
-def plan_sample_size(interval: PairedInterval, distance: float, *, is_one_sided: bool = False) -> SampleSize:
-    """The seeds or units that make the half width smaller than `distance` (nats per token).
+def plan_sample_size(interval: PairedInterval, *, is_one_sided: bool = False) -> SampleSize:
+    """The seeds or units that make the half width smaller than the estimate: its distance to 0, or to the margin.
 
-    That is the distance to 0 (two-sided) or to the margin (one-sided). `unit / N` of the variance is a floor that no
-    number of seeds lowers. One seed knows no variance between seeds, so from one the answer is the smallest number of
-    seeds by which a method can be judged.
+    `unit / N` of the variance is a floor that no number of seeds lowers. One seed knows no variance between seeds, so
+    from one the answer is the smallest number of seeds by which a method can be judged.
     """
-    quantile = interval.level if is_one_sided else (1 + interval.level) / 2
+    quantile = ONE_SIDED if is_one_sided else TWO_SIDED
     half_width = partial(predict_half_width, interval.components, quantile=quantile)
-    seeds, units, distance = interval.num_seeds, interval.num_units, abs(distance)
+    seeds, units, distance = interval.num_seeds, interval.num_units, abs(interval.estimate)
     floor = float(stdtrit(1e9, quantile)) * math.sqrt(interval.components.unit / units) if units else 0.0
     more_seeds = range(max(seeds + 1, MIN_SEEDS), MAX_PLANNED_SEEDS + 1)
     enough_seeds = next((s for s in more_seeds if half_width(s, max(units, 2)) < distance), None)
@@ -202,4 +191,4 @@ def plan_sample_size(interval: PairedInterval, distance: float, *, is_one_sided:
     if units and seeds > 1:
         sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many
         enough_units = next((n for n in sizes if half_width(seeds, n) < distance), None)
-    return SampleSize(num_seeds=enough_seeds, num_units=enough_units, floor=floor)
+    return SampleSize(enough_seeds, enough_units, floor)

@@ -7,7 +7,7 @@ measured under the same conditions, and is withheld with the reason where they w
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,307 +26,21 @@ from trainer.report.comparable import (
     reference_blockers,
 )
 from trainer.report.interval import (
-    LEVEL,
     Matrix,
     PairedInterval,
-    margin_contrast,
     paired_interval,
     plan_sample_size,
     seeds_interval,
     sum_by_unit,
 )
 from trainer.report.run_data import RunData
-from trainer.report.views import Point, View, build_views
+from trainer.report.views import View, build_views
 from trainer.tracking.eval_records import read_evaluations
 
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 _RECORD_KEY = ["id", "occurrence"]
 MarginKind = Literal["share", "nats", "bits_per_byte"]
 Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margin:
-    """How much worse than full is still good enough: a share of what full gained, nats per token, or bits per byte."""
-
-    kind: MarginKind = "share"
-    value: float = 0.02
-
-    def describe(self, gained: float | None = None) -> str:
-        """`2 % of what full gained (0.0400)`; `gained` in nats per token, None where unknown."""
-        if self.kind == "share":
-            amount = "" if gained is None else f" ({self.value * gained:.4f})"
-            return f"{100 * self.value:g} % of what full gained{amount}"
-        return f"{self.value:g} {'nats per token' if self.kind == 'nats' else 'bits per byte'}"
-
-    def why_not(self, losses: "MatchedLosses") -> str:
-        """Why these losses cannot be held against it, "" where they can."""
-        if self.kind == "share" and losses.base is None:
-            return "the base's losses of these records are not there"
-        if self.kind == "bits_per_byte" and not losses.num_bytes.all():
-            return "the bytes of these records are not known; give the margin in nats"
-        return ""
-
-    def contrast(self, losses: "MatchedLosses") -> Matrix:
-        """LoRA's excess beyond the margin in nats, (seeds, units): below 0 is inside. `why_not` must have no reason."""
-        if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
-            assert losses.base is not None
-            return margin_contrast(losses.lora, losses.full, losses.base, self.value)
-        allowed = self.value * (losses.targets if self.kind == "nats" else np.log(2) * losses.num_bytes)
-        return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
-
-
-def parse_margin(text: str) -> Margin:
-    """A number above 0 with its unit, as `2%`, `0.01nats` or `0.005bpb`; UserError otherwise."""
-    kinds: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
-        "%": ("share", 0.01, 100),
-        "nats": ("nats", 1.0, math.inf),
-        "bpb": ("bits_per_byte", 1.0, math.inf),
-    }
-    for suffix, (kind, factor, limit) in kinds.items():
-        number = text.removesuffix(suffix).rstrip()
-        if number != text and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) and 0 < float(number) < limit:
-            return Margin(kind=kind, value=float(number) * factor)
-    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostRatio:
-    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
-
-    ratio: float | None
-    reason: str
-    full: float | None  #: mean over runs, in seconds or bytes
-    lora: float | None
-    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateCurve:
-    """Validation losses (nats per token) of one mode by learning rate, of runs of one length."""
-
-    mode: str
-    losses: Mapping[float, float]
-    num_steps: int = 0
-    run_ids: tuple[str, ...] = ()  #: of whole runs, as W&B knows them
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyContext:
-    """How the compared settings were chosen, by whom and on what: what a study knows and its answer's runs do not."""
-
-    choice: str  #: the end of the sentence
-    lines: tuple[str, ...]  #: for people: rule, searches, timing
-    rate_curves: tuple[RateCurve, ...]  #: of its searches, the whole runs last
-    views: tuple[View, ...]  #: both modes at equal cost, on the searches' curves
-    rule: Mapping[str, Any]  #: the content of its rule.json
-    facts: Mapping[str, Any]  #: further content of answer.json
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonOptions:
-    """How full and LoRA are judged; with `study` by its rule: the first LoRA group is the one that it is about."""
-
-    margin: Margin = field(default_factory=Margin)
-    level: float = LEVEL
-    step_time: CostRatio | None = None  #: of a step of each mode, timed in alternation; None where they were not
-    study: StudyContext | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullVsLora:
-    """A LoRA group against a full one on the same data; None where a number cannot be had."""
-
-    full: SeedGroup
-    lora: SeedGroup
-    pairs: tuple[tuple[RunData, RunData], ...]  #: (full, LoRA) of one seed each
-    blockers: tuple[str, ...]  #: why they may not be ranked
-    margin: Margin
-    full_loss: float  #: mean over seeds of what is judged, nats per token
-    lora_loss: float
-    losses: "MatchedLosses | None" = None
-    no_losses: str = ""  #: why single records could not be paired
-    excess: PairedInterval | None = None
-    contrast: PairedInterval | None = None  #: excess beyond the margin
-    parameters: float  #: trainable ones, LoRA's / full's
-    time: CostRatio
-    memory: CostRatio
-
-    @property
-    def answer(self) -> str:
-        """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
-        if self.blockers:
-            return "not ranked"
-        if self.excess is None:
-            return "cannot tell"
-        if self.excess.high < 0:
-            return "better"
-        if self.contrast is not None and self.contrast.upper < 0:
-            return "good enough"
-        return "worse" if (self.contrast or self.excess).low > 0 else "cannot tell"
-
-    @property
-    def is_margin_under_floor(self) -> bool:
-        """Whether it cannot be told, and no number of seeds resolves the margin with these records."""
-        if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
-            return False
-        needed = plan_sample_size(self.contrast, self.contrast.estimate, is_one_sided=True)
-        return needed.floor >= self.excess.estimate - self.contrast.estimate
-
-
-def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions) -> FullVsLora:
-    """The comparison of two groups on the same data, of which each has a finished run."""
-    pairs = pair_by_seed(full, lora)
-    reasons = [reason for pair in pairs for reason in ranking_blockers(*pair)]
-    reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
-    if not pairs:
-        seeds = [
-            ", ".join(sorted({str(run.get("settings.train.seed")) for run in group.finished_runs}))
-            for group in (lora, full)
-        ]
-        reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
-    own_clocks = _cost(full, lora, "wall_seconds")  # they hold whatever else the machine did: of the very same runs
-    reason = own_clocks.reason or "not timed in alternation on one machine"  # 0.98 and 1.14 were said
-    comparison = FullVsLora(
-        full=full,
-        lora=lora,
-        pairs=tuple(pairs),
-        blockers=tuple(dict.fromkeys(reasons)),
-        margin=options.margin,
-        full_loss=full.best_loss,
-        lora_loss=lora.best_loss,
-        parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
-        time=options.step_time or replace(own_clocks, ratio=None, reason=reason),
-        memory=_cost(full, lora, "peak_memory_bytes"),
-    )
-    if reasons:
-        return comparison
-    excess, contrast = None, None
-    try:
-        losses = match_losses(pairs)
-    except MatchError as error:
-        if error.is_refusal:
-            return replace(comparison, blockers=(str(error),))
-        # without single records: whole losses, and intervals over seeds alone
-        best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
-        full_loss, lora_loss = (sum(losses[i] for losses in best) / len(best) for i in (0, 1))
-        if len(pairs) > 1:
-            excess = seeds_interval([lora - full for full, lora in best], options.level)
-            if options.margin.kind == "nats":
-                contrast = seeds_interval([lora - full - options.margin.value for full, lora in best], options.level)
-        return replace(
-            comparison,
-            no_losses=str(error),
-            full_loss=full_loss,
-            lora_loss=lora_loss,
-            excess=excess,
-            contrast=contrast,
-        )
-    if not options.margin.why_not(losses):
-        contrast = paired_interval(options.margin.contrast(losses), losses.targets, options.level)
-    return replace(
-        comparison,
-        full_loss=losses.mean_loss(losses.full),
-        lora_loss=losses.mean_loss(losses.lora),
-        losses=losses,
-        excess=paired_interval(losses.lora - losses.full, losses.targets, options.level),
-        contrast=contrast,
-    )
-
-
-def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> list[tuple[RunData, RunData]]:
-    """(full, LoRA) of each seed that both groups have; a seed twice in a group counts once, by its first run."""
-    full_runs, lora_runs = (
-        {run.get("settings.train.seed"): run for run in reversed(group.finished_runs)} for group in (full, lora)
-    )
-    return [(full_runs[seed], lora_runs[seed]) for seed in sorted(full_runs.keys() & lora_runs.keys(), key=str)]
-
-
-def compare_sets(
-    groups: Sequence[SeedGroup], options: ComparisonOptions
-) -> list[tuple[list[FullVsLora], list[SeedGroup], list[SeedGroup]]]:
-    """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups.
-
-    Each LoRA group is held against the best full group that it may be ranked with. The first comparison is the best
-    pair ranked, of a study the one that it is about.
-    """
-
-    sets = []
-    for members in comparable_sets(groups, lambda group: group.runs[0]):
-        full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)
-        if not full_groups or not lora_groups:
-            continue
-        if options.study is None:
-            full_groups.sort(key=lambda group: group.best_loss)
-            lora_groups.sort(key=lambda group: group.best_loss)
-        comparisons = []
-        for lora in lora_groups:
-            pairs_by_full = [(full, pair_by_seed(full, lora)) for full in full_groups]
-            may_be_ranked = [
-                full for full, pairs in pairs_by_full if pairs and not any(ranking_blockers(*pair) for pair in pairs)
-            ]
-            comparisons.append(compare_groups((may_be_ranked or full_groups)[0], lora, options))
-        if options.study is None:
-            comparisons.sort(key=lambda comparison: bool(comparison.blockers))
-        sets.append((comparisons, full_groups, lora_groups))
-    return sets
-
-
-def list_views(pair: FullVsLora, study: StudyContext | None) -> tuple[View, ...]:
-    """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked.
-
-    The curves are the evaluations of the paired runs, so within a budget they stand before the end of their schedules.
-    """
-    if study is not None:
-        return study.views
-    if pair.blockers:
-        return ()
-
-    def curve(run: RunData) -> list[Point]:
-        step_flops = run.get("model.step_flops")
-        return [
-            Point(
-                loss=float(loss),
-                tokens=float(tokens),
-                flops=None if step_flops is None else step_flops * float(step),
-                peak_memory_bytes=None if run.get("resumed") else run.summary.get("peak_memory_bytes"),
-            )
-            for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
-            if step > 0 and np.isfinite(loss)
-        ]
-
-    full, lora = ([curve(run) for run in runs] for runs in zip(*pair.pairs, strict=True))
-    return build_views(full, lora, no_seconds=pair.time.reason) if all((*full, *lora)) else ()
-
-
-def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
-    """Mean validation loss minus the card's at `epoch`; None where either is missing or a run is not comparable."""
-    row = next((row for row in reference.CURVE if row.epoch == epoch), None)
-    if row is None or any(reference_blockers(run) for run in group.runs):
-        return None
-    run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
-    losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
-    return sum(losses) / len(losses) - row.val_loss if losses else None
-
-
-# --- the losses of single records ---
-
-
-class MatchError(Exception):
-    """The records of these runs cannot be paired; its text is the reason.
-
-    `is_refusal`: so many of them equal a training record that no answer at all can be drawn.
-    """
-
-    is_refusal = False
-
-
-def _check_shared(split: str, number: int, total: int) -> None:
-    if number > MAX_SHARED_FRACTION * total:
-        records = f"{number:,} of {total:,} {SPLIT_NAMES[split]} records"
-        error = MatchError(f"{records} also stand in the training data, over {MAX_SHARED_FRACTION:.0%}")
-        error.is_refusal = True
-        raise error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +74,288 @@ class MatchedLosses:
         return math.fsum(values.ravel()) / (len(values) * math.fsum(self.targets))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """How much worse than full is still good enough: a share of what full gained, nats per token, or bits per byte."""
+
+    kind: MarginKind = "share"
+    value: float = 0.02
+
+    def describe(self, losses: MatchedLosses | None = None) -> str:
+        """`2 % of what full gained (0.0400)`: in nats per token where the losses and the base's are known."""
+        if self.kind != "share":
+            return f"{self.value:g} {'nats per token' if self.kind == 'nats' else 'bits per byte'}"
+        amount = ""
+        if losses is not None and losses.base is not None:
+            amount = f" ({self.value * losses.mean_loss(losses.base - losses.full):.4f})"
+        return f"{100 * self.value:g} % of what full gained{amount}"
+
+    def why_not(self, losses: MatchedLosses) -> str:
+        """Why these losses cannot be held against it, "" where they can."""
+        if self.kind == "share" and losses.base is None:
+            return "the base's losses of these records are not there"
+        if self.kind == "bits_per_byte" and not losses.num_bytes.all():
+            return "the bytes of these records are not known; give the margin in nats"
+        return ""
+
+    def contrast(self, losses: MatchedLosses) -> Matrix:
+        """LoRA's excess beyond the margin in nats, (seeds, units): below 0 is inside. `why_not` must have no reason."""
+        allowed = losses.targets * self.value
+        if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
+            assert losses.base is not None
+            allowed = self.value * (losses.base - losses.full)
+        elif self.kind == "bits_per_byte":
+            allowed = self.value * (np.log(2) * losses.num_bytes)
+        return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
+
+
+def parse_margin(text: str) -> Margin:
+    """A number above 0 with its unit, as `2%`, `0.01nats` or `0.005bpb`; UserError otherwise."""
+    kinds: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
+        "%": ("share", 0.01, 100),
+        "nats": ("nats", 1.0, math.inf),
+        "bpb": ("bits_per_byte", 1.0, math.inf),
+    }
+    match = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?) *(%|nats|bpb)", text)
+    if match:
+        kind, factor, limit = kinds[match[2]]
+        if 0 < float(match[1]) < limit:
+            return Margin(kind=kind, value=float(match[1]) * factor)
+    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRatio:
+    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
+
+    ratio: float | None
+    reason: str
+    full: float | None  #: mean over runs, in seconds or bytes
+    lora: float | None
+    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateCurve:
+    """Validation losses (nats per token) of one mode by learning rate, of runs of one length."""
+
+    mode: str
+    losses: Mapping[float, float]
+    num_steps: int = 0
+    run_ids: tuple[str, ...] = ()  #: of whole runs, as W&B knows them
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyContext:
+    """How the compared settings were chosen, by whom and on what: what a study knows and its answer's runs do not."""
+
+    choice: str  #: the end of the sentence
+    lines: tuple[str, ...]  #: for people: rule, searches, timing
+    rate_curves: tuple[RateCurve, ...]  #: of its searches, the whole runs last
+    views: tuple[View, ...]  #: both modes at equal cost, on the searches' curves
+    step_time: CostRatio  #: of a step of each mode, timed in alternation
+    rule: Mapping[str, Any]  #: the content of its rule.json
+    facts: Mapping[str, Any]  #: further content of answer.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullVsLora:
+    """A LoRA group against a full one on the same data; None where a number cannot be had."""
+
+    full: SeedGroup
+    lora: SeedGroup
+    pairs: Pairs
+    blockers: tuple[str, ...]  #: why they may not be ranked
+    margin: Margin
+    full_loss: float  #: mean over seeds of what is judged, nats per token
+    lora_loss: float
+    losses: MatchedLosses | None
+    no_losses: str  #: why single records could not be paired
+    excess: PairedInterval | None
+    contrast: PairedInterval | None  #: excess beyond the margin
+    parameters: float  #: trainable ones, LoRA's / full's
+    time: CostRatio
+    memory: CostRatio
+
+    @property
+    def answer(self) -> str:
+        """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
+        if self.blockers:
+            return "not ranked"
+        if self.excess is None:
+            return "cannot tell"
+        if self.excess.high < 0:
+            return "better"
+        if self.contrast is not None and self.contrast.upper < 0:
+            return "good enough"
+        return "worse" if (self.contrast or self.excess).low > 0 else "cannot tell"
+
+    @property
+    def is_margin_under_floor(self) -> bool:
+        """Whether it cannot be told, and no number of seeds resolves the margin with these records."""
+        if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
+            return False
+        floor = plan_sample_size(self.contrast, is_one_sided=True).floor
+        return floor >= self.excess.estimate - self.contrast.estimate
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked.
+
+        The curves are the evaluations of the paired runs: within a budget they stand before their schedules' ends.
+        """
+        if self.blockers:
+            return ()
+        curves: dict[str, list[pd.DataFrame]] = {"full": [], "lora": []}
+        for run in (run for pair in self.pairs for run in pair):
+            curve = pd.DataFrame({name: run.evals[name] for name in ("step", "loss", "tokens")})
+            curve = curve[(curve["step"] > 0) & np.isfinite(curve["loss"])]
+            step_flops = run.get("model.step_flops")
+            curve["flops"] = np.nan if step_flops is None else step_flops * curve["step"]
+            curve["seconds"] = np.nan
+            memory = None if run.get("resumed") else run.summary.get("peak_memory_bytes")
+            curve["peak_memory_bytes"] = np.nan if memory is None else memory
+            curves[run.mode].append(curve)
+        return build_views(curves["full"], curves["lora"], no_seconds=self.time.reason)
+
+
+def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: CostRatio | None = None) -> FullVsLora:
+    """The comparison of two groups on the same data, of which each has a finished run."""
+    pairs = pair_by_seed(full, lora)
+    reasons = [reason for pair in pairs for reason in ranking_blockers(*pair)]
+    reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
+    if not pairs:
+        seeds = [
+            ", ".join(sorted({str(run.get("settings.train.seed")) for run in group.finished_runs}))
+            for group in (lora, full)
+        ]
+        reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
+    losses, no_losses, excess, contrast = None, "", None, None
+    full_loss, lora_loss = full.best_loss, lora.best_loss
+    try:
+        losses = None if reasons else match_losses(pairs)
+    except TrainedOnError as error:
+        reasons = [str(error)]
+    except MatchError as error:
+        no_losses = str(error)
+
+    if losses is not None:
+        full_loss, lora_loss = losses.mean_loss(losses.full), losses.mean_loss(losses.lora)
+        excess = paired_interval(losses.lora - losses.full, losses.targets)
+        if not margin.why_not(losses):
+            contrast = paired_interval(margin.contrast(losses), losses.targets)
+    elif no_losses:  # without single records: whole losses, and intervals over seeds alone
+        best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
+        full_loss, lora_loss = (sum(of_mode) / len(best) for of_mode in zip(*best, strict=True))
+        if len(pairs) > 1:
+            excess = seeds_interval([b - a for a, b in best])
+        if len(pairs) > 1 and margin.kind == "nats":
+            contrast = seeds_interval([b - a - margin.value for a, b in best])
+
+    if step_time is None:  # runs' own clocks hold whatever else the machine did: 0.98 and 1.14 of the very same runs
+        step_time = compare_costs(full, lora, "wall_seconds")
+        reason = step_time.reason or "not timed in alternation on one machine"
+        step_time = replace(step_time, ratio=None, reason=reason)
+    return FullVsLora(
+        full=full,
+        lora=lora,
+        pairs=pairs,
+        blockers=tuple(dict.fromkeys(reasons)),
+        margin=margin,
+        full_loss=full_loss,
+        lora_loss=lora_loss,
+        losses=losses,
+        no_losses=no_losses,
+        excess=excess,
+        contrast=contrast,
+        parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
+        time=step_time,
+        memory=compare_costs(full, lora, "peak_memory_bytes"),
+    )
+
+
+def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> Pairs:
+    """(full, LoRA) of each seed that both groups have; a seed twice in a group counts once, by its first run."""
+    full_runs, lora_runs = (
+        {run.get("settings.train.seed"): run for run in reversed(group.finished_runs)} for group in (full, lora)
+    )
+    return [(full_runs[seed], lora_runs[seed]) for seed in sorted(full_runs.keys() & lora_runs.keys(), key=str)]
+
+
+def compare_costs(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
+    """Means over finished runs, divided where both groups were measured under the same conditions."""
+    costs: list[float | None] = []
+    for group in (full, lora):
+        values = [run.summary[key] for run in group.finished_runs if key in run.summary]
+        costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
+    full_cost, lora_cost = costs
+    resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
+    reasons = [f"{resumed[0]} was resumed and measured in parts"] if resumed else []
+    conditions = {
+        "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
+        "number of ranks": ("resolved.ranks", "resolved.nodes"),
+    }
+    for name, paths in conditions.items():
+        full_facts, lora_facts = ([group.finished_runs[0].get(path) for path in paths] for group in (full, lora))
+        if full_facts != lora_facts:
+            reasons.append(f"other {name}")
+    ratio = None
+    if not lora_cost or not full_cost:
+        reasons.append("not measured")
+    elif not reasons:
+        ratio = lora_cost / full_cost
+    return CostRatio(ratio=ratio, reason=reasons[0] if reasons else "", lora=lora_cost, full=full_cost)
+
+
+def compare_sets(
+    groups: Sequence[SeedGroup], margin: Margin, study: StudyContext | None
+) -> list[tuple[list[FullVsLora], list[SeedGroup], list[SeedGroup]]]:
+    """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups.
+
+    Each LoRA group is held against the best full group that it may be ranked with. The first comparison is the best
+    pair ranked, of a study the one that it is about: its first.
+    """
+    sets = []
+    for members in comparable_sets(groups, lambda group: group.runs[0]):
+        full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)
+        if not full_groups or not lora_groups:
+            continue
+        if study is None:
+            full_groups.sort(key=lambda group: group.best_loss)
+            lora_groups.sort(key=lambda group: group.best_loss)
+        comparisons = []
+        for lora in lora_groups:
+            pairs = {i: pair_by_seed(full, lora) for i, full in enumerate(full_groups)}
+            may_be_ranked = (i for i in pairs if pairs[i] and not any(ranking_blockers(*pair) for pair in pairs[i]))
+            full = full_groups[next(may_be_ranked, 0)]
+            comparisons.append(compare_groups(full, lora, margin, study.step_time if study else None))
+        if study is None:
+            comparisons.sort(key=lambda comparison: bool(comparison.blockers))
+        sets.append((comparisons, full_groups, lora_groups))
+    return sets
+
+
+def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
+    """Mean validation loss minus the card's at `epoch`; None where either is missing or a run is not comparable."""
+    row = next((row for row in reference.CURVE if row.epoch == epoch), None)
+    if row is None or any(reference_blockers(run) for run in group.runs):
+        return None
+    run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
+    losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
+    return sum(losses) / len(losses) - row.val_loss if losses else None
+
+
+# --- the losses of single records ---
+
+
+class MatchError(Exception):
+    """The records of these runs cannot be paired; its text is the reason."""
+
+
+class TrainedOnError(MatchError):
+    """So many of the records equal a training record that no answer at all can be drawn."""
+
+
 def match_losses(pairs: Pairs) -> MatchedLosses:
     """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
 
@@ -367,10 +363,8 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
     """
     runs = [run for pair in pairs for run in pair]  # full and LoRA by turns
     for run in runs:  # run.json counts whole records even where rows are blocks
-        for split in ("val", "test"):
-            number, total = run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records")
-            if isinstance(number, int) and isinstance(total, int):
-                _check_shared(split, number, total)
+        for split in SPLIT_NAMES:
+            _check_shared(split, run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records"))
     frames = []
     for run in runs:
         if run.eval_records_path is None:
@@ -382,8 +376,8 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
     split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]
-    num_in_train, num_all = int(trained[0]["in_train"].sum()), len(trained[0])
-    _check_shared(split, num_in_train, num_all)
+    num_in_train = int(trained[0]["in_train"].sum())
+    _check_shared(split, num_in_train, len(trained[0]))
     trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
     first = trained[0]
     if not len(first):
@@ -418,6 +412,12 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
     )
 
 
+def _check_shared(split: str, number: Any, total: Any) -> None:
+    if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
+        records = f"{number:,} of {total:,} {SPLIT_NAMES[split]} records"
+        raise TrainedOnError(f"{records} also stand in the training data, over {MAX_SHARED_FRACTION:.0%}")
+
+
 def _best_step(run: RunData) -> int:
     return int(run.best_eval["step"]) if run.best_eval else -1
 
@@ -432,31 +432,3 @@ def _select(frame: pd.DataFrame, split: str, run: RunData | None = None) -> pd.D
     step = 0 if run is None else _best_step(run) if split == "val" else trained_steps.max()
     rows = rows[rows["step"] == step]
     return rows.drop_duplicates(_RECORD_KEY, keep="last").set_index(_RECORD_KEY).sort_index()
-
-
-# --- cost ---
-
-
-def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
-    """Means over finished runs, divided where both groups were measured under the same conditions."""
-    costs: list[float | None] = []
-    for group in (full, lora):
-        values = [run.summary[key] for run in group.finished_runs if key in run.summary]
-        costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
-    full_cost, lora_cost = costs
-    resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
-    reasons = [f"{resumed[0]} was resumed and measured in parts"] if resumed else []
-    conditions = {
-        "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
-        "number of ranks": ("resolved.ranks", "resolved.nodes"),
-    }
-    for name, paths in conditions.items():
-        full_facts, lora_facts = ([group.finished_runs[0].get(path) for path in paths] for group in (full, lora))
-        if full_facts != lora_facts:
-            reasons.append(f"other {name}")
-        elif all(fact is None for fact in full_facts):
-            reasons.append(f"{name} unknown")
-    if not lora_cost or not full_cost:
-        reasons.append("not measured")
-    ratio = lora_cost / full_cost if lora_cost and full_cost and not reasons else None
-    return CostRatio(ratio=ratio, reason=next(iter(reasons), ""), lora=lora_cost, full=full_cost)

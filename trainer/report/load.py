@@ -3,11 +3,11 @@
 What cannot be read is one line (`LoadProblem`), not an exception. wandb is imported only when a run there is named.
 """
 
-import dataclasses
 import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
 from trainer.config.text import shorten
-from trainer.report.run_data import KINDS, RunData, RunRows, build_run, escape_control, read_folder, to_float
+from trainer.report.run_data import RunData, RunRows, build_run, escape_control, read_folder, to_float
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
@@ -42,16 +42,7 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     problems: list[LoadProblem] = []
     for source in sources:
         try:
-            path = Path(source)
-            if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
-                run = read_folder(path)
-            elif path.exists():
-                run = read_offline(source, offline_files(path))
-            elif is_wandb_path(source):
-                run = read_online(source)
-            else:
-                expected = "a run folder, an offline W&B folder, or entity/project/run_id"
-                raise UserError(f"no such run folder: expected {expected}")
+            run = read_run(source)
             for other in runs:
                 if other.run_id == run.run_id:
                     raise UserError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
@@ -60,18 +51,29 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
             continue
         runs.append(run)
         problems += [LoadProblem(source, note, is_excluded=False) for note in run.notes]
-    seeds: dict[str, list[Any]] = {}
-    for run in runs:
-        seeds.setdefault(run.name, []).append(run.get("settings.train.seed"))
-    for index, run in enumerate(runs):  # runs of one name are told apart by their seed, or by their id
-        if len(seeds[run.name]) > 1:
-            has_own_seed = len(set(seeds[run.name])) == len(seeds[run.name])
-            suffix = f"seed {run.get('settings.train.seed')}" if has_own_seed else run.run_id
-            runs[index] = dataclasses.replace(run, name=f"{run.name} ({suffix})")
+    namesakes = Counter(run.name for run in runs)
+    seeds = Counter((run.name, run.get("settings.train.seed")) for run in runs)
+    has_same_seed = {name for (name, _), number in seeds.items() if number > 1}
+    for run in runs:  # runs of one name are told apart by their seed, or by their id
+        if namesakes[run.name] > 1:
+            suffix = run.run_id if run.name in has_same_seed else f"seed {run.get('settings.train.seed')}"
+            run.name += f" ({suffix})"
     return runs, problems
 
 
-# --- Weights & Biases ---
+def read_run(source: str) -> RunData:
+    """The run at one place; UserError where there is none, or it cannot be read."""
+    path = Path(source)
+    if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
+        return read_folder(path)
+    if path.suffix == ".wandb" and path.is_file():
+        return read_offline(source, [path])
+    if path.exists():  # one offline W&B folder, or a folder of such: the parts of one run, oldest first
+        parts = sorted(path.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name)
+        return read_offline(source, sorted(path.glob("run-*.wandb")) or parts)
+    if is_wandb_path(source):
+        return read_online(source)
+    raise UserError("no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id")
 
 
 def is_wandb_path(text: str) -> bool:
@@ -79,16 +81,7 @@ def is_wandb_path(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w. -]+/[\w.-]+", text) is not None and not text.startswith(".")
 
 
-def offline_files(path: Path) -> list[Path]:
-    """The .wandb files that `path` stands for, oldest first: itself, one offline folder, or a folder of such."""
-    if path.is_file():
-        return [path] if path.suffix == ".wandb" else []
-    return sorted(path.glob("run-*.wandb")) or sorted(
-        path.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name
-    )
-
-
-def read_offline(source: str, files: list[Path]) -> RunData:
+def read_offline(source: str, files: Sequence[Path]) -> RunData:
     """The run of `files`, parts of one run in order of time; UserError where they hold several runs or none."""
     if not files:
         raise UserError("holds neither run.json and metrics.jsonl nor a W&B run")
@@ -154,8 +147,7 @@ def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
     for row in history:
         timestamp = to_float(row.get("_timestamp"))
         start_time = min(start_time, timestamp) if math.isfinite(timestamp) else start_time
-        for row_class, kind in KINDS.items():
-            columns = COLUMNS[row_class]
+        for kind, columns in COLUMNS.items():
             if any(row.get(key) is not None for key in columns):
                 rows.add(kind, {column: row.get(key) for key, column in (axes | columns).items()})
     rows.start_time = start_time
@@ -171,16 +163,19 @@ def build_wandb_run(
     age_seconds: float = 0.0,
 ) -> RunData:
     """The run as the report sees it; UserError where another program logged it, or it has no row."""
+
+    def add_event(name: str, message: str, facts: dict[str, Any]) -> None:  # the summary keeps no step of it
+        rows.events.append(EventRecord(event=name, step=0, message=message, time=0.0, facts=facts))
+
     for key, value in summary.items():
-        if key.startswith("event/diagnosis/"):  # of which the summary keeps no step
-            rows.events.append(EventRecord(event="diagnosis", step=0, message=str(value), time=0.0))
+        if key.startswith("event/diagnosis/"):
+            add_event("diagnosis", str(value), {})
     for key in RETAIN_KEYS:
         if key in summary:
-            loss = {"loss": summary[key]}
-            rows.events.append(EventRecord(event="retain_evaluation", step=0, message="", time=0.0, facts=loss))
+            add_event("retain_evaluation", "", {"loss": summary[key]})
     if exit_code == 0:
         facts = {key: value for key, value in summary.items() if not re.search("^_|/", key) and key not in AXES}
-        rows.events.append(EventRecord(event="finished", step=0, message="", time=0.0, facts=facts))
+        add_event("finished", "", facts)
     return build_run(source, metadata_from_config(config), rows, math.inf if exit_code else age_seconds)
 
 

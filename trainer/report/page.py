@@ -1,25 +1,373 @@
-"""A comparison written down: report.html and report.md for people, answer.json for machines, and the curves."""
+"""A comparison written down: its tables, report.html and report.md for people, answer.json for machines, the curves."""
 
 import base64
 import json
+import math
 import re
-from collections.abc import Iterable
-from html import escape
-from pathlib import Path
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
+from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
-from trainer.config.text import escape_markdown, is_number, markdown_table
+from trainer.config.text import (
+    escape_markdown,
+    flatten,
+    format_bytes,
+    format_duration,
+    format_percent,
+    is_number,
+    list_some,
+    markdown_table,
+    shorten,
+)
 from trainer.report import plots
-from trainer.report.sentence import to_answer
-from trainer.report.tables import REFERENCE_LABEL, Comparison, Table
+from trainer.report.comparable import (
+    COMPARABILITY_KEYS,
+    IGNORED_METADATA,
+    MODE_NAMES,
+    SeedGroup,
+    comparable_sets,
+    comparison_blockers,
+    group_by_seed,
+    reference_blockers,
+)
+from trainer.report.judge import Margin, StudyContext, difference_to_reference
+from trainer.report.load import LoadProblem
+from trainer.report.run_data import RunData
+from trainer.report.sentence import Verdict, build_verdict, to_answer
 
 FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json")
-MAX_NARROW_CHARS = 34  # of a cell whose text is not broken into lines
+REFERENCE_LABEL = "card"
+NO_VALUE = "-"  # what a cell shows that has no value
+NOT_STATED = ""  # what the card's cell shows where the card says nothing
+NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
+MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
+MAX_TEXT_CHARS = 300  # characters of a text in a cell
+SCORE_NAMES = {"exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L"}
+_SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
+_NO_TRAIN_SETTINGS = ("schedule", "dropout", "optimizer", "mode", "model", "trainable_parameters")
+#: what the card states, by our names for it
+REFERENCE_METADATA = {
+    "settings.mode": "full",
+    "settings.model.init": "pretrained",
+    "model.name": "gpt2",
+    "model.parameters": 124_439_808,
+    "model.trainable": 124_439_808,
+    "model.share": 1.0,
+    "resolved.steps_per_epoch": reference.STEPS_PER_EPOCH,
+    "resolved.total_steps": 3 * reference.STEPS_PER_EPOCH,
+    **{f"data.{name}": value for name, value in reference.KNOWN_DATA.items()},
+    **{f"resolved.{name}": reference.SETTINGS[name] for name in ("lr", "dropout", "global_batch")},
+    **{f"settings.data.{name}": reference.KNOWN_DATA[name] for name in ("objective", "block_size")},
+    **{f"settings.train.{name}": v for name, v in reference.SETTINGS.items() if name not in _NO_TRAIN_SETTINGS},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of texts under their headings, and notes to read with them."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether a column holds numbers alone, which stand to the right."""
+        columns = zip(*self.rows, strict=True)
+        return [all(is_number(cell) or cell == "unknown" for cell in column) for column in columns]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs by group, what they come to, and the tables."""
+
+    groups: Sequence[SeedGroup]
+    problems: Sequence[LoadProblem]
+    with_reference: bool
+    verdict: Verdict
+    comparability_notes: Sequence[str]  #: one line each on what may be held against what
+    by_epoch: Table
+    by_run: Table
+    differing_settings: Table
+    shared_settings: Table
+    optional_tables: Sequence[Table]  #: what runs noticed, scored and generated, where there is any of it
+
+    @property
+    def runs(self) -> list[RunData]:
+        return [run for group in self.groups for run in group.runs]
+
+
+def compare(
+    runs: Sequence[RunData],
+    problems: Sequence[LoadProblem] = (),
+    with_reference: bool = True,
+    margin: Margin | None = None,
+) -> Comparison:
+    """The comparison of `runs` with one another and, with `with_reference`, with the card."""
+    return compare_run_groups(group_by_seed(runs), problems, with_reference, margin or Margin())
+
+
+def compare_run_groups(
+    groups: Sequence[SeedGroup],
+    problems: Sequence[LoadProblem],
+    with_reference: bool,
+    margin: Margin,
+    study: StudyContext | None = None,
+) -> Comparison:
+    """The same of runs whose groups are known; with `study` by its rule: its first LoRA group is the primary one."""
+    runs = [run for group in groups for run in group.runs]
+    differing_settings, shared_settings = build_settings_tables(groups, with_reference)
+    optional_tables = (_build_diagnostics_table(runs), _build_score_table(runs), _build_samples_table(groups))
+    return Comparison(
+        groups=groups,
+        problems=problems,
+        with_reference=with_reference,
+        verdict=build_verdict(groups, with_reference, margin, study),
+        comparability_notes=_comparability_notes(runs, with_reference),
+        by_epoch=_build_epoch_table(groups, with_reference),
+        by_run=_build_run_table(runs),
+        differing_settings=differing_settings,
+        shared_settings=shared_settings,
+        optional_tables=[table for table in optional_tables if table.rows],
+    )
+
+
+def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[str]:
+    def names(members: Sequence[RunData]) -> str:
+        return list_some((run.name for run in members), 4)
+
+    lines = []
+    first_set, *other_sets = comparable_sets(runs, lambda run: run)
+    if not other_sets and len(runs) > 1:
+        lines.append(f"The losses of all runs are on the same data: {', '.join(COMPARABILITY_KEYS)} agree.")
+    for other_set in other_sets:
+        reasons = "; ".join(comparison_blockers(other_set[0], first_set[0]))
+        lines.append(f"{names(other_set)} and {names(first_set)} are not comparable: {reasons}.")
+    if with_reference:
+        by_reason: dict[str, list[RunData]] = {}
+        for run in runs:
+            by_reason.setdefault("; ".join(reference_blockers(run)), []).append(run)
+        for reason, members in by_reason.items():
+            end = f"not comparable with the card: {reason}."
+            if not reason:
+                end = "comparable with the card as far as it tells: all that is known of it agrees."
+            lines.append(f"{names(members)} {'is' if len(members) == 1 else 'are'} {end}")
+        lines.append(f"U{reference.UNKNOWN_REASON[1:]}.")
+    return lines
+
+
+# --- the tables ---
+
+
+def _build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
+    """Step, examples, losses and perplexity at each epoch, and the difference to the card where there may be one."""
+    epochs = {float(row.epoch) for row in reference.CURVE} if with_reference else set[float]()
+    for run in (run for group in groups for run in group.runs):  # whole epochs, and the end where it is within one
+        evals, final = run.evals, run.final_eval
+        epochs |= {float(round(e)) for e in evals["epoch"] if run.index_at_epoch(evals, round(e)) is not None}
+        if final and run.index_at_epoch(evals, round(final["epoch"])) != len(evals["epoch"]) - 1:
+            epochs.add(round(final["epoch"], 4))
+    rows = []
+    for epoch in sorted(epochs):
+        for card in (row for row in reference.CURVE if with_reference and row.epoch == epoch):
+            examples = "–".join(f"{number * card.epoch:,}" for number in reference.EXAMPLES_PER_EPOCH)
+            losses = [f"{card.train_loss:.4f}", f"{card.val_loss:.4f}", f"{card.perplexity:.3f}"]
+            rows.append([f"{epoch:g}", REFERENCE_LABEL, f"{card.step:,}", examples, *losses, NOT_STATED])
+        for group in groups:
+            places = [(run, i) for run in group.runs if (i := run.index_at_epoch(run.evals, epoch)) is not None]
+            if not places:
+                continue
+            run, index = places[0]
+            ends = [(run.epochs, run.index_at_epoch(run.epochs, epoch)) for run, _ in places if epoch > 0]
+            gap = difference_to_reference(group, epoch)
+            rows.append(
+                [
+                    f"{epoch:g}",
+                    group.label + (f", n = {len(places)}" if len(group.runs) > 1 else ""),
+                    *(_show(run.evals[name][index], ",.0f") for name in ("step", "samples")),
+                    _show_mean([series["train_loss"][row] for series, row in ends if row is not None], 4),
+                    _show_mean([run.evals["loss"][row] for run, row in places], 4),
+                    _show_mean([run.evals["perplexity"][row] for run, row in places], 3),
+                    _show(gap, "+.4f"),
+                ]
+            )
+    notes = [
+        "Losses in nats per token. The train loss of a run is the token mean of the epoch; "
+        "the card's is the last value its program logged."
+    ]
+    incomparable = [group.label for group in groups if any(reference_blockers(run) for run in group.runs)]
+    if with_reference and incomparable:
+        notes.append(f"No difference to the card for {', '.join(incomparable)}: not comparable with it.")
+    if any(len(group.runs) > 1 for group in groups):
+        notes.append("Several seeds: mean ± one sample standard deviation, n is the number of runs.")
+    headings = ["epoch", "run", "step", "examples", "train loss", "validation loss", "perplexity", "loss − card's"]
+    if not with_reference:
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    return Table(title="By epoch", headings=headings, rows=rows, notes=notes)
+
+
+def _show_mean(values: Sequence[float], digits: int) -> str:
+    """The value of one run; of several their mean and sample standard deviation."""
+    if not values or not np.isfinite(values).all():
+        return NO_VALUE
+    spread = f" ± {statistics.stdev(map(float, values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _show(value: Any, spec: str = "") -> str:
+    is_known = value is not None and (isinstance(value, str) or math.isfinite(value))
+    return format(value, spec) if is_known else NO_VALUE
+
+
+def _build_run_table(runs: Sequence[RunData]) -> Table:
+    """What each run cost and how good it got; in the order given, not by rank."""
+
+    def cost(run: RunData, key: str) -> str:
+        if run.get("resumed") and key in ("peak_memory_bytes", "wall_seconds"):
+            return "resumed: unknown"
+        return (format_duration if key == "wall_seconds" else format_bytes)(run.summary.get(key))
+
+    columns: dict[str, list[str]] = {}
+    for run in runs:
+        best, final = run.best_eval or {}, run.final_eval or {}
+        speeds = run.steps["tokens_per_second"]
+        bits_per_byte = run.evals["bits_per_byte"]
+        cells = {
+            "run": run.name,
+            "id": run.run_id,
+            "mode": MODE_NAMES[run.mode],
+            "state": run.state + (" (early stop)" if run.summary.get("early_stop") else ""),
+            "learning rate": _show(run.get("resolved.lr"), ".4g"),
+            "best validation loss": _show(best.get("loss"), ".4f"),
+            "best at epoch": _show(best.get("epoch"), ".4g"),
+            "best at step": _show(best.get("step"), ",.0f"),
+            "final validation loss": _show(final.get("loss"), ".4f"),
+            "final bits per byte": _show(bits_per_byte[-1] if len(bits_per_byte) else None, ".4f"),
+            "validation loss before training": _show(run.initial_loss, ".4f"),
+            "forgetting (nats per token)": _show(run.forgetting, "+.4f"),
+            "trainable parameters": _show(run.get("model.trainable"), ",.0f"),
+            "share of its parameters": format_percent(run.get("model.share")),
+            "peak memory": cost(run, "peak_memory_bytes"),
+            "optimizer state": cost(run, "optimizer_bytes"),
+            "tokens/s (median)": _show(np.median(speeds[np.isfinite(speeds)]) if len(speeds) else None, ",.0f"),
+            "wall time": cost(run, "wall_seconds"),
+            "device-hours": _show(run.summary.get("device_hours"), ".4g"),
+            "checkpoint size": cost(run, "checkpoint_bytes"),
+            "export size": cost(run, "export_bytes"),
+            "ZeRO file": run.get("resolved.ds_config"),
+            "ranks": _show(run.get("resolved.ranks")),
+            "precision": run.get("resolved.precision"),
+            "seed": _show(run.get("settings.train.seed")),
+        }
+        for heading, cell in cells.items():
+            columns.setdefault(heading, []).append(cell)
+    lines = [[heading, *cells] for heading, cells in columns.items() if set(cells) != {NO_VALUE}]
+    if len(runs) > MAX_SIDE_BY_SIDE:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    return Table(title="By run: quality and cost", headings=lines[0], rows=lines[1:])
+
+
+def _build_diagnostics_table(runs: Sequence[RunData]) -> Table:
+    headings = ["run", "at step", "what it noticed, the likely cause, and what to try"]
+    rows = [[run.name, f"{step:,.0f}", line] for run in runs for step, line in run.diagnostics]
+    return Table(title="Diagnosis", headings=headings, rows=rows)
+
+
+def _build_score_table(runs: Sequence[RunData]) -> Table:
+    """What --score-samples found at the last evaluation of each run that asked for it."""
+    scored = [(run.name, run.samples, run.samples.scores) for run in runs if run.samples and run.samples.scores]
+    names = list(dict.fromkeys(name for *_, scores in scored for name in scores))
+    rows = [
+        [run, f"{samples.epoch:.4g}", _show(samples.scored, ",.0f"), *(_show(scores.get(n), ".4f") for n in names)]
+        for run, samples, scores in scored
+    ]
+    headings = ["run", "epoch", "texts", *(SCORE_NAMES.get(name, name) for name in names)]
+    return Table(title="Completions against their references", headings=headings, rows=rows)
+
+
+def _build_samples_table(groups: Sequence[SeedGroup]) -> Table:
+    """What each base and the first run of each group, at its last evaluation, made of the validation prompts."""
+    headings = {"prompt": "prompt", "reference": "reference"}
+    rows: dict[str, dict[str, str]] = {}
+    for run in filter(None, (next((run for run in group.runs if run.samples), None) for group in groups)):
+        assert run.samples is not None
+        for text in run.samples.texts:
+            row = rows.setdefault(text.prompt, {"prompt": text.prompt, "reference": text.reference})
+            if text.base is not None:
+                base = f"base {run.get('model.fingerprint')}"
+                headings.setdefault(base, f"base ({PurePosixPath(run.get('model.name')).name})")
+                row.setdefault(base, text.base)
+            headings[run.run_id] = f"{run.name}, epoch {run.samples.epoch:.4g}"
+            row[run.run_id] = text.completion
+    cells = [[shorten(row.get(key, NO_VALUE), MAX_TEXT_CHARS) for key in headings] for row in rows.values()]
+    notes = ["Completed greedily, the likeliest token each time; base: before the first step."]
+    return Table(title="Samples", headings=list(headings.values()), rows=cells, notes=notes)
+
+
+def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
+    """(what differs between groups or from the card, one column each; what is the same in all that know it, once)."""
+
+    def is_of_lora(name: str) -> bool:  # run.json always has these; they count only where they were used
+        return name.startswith("settings.lora.") or name == "model.lora_targets"
+
+    def order(name: str) -> int:  # settings, what they came to, data, model, machine; where the output went is last
+        section = name.split(".", 1)[0]
+        return len(_SECTIONS) + 1 if name.startswith("settings.output.") else [*_SECTIONS, section].index(section)
+
+    columns = []
+    for group in groups:
+        facts_of_runs = [dict(flatten(run.metadata, ".", ignored=IGNORED_METADATA)) for run in group.runs]
+        for facts in facts_of_runs if group.mode == "full" else ():
+            facts |= dict.fromkeys(filter(is_of_lora, facts), NOT_USED)
+        columns.append((group.label, facts_of_runs))
+    names = sorted(dict.fromkeys(name for _, runs in columns for facts in runs for name in facts), key=order)
+    if with_reference:
+        not_used = dict.fromkeys(filter(is_of_lora, names), NOT_USED)
+        columns.insert(0, (REFERENCE_LABEL, [{**REFERENCE_METADATA, **not_used}]))
+    differing, shared = [], []
+    for name in names:
+        values = [[facts[name] for facts in runs if name in facts] for _, runs in columns]
+        known = [value for values_of_column in values for value in values_of_column]
+        if all(value == known[0] for value in known):
+            shared.append([name, _format_fact(name, known[0])])
+            continue
+        cells = []
+        for (label, _), members in zip(columns, values, strict=True):
+            shown = members[:1] if all(value == members[0] for value in members) else members
+            unknown = NOT_STATED if label == REFERENCE_LABEL else "unknown"
+            cells.append(" | ".join(_format_fact(name, value) for value in shown) if shown else unknown)
+        differing.append([name, *cells])
+    headings = ["setting or fact", *(label for label, _ in columns)]
+    return (
+        Table(title="Different", headings=headings, rows=differing),
+        Table(title="Same, where known", headings=["setting or fact", "value"], rows=shared),
+    )
+
+
+def _format_fact(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_format_fact(name, item) for item in value) or "none"
+    if value is None:
+        return "left out" if name.startswith("settings.") else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value):
+        return f"{value[:12]}…"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# --- the files ---
 
 
 def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
@@ -44,17 +392,14 @@ def json_text(content: Any) -> str:
         if isinstance(value, list | tuple):
             return [to_json_value(item) for item in value]
         if isinstance(value, float):
-            return float(value) if value - value == 0 else None
+            return float(value) if math.isfinite(value) else None
         return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
     return json.dumps(to_json_value(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-# --- Markdown that renders on GitHub; every text of a run is escaped ---
-
-
 def render_markdown(comparison: Comparison) -> str:
-    """report.md; the picture lies beside it."""
+    """report.md, which renders on GitHub: every text of a run is escaped; the picture lies beside it."""
     parts = [
         "# Full against LoRA",
         markdown_verdict(comparison),
@@ -89,17 +434,12 @@ def markdown_section(table: Table) -> str:
     return "\n".join([markdown_table(table.headings, table.rows), *notes])
 
 
-# --- HTML ---
-
-
 def render_html(comparison: Comparison) -> str:
+    """report.html from page.html.j2: every text is escaped, a mode has its colour wherever its name is a whole cell."""
     groups, verdict, with_reference = comparison.groups, comparison.verdict, comparison.with_reference
     modes = {run.name: run.mode for run in comparison.runs} | {group.label: group.mode for group in groups}
-    modes[REFERENCE_LABEL] = "card"
     files = {"rule.json": verdict.study.rule} if verdict.study else {}
     files |= {"answer.json": to_answer(verdict)}
-    is_card_drawn = with_reference and plots.is_reference_comparable(groups)
-    legend = "Full is blue, LoRA orange" + (", the card grey." if is_card_drawn else ".")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -108,10 +448,6 @@ def render_html(comparison: Comparison) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # a dotted name may be broken at its dots
-    environment.filters["break_hints"] = lambda text: Markup(
-        re.sub(r"(?<=[a-z])([._])(?=[a-z])", r"\1<wbr>", escape(text))
-    )
     return environment.get_template("page.html.j2").render(
         comparison=comparison,
         verdict=verdict,
@@ -119,23 +455,6 @@ def render_html(comparison: Comparison) -> str:
         downloads={name: base64.b64encode(json_text(content).encode()).decode() for name, content in files.items()},
         picture=plots.render_picture(groups, verdict, with_reference),
         plots=plots.render_svgs(groups, with_reference),
-        legend=f"{legend} {plots.bin_note(groups)}",
-        lay_out=lambda table: lay_out_cells(table, modes),
+        legend=plots.describe_lines(groups, with_reference),
+        modes=modes | {REFERENCE_LABEL: "card"},
     )
-
-
-def lay_out_cells(table: Table, modes: dict[str, str]) -> list[list[tuple[str, Markup]]]:
-    """Headings and rows as (text, class attribute): numbers to the right, long texts broken, modes in colour."""
-    is_numeric = [
-        all(is_number(cell) or cell == "unknown" for cell in column) for column in zip(*table.rows, strict=True)
-    ]
-    lines = []
-    for row in (table.headings, *table.rows):
-        is_heading, cells = row is table.headings, []
-        for column, cell in enumerate(row):
-            mode = modes.get(cell.split(", n = ")[0]) if column < 2 or is_heading else None  # what names its row
-            names = ["number"] * is_numeric[column] + ["wide"] * (len(cell) > MAX_NARROW_CHARS and not is_heading)
-            names += [f"key {mode}"] if mode else []
-            cells.append((cell, Markup(f' class="{" ".join(names)}"' if names else "")))
-        lines.append(cells)
-    return lines

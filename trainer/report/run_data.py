@@ -1,19 +1,17 @@
-"""One run as the report sees it, read back from its folder.
+"""One run as the report sees it, read back from its folder row by row, in bounded memory."""
 
-The rows of a run are read one by one, in bounded memory: of a long run the steps are kept as means of several each.
-"""
-
-import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from trainer.config.errors import UserError
+from trainer.config.fields import Float, Int
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER
 from trainer.tracking.records import (
@@ -28,20 +26,34 @@ from trainer.tracking.records import (
 
 #: columns of one kind of row, each an array of float64 of the same length; NaN where a row lacks the value
 Series = dict[str, NDArray[np.float64]]
-ROW_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord}
-KINDS = {row_class: kind for kind, row_class in ROW_CLASSES.items()}
-COLUMN_NAMES = {
-    kind: tuple(column.name for column in fields(row_class) if column.name != "row_nll")
-    for kind, row_class in ROW_CLASSES.items()
+COLUMN_NAMES: dict[type, list[str]] = {
+    kind: [column.name for column in fields(kind) if column.name != "row_nll"]
+    for kind in (StepRecord, EvalRecord, EpochRecord)
 }
-PORTION_ROWS = 2**13  # of steps that wait to become columns
-MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each
-MEAN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_second")  # of the others the last of the steps stands
+MAX_STEP_ROWS = 2**18  # of a run in memory; of more, every 2nd, 4th, 8th ... step is read
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 
 
-@dataclass(frozen=True, kw_only=True)
+class SampleText(BaseModel):
+    """A completion of a validation prompt beside its reference, and what the base made of it where that was asked."""
+
+    prompt: str
+    reference: str
+    completion: str
+    base: str | None = None
+
+
+class Samples(BaseModel):
+    """What an evaluation generated, and its scores where they were asked for."""
+
+    texts: list[SampleText]
+    epoch: Float
+    scored: Int | None = None
+    scores: dict[str, Float] | None = None
+
+
+@dataclass(kw_only=True, eq=False)
 class RunData:
     """One run: what it was (`metadata`, the content of run.json), what it left, and what is wrong with it (`notes`)."""
 
@@ -53,17 +65,16 @@ class RunData:
     steps: Series
     evals: Series
     epochs: Series
-    summary: Mapping[str, Any] = field(default_factory=dict)  #: the numbers of the `finished` event
-    state: str = "finished"  #: finished, going or stopped
-    diagnostics: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
-    generations: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
-    retained: tuple[float, ...] = ()  #: losses of the retained text (--retain-data), before training and after
-    notes: tuple[str, ...] = ()
-    eval_records_path: Path | None = None  #: the losses of each record, None where the run left none
+    summary: Mapping[str, Any]  #: the numbers of the `finished` event
+    state: str = "finished"  #: finished (also where it was stopped after the evaluation at its end), going or stopped
+    diagnostics: Sequence[tuple[int, str]]  #: (step, line) of what the run noticed of itself
+    samples: Samples | None  #: of its last evaluation that generated texts
+    forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
+    notes: Sequence[str] = ()
+    eval_records_path: Path | None  #: the losses of each record, None where the run left none
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its own end, or was evaluated at its last step and stopped after."""
         return self.state == "finished"
 
     def get(self, path: str) -> Any:
@@ -76,16 +87,14 @@ class RunData:
     @property
     def initial_loss(self) -> float | None:
         """Validation loss before the first step, in nats per token."""
-        indices = np.flatnonzero(self.evals["step"] == 0)
-        return float(self.evals["loss"][indices[0]]) if len(indices) else None
+        losses = self.evals["loss"][self.evals["step"] == 0]
+        return float(losses[0]) if len(losses) else None
 
     @property
     def best_eval(self) -> dict[str, float] | None:
         """Step, epoch and loss of the lowest validation loss after step 0."""
-        trained_indices = np.flatnonzero((self.evals["step"] > 0) & np.isfinite(self.evals["loss"]))
-        if not len(trained_indices):
-            return None
-        return self._eval_at(trained_indices[np.argmin(self.evals["loss"][trained_indices])])
+        trained = np.flatnonzero((self.evals["step"] > 0) & np.isfinite(self.evals["loss"]))
+        return self._eval_at(trained[np.argmin(self.evals["loss"][trained])]) if len(trained) else None
 
     @property
     def final_eval(self) -> dict[str, float] | None:
@@ -106,75 +115,49 @@ class RunData:
         """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
         return self.get("resumed.changed") or {}
 
-    @property
-    def forgetting(self) -> float | None:
-        """By how much the loss of the retained text rose, in nats per token; None where it was not measured twice."""
-        return self.retained[-1] - self.retained[0] if len(self.retained) > 1 else None
-
     def index_at_epoch(self, series: Series, epoch: float) -> int | None:
         """The row of `series` nearest to `epoch`, None where none lies within half a step of it."""
-        if not len(series["epoch"]):
-            return None
-        steps_per_epoch = self.get("resolved.steps_per_epoch")
+        distances, steps_per_epoch = np.abs(series["epoch"] - epoch), self.get("resolved.steps_per_epoch")
         max_distance = 0.5 / steps_per_epoch if steps_per_epoch else 1e-3
-        index = int(np.argmin(np.abs(series["epoch"] - epoch)))
-        return index if abs(series["epoch"][index] - epoch) <= max_distance else None
-
-
-# --- rows ---
+        return int(np.argmin(distances)) if np.any(distances <= max_distance) else None
 
 
 class RunRows:
-    """The rows of a run by kind, added one by one; of a long run the means of several steps each."""
+    """The rows of a run by kind, added one by one; of a very long run every so many-th step, and the last."""
 
     def __init__(self) -> None:
         self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
         self.start_time = 0.0  #: what the times of the rows begin with
-        self.steps_per_row = 1
-        self._rows: dict[str, list[list[float]]] = {kind: [] for kind in COLUMN_NAMES}
-        self._thinned = np.empty((0, len(COLUMN_NAMES["step"])))  # the steps before those in `_rows`
+        self.step_stride = 1
+        self._num_steps = 0
+        self._last_step: list[tuple[float, ...]] = []
+        self._rows: dict[type, list[tuple[float, ...]]] = {kind: [] for kind in COLUMN_NAMES}
 
-    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+    def add(self, kind: type, row: Mapping[str, Any]) -> None:
         """Take the next row of a kind; what it lacks, or is no number, becomes NaN."""
-        self._rows[kind].append([to_float(row.get(name)) for name in COLUMN_NAMES[kind]])
-        if kind == "step" and len(self._rows["step"]) >= PORTION_ROWS:
-            self._thinned = self._all_rows("step")
-            self._rows["step"].clear()
-            if len(self._thinned) > MAX_STEP_ROWS:
-                self._thinned = _average(_drop_superseded("step", self._thinned), 2)
-                self.steps_per_row *= 2
+        rows, values = self._rows[kind], tuple(to_float(row.get(name)) for name in COLUMN_NAMES[kind])
+        if kind is StepRecord:
+            self._num_steps += 1
+            if self._num_steps % self.step_stride:
+                self._last_step = [values]
+                return
+            self._last_step = []
+        rows.append(values)
+        if kind is StepRecord and len(rows) >= MAX_STEP_ROWS:
+            del rows[::2]
+            self.step_stride *= 2
 
-    def _all_rows(self, kind: str) -> NDArray[np.float64]:
-        rows = np.array(self._rows[kind]).reshape(-1, len(COLUMN_NAMES[kind]))
-        return np.concatenate([self._thinned, _average(rows, self.steps_per_row)]) if kind == "step" else rows
-
-    def series(self, kind: str) -> Series:
-        """The columns of the rows that stand."""
-        rows = _drop_superseded(kind, self._all_rows(kind))
-        series = dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(rows.T), strict=True))
+    def series(self, kind: type) -> Series:
+        """The columns of the rows, without those that a later row steps back behind: done again after a resume."""
+        rows = self._rows[kind] + (self._last_step if kind is StepRecord else [])
+        columns = np.array(rows).reshape(-1, len(COLUMN_NAMES[kind])).T
+        step = columns[COLUMN_NAMES[kind].index("step")]
+        columns, step = columns[:, np.isfinite(step)], step[np.isfinite(step)]
+        min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
+        series = dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
         series["time"] -= self.start_time
         return series
-
-
-def _drop_superseded(kind: str, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Without the rows that a later row steps back behind: they were done again after a resume."""
-    step = rows[:, COLUMN_NAMES[kind].index("step")]
-    rows, step = rows[np.isfinite(step)], step[np.isfinite(step)]
-    min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
-    return rows[step < min_later_step]
-
-
-def _average(steps: NDArray[np.float64], steps_per_row: int) -> NDArray[np.float64]:
-    """A row for so many steps, and one for the rest at the end."""
-    if steps_per_row == 1 or not len(steps):
-        return steps
-    starts = np.arange(0, len(steps), steps_per_row)
-    ends = np.minimum(starts + steps_per_row, len(steps))
-    rows = steps[ends - 1]
-    is_mean = [name in MEAN_COLUMNS for name in COLUMN_NAMES["step"]]
-    rows[:, is_mean] = np.add.reduceat(steps[:, is_mean], starts) / (ends - starts)[:, None]
-    return rows
 
 
 def to_float(value: Any) -> float:
@@ -183,9 +166,6 @@ def to_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return np.nan
-
-
-# --- a run folder ---
 
 
 def read_folder(folder: Path) -> RunData:
@@ -206,7 +186,7 @@ def read_folder(folder: Path) -> RunData:
                 if isinstance(record, EventRecord):
                     rows.events.append(record)
                 else:
-                    rows.add(KINDS[type(record)], vars(record))
+                    rows.add(type(record), vars(record))
     except OSError as error:
         raise UserError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
     except ValueError as error:
@@ -222,14 +202,12 @@ def build_run(
 ) -> RunData:
     """A run of valid metadata, with what is missing said in its notes; UserError where there is no row at all."""
     metadata = escape_control(metadata)
-    steps, evals, epochs = (rows.series(kind) for kind in ROW_CLASSES)
+    steps, evals, epochs = (rows.series(kind) for kind in COLUMN_NAMES)
     if not len(steps["step"]) and not len(evals["step"]):
         raise UserError("no metrics: neither a step nor an evaluation was written")
     events = [EventRecord(**escape_control(vars(event))) for event in rows.events]
-    facts: dict[str, list[Mapping[str, Any]]] = {}
-    for event in events:
-        facts.setdefault(event.event, []).append(event.facts)
-    end_facts = facts.get("finished", [{}])[-1]
+    ends = [event.facts for event in events if event.event == "finished"]
+    retained = [e.facts["loss"] for e in events if e.event == "retain_evaluation" and is_number(e.facts.get("loss"))]
     run = RunData(
         source=source,
         run_id=metadata["run_id"],
@@ -239,24 +217,22 @@ def build_run(
         steps=steps,
         evals=evals,
         epochs=epochs,
-        summary={name: value for name, value in end_facts.items() if is_number(value) or isinstance(value, bool)},
+        summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
-        generations=tuple(map(_read_generations, facts.get("samples", ()))),
-        retained=tuple(float(f["loss"]) for f in facts.get("retain_evaluation", ()) if is_number(f.get("loss"))),
+        samples=_last_samples(events),
+        forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
     total_steps, final_eval, notes = run.get("resolved.total_steps"), run.final_eval, list(rows.notes)
-    if rows.steps_per_row > 1:
-        notes.append(f"its steps are read as means of {rows.steps_per_row} each")
-    state = "finished"
-    is_evaluated_to_end = final_eval is not None and final_eval["step"] == total_steps
-    if not is_evaluated_to_end and "finished" not in facts:  # whatever came after its last evaluation
+    if rows.step_stride > 1:
+        notes.append(f"every {rows.step_stride}th of its steps is read")
+    if not ends and (final_eval is None or final_eval["step"] != total_steps):
         was_stopped = bool(events) and events[-1].event in STOP_EVENTS
-        state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
+        run.state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
         last_step = max(float(series["step"][-1]) for series in (steps, evals) if len(series["step"]))
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
         reason = f": {events[-1].message}" if was_stopped else ""
-        status = "still going" if state == "going" else "stopped before its end"
+        status = "still going" if run.state == "going" else "stopped before its end"
         notes.append(f"{status} ({progress}){reason}; left out of the verdict")
     elif not run.summary:
         notes.append("evaluated to its end but not closed: its time and memory are unknown")
@@ -266,22 +242,18 @@ def build_run(
         notes.append("no evaluation after step 0: no validation loss to compare")
     elif run.initial_loss is None:
         notes.append("no evaluation at step 0: how far it improved on its base is unknown")
-    return dataclasses.replace(run, state=state, notes=tuple(notes))
+    run.notes = tuple(notes)
+    return run
 
 
-def _read_generations(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What an evaluation generated: epoch, texts, and scores where asked for; what is not of that form is left out."""
-    texts, scores = facts.get("texts"), facts.get("scores")
-    names = ("prompt", "completion", "reference")
-
-    def is_whole(text: Any) -> bool:
-        return isinstance(text, Mapping) and all(isinstance(text.get(name), str) for name in names)
-
-    return {
-        **{name: facts[name] for name in ("epoch", "scored") if is_number(facts.get(name))},
-        "texts": list(filter(is_whole, texts if isinstance(texts, list) else [])),
-        "scores": {name: x for name, x in scores.items() if is_number(x)} if isinstance(scores, Mapping) else {},
-    }
+def _last_samples(events: Sequence[EventRecord]) -> Samples | None:
+    for event in reversed(events):
+        if event.event == "samples":
+            try:
+                return Samples.model_validate(event.facts)
+            except ValidationError:  # somebody edited the row: its texts are not shown
+                continue
+    return None
 
 
 def escape_control(value: Any) -> Any:
@@ -290,11 +262,7 @@ def escape_control(value: Any) -> Any:
     Names and texts of a run reach terminals and pages: no control sequence and no change of writing direction does.
     """
     if isinstance(value, str):
-        if value.isprintable():
-            return value
         return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in value)
     if isinstance(value, Mapping):
         return {escape_control(key): escape_control(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [escape_control(item) for item in value]
-    return value
+    return [escape_control(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,9 +1,9 @@
 """Full against LoRA at equal tokens, FLOPs, seconds and peak memory: from what runs had spent for a loss.
 
-A curve is one seed's way of one mode: points of a loss and what was spent until then, from the evaluations of a run or
-from whole runs of several lengths. Within a budget a curve has the loss that it reaches: linear in the logarithm of
-what was spent between two points, never beyond its last. The budget of a view is the largest that every curve reaches.
-Views are exploratory: the primary comparison is the one at equal tokens that the sentence is about.
+A curve is one seed's way of one mode, a frame of losses (nats per token) and what was spent until then, one column a
+resource: from the evaluations of a run or from whole runs of several lengths. Within a budget a curve has the loss that
+it reaches: linear in the logarithm of what was spent between two points, never beyond its last. The budget of a view is
+the largest that every curve reaches. Views are exploratory: the sentence is about the comparison at equal tokens.
 """
 
 import math
@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
+
 from trainer.report.interval import PairedInterval, seeds_interval
 
-#: of each resource its name, and how an amount reads
+#: of each resource its name, and how an amount reads; seconds are timed in alternation, a run's own clock is none
 RESOURCES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens": ("tokens", "{:,.0f}".format),
     "flops": ("FLOPs", "{:.3g}".format),
@@ -21,20 +23,6 @@ RESOURCES: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory", lambda amount: f"{amount / 1e9:.2f} GB"),
 }
 MEMORY_SLACK = 0.05  # peaks of a processor's process differ by so much from run to run: 1 % decided a study's view
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A loss (nats per token) and what was spent for it; None where that was not measured."""
-
-    loss: float
-    tokens: float | None = None
-    flops: float | None = None
-    seconds: float | None = None  #: timed in alternation; a run's own clock is none of this
-    peak_memory_bytes: float | None = None
-
-
-Curve = Sequence[Point]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +55,49 @@ class View:
         if self.full_loss is None or self.lora_loss is None:
             fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
             return f"{where}only {fits} fits, with loss {loss:.4f}"
-        line = f"{where}LoRA {self.lora_loss:.4f}, full {self.full_loss:.4f}"
-        if self.difference is None:
-            return f"{line}, difference {self.lora_loss - self.full_loss:+.4f}"
-        d = self.difference
-        return f"{line}, difference {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] over seeds"
+        difference = f"{self.lora_loss - self.full_loss:+.4f}"
+        if self.difference is not None:
+            difference = f"{self.difference} over seeds"
+        return f"{where}LoRA {self.lora_loss:.4f}, full {self.full_loss:.4f}, difference {difference}"
 
 
-def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str = "not timed") -> tuple[View, ...]:
+def build_views(
+    full: Sequence[pd.DataFrame], lora: Sequence[pd.DataFrame], *, no_seconds: str = "not timed"
+) -> tuple[View, ...]:
     """One view a resource, of one or more curves paired by seed; `no_seconds`: why there are none."""
-    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCES)
+    views = []
+    for resource in RESOURCES:
+        if any(curve.empty or curve[resource].isna().any() for curve in (*full, *lora)):
+            reason = no_seconds if resource == "seconds" else "not recorded by every run"
+            views.append(View(resource=resource, reason=reason))
+            continue
+        if resource == "peak_memory_bytes":
+            # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
+            budget = min(max(float(curve[resource].min()) for curve in curves) for curves in (full, lora))
+        else:
+            budget = min(float(curve[resource].max()) for curve in (*full, *lora))
+        losses = [[_loss_within(curve, resource, budget) for curve in curves] for curves in (full, lora)]
+        known = [[loss for loss in values if loss is not None] for values in losses]
+        means = [math.fsum(a) / len(a) if len(a) == len(b) else None for a, b in zip(known, losses, strict=True)]
+        difference = None
+        if len(full) > 1 and None not in means:
+            difference = seeds_interval([b - a for a, b in zip(*known, strict=True)])
+        view = View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
+        views.append(view)
+    return tuple(views)
+
+
+def _loss_within(curve: pd.DataFrame, resource: str, budget: float) -> float | None:
+    """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
+    if resource == "peak_memory_bytes":
+        budget *= 1 + MEMORY_SLACK
+    points = sorted(zip(curve[resource].astype(float).tolist(), curve["loss"].tolist(), strict=True))
+    within = [loss for spent, loss in points if spent <= budget]
+    if within and len(within) < len(points) and resource != "peak_memory_bytes":
+        (a, loss_a), (b, loss_b) = points[len(within) - 1], points[len(within)]
+        if 0 < a < b:
+            within.append(loss_a + (loss_b - loss_a) * math.log(budget / a) / math.log(b / a))
+    return min(within, default=None)
 
 
 def describe_views(views: Sequence[View]) -> list[str]:
@@ -91,34 +112,3 @@ def describe_views(views: Sequence[View]) -> list[str]:
         else:
             others.append(f"Exploratory: {line}.")
     return different + others
-
-
-def _build_view(resource: str, full: Sequence[Curve], lora: Sequence[Curve], no_seconds: str) -> View:
-    spent = [[getattr(point, resource) for point in curve] for curve in (*full, *lora)]
-    if any(value is None for values in spent for value in values) or not all(spent):
-        return View(resource=resource, reason=no_seconds if resource == "seconds" else "not recorded by every run")
-    if resource == "peak_memory_bytes":
-        # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
-        budget = min(max(map(min, spent[: len(full)])), max(map(min, spent[len(full) :])))
-    else:
-        budget = min(map(max, spent))
-    losses = [[_loss_within(curve, resource, budget) for curve in curves] for curves in (full, lora)]
-    known = [[loss for loss in values if loss is not None] for values in losses]
-    means = [math.fsum(a) / len(a) if len(a) == len(b) else None for a, b in zip(known, losses, strict=True)]
-    difference = None
-    if len(full) > 1 and None not in means:
-        difference = seeds_interval([b - a for a, b in zip(*known, strict=True)])
-    return View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
-
-
-def _loss_within(curve: Curve, resource: str, budget: float) -> float | None:
-    """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
-    points = sorted((getattr(point, resource), point.loss) for point in curve)
-    if resource == "peak_memory_bytes":
-        return min((loss for spent, loss in points if spent <= budget * (1 + MEMORY_SLACK)), default=None)
-    within = [loss for spent, loss in points if spent <= budget]
-    if within and len(within) < len(points):
-        (a, loss_a), (b, loss_b) = points[len(within) - 1], points[len(within)]
-        if 0 < a < b:
-            within.append(loss_a + (loss_b - loss_a) * math.log(budget / a) / math.log(b / a))
-    return min(within, default=None)

@@ -2,23 +2,21 @@
 
 import contextlib
 import io
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.text import shorten
+from trainer.data import cache
 from trainer.report.judge import RateCurve
-from trainer.report.page import markdown_list, markdown_section, markdown_verdict
+from trainer.report.page import Comparison, markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
-from trainer.report.tables import Comparison
-from trainer.tracking.wandb_logger import is_logged_in
+from trainer.tracking.wandb_keys import AXES, METRICS, data_name, reference_row
+from trainer.tracking.wandb_logger import is_logged_in, prepare_environment, wandb_mode
 
 REFERENCE_RUN_ID = f"card-{reference.NAME}"
-SAVED_REPORT_FILE = "wandb-report.json"  # in the output folder: which report this comparison was saved as
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
 MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
 #: title, x, metric, label of y
@@ -53,12 +51,12 @@ def parse_target(text: str) -> tuple[str, str]:
 
 
 def to_spec_json(comparison: Comparison) -> str:
-    """The report as the JSON that W&B keeps of it, made without any network."""
-    spec = _build_report(comparison, "entity", "project", own_project=True)._to_model().spec
+    """The report as the JSON that W&B keeps of it, made without any network: its run set names no project."""
+    spec = _build_report(comparison, {})._to_model().spec
     return str(spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)) + "\n"
 
 
-def save_report(comparison: Comparison, entity: str, project: str, output_dir: Path) -> str:
+def save_report(comparison: Comparison, entity: str, project: str) -> str:
     """Save the report and return its address; one saved before under the same project and title is updated.
 
     UserError where W&B does not take it.
@@ -73,21 +71,13 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
             api = wandb.Api()
             if project not in (existing_project.name for existing_project in api.projects(entity)):
                 api.create_project(project, entity)  # a run set asks the server for it
-            report = _build_report(comparison, entity, project, own_project=False)
-            target = {"entity": entity, "project": project, "title": report.title}
-            saved: dict[str, Any] = {}  # the one that this replaces: noted in the output folder, else found by title
-            with contextlib.suppress(OSError, ValueError):
-                saved = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
-            if isinstance(saved, dict) and saved.items() >= target.items() and "id" in saved:
-                report.id = str(saved["id"])
-            else:
-                reports = api.reports(f"{entity}/{project}")
-                report.id = next((str(other.id) for other in reports if other.display_name == report.title), "")
+            report = _build_report(comparison, {"entity": entity, "project": project})
+            reports = api.reports(f"{entity}/{project}")
+            report.id = next((str(other.id) for other in reports if other.display_name == report.title), "")
             report.save()
     except Exception as error:
         reason = shorten(str(error), 200)
         raise UserError(f"--wandb-report {entity}/{project}: W&B did not take it ({reason})") from error
-    (output_dir / SAVED_REPORT_FILE).write_text(json.dumps(target | {"id": report.id}) + "\n", encoding="utf-8")
     return str(report.url)
 
 
@@ -103,8 +93,6 @@ def _import_workspaces() -> Any:
 
 def report_title(comparison: Comparison) -> str:
     """The title, which is the same each time the same data are compared."""
-    from trainer.tracking.wandb_keys import data_name
-
     sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
     kind = "Full against LoRA" if comparison.verdict.study is None else "Study of full against LoRA"
     return (kind + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
@@ -117,11 +105,9 @@ def run_filter(comparison: Comparison) -> str:
     return f"Config('mode') in {['full', 'lora'] + ['card'] * comparison.with_reference}"
 
 
-def _build_report(comparison: Comparison, entity: str, project: str, *, own_project: bool) -> Any:
-    """The report; with `own_project` its run set names no project, so that no server is asked."""
-    wr = _import_workspaces()
-    verdict = comparison.verdict
-    place = {} if own_project else {"entity": entity, "project": project}
+def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
+    """The report; `place`: entity and project of its runs."""
+    wr, verdict = _import_workspaces(), comparison.verdict
     colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
     if comparison.with_reference:
         colours[REFERENCE_RUN_ID] = COLOURS["card"]
@@ -144,8 +130,7 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
         blocks += [wr.H1(title), wr.MarkdownBlock(text)]
     blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_build_panels(wr, comparison))]
     return wr.Report(
-        entity=entity,
-        project=project,
+        **{"entity": "entity", "project": "project", **place},
         title=report_title(comparison),
         width="fluid",
         description=verdict.sentence[:500],
@@ -197,15 +182,7 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
         for title, x, metric, y_label in LINE_PANELS
     ]
     memory = [wr.SummaryMetric("peak_memory_bytes")]
-    panels += [
-        wr.BarPlot(title="Peak memory (bytes)", metrics=memory, max_runs_to_show=MAX_RUNS_PER_PANEL),
-        wr.ScatterPlot(
-            title="Best validation loss by trainable parameters",
-            x=wr.Config("trainable_parameters"),
-            y=wr.SummaryMetric("val/loss.min"),
-            log_x=True,
-        ),
-    ]
+    panels.append(wr.BarPlot(title="Peak memory (bytes)", metrics=memory, max_runs_to_show=MAX_RUNS_PER_PANEL))
     for i, panel in enumerate(panels):
         panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
     bottom = wr.Layout(x=0, y=PANEL_HEIGHT * ((len(panels) + 1) // 2), w=2 * PANEL_WIDTH, h=12)
@@ -219,11 +196,9 @@ def log_reference(target: str) -> str:
     """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
 
     It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
-    or on the server, is left as it is: `wandb sync` from two places would double its rows.
+    or on the server, is left as it is: `wandb sync` from two places would double its rows. Its curve is the card's;
+    its config what the card states and leaves unsaid.
     """
-    from trainer.data import cache
-    from trainer.tracking.wandb_logger import prepare_environment, wandb_mode
-
     entity, _, project = target.rpartition("/")
     log_dir = cache.resolve_cache_dir() / "card" / target.replace("/", "-")
     existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
@@ -240,47 +215,41 @@ def log_reference(target: str) -> str:
         with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
             wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
             return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
-    place = {"entity": entity or None, "project": project, "dir": str(log_dir), "mode": mode}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            sync_dir = _log_reference_run(wandb, place)
-    except Exception as error:
-        raise UserError(f"--log-card {target}: W&B did not take it ({shorten(str(error), 200)})") from error
-    if mode == "online":
-        return f"the card is logged in {target}"
-    return f"the card is logged offline, send it with `wandb sync {sync_dir}`"
-
-
-def _log_reference_run(wandb: Any, place: dict[str, Any]) -> str:
-    """The folder of the run that has the card's curve, and as its config what the card states and leaves unsaid."""
-    from trainer.tracking.wandb_keys import AXES, METRICS, reference_row
-
     quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True)
     settings = wandb.Settings(console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet)
-    run = wandb.init(
-        **place,
-        id=REFERENCE_RUN_ID,
-        name=f"card {reference.NAME}",
-        job_type="reference",
-        tags=["card", "gpt2"],
-        config={
-            **reference.SETTINGS,
-            **reference.KNOWN_DATA,
-            "mode": "card",
-            "source": f"model card {reference.NAME}",
-            "steps_per_epoch": reference.STEPS_PER_EPOCH,
-            "from_its_program": list(reference.PROGRAM_DEFAULTS),
-            "unknown": list(reference.UNKNOWN_DATA),
-        },
-        reinit="create_new",
-        settings=settings,
-    )
-    for axis in AXES:
-        run.define_metric(axis, hidden=True)
-    for pattern, axis, summary in METRICS:
-        run.define_metric(pattern, step_metric=axis, summary=summary)
-    for row in reference.CURVE:
-        run.log(reference_row(row), step=row.step)
-    sync_dir = str(run.settings.sync_dir)
-    run.finish(exit_code=0)
-    return sync_dir
+    config = {
+        **reference.SETTINGS,
+        **reference.KNOWN_DATA,
+        "mode": "card",
+        "source": f"model card {reference.NAME}",
+        "steps_per_epoch": reference.STEPS_PER_EPOCH,
+        "from_its_program": list(reference.PROGRAM_DEFAULTS),
+        "unknown": list(reference.UNKNOWN_DATA),
+    }
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            run = wandb.init(
+                entity=entity or None,
+                project=project,
+                dir=str(log_dir),
+                mode="online" if mode == "online" else "offline",
+                id=REFERENCE_RUN_ID,
+                name=f"card {reference.NAME}",
+                job_type="reference",
+                tags=["card", "gpt2"],
+                config=config,
+                reinit="create_new",
+                settings=settings,
+            )
+            for axis in AXES:
+                run.define_metric(axis, hidden=True)
+            for pattern, axis, summary in METRICS:
+                run.define_metric(pattern, step_metric=axis, summary=summary)
+            for row in reference.CURVE:
+                run.log(reference_row(row), step=row.step)
+            sync_dir = run.settings.sync_dir
+            run.finish(exit_code=0)
+    except Exception as error:
+        raise UserError(f"--log-card {target}: W&B did not take it ({shorten(str(error), 200)})") from error
+    where = f"in {target}" if mode == "online" else f"offline, send it with `wandb sync {sync_dir}`"
+    return f"the card is logged {where}"

@@ -13,7 +13,7 @@ from trainer.report.comparable import (
     group_by_seed,
     reference_blockers,
 )
-from trainer.report.tables import build_settings_tables
+from trainer.report.page import build_settings_tables
 
 
 @pytest.mark.parametrize(("name", "path"), COMPARABILITY_KEYS.items())

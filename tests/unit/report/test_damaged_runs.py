@@ -10,8 +10,7 @@ from helpers.fake_runs import make_metadata, make_records, make_run_folder, writ
 from hypothesis import strategies as st
 
 from trainer.report.load import load_runs
-from trainer.report.page import render_markdown
-from trainer.report.tables import compare
+from trainer.report.page import compare, render_markdown
 from trainer.tracking.records import EventRecord, to_line
 
 SAMPLES = {

@@ -3,21 +3,24 @@
 The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from trainer.report import interval as interval_module
 from trainer.report.interval import (
     VarianceComponents,
-    margin_contrast,
     paired_interval,
     plan_sample_size,
     predict_half_width,
     seeds_interval,
     sum_by_unit,
 )
+from trainer.report.judge import Margin
 
 FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
 MIN_COVERAGE, MAX_SIZE, MAX_FALSE_DIFFERENCES = 0.93, 0.065, 0.06
@@ -103,12 +106,13 @@ def test_the_interval_is_never_narrower_than_that_of_the_seeds_means():
         assert interval.high - interval.estimate >= alone * (1 - 1e-12)
 
 
-def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
+def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero(monkeypatch):
     rng = np.random.default_rng(6)
     for case in CASES:
         differences, targets = simulate(rng, normal, case, num_seeds=4, excess=0.02)
         p_value = paired_interval(differences, targets).p_value
-        at_level = paired_interval(differences, targets, level=1 - p_value)
+        monkeypatch.setattr(interval_module, "TWO_SIDED", 1 - p_value / 2)
+        at_level = paired_interval(differences, targets)
         assert min(abs(at_level.low), abs(at_level.high)) == pytest.approx(0, abs=1e-9)
 
 
@@ -126,7 +130,8 @@ def test_records_of_one_group_are_summed_into_one_unit():
 
 def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_gain():
     base, full = np.full((1, 4), 4.0), np.full((1, 4), 2.0)
-    np.testing.assert_allclose(margin_contrast(full + 0.02 * (base - full), full, base, 0.02), 0, atol=1e-12)
+    losses = SimpleNamespace(lora=full + 0.02 * (base - full), full=full, base=base, targets=np.ones(4))
+    np.testing.assert_allclose(Margin().contrast(losses), 0, atol=1e-12)
 
 
 # --- simulated studies ---
@@ -165,8 +170,8 @@ def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_
         for _ in range(num_studies):
             excess, targets = simulate(rng, normal, case, num_seeds=num_seeds, excess=0.02)
             gain = targets * (1 + 0.3 * normal(rng, NUM_UNITS)) + 0.1 * targets * normal(rng, num_seeds, NUM_UNITS)
-            contrast = margin_contrast(excess, np.zeros_like(excess), gain, 0.02)
-            called.append(paired_interval(contrast, targets).upper < 0)
+            losses = SimpleNamespace(lora=excess, full=np.zeros_like(excess), base=gain, targets=targets)
+            called.append(paired_interval(Margin().contrast(losses), targets).upper < 0)
         assert print_share(f"{num_seeds} seeds, {case}: good enough at the margin", called) <= MAX_SIZE
 
 
@@ -213,12 +218,12 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
 def test_plan_sample_size_counts_the_seeds_or_says_that_records_are_the_floor():
     rng = np.random.default_rng(11)
     by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
-    advice = plan_sample_size(by_seeds, 0.03)
+    advice = plan_sample_size(dataclasses.replace(by_seeds, estimate=0.03))
     assert advice.floor < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
     by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
-    advice = plan_sample_size(by_records, 0.02)
+    advice = plan_sample_size(dataclasses.replace(by_records, estimate=0.02))
     assert advice.floor >= 0.02
     assert advice.num_seeds is None
     assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02

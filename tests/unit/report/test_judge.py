@@ -9,7 +9,7 @@ from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study
 
 from trainer.config.errors import UserError
 from trainer.report.comparable import group_by_seed
-from trainer.report.judge import ComparisonOptions, CostRatio, Margin, parse_margin
+from trainer.report.judge import CostRatio, Margin, StudyContext, parse_margin
 from trainer.report.run_data import read_folder
 from trainer.report.sentence import build_verdict
 
@@ -26,8 +26,9 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
         "-",
         "not compared: not timed in alternation on one machine (8.0 s against 3.3 min)",
     )
-    options = ComparisonOptions(step_time=CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True))
-    timed = build_verdict(group_by_seed([full, lora]), with_reference=False, options=options).headlines[1]
+    step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
+    study = StudyContext(choice="", lines=(), rate_curves=(), views=(), step_time=step_time, rule={}, facts={})
+    timed = build_verdict(group_by_seed([full, lora]), False, Margin(), study).headlines[1]
     assert (timed.value, timed.note) == ("0.50x", "0.4 s a step against 0.8 s, in alternation")
 
 

@@ -13,7 +13,7 @@ from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
 from trainer.report.load import collect_wandb_rows, load_runs
 from trainer.report.run_data import read_folder
-from trainer.tracking.records import EventRecord, StepRecord
+from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
 
 
 def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Path) -> None:
@@ -30,18 +30,19 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
     assert run_data.summary["wall_seconds"] == 100.0
 
 
-def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_very_long_run_every_so_many_th_step_is_read_and_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_run_folder(tmp_path / "run")
     whole = read_folder(folder)
     monkeypatch.setattr(run_data_module, "MAX_STEP_ROWS", 25)
-    monkeypatch.setattr(run_data_module, "PORTION_ROWS", 16)
     thinned = read_folder(folder)
-    assert thinned.notes == ("its steps are read as means of 4 each",)
+    assert thinned.notes == ("every 4th of its steps is read",)
     assert len(thinned.steps["step"]) <= 30
     assert [thinned.steps[name][-1] for name in ("step", "tokens", "time")] == [
         whole.steps[name][-1] for name in ("step", "tokens", "time")
     ]
-    assert thinned.steps["loss"][0] == pytest.approx(whole.steps["loss"][:4].mean())
+    assert thinned.steps["loss"][0] == whole.steps["loss"][3]
     assert thinned.steps["step"][:2].tolist() == [4, 8]
     for kind in ("evals", "epochs"):
         np.testing.assert_equal(getattr(thinned, kind), getattr(whole, kind))
@@ -157,6 +158,6 @@ def test_the_time_of_a_wandb_run_begins_with_its_first_row_that_has_one():
         {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
         {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0},
     ]
-    times = collect_wandb_rows(rows).series("eval")["time"]
+    times = collect_wandb_rows(rows).series(EvalRecord)["time"]
     assert np.isnan(times[0])
     assert times[1:].tolist() == [7.0, 0.0]

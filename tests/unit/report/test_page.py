@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from trainer.config import reference
 from trainer.config.text import escape_markdown
 from trainer.report import plots
 from trainer.report.load import load_runs
-from trainer.report.page import render_html, render_markdown, write_report
-from trainer.report.tables import Comparison, compare
+from trainer.report.page import Comparison, compare, render_html, render_markdown, write_report
 
 Plain = tuple[Comparison, dict[str, str]]
 
@@ -75,7 +75,7 @@ def test_every_report_format_has_the_card_full_lora_and_their_difference(card_li
     for text in itertools.chain(*table.rows):
         assert f">{text}<" in files["report.html"]
         assert f" {escape_markdown(text)} " in files["report.md"]
-    assert ["trainable parameters", *["124,439,808"] * 2] in [row[:3] for row in card_like.by_run.rows]
+    assert ["trainable parameters", "124,439,808", "1,179,648"] in [row[:3] for row in card_like.by_run.rows]
     assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json"]
 
 
@@ -287,11 +287,15 @@ def test_the_validation_loss_says_its_last_value_and_has_the_card_only_where_it_
     assert [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()] == legend
 
 
+def thin(x: Any, y: Any) -> Any:
+    return plots.PLOTS[1].curve(SimpleNamespace(steps={"epoch": x, "loss": y}))
+
+
 def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
     x = np.arange(20_000.0)
-    few_x, few_y = plots.downsample(x, np.sin(x) + 1, 300)
-    assert len(few_x) == 300
+    few_x, few_y = thin(x, np.sin(x) + 1)
+    assert len(few_x) == 200
     assert few_y.mean() == pytest.approx((np.sin(x) + 1).mean(), abs=1e-2)
     assert np.all(np.diff(few_x) > 0)
-    np.testing.assert_array_equal(plots.downsample(x[:200], x[:200], 300)[1], x[:200])
-    assert len(plots.downsample(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
+    np.testing.assert_array_equal(thin(x[:200], x[:200])[1], x[:200])
+    assert len(thin(x[:3], np.array([1.0, np.nan, 2.0]))[0]) == 2

@@ -11,7 +11,7 @@ import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
-from trainer.report.interval import margin_contrast, paired_interval
+from trainer.report.interval import paired_interval
 from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
 from trainer.report.sentence import describe_numbers, to_answer
@@ -34,7 +34,7 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
         losses_of("full", 0),
     )
     assert pair.excess == paired_interval(lora - full, targets)
-    assert pair.contrast == paired_interval(margin_contrast(lora, full, base, 0.02), targets)
+    assert pair.contrast == paired_interval(lora - full - 0.02 * (base - full), targets)
     answer = json.loads(json.dumps(to_answer(judge_runs(*runs))))  # for machines
     (comparison,) = answer["comparisons"]
     assert (answer["answer"], comparison["seeds"], comparison["lora"]["lr"]) == ("worse", [0, 1, 2], 0.005)

@@ -2,24 +2,19 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from trainer.report.interval import holm
-from trainer.report.views import Point, build_views, describe_views
+from trainer.report.views import build_views, describe_views
 
 
-def curve(losses: list[float], *, flops: float, seconds: float | None = None, memory: float = 1e9) -> list[Point]:
+def curve(losses: list[float], *, flops: float, seconds: float | None = None, memory: float = 1e9) -> pd.DataFrame:
     """Points at 100, 200, ... tokens; `flops` and `seconds` a token."""
-    return [
-        Point(
-            loss=loss,
-            tokens=100 * i,
-            flops=100 * i * flops,
-            seconds=seconds and 100 * i * seconds,
-            peak_memory_bytes=memory,
-        )
-        for i, loss in enumerate(losses, start=1)
-    ]
+    tokens = 100 * np.arange(1, len(losses) + 1)
+    spent = {"tokens": tokens, "flops": tokens * flops, "seconds": seconds and tokens * seconds}
+    return pd.DataFrame({"loss": losses, **spent, "peak_memory_bytes": memory})
 
 
 def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_ends() -> None:

@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from trainer.config.errors import UserError
 from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
-from trainer.report.judge import ComparisonOptions, FullVsLora, RateCurve, StudyContext, compare_groups
+from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_groups
+from trainer.report.page import Comparison, compare_run_groups
 from trainer.report.run_data import RunData, read_folder
-from trainer.report.tables import Comparison, compare_run_groups
-from trainer.report.views import Point, View, build_views
+from trainer.report.views import View, build_views
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
 from trainer.tools.study.search import MethodSearch, Results, StudyState, TrialSpec
@@ -59,7 +61,7 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
             "trials on one kind of machine"
         )
     full, lora = (groups[method] for method in PRIMARY)
-    pair = compare_groups(full, lora, ComparisonOptions(margin=rule.margin, level=rule.level))
+    pair = compare_groups(full, lora, rule.margin)
     if pair.blockers:
         raise AnswerRefusedError(f"refused to rank: {'; '.join(pair.blockers)}")
     if pair.losses is None or pair.losses.split != "test":
@@ -96,11 +98,11 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
         rate_curves=rate_curves(study_folder, rule, results),
         views=study_views(study_folder, rule, results, timing),
+        step_time=timing.cost,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
         facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes},
     )
-    options = ComparisonOptions(margin=rule.margin, level=rule.level, step_time=timing.cost, study=study)
-    return compare_run_groups(list(groups.values()), with_reference=False, options=options)
+    return compare_run_groups(list(groups.values()), (), with_reference=False, margin=rule.margin, study=study)
 
 
 def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, ...]:
@@ -130,7 +132,7 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
     length. Its time and memory are those of the timed runs, taken in alternation and of equal length.
     """
 
-    def curve(method: str, seed: int) -> list[Point]:
+    def curve(method: str, seed: int) -> pd.DataFrame:
         specs = [spec for spec in MethodSearch(rule, method, results).trials if spec.seed == seed]
         step_seconds, points = timing.mean_step_seconds.get(method), []
         for num_steps in rule.rungs:
@@ -139,15 +141,15 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
             end = {name: float(values[-1]) for name, values in run.evals.items()}
             step_flops = run.get("model.step_flops")
             points.append(
-                Point(
-                    loss=end["loss"],
-                    tokens=end["tokens"],
-                    flops=None if step_flops is None else step_flops * end["step"],
-                    seconds=None if step_seconds is None else step_seconds * end["step"],
-                    peak_memory_bytes=None if timing.reason else timing.peak_memory_bytes[method],
-                )
+                {
+                    "loss": end["loss"],
+                    "tokens": end["tokens"],
+                    "flops": None if step_flops is None else step_flops * end["step"],
+                    "seconds": None if step_seconds is None else step_seconds * end["step"],
+                    "peak_memory_bytes": None if timing.reason else timing.peak_memory_bytes[method],
+                }
             )
-        return points
+        return pd.DataFrame(points)
 
     full, lora = ([curve(method, seed) for seed in rule.search_seeds] for method in PRIMARY)
     return build_views(full, lora, no_seconds=timing.cost.reason)

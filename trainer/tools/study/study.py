@@ -156,5 +156,5 @@ def run_study(args: argparse.Namespace) -> int:
     print_verdict(verdict, [*exploratory, f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
     if args.wandb_report is not None:
         entity, project = args.wandb_report
-        print(f"W&B Report: {save_report(comparison, entity, project, study.folder)}")
+        print(f"W&B Report: {save_report(comparison, entity, project)}")
     return REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
