@@ -367,7 +367,7 @@ DAMAGE = {
     ("mode", "how", "message"),
     [
         ("full", "transposed", "logits differ by"),
-        ("lora", "zeroed", "every adapter's B is zero: the adapters were not trained"),
+        ("lora", "zeroed", "logits differ by"),
     ],
 )
 def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, message, tiny_model, data_files, tmp_path):

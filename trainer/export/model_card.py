@@ -1,6 +1,5 @@
 """The model card of an exported folder, in the Hub's form; its text is in model_card.md."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,13 +12,6 @@ from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import QUANTIZATION_FILE, VerificationResult
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 from trainer.training.schedule import describe_schedule
-
-PACKAGES = ("torch", "transformers", "deepspeed", "peft")
-ADAPTER_NAMES = {"lora": "LoRA", "dora": "DoRA", "rslora": "rank-stabilised LoRA", "pissa": "PiSSA"}
-OPTIMIZER_NAMES = {
-    "adamw8bit": "AdamW with moments in 8 bits",
-    "paged_adamw8bit": "paged AdamW with moments in 8 bits",
-}
 
 
 def render_model_card(
@@ -42,20 +34,12 @@ def render_model_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    model, data, settings, resolved = (metadata[name] for name in ("model", "data", "settings", "resolved"))
-    train, lora = settings["train"], settings["lora"]
+    model, data, train = metadata["model"], metadata["data"], metadata["settings"]["train"]
     records = [record for record in records if record.step <= step or isinstance(record, EventRecord)]
-    train_losses = {r.step: f"{r.train_loss:.4f}" for r in records if isinstance(r, EpochRecord)}
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
-    is_random, is_adapter = model["init"] == "random", metadata["mode"] == "lora" and not is_merged
-    method = "every weight"
-    if metadata["mode"] == "lora":
-        method = f"{ADAPTER_NAMES[lora['adapter']]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}"
-        method += f", on {_plain(', '.join(model['lora_targets']))}"
-        if lora["modules_to_save"]:
-            method += f", and the base's own {', '.join(lora['modules_to_save'])}"
+    is_adapter = metadata["mode"] == "lora" and not is_merged
     base_model = {}
-    if not is_random and is_hub_id(model["name"]):
+    if model["init"] == "pretrained" and is_hub_id(model["name"]):
         base_model = {"base_model": model["name"], "base_model_relation": "adapter" if is_adapter else "finetune"}
     metrics = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
@@ -86,40 +70,28 @@ def render_model_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_suffix(".md")),
-        run=metadata,
-        model=model,
-        data=data,
-        settings=settings,
-        resolved=resolved,
-        train=train,
+        **metadata,
+        evals=[evals[number] for number in sorted(evals)],
+        train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
         events=[record for record in records if isinstance(record, EventRecord)],
+        lr_shape=describe_schedule(
+            train["schedule"], min_lr=train["min_lr"], warmup_steps=metadata["resolved"]["warmup_steps"]
+        ),
         verification=verification,
         step=step,
         last_step=last_step,
-        method=method,
-        base=json.dumps(model["name"]) if is_hub_id(model["name"]) and not is_random else "BASE",
-        is_random=is_random,
-        is_merged=is_merged,
-        lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
-        optimizer=OPTIMIZER_NAMES.get(train["optim"], "AdamW"),
-        results=[
-            (f"{r.epoch:.4g}", f"{n:,}", train_losses.get(n, ""), f"{r.loss:.4f}", f"{perplexity(r.loss):.3f}")
-            for n, r in sorted(evals.items())
-        ],
+        is_adapter=is_adapter,
+        base_model=base_model.get("base_model"),
         not_comparable=not_comparable,
         reference=reference,
         answer=answer,
-        packages=PACKAGES,
         quantization_file=QUANTIZATION_FILE,
-        plain=_plain,
-        code=_code,
+        perplexity=perplexity,
         public_name=public_name,
+        plain=lambda text: escape_markdown(escape_controls(text)),
+        code=_code,
     )
     return f"{card}\n"
-
-
-def _plain(text: str) -> str:
-    return escape_markdown(escape_controls(text))
 
 
 def _code(text: str) -> str:

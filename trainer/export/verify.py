@@ -132,33 +132,18 @@ def verify_folder(
 
 
 def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str]) -> Iterator[str]:
-    """What is wrong with the stored tensors, read one at a time; the first problems explain the later ones.
-
-    `tied_names`: all that a tied embedding could be stored under.
-    """
-    names, empty_names, moved, dtypes = [], [], [], set()
-    for path in sorted(folder.glob("*.safetensors")):
+    """What is wrong with how the tensors are stored; `tied_names`: all that a tied embedding could be stored under."""
+    stored: dict[str, str] = {}  # {name of a tensor: its type}
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                names.append(name)
-                tensor_slice = file.get_slice(name)
-                dtypes.add(tensor_slice.get_dtype())
-                if 0 in tensor_slice.get_shape():
-                    empty_names.append(name)
-                if ".lora_B." in name:
-                    moved.append(bool(file.get_tensor(name).any()))
-    if not names:
-        yield "it holds no tensors"
-    if empty_names:
-        yield f"{empty_names[0]} is empty"
-    if moved and not any(moved):
-        yield "every adapter's B is zero: the adapters were not trained"
-    torch_dtype, safetensors_dtype = STORED_DTYPES[dtype]
+            stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
     config = folder / "config.json"  # an adapter's config names no dtype
-    config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else torch_dtype
-    if dtypes != {safetensors_dtype} or config_dtype != torch_dtype:
-        yield f"stored as {', '.join(sorted(dtypes))}, its config says {config_dtype}, expected {torch_dtype}"
-    if (num_copies := sum(name in tied_names for name in names)) > 1:
+    expected = STORED_DTYPES[dtype]
+    config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else expected[0]
+    dtypes = ", ".join(sorted(set(stored.values())))
+    if (config_dtype, dtypes) != expected:
+        yield f"stored as {dtypes}, its config says {config_dtype}, expected {expected[0]}"
+    if (num_copies := sum(name in tied_names for name in stored)) > 1:
         yield f"the tied embedding is stored {num_copies} times"
 
 
