@@ -124,6 +124,7 @@ def export_checkpoint(
         del model, module, state_dict  # their memory is for the one that is loaded now
         result = verify.verify_folder(
             folder,
+            source,
             input_ids=input_ids,
             logits=logits,
             is_tied=is_tied,
@@ -132,11 +133,8 @@ def export_checkpoint(
             dtype=dtype,
             val=data.val if data is not None else None,
             eval_batch=settings.train.eval_batch,
-            precision=source.metadata["precision"],
-            recorded_loss=source.val_loss,
             loss_missing_reason=loss_missing_reason,
             loss_changes=causes,
-            is_cross_device=source.metadata["device"] != device.type,
         )
         records, checkpoints = run_folder / "metrics.jsonl", list_checkpoints(run_folder / "checkpoints")
         best = best_checkpoint(checkpoints) if settings.output.export == "best" else None

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import set_library_environment, without_launcher
 
 TIMEOUT_SECONDS = 20 * 3600  # less than the other ranks wait for rank 0
@@ -47,15 +47,10 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     finally:
         os.close(read_end)
         os.close(write_end)
-    lines = process.stdout.strip().splitlines()
-    if process.returncode or not lines:
-        reason = (process.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-        raise TrainingError(
-            f"{request['output_dir']} not written: the export ended with exit code {process.returncode}: {reason}"
-        )
-    result: dict[str, Any] = json.loads(lines[-1])
-    if "error" in result:
-        raise TrainingError(result["error"])
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+        raise TrainingError(f"{request['output_dir']} not written: {reason.removeprefix('error: ')}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
@@ -71,4 +66,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(export_checkpoint(**json.loads(sys.argv[1]))))
     except (UserError, TrainingError) as error:
-        print(json.dumps({"error": str(error)}))
+        sys.exit(report_error(error))

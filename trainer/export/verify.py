@@ -21,6 +21,7 @@ from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches
 from trainer.model import quantization
 from trainer.model.build import get_max_positions
+from trainer.training.checkpoint import Checkpoint
 
 QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
@@ -73,6 +74,7 @@ def compare_logits(logits: np.ndarray, expected: np.ndarray) -> tuple[float, str
 
 def verify_folder(
     folder: Path,
+    source: Checkpoint,
     *,
     input_ids: np.ndarray,
     logits: np.ndarray,
@@ -82,20 +84,17 @@ def verify_folder(
     dtype: ExportDtype = "fp32",
     val: TokenDataset | None = None,
     eval_batch: int = 1,
-    precision: str = "fp32",
-    recorded_loss: float | None = None,
     loss_missing_reason: str = "",
     loss_changes: Sequence[str] = (),
-    is_cross_device: bool = False,
 ) -> VerificationResult:
-    """Load the folder and judge its answers; never raises for a bad folder.
+    """Load the folder and judge its answers, and its loss by that of the checkpoint; never raises for a bad folder.
 
     `logits`: float32 [rows, width, vocabulary] of the trained model on `input_ids`; `is_tied`: whether its input and
     output embeddings are one tensor; `base_path`: where the base of an adapter is; `dtype`: in which the weights must
-    be stored; `val`: rows to evaluate, None where they are gone; `precision`: of the recorded loss;
-    `loss_missing_reason`: why it cannot be evaluated; `loss_changes`: what the export did to the weights, so that the
-    losses may differ; `is_cross_device`: it was recorded on another kind of device.
+    be stored; `val`: rows to evaluate, None where they are gone, for `loss_missing_reason`; `loss_changes`: what the
+    export did to the weights, so that the losses may differ.
     """
+    recorded_loss, precision = source.val_loss, source.metadata["precision"]
     try:
         model = load_folder(folder, base_path, device)
         embedding = model.get_input_embeddings().weight
@@ -116,6 +115,7 @@ def verify_folder(
         remark = "" if loss_changes else " (none was recorded)"
         if recorded_loss is not None and not loss_changes:
             remark = f" (recorded {recorded_loss:.6f})"
+            is_cross_device = source.metadata["device"] != device.type
             bound = LOSS_BOUND[precision] * recorded_loss * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
             if not abs(loss - recorded_loss) <= bound:
                 problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")

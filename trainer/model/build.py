@@ -210,7 +210,7 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
         problem = f"{file} cannot be used: {model_files.reason(error)}"
         if isinstance(error, OSError) and not (folder / file).exists():
             problem = f"has no {file}" if folder.is_dir() else f"no such folder, and the hub gives no {file}"
-            problem += "; pass --model FOLDER with a copy in Hugging Face's form"
+            problem += "; pass --model FOLDER with config.json and safetensors (pickles may hold code and are not read)"
         raise UserError(f"--model {model}: {problem}") from error
 
 

@@ -19,7 +19,6 @@ from trainer.config.text import list_some
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
-PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_LAYERS = 2000  # more than any model has: each is a Python object, so a damaged number would fill the memory
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
@@ -64,8 +63,8 @@ def check_config(config: Any) -> None:
         raise UserError("config.json: quantization_config: packed weights; expected floats (--quant packs them here)")
     if "/" in str(getattr(config, "_attn_implementation", None) or ""):
         raise UserError("config.json: attn_implementation names code of the hub, which is never run; leave it out")
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if type(num_layers) is not int or not 1 <= num_layers <= MAX_LAYERS:
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MAX_LAYERS):
         raise UserError(f"config.json: {num_layers!r} layers; expected a whole number from 1 to {MAX_LAYERS}")
 
 
@@ -86,8 +85,6 @@ def check_weight_files(folder: Path) -> None:
             path = PurePosixPath(file)
             if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
                 raise UserError(f"{INDEX_FILE}: names {file!r}; expected .safetensors files inside the folder")
-    elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
-        raise UserError(f"{pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
     for file in sorted(files):
         if problem := weights_file_problem(folder / file):
             raise UserError(f"{file}: {problem}; copy it again")

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from trainer.export.verify import verify_folder
+from trainer.training.checkpoint import Checkpoint
 
 
 def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(tmp_path):
     logits, cpu = np.ones((1, 1, 1)), torch.device("cpu")
-    verification = verify_folder(tmp_path, input_ids=np.zeros((1, 1)), logits=logits, is_tied=True, device=cpu)
+    source = Checkpoint(folder=tmp_path, metadata={"progress": {"step": 1, "val_step": 0}, "precision": "fp32"})
+    verification = verify_folder(tmp_path, source, input_ids=np.zeros((1, 1)), logits=logits, is_tied=True, device=cpu)
     assert len(verification.problems) == 1
     assert verification.summary.startswith("CHECK FAILED: it could not be loaded again: ")
 

@@ -103,7 +103,9 @@ def test_pickled_weights_are_refused_unread(folder, tmp_path, dump):
     canary = tmp_path / "canary"
     (folder / WEIGHTS).unlink()
     dump(Canary(canary), folder / "pytorch_model.bin")
-    assert_refused(folder, "pytorch_model.bin is a pickle, which may hold code; expected model.safetensors")
+    assert_refused(
+        folder, "has no model.safetensors; pass --model FOLDER with config.json and safetensors (pickles may hold code"
+    )
     assert not canary.exists()
 
 
