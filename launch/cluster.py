@@ -8,13 +8,14 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.cli import parse_args
-from trainer.config.errors import UserError, report_error
+from trainer.config.errors import UserError
 from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
-from trainer.tracking.safe_stream import protect_standard_streams
+from trainer.tools.program import program
 
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
@@ -36,10 +37,10 @@ def build_parser() -> ArgumentParser:
         "for the flags given, and print them; submits nothing. Takes every flag of train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",
     )
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--slurm", action="store_true", help="a batch script for sbatch: torchrun in one task a node")
     hosts_help = "hosts reached by ssh, the first is this one, and the ranks of each"
-    add("--hosts", metavar="NAME:RANKS,...", help=hosts_help)
+    add("--hosts", type=parse_hosts, metavar="NAME:RANKS,...", default={}, help=hosts_help)
     add = parser.add_argument_group("with --slurm").add_argument
     add("--nodes", type=whole_number, metavar="N", help="nodes")
     add("--ranks-per-node", type=whole_number, metavar="N", help="ranks, and GPUs, of each node")
@@ -53,52 +54,45 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the files and print them; a mistake is one line on stderr."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Write the files and print them."""
     parser = build_parser()
+    args, run_argv = parser.parse_known_args(argv)
+    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if args.hosts and value is not None:
+            raise UserError(f"{flag} {value}: goes with --slurm")
+        if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
+            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
+    cli_args = parse_args(run_argv, companion=parser)
+    settings, folder = cli_args.settings, args.folder.absolute()
+    if cli_args.dry_run or cli_args.runs_finder:
+        raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
+    if cli_args.resume not in (None, "auto", "latest"):
+        raise UserError(f"--resume {cli_args.resume}: each start would go back there; expected --resume auto, or none")
+    settings.train.batch(sum(args.hosts.values()) or args.nodes * args.ranks_per_node)
+
+    script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
+    is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
+    command = [script, *run_argv, *([] if is_resumed else ["--resume", "auto"])]
+    if args.slurm:
+        files = slurm_files(command, settings, args)
+    else:
+        files = ssh_files(command, settings, args.hosts, folder, os.environ)
     try:
-        args, run_argv = parser.parse_known_args(argv)
-        if not (args.slurm or args.hosts):
-            raise UserError("expected --slurm, or --hosts NAME:RANKS,NAME:RANKS")
-        cli_args = parse_args(run_argv, companion=parser)
-        if cli_args.dry_run or cli_args.runs_finder:
-            raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
-        if cli_args.resume not in (None, "auto", "latest"):
-            raise UserError(
-                f"--resume {cli_args.resume}: expected --resume auto, or none: started again, it would go back there"
-            )
-        ranks_of_hosts = parse_hosts(args.hosts) if args.hosts else {}
-        for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
-            flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-            if args.hosts and value is not None:
-                raise UserError(f"{flag} {value}: goes with --slurm")
-            if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
-                raise UserError(f"--slurm without {flag}: expected a whole number from 1")
-        cli_args.settings.train.batch(sum(ranks_of_hosts.values()) or args.nodes * args.ranks_per_node)
-        script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
-        is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
-        command = [script, *run_argv, *([] if is_resumed else ["--resume", "auto"])]
-        settings, folder = cli_args.settings, args.folder.absolute()
-        if args.slurm:
-            files = slurm_files(command, settings, args)
-        else:
-            files = ssh_files(command, settings, ranks_of_hosts, folder, os.environ)
         write_files(folder, files)
-    except UserError as error:
-        return report_error(error)
     except OSError as error:
-        return report_error(UserError(f"--folder {args.folder}: cannot write there: {error.strerror}"))
+        raise UserError(f"--folder {args.folder}: cannot write there: {error.strerror}") from error
     for name, (content, mode) in files.items():
         print(f"# {folder / name}")
         if mode == 0o600:  # its values may be secret
             print(f"(readable by you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
         else:
             print(content)
-    start = "sbatch" if args.slurm else "bash"
-    print(f"# start it with: {start} {shlex.quote(str(folder / name))}")
+    print(f"# start it with: {'sbatch' if args.slurm else 'bash'} {shlex.quote(str(folder / name))}")
     return 0
 
 
 if __name__ == "__main__":
-    protect_standard_streams()
     sys.exit(main())

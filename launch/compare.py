@@ -1,11 +1,11 @@
 """Put runs side by side with one another and with the card: `python launch/compare.py runs/full runs/lora`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser
-from trainer.config.errors import UserError, report_error
-from trainer.tracking.safe_stream import protect_standard_streams
+from trainer.tools.program import program
 
 
 def build_parser() -> ArgumentParser:
@@ -20,8 +20,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
-    check_help = "'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
-    check_help += "may be given more than once"
+    check_help = "'val_loss<=1.0048@epoch 2', for every run, or `card`: each epoch at or under the card's; repeatable"
     tolerance_help = "widens the limit of each check, in its unit (default: 0)"
     output_help = "where the report goes (default: comparison)"
     add("runs", nargs="*", metavar="RUN", help=runs_help)
@@ -36,17 +35,14 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse and do what was asked; a mistake is one line on stderr."""
-    try:
-        args = build_parser().parse_args(argv)
-        from trainer.report.compare_cli import run_comparison
+@program
+def main(argv: Sequence[str]) -> int:
+    """Parse and do what was asked."""
+    args = build_parser().parse_args(argv)
+    from trainer.report.compare_cli import run_comparison
 
-        return run_comparison(args)
-    except UserError as error:
-        return report_error(error)
+    return run_comparison(args)
 
 
 if __name__ == "__main__":
-    protect_standard_streams()
     sys.exit(main())

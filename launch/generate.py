@@ -4,11 +4,12 @@ Without prompts: the runs' own validation prompts, or a dialogue on a terminal.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser, whole_number
-from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.tracking.safe_stream import protect_standard_streams
+from trainer.config.errors import UserError
+from trainer.tools.program import prepare_libraries, program
 
 
 def build_parser() -> ArgumentParser:
@@ -37,34 +38,27 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse and do what was asked; a mistake is one line on stderr."""
-    try:
-        args = build_parser().parse_args(argv)
-        for flag, value, is_accepted, accepted in (
-            ("--num", args.num, 1 <= args.num <= 32, "a whole number from 1 to 32"),
-            ("--temperature", args.temperature, 0 <= args.temperature < 100, "0 (greedy) or a number above it"),
-            ("--top-p", args.top_p, 0 < args.top_p <= 1, "a share above 0, at most 1"),
-        ):
-            if not is_accepted:
-                raise UserError(f"{flag} {value}: expected {accepted}")
-        if args.prompt and args.prompts:
-            raise UserError("--prompt and --prompts: expected one of them")
-        from trainer.distributed.launch_environment import set_library_environment
-        from trainer.tracking.silence import silence_libraries
+@program
+def main(argv: Sequence[str]) -> int:
+    """Parse and do what was asked."""
+    args = build_parser().parse_args(argv)
+    for flag, value, is_accepted, accepted in (
+        ("--num", args.num, 1 <= args.num <= 32, "a whole number from 1 to 32"),
+        ("--temperature", args.temperature, 0 <= args.temperature < 100, "0 (greedy) or a number above it"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "a share above 0, at most 1"),
+    ):
+        if not is_accepted:
+            raise UserError(f"{flag} {value}: expected {accepted}")
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts: expected one of them")
+    prepare_libraries()
+    from trainer.tools.generate import generate
+    from trainer.training.generation import check_installed
 
-        silence_libraries()  # before the libraries it silences are imported
-        set_library_environment()
-        from trainer.tools.generate import generate
-        from trainer.training.generation import check_installed
-
-        if args.score:
-            check_installed("--score")
-        return generate(args)
-    except (UserError, TrainingError) as error:
-        return report_error(error)
+    if args.score:
+        check_installed("--score")
+    return generate(args)
 
 
 if __name__ == "__main__":
-    protect_standard_streams()
     sys.exit(main())

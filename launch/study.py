@@ -6,12 +6,16 @@ FOLDER` adds workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
-from trainer.config.errors import UserError, report_error
-from trainer.tracking.safe_stream import protect_standard_streams
+from trainer.config.errors import UserError
+from trainer.report.wandb_report import parse_target
+from trainer.tools.program import program
+from trainer.tools.study.planning import plan_study
+from trainer.tools.study.study import run_study
 
 JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others would change the study that is joined
 
@@ -40,29 +44,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Plan or join, run, answer; a mistake is one line on stderr."""
+@program
+def main(argv: Sequence[str]) -> int:
+    """Plan or join, run, answer."""
     parser = build_parser()
-    try:
-        args, train_argv = parser.parse_known_args(argv)
-        if args.wandb_report is not None:
-            from trainer.report.wandb_report import parse_target
-
-            args.wandb_report = parse_target(args.wandb_report)
-        from trainer.tools.study.planning import plan_study
-        from trainer.tools.study.study import run_study
-
-        if args.join is None:
-            plan_study(args, train_argv, parser)
-            return 0 if args.dry_run else run_study(args)
-        given = [n for n, value in vars(args).items() if n not in JOIN_FLAGS and value != parser.get_default(n)]
-        if flags := [*(f"--{name.replace('_', '-')}" for name in given), *train_argv]:
-            raise UserError(f"{flags[0]}: not with --join, whose study has its rule; expected --workers")
-        return run_study(args)
-    except UserError as error:
-        return report_error(error)
+    args, train_argv = parser.parse_known_args(argv)
+    if args.wandb_report is not None:
+        args.wandb_report = parse_target(args.wandb_report)
+    if args.join is None:
+        plan_study(args, train_argv, parser)
+        return 0 if args.dry_run else run_study(args)
+    given = [n for n, value in vars(args).items() if n not in JOIN_FLAGS and value != parser.get_default(n)]
+    if flags := [*(f"--{name.replace('_', '-')}" for name in given), *train_argv]:
+        raise UserError(f"{flags[0]}: not with --join, whose study has its rule; expected --workers")
+    return run_study(args)
 
 
 if __name__ == "__main__":
-    protect_standard_streams()
     sys.exit(main())

@@ -5,7 +5,9 @@ import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.distributed.launch_environment import is_first_of_host, set_library_environment
+from trainer.distributed.launch_environment import is_first_of_host
+from trainer.distributed.watch import SignalHandler
+from trainer.tools.program import prepare_libraries
 from trainer.tracking.safe_stream import protect_standard_streams
 
 
@@ -13,15 +15,9 @@ def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
     try:
         cli_args = parse_args()
-        from trainer.distributed.watch import SignalHandler
-
-        # Before the imports that take seconds, in which a launcher may end.
+        # before the imports that take seconds, in which a launcher may end
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
-        from trainer.tracking.silence import silence_libraries
-
-        if not cli_args.verbose:
-            silence_libraries()  # before the libraries it silences are imported
-        set_library_environment()
+        prepare_libraries(verbose=cli_args.verbose)
         from trainer.run import run
 
         return run(cli_args, signal_handler)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import presets
 from trainer.config.run_metadata import SCHEMA_VERSION
+from trainer.config.settings import resolve
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalSplit, write_evaluation
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.schedule import learning_rate
@@ -36,7 +36,7 @@ def count_split(num_records: int, num_examples: int) -> dict[str, int]:
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
     """The content of a run.json of `mode`; `overrides` replace nested values, with dots as `__`: data__vocabulary=9."""
-    settings = presets.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
+    settings = resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_trainable = NUM_PARAMS if mode == "full" else 19_000
     metadata = {

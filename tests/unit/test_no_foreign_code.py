@@ -25,7 +25,6 @@ FORBIDDEN_CALLS = {
 STARTS_A_PROGRAM = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output"}
 #: {(file, call): why no one else's code runs there}; modules imported by a name that stands in the source need no entry
 ALLOWED = {
-    ("trainer/config/cli.py", "yaml.load"): "by a SafeLoader, which refuses doubled keys too",
     ("trainer/tools/doctor/prove.py", "torch.load"): "tensors of its own temporary folder, weights_only",
     ("trainer/tools/study/trial_process.py", "runpy.run_path"): "launch/train.py of this checkout",
 }

@@ -1,32 +1,19 @@
 """The argument parser of every program here: a mistake is one line, and an unknown flag is answered with ours."""
 
 import argparse
+import difflib
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from trainer.config.errors import UserError, mask_credentials
-from trainer.config.flag_suggestions import suggest_flag
 
-TEXT_FLAGS = ("--prompt", "--completion")  # what they hold is no name
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux: NAME_MAX, and PATH_MAX without its closing null
-
-
-def _refuse_impossible_name(flag: str, value: str) -> None:
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:  # half of a pair of JSON's or YAML's `\\ud800`
-        raise UserError(f"{flag} {value}: holds what is no character; expected a name") from None
-    length = max(map(len, path.split(b"/")))
-    if length > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
-        raise UserError(
-            f"{flag} {value[:40]}...: {max(length, len(path)):,} bytes; expected at most {MAX_NAME_BYTES} between two "
-            f"slashes, and {MAX_PATH_BYTES:,} in all"
-        )
-    if b"\0" in path:
-        raise UserError(f"{flag} {value}: holds a null byte, which no name can")
+TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
 
 
 def whole_number(text: str, least: int = 1) -> int:
@@ -67,25 +54,31 @@ class ArgumentParser(argparse.ArgumentParser):
                 )
         parsed = super().parse_known_args(argv, namespace)
         for action in self._actions:
-            if not set(action.option_strings) & set(TEXT_FLAGS):
-                values = getattr(parsed[0], action.dest, None)
-                for value in values if isinstance(values, list | tuple) else [values]:
-                    if isinstance(value, str | Path):
-                        _refuse_impossible_name("/".join(action.option_strings) or str(action.metavar), str(value))
+            values = getattr(parsed[0], action.dest, None)
+            for value in values if isinstance(values, list | tuple) else [values]:
+                if isinstance(value, str | Path) and not TEXT_FLAGS & {*action.option_strings} and not _is_name(value):
+                    flags, accepted = (
+                        "/".join(action.option_strings),
+                        "at most 255 bytes between two slashes, 4,095 in all",
+                    )
+                    raise UserError(
+                        f"{flags or action.metavar} {str(value)[:40]}: expected a name of a file, {accepted}"
+                    )
         return parsed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            takes_value = self.flags() | (self.companion.flags() if self.companion else {})
             flag, *rest = next((unknown[i:] for i, word in enumerate(unknown) if word.startswith("-")), unknown)
             if not flag.startswith("-"):
                 raise UserError(f"{flag}: expected a flag (--help lists the flags)")
             name, has_value, value = flag.partition("=")
             if not has_value and rest and not rest[0].startswith("--"):
                 value = rest[0]
-            raise UserError(suggest_flag(name, value or None, takes_value))
+            raise UserError(
+                suggest_flag(name, value, self.flags() | (self.companion.flags() if self.companion else {}))
+            )
         return parsed
 
     def flags(self) -> dict[str, bool]:
@@ -96,3 +89,43 @@ class ArgumentParser(argparse.ArgumentParser):
             for flag in action.option_strings
             if action.help != argparse.SUPPRESS
         }
+
+
+def _is_name(value: str | Path) -> bool:
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:  # half of a pair of JSON's or YAML's `\\ud800`
+        return False
+    return 0 not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255  # Linux: PATH_MAX, NAME_MAX
+
+
+@functools.cache
+def read_suggestions() -> tuple[dict[str, str], dict[str, str]]:
+    """({spelling elsewhere: our answer}, {value elsewhere: ours}), from the table beside this file."""
+    table = yaml.safe_load(Path(__file__).with_name("flag_suggestions.yaml").read_text(encoding="utf-8"))
+    values = table.pop("values")
+    return {spelling: answer for answer, spellings in table.items() for spelling in spellings.split()}, values
+
+
+def suggest_flag(flag: str, value: str, takes_value: Mapping[str, bool]) -> str:
+    """One line that answers an unknown flag, the value (empty: none) carried over.
+
+    `takes_value`: the flags that exist, and whether each is followed by a value; only those are suggested.
+    """
+    suggestions, values = read_suggestions()
+    answers = {
+        name: answer for name, answer in suggestions.items() if answer.split()[0] in takes_value or answer[0] != "-"
+    }
+    answers |= {name.lstrip("-").replace("-", "_"): name for name in takes_value}
+    nearest = difflib.get_close_matches(flag.lstrip("-").lower().replace("-", "_"), answers, n=1, cutoff=0.8)
+    shown = f"{flag} {value}".rstrip()
+    if not nearest:
+        return f"{shown}: unknown flag (--help lists the flags)"
+    answer = answers[nearest[0]]
+    if not answer.startswith("-"):
+        return f"{shown}: {answer}"
+    if " " not in answer and takes_value[answer]:
+        return f"{shown}: did you mean {answer} {values.get(value, value)}".rstrip() + "?"
+    if value.lower() in ("false", "no", "0", "off", "none"):
+        return f"{shown}: leave it out; {answer} would turn it on"
+    return f"{shown}: did you mean {answer}?"

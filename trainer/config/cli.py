@@ -4,25 +4,21 @@ import argparse
 import dataclasses
 import math
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, suggest_flag
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.errors import UserError
-from trainer.config.fields import choices_of, flag_of, unwrap
+from trainer.config.fields import flag_of, unwrap
 from trainer.config.files import read_text_file
-from trainer.config.flag_suggestions import suggest_flag
-from trainer.config.presets import PRESET_VALUES, choose_preset, resolve
 from trainer.config.run_metadata import read_run_metadata
-from trainer.config.settings import GROUPS, Settings
-
-TITLES = {name: name for name in GROUPS} | {"lora": "LoRA (with --mode lora)", "train": "training"}
+from trainer.config.settings import GROUPS, Settings, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +42,8 @@ class LRRange:
             if not (0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20):
                 raise ValueError
         except ValueError:
-            raise UserError(
-                f"--find-lr {text}: expected START:END or START:END:STEPS with 0 < START < END and 20 steps or more, "
-                "for instance 1e-6:1"
-            ) from None
+            accepted = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
+            raise UserError(f"--find-lr {text}: expected {accepted}") from None
         return sweep
 
 
@@ -58,7 +52,6 @@ class CliArgs:
     """What the user asked for: the settings of the run, and what to do with them."""
 
     settings: Settings
-    overrides: Mapping[str, Mapping[str, Any]]  #: the flags that were given, {group: {field: value}}
     resume: str | None  #: None, `latest`, `auto` (latest where there is a run, else a new one), `best` or `step-N`
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
@@ -92,10 +85,8 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     actions = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if args[name]]
     if len(actions) > 1 and actions[0] != "--dry-run":
         raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
-    preset = args["preset"] or choose_preset(overrides["model"].get("model"))
     return CliArgs(
-        settings=resolve(args["mode"], preset, overrides, tuple(overridden_flags)),
-        overrides=overrides,
+        settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),
         resume=args["resume"],
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
         dry_run=args["dry_run"] or args["show_example"] > 0,
@@ -106,11 +97,11 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     )
 
 
-def to_argv(settings: Settings, *groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A command line of the mode, the preset and values {group: {field: value}}, later ones over earlier ones."""
+def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A command line of the mode, the preset and what the user gave, with changes {group: {field: value}} to that."""
     argv = ["--mode", settings.mode, "--preset", settings.preset]
     for name, group in GROUPS.items():
-        values = {key: value for values in groups for key, value in values.get(name, {}).items()}
+        values = {**settings.given[name], **changes.get(name, {})}
         for field in dataclasses.fields(group):
             value = values.get(field.name)
             if unwrap(field.type) is bool:  # a switch turns its default round
@@ -129,122 +120,71 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         description="Fine-tune GPT-2 or another causal language model: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
-    run_flags = parser.add_argument_group("run")
-    run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
-    run_flags.add_argument(
-        "--config",
-        metavar="FILE",
-        help="flags from a file, before all that are given: YAML with the flags' names, or a run's run.json",
+    add = parser.add_argument_group("run").add_argument
+    config_help = "flags from a file, before all that are given: YAML with the flags' names, or a run's run.json"
+    preset_help = "demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s; "
+    preset_help += "finetune: any other model (default: the one that fits --model)"
+    resume_help = (
+        "go on from the run folder's newest whole checkpoint, or from the one named; auto: start a new run if "
     )
-    run_flags.add_argument(
-        "--preset",
-        metavar=_choice_text(PRESETS),
-        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s; "
-        "finetune: any other model (default: the one that fits --model)",
-    )
-    run_flags.add_argument(
-        "--resume",
-        nargs="?",
-        const="latest",
-        metavar="step-N|best|auto",
-        help="go on from the run folder's newest whole checkpoint, or from the one named; auto: start a new run where "
-        "there is none yet",
-    )
-    run_flags.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
-    )
-    run_flags.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
-    run_flags.add_argument(
-        "--show-example",
-        type=int,
-        default=0,
-        metavar="N",
-        help="print the tokens of N training examples, target tokens in colour, and the plan; train nothing",
-    )
-    run_flags.add_argument(
-        "--find-lr",
-        nargs="?",
-        const="default",
-        metavar="START:END[:STEPS]",
-        help="suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, "
-        "in 100 steps)",
-    )
-    run_flags.add_argument(
-        "--find-batch",
-        action="store_true",
-        help="try micro-batches for this global batch, suggest the fastest that fits, train nothing",
-    )
-    run_flags.add_argument(
-        "--verbose",
-        action="store_true",
-        help="also show the messages and warnings of DeepSpeed, transformers and other libraries (for the launcher's "
-        "own: deepspeed -q)",
-    )
+    resume_help += "there is none yet"
+    allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
+    example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
+    lr_help = "suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, in "
+    lr_help += "100 steps)"
+    batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
+    verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
+    add("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
+    add("--config", metavar="FILE", help=config_help)
+    add("--preset", metavar=_choice_text(PRESETS), help=preset_help)
+    add("--resume", nargs="?", const="latest", metavar="step-N|best|auto", help=resume_help)
+    add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
+    add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
+    add("--show-example", type=int, default=0, metavar="N", help=example_help)
+    add("--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]", help=lr_help)
+    add("--find-batch", action="store_true", help=batch_help)
+    add("--verbose", action="store_true", help=verbose_help)
     # the launcher passes it; LOCAL_RANK says the same
-    run_flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     for name, group in GROUPS.items():
-        section = parser.add_argument_group(TITLES[name])
+        section = parser.add_argument_group({"lora": "LoRA (with --mode lora)", "train": "training"}.get(name, name))
         for field in dataclasses.fields(group):
-            _add_flag(section, name, field)
+            _add_flag(section.add_argument, name, field)
     return parser
 
 
-def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
-    flag, help_text = flag_of(field), field.metadata["help"]
-    common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    kind = unwrap(field.type)
+def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
+    kind, help_text = unwrap(field.type), field.metadata["help"]
+    options: dict[str, Any] = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
     if kind is bool:  # a switch turns its default round
-        action = "store_false" if field.default else "store_true"
-        section.add_argument(flag, action=action, help=help_text, **common)
+        add(flag_of(field), action="store_false" if field.default else "store_true", help=help_text, **options)
         return
-    unit = field.metadata["unit"] and f" {field.metadata['unit']}"
-    presets = {name: PRESET_VALUES[name].get(group, {}).get(field.name, field.default) for name in PRESETS}
-    if field.default is None or field.default == ():
-        help_text += f" [{unit.strip()}]" if unit else ""
-    elif len(set(presets.values())) == 1:
-        help_text += f" (default: {presets['demo']}{unit})"
+    presets = field.metadata["presets"]
+    if presets and field.default is not None:
+        values = {name: presets.get(name, field.default) for name in PRESETS}
+        texts = [f"{name} {value}" for name, value in values.items() if isinstance(value, int | float | str)]
+        help_text += f" (default: {', '.join(texts) if len(set(values.values())) > 1 else values['demo']})"
+    elif field.default not in (None, ()):
+        help_text += f" (default: {field.default})"
+    if typing.get_origin(kind) is Literal:
+        options["metavar"] = _choice_text(typing.get_args(kind))
+    elif typing.get_origin(kind) is tuple:
+        options |= {"metavar": "NAMES", "type": lambda text: tuple(name.strip() for name in text.split(","))}
     else:
-        texts = [f"{name} {value}" for name, value in presets.items() if value is not dataclasses.MISSING]
-        help_text += f" (default: {', '.join(texts)}{unit})"
-    choices = choices_of(kind)
-    parse: Any = str
-    metavar = _choice_text(choices) if choices else "TEXT"
-    if kind in (int, float):
-        parse, metavar = partial(_parse_number, kind), "N" if kind is int else "X"
-    elif not choices and kind is not str:
-        parse, metavar = _split_names, "NAMES"
-    section.add_argument(flag, type=parse, help=help_text, metavar=metavar, **common)
+        options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind], "type": lambda text: _parse(kind, text)}
+    add(flag_of(field), help=help_text, **options)
 
 
-def _choice_text(choices: tuple[str, ...]) -> str:
+def _choice_text(choices: Sequence[str]) -> str:
     return f"{{{','.join(choices)}}}"
 
 
-def _parse_number(kind: type, text: str) -> Any:
+def _parse(kind: type, text: str) -> Any:
     """The number, or the text itself where it is none: the field's check then says what is accepted."""
     try:
         return kind(text)
     except ValueError:
         return text
-
-
-def _split_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe reader, which takes the last of two equal keys in silence; here they are refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
@@ -262,42 +202,35 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     if not path.exists():
         raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
     settings = Settings.from_dict(read_run_metadata(path)["settings"])
-    overrides = {  # but not the run's folder, which is taken
-        name: {
-            field.name: getattr(getattr(settings, name), field.name)
-            for field in dataclasses.fields(group)
-            if flag_of(field) in settings.overridden and field.name != "output_dir"
-        }
-        for name, group in GROUPS.items()
-    }
-    return [*to_argv(settings, overrides), *argv]
+    return [*to_argv(settings, {"output": {"output_dir": None}}), *argv]  # not the run's folder, which is taken
 
 
-def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:
+def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool]) -> list[str]:
+    """The flags of a YAML file, from its text as it stands: of `off`, `1e-4` and `no` YAML would make other values."""
     text = read_text_file(path, f"--config {path}", "lines like `lr: 1e-4`, or a run.json")
     try:
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # `!!bool maybe`
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
         problem = getattr(error, "problem", None) or "damaged"
         raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
-    if content is None:
-        return []
-    if not isinstance(content, dict):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
-    argv = []
-    for key, value in content.items():
-        flag = f"--{str(key).lstrip('-').replace('_', '-')}"
-        shown = str(value).lower() if isinstance(value, bool) else str(value)
+    argv: dict[str, list[str]] = {}
+    for key_node, node in root.value if root is not None else []:
+        where, key = f"--config {path}, line {key_node.start_mark.line + 1}", str(key_node.value)
+        flag = f"--{key.lstrip('-').replace('_', '-')}"
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        is_plain = all(isinstance(item, yaml.ScalarNode) for item in items)
+        value = ",".join(item.value for item in items) if is_plain else ""
         if flag not in takes_value or flag in ("--config", "--help"):
-            raise UserError(f"--config {path}: {suggest_flag(f'--{key}', shown, takes_value)}")
-        is_list = isinstance(value, list) and all(isinstance(item, str | int | float) for item in value)
-        if value is None or (isinstance(value, bool) and not takes_value[flag]):
-            argv += [flag] if value else []
-        elif takes_value[flag] and not isinstance(value, bool) and (is_list or isinstance(value, str | int | float)):
-            argv.append(f"{flag}={','.join(map(str, value)) if is_list else value}")
-        else:
+            raise UserError(f"{where}: {suggest_flag(f'--{key}', value, takes_value)}")
+        if flag in argv:
+            raise UserError(f"{where}: {key} stands there twice; expected it once")
+        is_null = node.tag == "tag:yaml.org,2002:null"
+        if not is_plain or (not takes_value[flag] and value.lower() not in ("true", "false") and not is_null):
             expected = "a number, a text (in quotes) or a list of them" if takes_value[flag] else "true or false"
-            raise UserError(f"--config {path}: {key} is {shown}: expected {expected}")
-    return argv
+            raise UserError(f"{where}: {key}: expected {expected}")
+        argv[flag] = [] if is_null else [f"{flag}={value}"] if takes_value[flag] else [flag] * (value.lower() == "true")
+    return [word for words in argv.values() for word in words]

@@ -4,12 +4,11 @@ link, and on the disk when the call returns."""
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.config.errors import UserError
 
@@ -34,20 +33,18 @@ def require_utf8_path(path: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def replace_atomically(path: Path) -> Iterator[int]:
-    """A file descriptor to write the new content of `path` to: it takes its place at the end, or on an error nothing.
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write the new content of `path` to: it takes its place at the end, or on an error nothing.
 
     The temporary file has a random name and must not exist, so no link is followed; a link at `path` itself is
     replaced by the file. Raises OSError.
     """
     temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    file = os.open(temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        try:
+        with open(temporary_path, "xb") as file:
             yield file
-            os.fsync(file)
-        finally:
-            os.close(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary_path, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -58,16 +55,8 @@ def replace_atomically(path: Path) -> Iterator[int]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file at once; text as UTF-8, with what is no text (names from the file system) as it was."""
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with replace_atomically(path) as file:
-        write_all(file, data)
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write all of `data` to a descriptor; OSError where there is no space for it."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
+        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -102,10 +91,9 @@ def fsync_path(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed process left in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    for path in folder.glob(f".*.{'[0-9a-f]' * 12}.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def folder_size(folder: Path | None) -> int:
@@ -114,41 +102,24 @@ def folder_size(folder: Path | None) -> int:
 
 
 def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; ValueError with a one-line reason for anything that is not JSON.
+    """The value of a JSON text; ValueError for anything else, also for NaN, Infinity and too deep a nesting."""
 
-    json itself also raises RecursionError for deep nesting; integers beyond the interpreter's limit of digits and
-    bytes that are not UTF-8 are ValueErrors already. NaN and Infinity, which json takes, are not JSON.
-    """
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        if object_pairs_hook is None and isinstance(text, str):
-            return _DECODER.decode(text)
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except ValueError as error:
-        raise ValueError(str(error).partition("; use sys.")[0]) from None
 
 
 def read_json_object(path: Path, name: str = "") -> dict[str, Any]:
     """The object that a regular file holds; UserError, which begins with `name` or the path, where it holds none."""
     name = name or str(path)
     try:
-        if not path.is_file():  # a named pipe would be waited for
-            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}; expected JSON")
-        value = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+        value = parse_json(read_text_file(path, name, "JSON"))
     except ValueError as error:
         raise UserError(f"{name}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{name}: not a JSON object; expected one")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads makes one for every text

@@ -1,14 +1,12 @@
 """The card: what `gpt2-acled-t2s` published, and what it left unsaid."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 NAME = "gpt2-acled-t2s"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReferenceRow:
+class ReferenceRow(NamedTuple):
     """One line of the card's training table; losses in nats per token."""
 
     epoch: int
@@ -19,9 +17,9 @@ class ReferenceRow:
 
 
 CURVE = (
-    ReferenceRow(epoch=1, step=6_621, train_loss=1.2978, val_loss=1.2262, perplexity=3.408),
-    ReferenceRow(epoch=2, step=13_242, train_loss=1.0378, val_loss=1.0048, perplexity=2.731),
-    ReferenceRow(epoch=3, step=19_863, train_loss=0.9537, val_loss=0.9414, perplexity=2.564),
+    ReferenceRow(1, 6_621, 1.2978, 1.2262, 3.408),
+    ReferenceRow(2, 13_242, 1.0378, 1.0048, 2.731),
+    ReferenceRow(3, 19_863, 0.9537, 0.9414, 2.564),
 )
 
 #: What the card states, under the names that run.json uses; "program" marks defaults of the program that made it.
@@ -54,46 +52,29 @@ UNKNOWN_DATA = ("data set", "text format of a record", "split", "validation set"
 UNKNOWN_REASON = "unknown of the card: " + ", ".join(UNKNOWN_DATA)
 
 
-def disagreements(
-    *,
-    data: str,
-    vocabulary: int,
-    block_size: int,
-    objective: str,
-    model: str,
-    examples: int,
-    init: str = "pretrained",
-    parameters: int | None = None,
-) -> list[str]:
+def disagreements(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
     """Where a run is known to differ from the card so that their losses cannot be held against one another.
 
-    Each reason begins with its short form, the details follow in brackets. `parameters` counts the base model's.
+    `data`, `model`: these blocks of its run.json. Each reason begins with its short form, details follow in brackets.
     """
-    reasons = []
+    reasons, examples, block_size = [], data["train"]["examples"], data["block_size"]
     if examples not in EXAMPLES_PER_EPOCH:
-        reasons.append(f"other data ({data}: {examples:,} examples, the card's epoch has 13,241 or 13,242)")
-    if vocabulary != KNOWN_DATA["vocabulary"]:
-        reasons.append(f"other tokenizer ({vocabulary:,} tokens, the card's has 50,257)")
-    if objective != KNOWN_DATA["objective"] or block_size != KNOWN_DATA["block_size"]:
-        row_kind = "blocks of" if objective == "blocks" else "completions of at most"
+        reasons.append(f"other data ({data['source']}: {examples:,} examples, the card's epoch has 13,241 or 13,242)")
+    if data["vocabulary"] != KNOWN_DATA["vocabulary"]:
+        reasons.append(f"other tokenizer ({data['vocabulary']:,} tokens, the card's has 50,257)")
+    if data["objective"] != KNOWN_DATA["objective"] or block_size != KNOWN_DATA["block_size"]:
+        row_kind = "blocks of" if data["objective"] == "blocks" else "completions of at most"
         reasons.append(f"other rows ({row_kind} {block_size:,} tokens, the card's are blocks of 1,024)")
-    name = model.rstrip("/").rsplit("/", 1)[-1]
+    name, parameters = model["name"].rstrip("/").rsplit("/", 1)[-1], model["parameters"]
     if name != SETTINGS["model"]:
         reasons.append(f"other base model ({name}, the card's is gpt2)")
-    elif init != "pretrained":
-        reasons.append(f"other base model ({init} weights, the card's were pretrained)")
-    elif parameters is not None and parameters != SETTINGS["trainable_parameters"]:
-        reasons.append(
-            f"other base model ({parameters:,} parameters, the card's has {SETTINGS['trainable_parameters']:,})"
-        )
+    elif model["init"] != "pretrained":
+        reasons.append(f"other base model ({model['init']} weights, the card's were pretrained)")
+    elif parameters != SETTINGS["trainable_parameters"]:
+        reasons.append(f"other base model ({parameters:,} parameters, the card's has 124,439,808)")
     return reasons
 
 
 def is_asked_for(preset: str, reasons: Sequence[str]) -> bool:
     """Whether a run is to be held against the card: by its preset, or because nothing known speaks against it."""
     return preset == "card" or list(reasons) == [UNKNOWN_REASON]
-
-
-def why_not_comparable(**run_info: Any) -> list[str]:
-    """`disagreements`, and that the card names neither its data set nor its split: never empty."""
-    return [*disagreements(**run_info), UNKNOWN_REASON]

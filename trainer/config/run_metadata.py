@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,37 +116,27 @@ def read_run_metadata(path: Path) -> dict[str, Any]:
     return check_run_metadata(read_json_object(path), source=str(path))
 
 
-def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
+def check_run_metadata(content: dict[str, Any], *, source: str) -> dict[str, Any]:
     """`content`, where it is that of a run.json of this version; UserError that names `source` otherwise."""
-    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
-        version = content.get("schema_version", content.get("format"))
-        if isinstance(version, int):
-            raise UserError(
-                f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}; the run was written by another "
-                "version of this program; read it with that version"
-            )
+    version = content.get("schema_version", content.get("format"))
+    if version != SCHEMA_VERSION and isinstance(version, int):
+        raise UserError(
+            f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}; the run was written by another "
+            "version of this program; read it with that version"
+        )
     try:
         metadata = _RunMetadata.model_validate(content)
     except ValidationError as error:
-        problem = first_problem(error)
-        if isinstance(problem.value, (dict, list)):
-            shown = "an object" if isinstance(problem.value, dict) else "a list"
-        else:
-            shown = shorten(json.dumps(problem.value, ensure_ascii=False), 40)
-        shown = "missing" if problem.is_missing else shown
-        raise UserError(f"{source}: {problem.key or 'its content'} is {shown}; expected {problem.expected}") from None
+        key, value, expected, is_missing = first_problem(error)
+        shown = "missing" if is_missing else shorten(json.dumps(value, ensure_ascii=False), 40)
+        raise UserError(f"{source}: {key} is {shown}; expected {expected}") from None
     except UserError as error:  # each setting is right alone, but they exclude one another
         raise UserError(f"{source}: settings: {error}") from None
     if metadata.settings.mode != metadata.mode:
-        raise UserError(f"{source}: mode is {metadata.mode!r}; expected that of settings, {metadata.settings.mode}")
-    assert isinstance(content, dict)
-    for place, block in (("", content), ("resumed.", content.get("resumed"))):
-        for name in _list_missing(block["settings"], metadata.settings.as_dict()) if block else ():
-            raise UserError(f"{source}: {place}settings.{name} is missing; expected what a run writes")
+        raise UserError(f"{source}: mode is {metadata.mode}; expected that of settings, {metadata.settings.mode}")
+    for place, block in (("", content), ("resumed.", content.get("resumed", content))):
+        found = dict(flatten(block["settings"], "."))
+        for name, _ in flatten(metadata.settings.as_dict(), "."):
+            if name not in found:  # pydantic took its default
+                raise UserError(f"{source}: {place}settings.{name} is missing; expected what a run writes")
     return content
-
-
-def _list_missing(values: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted paths of the values of `whole` that are not in `values`; pydantic would take the defaults for them."""
-    found = dict(flatten(values, "."))
-    yield from (name for name, _ in flatten(whole, ".") if name not in found)

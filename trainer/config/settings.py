@@ -1,6 +1,6 @@
-"""The settings of one run: pydantic dataclasses whose fields carry the flag, the help and the unit.
+"""The settings of one run: one table, from which flags, help, checks and presets follow.
 
-The command line is generated from these fields (`trainer/config/cli.py`). No loss depends on the groups engine and
+Each field has its type, its help and its default, or its value in each preset. No loss depends on the groups engine and
 output beyond rounding. What depends on the ZeRO stage is checked in `trainer.training.run_plan`. Nothing here imports
 torch: a plan can be checked and a report made on a machine without it.
 """
@@ -12,23 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from trainer.config import choices
 from trainer.config.batch_config import BatchConfig
-from trainer.config.choices import (
-    DS_CONFIG_NAMES,
-    EIGHT_BIT_OPTIMIZERS,
-    MAX_HANG_TIMEOUT_SECONDS,
-    MAX_NUM_SAMPLES,
-    Execution,
-    Init,
-    Mode,
-    Objective,
-    Optimizer,
-    Precision,
-    Preset,
-    Schedule,
-    UnusableRecords,
-    WandbMode,
-)
+from trainer.config.choices import DEMO_DATA, DEMO_MODEL, MAX_HANG_TIMEOUT_SECONDS, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.fields import (
     MAX_INT,
@@ -39,62 +25,73 @@ from trainer.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Probability,
     Share,
+    ShareOrZero,
     Switch,
     Text,
     WandbProject,
-    is_name,
+    check_value,
+    flag_of,
     option,
     settings_class,
 )
+
+# Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `demo` the
+# embedded model and data, small enough for two CPU cores. `finetune` is a guess for any other model, until --find-lr or
+# study.py has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
+# parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
+EarlyStop = Annotated[
+    str,
+    Accepts(
+        "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
+        pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$",
+    ),
+]
+RunName = Annotated[
+    str,
+    Accepts(
+        "up to 128 letters, digits and . _ + -, not dots alone", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128
+    ),
+]
+Seed = Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)]
+NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)]
+HangTimeout = Annotated[
+    float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
+]
 
 
 @settings_class
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: Name = option(help="hub id or folder of a causal LM, or the embedded `demo-base`")
-    init: Init = option("pretrained", help="start from its weights, or from random ones")
-    quant: Literal["nf4", "fp4", "int8"] | None = option(
-        None, help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8) (default: in float32)"
-    )
-    quant_double: Switch = option(False, help="with nf4 and fp4: hold their scales in 8 bits too")
-    dropout: Probability | None = option(
-        None, help="every dropout of the model (GPT-2 has three) (default: the model's own)"
-    )
-
-    def __post_init__(self) -> None:
-        if self.quant_double and self.quant not in ("nf4", "fp4"):
-            raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
+    model: Name = option("hub id or folder of a causal LM, or the embedded demo-base", demo=DEMO_MODEL, card="gpt2")
+    init: choices.Init = option("start from its weights, or from random ones", "pretrained")
+    quant: Literal["nf4", "fp4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
+    quant_double: Switch = option("with nf4 and fp4: hold their scales in 8 bits too", False)
+    dropout: ShareOrZero | None = option("every dropout of the model; GPT-2 has three (default: the model's own)", None)
 
 
 @settings_class
 class LoraSettings:
     """The shape of the adapters; only used with --mode lora."""
 
-    rank: PositiveInt = option(8, help="inner dimension of each adapter", flag="--lora-rank")
-    alpha: PositiveFloat = option(16.0, help="adapters are scaled by alpha / rank", flag="--lora-alpha")
-    dropout: Probability = option(0.0, help="dropout before each adapter", flag="--lora-dropout")
-    target_modules: Annotated[tuple[Text, ...], Accepts("layer names separated by commas", all, strict=False)] = option(
+    rank: PositiveInt = option("inner dimension of each adapter", 8, flag="--lora-rank")
+    alpha: PositiveFloat = option("adapters are scaled by alpha / rank", 16.0, flag="--lora-alpha")
+    dropout: ShareOrZero = option("dropout before each adapter", 0.0, flag="--lora-dropout")
+    target_modules: tuple[Name, ...] = option(
+        "layers to adapt, separated by commas: attention, mlp, all, a layer's name or its end, or a pattern (*.h.0.*) "
+        "(default: every Conv1D and Linear but the output layer)",
         (),
-        help="layers to adapt, comma separated: attention, mlp, all, a layer's name or its end, or a pattern "
-        "(*.h.0.*) (default: all, that is every Conv1D and Linear but the output layer)",
         flag="--lora-target-modules",
     )
     adapter: Literal["lora", "dora", "rslora", "pissa"] = option(
+        "dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); pissa: begins with the base's "
+        "largest singular vectors",
         "lora",
-        help="lora; dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); "
-        "pissa: begins with the base's largest singular vectors",
     )
-    plus_ratio: PositiveFloat = option(
-        1.0, help="LoRA+: learning rate of the B matrices over that of all else", flag="--lora-plus-ratio"
-    )
-    modules_to_save: Annotated[
-        tuple[Literal["wte", "lm_head", "layernorm", "bias"], ...],
-        Accepts("wte, lm_head, layernorm or bias, separated by commas", strict=False),
-    ] = option(
-        (), help="weights of the base to train beside the adapters, comma separated: wte, lm_head, layernorm, bias"
+    plus_ratio: PositiveFloat = option("LoRA+: B's learning rate over all others'", 1.0, flag="--lora-plus-ratio")
+    modules_to_save: tuple[Literal["wte", "lm_head", "layernorm", "bias"], ...] = option(
+        "weights of the base to train as well, separated by commas: wte, lm_head, layernorm, bias", ()
     )
 
 
@@ -102,124 +99,90 @@ class LoraSettings:
 class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
-    data: Annotated[str, Accepts("a file, folder, glob, hub id or acled-demo", is_name)] = option(
-        help="CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo"
+    data: Name = option(
+        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo",
+        demo=DEMO_DATA,
+        card=DEMO_DATA,
+        finetune=DEMO_DATA,
     )
-    val_data: Text | None = option(
-        None, help="validation records, in the same forms (default: a share of --data is split off)"
-    )
-    val_fraction: Share = option(0.1, help="share split off for validation, by hash of the record")
-    test_data: Text | None = option(None, help="test records, evaluated once, at the weights that are exported")
-    test_fraction: Annotated[float, Accepts("0 (none) or a share between 0 and 1", ge=0, lt=1)] = option(
-        0.0, help="share split off for a test, likewise; it is taken from the training records"
-    )
-    retain_data: Text | None = option(
-        None, help="text of the base's kind (`demo-base`: the embedded one's): shows forgetting"
-    )
-    split_by: Text | None = option(
-        None, help="column whose equal values stay in one split and count as one in an interval"
-    )
-    prompt: Text | None = option(None, help="template of a record's prompt, for instance '{mr}'")
-    completion: Text | None = option(None, help="template of the text to train on, for instance '{ref}'")
+    val_data: Text | None = option("validation records, likewise (default: split off from --data)", None)
+    val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
+    test_data: Text | None = option("test records, evaluated once, at the weights that are exported", None)
+    test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
+    retain_data: Text | None = option("text of the base's kind (demo-base: the embedded one's): shows forgetting", None)
+    split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
+    prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
+    completion: Text | None = option("template of the text to train on, for instance '{ref}'", None)
     format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled", "input_ids"] | None = (
-        option(None, help="what the columns mean (default: recognised from their names, see --dry-run)")
+        option("what the columns mean (default: recognised from their names, see --dry-run)", None)
     )
-    chat_template: Text | None = option(None, help="Jinja file that writes conversations (default: the model's own)")
-    objective: Objective | None = option(
-        None,
-        help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "
+    chat_template: Text | None = option("Jinja file that writes conversations (default: the model's own)", None)
+    objective: choices.Objective | None = option(
+        "blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "
         "completion for chat, prompt-completion and alpaca, else blocks)",
+        None,
+        card="blocks",
     )
-    unusable_records: UnusableRecords = option(
-        "refuse",
-        help="conversations whose target tokens cannot be proven or lie beyond the block size: refuse, or drop them",
+    unusable_records: choices.UnusableRecords = option(
+        "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
-    block_size: Annotated[
-        int,
-        Accepts("2 tokens or more, or 0: from the data", lambda value: value == 0 or value >= 2, le=MAX_INT),
-    ] = option(
-        help="length of a block, longest row with --objective completion; 0: from the lengths of the data",
-        unit="tokens",
+    block_size: Annotated[int, Accepts("2 tokens or more, or 0: from the data", ge=0, le=MAX_INT)] = option(
+        "tokens of a block, or of the longest row with --objective completion; 0: from the lengths of the data",
+        demo=256,
+        card=1024,
+        finetune=0,
     )
-    packing: Switch = option(False, help="completion and chat: several examples in a row, hidden from one another")
-    shuffle: Switch = option(True, help="take the examples in the order of the data", flag="--no-shuffle")
+    packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
+    shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
 
     def __post_init__(self) -> None:
-        most = 1 - (self.val_fraction if self.val_data is None else 0)
-        if self.test_fraction >= most:
+        if self.block_size == 1:
+            raise UserError("--block-size 1: expected 2 tokens or more, or 0: from the data")
+        if self.test_fraction >= (most := 1 - (self.val_fraction if self.val_data is None else 0)):
             raise UserError(
                 f"--test-fraction {self.test_fraction:g}: expected a share under {most:g}, beside validation"
             )
         if self.test_data is not None and self.test_fraction:
             raise UserError(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
         if self.prompt is not None and self.completion is None:
-            raise UserError(
-                f"--prompt {self.prompt} without --completion: expected --completion with the text to train on, "
-                "for instance --completion '{notes}'"
-            )
+            raise UserError(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
 
 
 @settings_class
 class TrainSettings:
     """The optimisation: how much, how fast, in which batches."""
 
-    epochs: PositiveFloat = option(3.0, help="passes over the training set")
-    max_steps: PositiveInt | None = option(None, help="end here instead; the schedule ends here too", unit="steps")
-    global_batch: PositiveInt = option(help="examples per optimizer step over all ranks", unit="examples")
-    micro_batch: PositiveInt | None = option(
-        None, help="examples in one forward on one rank (default: global batch / ranks)", unit="examples"
-    )
-    eval_batch: PositiveInt = option(
-        help="examples in one evaluation forward on one rank; changes no number", unit="examples"
-    )
-    lr: PositiveFloat = option(help="peak learning rate; with --mode lora the default is 10 times the preset's")
-    warmup_steps: NonNegativeInt = option(0, help="linear warm-up before the schedule", unit="steps")
-    warmup_ratio: Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)] = option(
-        0.0, help="the same as a share of all steps, rounded up"
-    )
-    schedule: Schedule = option(
+    epochs: PositiveFloat = option("passes over the training set", 3.0)
+    max_steps: PositiveInt | None = option("optimizer steps in place of --epochs; the schedule ends here too", None)
+    global_batch: PositiveInt = option("examples per optimizer step over all ranks", demo=8, card=2, finetune=16)
+    micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
+    eval_batch: PositiveInt = option("the same in an evaluation; changes no number", demo=16, card=2, finetune=8)
+    lr: PositiveFloat = option("peak learning rate; LoRA's default is 10 times it", demo=5e-4, card=3e-5, finetune=2e-5)
+    warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
+    warmup_ratio: ShareOrZero = option("the same as a share of all steps, rounded up", 0.0, finetune=0.03)
+    schedule: choices.Schedule = option(
+        "after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine over "
+        "the last tenth of the steps",
         "linear",
-        help="after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine "
-        "over the last tenth of the steps",
+        finetune="cosine",
     )
-    min_lr: NonNegativeFloat = option(0.0, help="learning rate at which the schedule ends")
-    weight_decay: NonNegativeFloat = option(0.0, help="AdamW's decoupled weight decay")
-    max_grad_norm: Annotated[float, Accepts("0 (off) or a number above it", ge=0, allow_inf_nan=False)] = option(
-        1.0, help="largest norm of the global gradient; 0: no clipping"
-    )
-    seed: Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)] = option(
-        42, help="seed of initial weights, data order and dropout"
-    )
-    optim: Optimizer = option(
+    min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
+    weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
+    max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
+    seed: Seed = option("seed of initial weights, data order and dropout", 42)
+    optim: choices.Optimizer = option(
+        "adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; adamw8bit, "
+        "paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
         "adamw_fused",
-        help="adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; "
-        "adamw8bit, paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
     )
-    early_stop: (
-        Annotated[
-            str,
-            Accepts(
-                "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
-                re.compile(r"[1-9]\d*(:\d+\.?\d*(e-?\d+)?)?").fullmatch,
-            ),
-        ]
-        | None
-    ) = option(
+    early_stop: EarlyStop | None = option(
+        "PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is not "
+        "more than MIN_DELTA nats below the lowest before them (default: never)",
         None,
-        help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
-        "not more than MIN_DELTA nats below the lowest before them (default: never)",
     )
-    beta1: Probability = option(0.9, help="AdamW's decay of the first moment", flag="--adam-beta1")
-    beta2: Probability = option(0.999, help="AdamW's decay of the second moment", flag="--adam-beta2")
-    epsilon: PositiveFloat = option(1e-8, help="AdamW's addend of the denominator", flag="--adam-epsilon")
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps and self.warmup_ratio:
-            raise UserError(f"--warmup-ratio {self.warmup_ratio}: not with --warmup-steps {self.warmup_steps}")
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr}: expected at most --lr {self.lr:g}")
-        if self.min_lr and self.schedule == "constant":
-            raise UserError(f"--min-lr {self.min_lr}: expected with --schedule linear, cosine or wsd")
+    beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
+    beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
+    epsilon: PositiveFloat = option("AdamW's addend of the denominator", 1e-8, flag="--adam-epsilon")
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Steps of the warm-up of a run of so many, as transformers counts a share of them."""
@@ -253,25 +216,21 @@ class EngineSettings:
     """How the work is divided over ranks and in which number format it is done."""
 
     ds_config: Text | None = option(
+        f"ZeRO file: {', '.join(choices.DS_CONFIG_NAMES)}, or a path (default: chosen automatically, see --dry-run)",
         None,
-        help=f"ZeRO file: {', '.join(DS_CONFIG_NAMES)}, or a path (default: chosen automatically, see --dry-run)",
     )
-    precision: Precision | None = option(
-        None, help="arithmetic of forward and backward (default: bf16 on a GPU that has it, else fp32)"
-    )
-    hang_timeout: Annotated[
-        float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
-    ] = option(600.0, help="end the run where no rank moves for so long, and name who hangs", unit="seconds")
+    precision: choices.Precision | None = option("arithmetic (default: bf16 on a GPU that has it, else fp32)", None)
+    hang_timeout: HangTimeout = option("end the run if no rank moves for so many seconds, and name who hangs", 600.0)
     grace: Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)] = option(
-        60.0, help="end the run where it has not saved and ended so long after a signal", unit="seconds"
+        "end the run if it has not saved and ended so many seconds after a signal", 60.0
     )
-    execution: Execution = option(
-        "auto",
-        help="eager: one operation at a time; graphs: CUDA graphs, each compared once with the eager step; auto: CUDA "
+    execution: choices.Execution = option(
+        "eager: one operation at a time; graphs: CUDA graphs, each compared once with the eager step; auto: CUDA "
         "graphs on a GPU under ZeRO 0, eager elsewhere",
+        "auto",
     )
     activation_checkpointing: Switch = option(
-        False, help="keep each block's input only and compute it again in backward: less memory, a third more work"
+        "keep each block's input only and compute it again in backward: less memory, a third more work", False
     )
 
 
@@ -279,42 +238,23 @@ class EngineSettings:
 class OutputSettings:
     """What a run leaves and where."""
 
-    eval_every: Interval = option("epoch", help="evaluate every so many steps, every `epoch`, or `never` in between")
-    save_every: Interval = option(
-        "epoch", help="save a checkpoint every so many steps, every `epoch`, or `never` in between"
-    )
-    save_total_limit: PositiveInt = option(2, help="newest checkpoints to keep, beside the best one")
-    output_dir: Name | None = option(None, help="run folder (default: runs/<run name>)")
-    wandb: WandbMode | None = option(None, help="Weights & Biases (default: online where logged in, else offline)")
-    wandb_project: WandbProject | None = option(
-        None, help="project that runs to be compared share (default: WANDB_PROJECT, or gpt2-full-vs-lora)"
-    )
-    run_name: (
-        Annotated[
-            str,
-            Accepts(
-                "up to 128 letters, digits and . _ + -, not dots alone", re.compile(r"(?!\.+$)[\w.+-]{1,128}").fullmatch
-            ),
-        ]
-        | None
-    ) = option(None, help="name of the run (default: <mode or adapter>-<data>)")
-    report_to: Annotated[tuple[Literal["tensorboard"], ...], Accepts("tensorboard", strict=False)] = option(
-        (), help="where the rows go beside metrics.jsonl and W&B, comma separated: tensorboard"
-    )
-    profile: PositiveInt | None = option(
-        None, help="profile so many steps of rank 0 into the run folder's profile/", unit="steps"
-    )
+    eval_every: Interval = option("evaluate every so many steps, every `epoch`, or `never` in between", "epoch")
+    save_every: Interval = option("save a checkpoint as often, or `never` before the end", "epoch")
+    save_total_limit: PositiveInt = option("newest checkpoints to keep, beside the best one", 2)
+    output_dir: Name | None = option("run folder (default: runs/<run name>)", None)
+    wandb: choices.WandbMode | None = option("Weights & Biases (default: online where logged in, else offline)", None)
+    wandb_project: WandbProject | None = option("its project (default: WANDB_PROJECT, or gpt2-full-vs-lora)", None)
+    run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
+    report_to: tuple[Literal["tensorboard"], ...] = option("write the rows for TensorBoard too: tensorboard", ())
+    profile: PositiveInt | None = option("profile so many steps of rank 0 into the run folder's profile/", None)
     export: Literal["last", "best", "none"] = option(
+        "weights of the exported folder: of the last step, or of the checkpoint with the lowest validation loss (one "
+        "is saved at each new lowest); none: export nothing and leave test records unseen",
         "last",
-        help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
-        "validation loss (then one is saved at each evaluation that is the lowest so far); none: nothing is exported, "
-        "and test records stay unseen",
     )
-    num_samples: Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)] = (
-        option(2, help=f"validation prompts completed at each evaluation, at most {MAX_NUM_SAMPLES}; 0: none")
-    )
+    num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
     score_samples: Switch = option(
-        False, help="score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L"
+        "score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L", False
     )
 
 
@@ -326,22 +266,14 @@ GROUPS: dict[str, Any] = {
     "engine": EngineSettings,
     "output": OutputSettings,
 }
-MUTABLE_ON_RESUME = (  # data: by fingerprint
-    "data.data",
-    "data.val_data",
-    "data.test_data",
-    "data.retain_data",
-    "train.micro_batch",
-    "train.eval_batch",
-)
 
 
 @settings_class
 class Settings:
     """One run, whole."""
 
-    mode: Mode
-    preset: Preset
+    mode: choices.Mode
+    preset: choices.Preset
     model: ModelSettings
     lora: LoraSettings
     data: DataSettings
@@ -351,16 +283,22 @@ class Settings:
     overridden: tuple[Text, ...] = ()  #: flags that the user gave, which override the preset
 
     def __post_init__(self) -> None:
-        lora, quant, optim, precision = self.lora, self.model.quant, self.train.optim, self.engine.precision
-        if self.engine.execution == "graphs" and (blocker := graph_blocker(self)):
-            raise UserError(f"--execution graphs: not with {blocker}; expected auto or eager")
-        if optim in EIGHT_BIT_OPTIMIZERS and precision == "fp16":
-            raise UserError(f"--optim {optim}: not with --precision fp16, which needs ZeRO 1 or more")
-        if self.train.early_stop and self.output.eval_every == "never":
-            raise UserError(
-                f"--early-stop {self.train.early_stop} with --eval-every never: there is no evaluation to stop at; "
-                "pass --eval-every epoch or a number of steps"
-            )
+        """Refuse settings that are right alone and exclude one another."""
+        lora, train, quant, precision = self.lora, self.train, self.model.quant, self.engine.precision
+        if self.model.quant_double and quant not in ("nf4", "fp4"):
+            raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
+        if train.warmup_steps and train.warmup_ratio:
+            raise UserError(f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}")
+        if train.min_lr > train.lr:
+            raise UserError(f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}")
+        if train.min_lr and train.schedule == "constant":
+            raise UserError(f"--min-lr {train.min_lr}: expected with --schedule linear, cosine or wsd")
+        if train.early_stop and self.output.eval_every == "never":
+            raise UserError(f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps")
+        if self.engine.execution == "graphs" and self.graph_blocker:
+            raise UserError(f"--execution graphs: not with {self.graph_blocker}; expected auto or eager")
+        if train.optim in choices.EIGHT_BIT_OPTIMIZERS and precision == "fp16":
+            raise UserError(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
         if self.mode == "full":
             if quant:
                 raise UserError(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
@@ -374,21 +312,27 @@ class Settings:
         elif quant:
             if lora.adapter == "pissa":
                 raise UserError(
-                    f"--quant {quant}: pissa changes the base by less than {quant} rounds; expected lora, dora or "
-                    "rslora"
+                    f"--quant {quant}: its rounding is larger than what pissa changes; expected another adapter"
                 )
             if quant == "int8" and lora.adapter == "dora":
-                raise UserError(
-                    "--quant int8: dora takes the norms of its layers, by which peft loses their scales; use nf4"
-                )
+                raise UserError("--quant int8: peft loses its scales where dora takes norms; expected nf4 or fp4")
             if "bias" in lora.modules_to_save:
                 raise UserError(
-                    f"--modules-to-save bias: bitsandbytes rounds the biases of {quant} layers; leave one of them out"
+                    f"--modules-to-save bias: bitsandbytes rounds the biases of {quant} layers; expected others"
                 )
             if precision == "fp16":
                 raise UserError(
                     f"--precision fp16: rounds the packed weights of --quant {quant}; expected bf16 or fp32"
                 )
+
+    @property
+    def graph_blocker(self) -> str:
+        """The flag with which steps cannot be recorded as CUDA graphs; empty where they can."""
+        if self.model.quant:
+            return "--quant"
+        if self.engine.precision == "fp16":  # needs DeepSpeed's loss scale, and so its own steps
+            return "--precision fp16"
+        return "--activation-checkpointing" if self.engine.activation_checkpointing else ""
 
     @property
     def method(self) -> str:
@@ -410,6 +354,18 @@ class Settings:
         """The run folder: given, or runs/<run name>."""
         return self.output.output_dir or f"runs/{self.run_name}"
 
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """What the user gave: {group: {field: value}}."""
+        return {
+            name: {
+                field.name: getattr(getattr(self, name), field.name)
+                for field in dataclasses.fields(group)
+                if flag_of(field) in self.overridden
+            }
+            for name, group in GROUPS.items()
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values for run.json; `from_dict` reads them back."""
         return dataclasses.asdict(self)
@@ -419,30 +375,64 @@ class Settings:
         """The settings that `as_dict` wrote (JSON turns tuples into lists)."""
         return cls(**values)
 
+    def resumed_with(self, now: "Settings") -> "Settings":
+        """The settings of a run that is resumed: those it has, and over them those given now, and the run folder."""
+        given = {**now.given, "output": {**now.given["output"], "output_dir": now.run_folder}}
+        groups = {name: dataclasses.replace(getattr(self, name), **given[name]) for name in GROUPS}
+        flags = tuple(dict.fromkeys((*self.overridden, *now.overridden)))
+        return dataclasses.replace(self, overridden=flags, **groups)
 
-def apply_overrides(
-    saved_settings: Settings, overrides: Mapping[str, Mapping[str, Any]], overridden: tuple[str, ...]
+    def fixed_on_resume(self) -> dict[str, Any]:
+        """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
+        mutable = {"data", "val_data", "test_data", "retain_data", "micro_batch", "eval_batch"}  # data: by fingerprint
+        values: dict[str, Any] = {}
+        for group in ("model", "data", "train", *(("lora",) if self.mode == "lora" else ())):
+            for name, value in dataclasses.asdict(getattr(self, group)).items():
+                if name not in mutable:
+                    values[f"{group}_{name}" if name in values else name] = value  # lora_dropout beside dropout
+        return values
+
+
+def resolve(
+    mode: str, preset: str | None, overrides: Mapping[str, Mapping[str, Any]], overridden: tuple[str, ...] = ()
 ) -> Settings:
-    """The settings of a run that is resumed: those it began with, and the flags given now over them."""
-    groups = {name: dataclasses.replace(getattr(saved_settings, name), **overrides.get(name, {})) for name in GROUPS}
-    flags = tuple(dict.fromkeys((*saved_settings.overridden, *overridden)))
-    return dataclasses.replace(saved_settings, overridden=flags, **groups)
+    """Preset, then mode, then what the user gave (`{group: {field: value}}`); each later one wins.
+
+    `preset`: None takes the one that fits the model. The mode changes one number only, the learning rate, and only
+    where the user gave none; a test holds it there.
+    """
+    model = overrides.get("model", {}).get("model")
+    by_model = {None: "demo", DEMO_MODEL: "demo", "gpt2": "card", "openai-community/gpt2": "card"}
+    preset = preset or by_model.get(model, "finetune")
+    check_value(choices.Preset, "--preset", preset)
+    if preset == "finetune" and model is None:
+        raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
+    groups: dict[str, dict[str, Any]] = {
+        name: {
+            field.name: field.metadata["presets"][preset]
+            for field in dataclasses.fields(group)
+            if preset in field.metadata["presets"]
+        }
+        for name, group in GROUPS.items()
+    }
+    if mode == "lora":
+        groups["train"]["lr"] *= choices.LORA_LR_FACTOR
+    if "warmup_steps" in overrides.get("train", {}):  # two words for one thing: the user's counts
+        groups["train"].pop("warmup_ratio", None)
+    made: dict[str, Any] = {
+        name: group(**{**groups[name], **overrides.get(name, {})}) for name, group in GROUPS.items()
+    }
+    return Settings(mode=mode, preset=preset, overridden=overridden, **made)  # type: ignore[arg-type]
 
 
-def fields_fixed_on_resume(settings: Settings) -> dict[str, Any]:
-    """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
-    values: dict[str, Any] = {}
-    for group in ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ())):
-        for name, value in dataclasses.asdict(getattr(settings, group)).items():
-            if f"{group}.{name}" not in MUTABLE_ON_RESUME:
-                values[f"{group}_{name}" if name in values else name] = value  # lora_dropout beside dropout
-    return values
-
-
-def graph_blocker(settings: Settings) -> str:
-    """The flag with which steps cannot be recorded as CUDA graphs; empty where they can."""
-    if settings.model.quant:
-        return "--quant"
-    if settings.engine.precision == "fp16":  # needs DeepSpeed's loss scale, and so its own steps
-        return "--precision fp16"
-    return "--activation-checkpointing" if settings.engine.activation_checkpointing else ""
+def preset_notes(settings: Settings) -> list[str]:
+    """What a preset means for this model, where that is worth a line: where its learning rate comes from."""
+    notes, rate = [], f"learning rate {settings.train.lr:g}"
+    advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
+    if settings.preset == "finetune" and "--block-size" not in settings.overridden:
+        notes.append(f"block size {settings.data.block_size}: from the lengths of the data; --block-size sets another")
+    if settings.preset == "finetune" and "--lr" not in settings.overridden:
+        notes.append(f"{rate}: a guess from the literature; {advice}")
+    if settings.preset == "demo" and settings.model.model != DEMO_MODEL and "--lr" not in settings.overridden:
+        notes.append(f"{rate}: of --preset demo, made for {DEMO_MODEL}; {advice}")
+    return notes

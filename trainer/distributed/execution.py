@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer.config.settings import Settings, graph_blocker
+from trainer.config.settings import Settings
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel
 from trainer.model.loss import uses_gpu_form
@@ -62,7 +62,7 @@ def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
         return f"ZeRO {stage}"
     if settings.data.packing:
         return "packed rows rarely have the same shape twice"
-    return graph_blocker(settings)
+    return settings.graph_blocker
 
 
 def holds_frozen_in_bf16(settings: Settings, *, precision: str, stage: int) -> bool:

@@ -111,16 +111,7 @@ def reference_blockers(run: RunData) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN_DATA`."""
     if "data" in run.changed_on_resume:
         return ["data changed on resume"]
-    return reference.disagreements(
-        data=run.get("data.source"),
-        vocabulary=run.get("data.vocabulary"),
-        block_size=run.get("data.block_size"),
-        objective=run.get("data.objective"),
-        model=run.get("model.name"),
-        examples=run.get("data.train.examples"),
-        init=run.get("settings.model.init"),
-        parameters=run.get("model.parameters"),
-    )
+    return reference.disagreements(run.metadata["data"], run.metadata["model"])
 
 
 def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -> list[list[Item]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.files import replace_atomically, write_all
+from trainer.config.files import replace_atomically
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, iter_lines, to_line
 
 METRICS_FILE = "metrics.jsonl"
@@ -109,7 +109,7 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
                 if record.step > step or is_run_end or (eval_pending and record.step == step and follows_evaluation):
                     num_dropped += 1
                 else:
-                    write_all(file, line)
+                    file.write(line)
     except OSError as error:
         raise _write_error(path, error) from error
     except ValueError as error:

@@ -11,7 +11,7 @@ from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
 from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
-from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
+from trainer.config.settings import Settings
 from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
@@ -51,8 +51,7 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
         raise UserError(
             f"--mode {settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
         )
-    overrides = {**args.overrides, "output": {**args.overrides["output"], "output_dir": settings.run_folder}}
-    return apply_overrides(saved, overrides, settings.overridden), previous
+    return saved.resumed_with(settings), previous
 
 
 def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
@@ -126,7 +125,7 @@ def _allowed_changes(
     rows and evaluations written until `source` was saved. UserError for the first change that was not allowed."""
 
     def fixed_values(settings: Settings, data: str, precision: str) -> dict[str, Any]:
-        return {**fields_fixed_on_resume(settings), "data": data, "precision": precision}
+        return {**settings.fixed_on_resume(), "data": data, "precision": precision}
 
     data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
     initial = fixed_values(Settings.from_dict(previous["settings"]), data, precision)

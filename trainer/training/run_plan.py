@@ -13,9 +13,8 @@ import psutil
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.presets import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
-from trainer.config.settings import Settings
+from trainer.config.settings import Settings, preset_notes
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import TrainBatches, padding_share
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
@@ -166,14 +165,7 @@ class RunPlan:
 
     def incomparable_reasons(self) -> list[str]:
         """Why the losses cannot be held against the card's."""
-        return reference.why_not_comparable(
-            data=self.data_info["source"],
-            vocabulary=self.data_info["vocabulary"],
-            block_size=self.settings.data.block_size,
-            objective=self.data_info["objective"],
-            model=self.settings.model.model,
-            examples=self.data_info["train"]["examples"],
-        )
+        return [*reference.disagreements(self.data_info, self.model_info), reference.UNKNOWN_REASON]
 
 
 def validate_early(settings: Settings, dist_context: DistContext) -> None:

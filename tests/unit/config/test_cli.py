@@ -1,30 +1,37 @@
-"""The command line: the flags of the contract, each made of its field, with presets told from what was given."""
+"""The command line: the flags of the contract, each made of its field, and `--config FILE`."""
 
 import dataclasses
+import json
+import os
 
 import pytest
+from helpers.fake_runs import make_metadata
 
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
-from trainer.config.presets import preset_notes
-from trainer.config.settings import GROUPS
+from trainer.config.settings import GROUPS, preset_notes
 
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
     "--mode --preset --config --resume --allow-change --dry-run --show-example --find-lr --find-batch --local_rank "
     "--local-rank --verbose --help"
 )
-FLAGS_WITHOUT_FIELD = set(COMMANDS.split())
 
-# A value of each other flag that no preset has, as typed and as read.
+# A value of each other flag that no preset has, as typed and as read; a switch has no text.
 VALUES = {
     "--model": ("m", "m"),
     "--init": ("random", "random"),
+    "--quant": ("nf4", "nf4"),
+    "--quant-double": (None, True),
+    "--dropout": ("0.3", 0.3),
     "--lora-rank": ("4", 4),
     "--lora-alpha": ("3", 3.0),
     "--lora-dropout": ("0.5", 0.5),
     "--lora-target-modules": ("a, b", ("a", "b")),
+    "--lora-plus-ratio": ("16", 16.0),
+    "--adapter": ("dora", "dora"),
+    "--modules-to-save": ("wte,bias", ("wte", "bias")),
     "--data": ("d.csv", "d.csv"),
     "--val-data": ("v.csv", "v.csv"),
     "--val-fraction": ("0.2", 0.2),
@@ -37,9 +44,9 @@ VALUES = {
     "--format": ("alpaca", "alpaca"),
     "--chat-template": ("c.jinja", "c.jinja"),
     "--unusable-records": ("drop", "drop"),
-    "--packing": (None, True),
     "--objective": ("completion", "completion"),
     "--block-size": ("77", 77),
+    "--packing": (None, True),
     "--no-shuffle": (None, False),
     "--epochs": ("1.5", 1.5),
     "--max-steps": ("9", 9),
@@ -47,14 +54,24 @@ VALUES = {
     "--micro-batch": ("5", 5),
     "--eval-batch": ("7", 7),
     "--lr": ("1e-3", 0.001),
+    "--min-lr": ("1e-6", 1e-06),
+    "--schedule": ("cosine", "cosine"),
     "--warmup-steps": ("3", 3),
+    "--warmup-ratio": ("0.1", 0.1),
     "--weight-decay": ("0.1", 0.1),
     "--max-grad-norm": ("0", 0.0),
     "--seed": ("1", 1),
+    "--optim": ("adamw", "adamw"),
+    "--early-stop": ("2:0.1", "2:0.1"),
+    "--adam-beta1": ("0.8", 0.8),
+    "--adam-beta2": ("0.95", 0.95),
+    "--adam-epsilon": ("1e-6", 1e-06),
     "--ds-config": ("zero3", "zero3"),
     "--precision": ("bf16", "bf16"),
     "--hang-timeout": ("60", 60.0),
     "--grace": ("9", 9.0),
+    "--execution": ("eager", "eager"),
+    "--activation-checkpointing": (None, True),
     "--eval-every": ("5", "5"),
     "--save-every": ("never", "never"),
     "--save-total-limit": ("3", 3),
@@ -64,32 +81,20 @@ VALUES = {
     "--run-name": ("n", "n"),
     "--report-to": ("tensorboard", ("tensorboard",)),
     "--profile": ("5", 5),
-    "--adapter": ("dora", "dora"),
-    "--lora-plus-ratio": ("16", 16.0),
-    "--modules-to-save": ("wte,bias", ("wte", "bias")),
-    "--quant": ("nf4", "nf4"),
-    "--quant-double": (None, True),
-    "--optim": ("adamw", "adamw"),
-    "--activation-checkpointing": (None, True),
-    "--execution": ("eager", "eager"),
-    "--dropout": ("0.3", 0.3),
-    "--early-stop": ("2:0.1", "2:0.1"),
     "--export": ("best", "best"),
     "--num-samples": ("5", 5),
     "--score-samples": (None, True),
-    "--adam-beta1": ("0.8", 0.8),
-    "--schedule": ("cosine", "cosine"),
-    "--warmup-ratio": ("0.1", 0.1),
-    "--min-lr": ("1e-6", 1e-06),
-    "--adam-beta2": ("0.95", 0.95),
-    "--adam-epsilon": ("1e-6", 1e-06),
 }
 FIELDS = {flag_of(field): (name, field.name) for name, group in GROUPS.items() for field in dataclasses.fields(group)}
 
 
+def parse(words: str, *more: str) -> cli.CliArgs:
+    return cli.parse_args([*words.split(), *more])
+
+
 def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command():
     flags = {option for action in cli.build_parser()._actions for option in action.option_strings} - {"-h"}
-    assert flags == set(VALUES) | FLAGS_WITHOUT_FIELD
+    assert flags == {*VALUES, *COMMANDS.split()}
     assert set(FIELDS) == set(VALUES)
 
 
@@ -97,123 +102,182 @@ def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command(
 def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
     typed, expected = VALUES[flag]
     more = {"--prompt": ["--completion", "{c}"], "--quant-double": ["--quant", "nf4"]}.get(flag, [])
-    request = cli.parse_args(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
+    settings = cli.parse_args(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])]).settings
     group, field = FIELDS[flag]
-    assert getattr(getattr(request.settings, group), field) == expected
-    assert request.overrides[group][field] == expected
-    assert flag in request.settings.overridden
-    assert len(request.settings.overridden) == 1 + bool(more)
+    assert getattr(getattr(settings, group), field) == settings.given[group][field] == expected
+    assert set(settings.overridden) == {flag, *more[:1]}
 
 
 def test_no_flags_override_nothing():
-    request = cli.parse_args(["--mode", "full"])
-    assert request.settings.overridden == ()
-    assert not any(request.overrides.values())
-    assert (request.settings.preset, request.resume, request.dry_run) == ("demo", None, False)
-    assert request.allow_change == ()
+    args = parse("--mode full")
+    assert args.settings.overridden == ()
+    assert not any(args.settings.given.values())
+    assert (args.settings.preset, args.resume, args.dry_run, args.allow_change) == ("demo", None, False, ())
 
 
-def test_a_flag_with_the_presets_own_value_still_counts_as_overridden():
-    lr = cli.parse_args(["--mode", "full", "--preset", "card"]).settings.train.lr
-    request = cli.parse_args(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
-    assert request.settings.overridden == ("--lr",)
-    assert request.settings.train.lr == lr, "and the mode does not change it"
+def test_a_flag_with_the_presets_own_value_still_counts_as_overridden_and_the_mode_does_not_change_it():
+    settings = parse("--mode lora --preset card --lr 3e-5").settings
+    assert (settings.overridden, settings.train.lr) == (("--lr",), 3e-5)
 
 
-@pytest.mark.parametrize(("argv", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "auto"], "auto")])
-def test_resume_takes_a_checkpoint_or_the_newest(argv, expected):
-    assert cli.parse_args(["--mode", "full", *argv]).resume == expected
-
-
-def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
-    argv = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
-    assert cli.parse_args(["--mode", "full", "--resume", *argv]).allow_change == ("lr", "global_batch", "max_steps")
-
-
-@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])  # deepspeed's, torch.distributed.launch's
-def test_the_launchers_rank_is_accepted_and_changes_nothing(flag):
-    assert cli.parse_args([flag, "--mode", "full"]).settings == cli.parse_args(["--mode", "full"]).settings
+def test_commands_are_read_and_the_launchers_rank_changes_nothing():
+    assert parse("--mode full --resume").resume == "latest"
+    assert parse("--mode full --resume auto").resume == "auto"
+    args = parse("--mode full --resume --allow-change lr,global-batch --allow-change max_steps")
+    assert args.allow_change == ("lr", "global_batch", "max_steps")
+    for flag in ("--local_rank=1", "--local-rank=1"):  # deepspeed's, torch.distributed.launch's
+        assert parse(flag, "--mode", "full") == parse("--mode full")
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("words", "message"),
     [
-        ([], "--mode"),
-        (["--mode", "qlora"], "qlora"),
-        (["--mode", "full", "--learning-rate", "1"], "--learning-rate"),
-        (["--mode", "full", "--lr"], "--lr"),
-        (["--mode", "full", "--lr", "fast"], "fast"),
-        (["--mode", "full", "--max-steps", "1.5"], "1.5"),
-        (["--mode", "full", "--block", "9"], "--block"),
-        (["--mode", "full", "--precision", "tf32"], "tf32"),
-        (["--mode", "full", "--seed", "-1"], "--seed -1"),
-        (["--mode", "full", "stray"], "stray"),
+        ("", "--mode is missing"),
+        ("--mode qlora", "--mode qlora: expected full or lora"),
+        ("--mode full --preset gpt3", "--preset gpt3: expected demo, card or finetune"),
+        ("--mode full --preset finetune", "--preset finetune without --model: expected --model"),
+        ("--mode full --lr", "--lr: expected one argument"),
+        ("--mode full --lr fast", "--lr fast: expected a number above 0"),
+        ("--mode full --max-steps 1.5", "--max-steps 1.5: expected a whole number from 1"),
+        ("--mode full --block 9", "--block 9: unknown flag"),
+        ("--mode full --precision tf32", "--precision tf32: expected fp32, bf16 or fp16"),
+        ("--mode full --report-to tensorboard,x", "--report-to x: expected tensorboard"),
+        ("--mode full stray", "stray: expected a flag"),
+        ("--mode full --find-lr --resume", "--find-lr and --resume: one at a time"),
+        ("--mode full --find-lr 1:0", "--find-lr 1:0: expected START:END"),
     ],
 )
-def test_a_mistake_in_the_flags_is_one_line_that_names_it(argv, message):
+def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, message):
     with pytest.raises(UserError) as caught:
-        cli.parse_args(argv)
-    assert message in str(caught.value)
+        parse(words)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_help_shows_groups_units_and_both_presets_defaults(capsys):
+@pytest.mark.parametrize("flag", ["--data", "--model", "--output-dir", "--run-name", "--config", "--chat-template"])
+def test_a_name_that_no_file_can_have_is_refused(flag):
+    for value in ("a" * 256, "a/" * 2048 + "a", "a\0", "a\ud800"):
+        with pytest.raises(UserError, match=rf"^{flag} a.*expected a name of a file, at most 255 bytes"):
+            parse("--mode full", flag, value)
+    assert parse("--mode full --completion", "a" * 5000).settings.data.completion == "a" * 5000
+
+
+def test_help_shows_every_flag_with_the_presets_defaults(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.parse_args(["--help"])
+        parse("--help")
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for title in cli.TITLES.values():
-        assert f"{title}:" in text
-    assert "(default: demo 256, card 1024, finetune 0 tokens)" in text
-    assert "card 3e-05, finetune 2e-05)" in text
-    assert "(default: 3.0)" in text
-    for flag in {*VALUES, *FLAGS_WITHOUT_FIELD} - {"--local_rank", "--local-rank"}:
+    for part in ("LoRA (with --mode lora):", "demo 256, card 1024, finetune 0)", "card 3e-05, finetune 2e-05)"):
+        assert part in text
+    for flag in {*VALUES, *COMMANDS.split()} - {"--local_rank", "--local-rank"}:
         assert f"{flag} " in text, flag
     assert "local_rank" not in text, "it is the launcher's, not the user's"
 
 
 @pytest.mark.parametrize(
-    ("argv", "preset"),
+    ("words", "preset", "lr", "notes"),
     [
-        ([], "demo"),
-        (["--model", "demo-base"], "demo"),
-        (["--model", "gpt2"], "card"),
-        (["--model", "HuggingFaceTB/SmolLM2-135M"], "finetune"),
-        (["--model", "gpt2", "--preset", "finetune"], "finetune"),
-        (["--model", "some/folder", "--preset", "demo"], "demo"),
+        ("", "demo", 5e-4, []),
+        ("--model demo-base", "demo", 5e-4, []),
+        ("--model gpt2", "card", 3e-5, []),
+        ("--model org/m", "finetune", 2e-5, ["block size 0: from the lengths", "learning rate 2e-05: a guess"]),
+        ("--model org/m --lr 1e-4 --block-size 64", "finetune", 1e-4, []),
+        ("--model gpt2 --preset finetune --block-size 64", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),
+        ("--model some/folder --preset demo", "demo", 5e-4, ["learning rate 0.0005: of --preset demo, made for"]),
     ],
 )
-def test_the_preset_is_the_one_that_fits_the_model_unless_asked_for(argv, preset):
-    assert cli.parse_args(["--mode", "full", *argv]).settings.preset == preset
-
-
-def test_any_other_model_gets_rates_of_its_own_and_a_line_that_calls_them_a_guess():
-    full, lora = (cli.parse_args(["--mode", mode, "--model", "org/m"]).settings for mode in ("full", "lora"))
-    assert (full.train.lr, lora.train.lr) == (2e-5, 2e-4)
-    assert (full.train.schedule, full.train.num_warmup_steps(1000)) == ("cosine", 30)
-    block_note, lr_note = preset_notes(full)
-    assert block_note.endswith("from the lengths of the data; --block-size sets another")
-    assert lr_note.startswith("learning rate 2e-05: a guess from the literature; the same command with --find-lr")
-    flags = ["--mode", "full", "--model", "org/m", "--lr", "1e-4", "--block-size", "64"]
-    assert preset_notes(cli.parse_args(flags).settings) == []
-    assert preset_notes(cli.parse_args(["--mode", "full"]).settings) == []
-    (note,) = preset_notes(cli.parse_args(["--mode", "full", "--preset", "demo", "--model", "org/m"]).settings)
-    assert "of --preset demo, made for demo-base" in note
+def test_the_preset_is_the_one_that_fits_the_model_and_says_what_is_a_guess(words, preset, lr, notes):
+    settings = parse("--mode full", *words.split()).settings
+    assert (settings.preset, settings.train.lr) == (preset, lr)
+    assert [note[: len(start)] for note, start in zip(preset_notes(settings), notes, strict=True)] == notes
 
 
 def test_warm_up_steps_given_take_the_place_of_the_presets_share():
-    train = cli.parse_args(["--mode", "full", "--model", "org/m", "--warmup-steps", "0"]).settings.train
-    assert train.num_warmup_steps(1000) == 0
+    assert parse("--mode full --model org/m").settings.train.num_warmup_steps(1000) == 30
+    assert parse("--mode full --model org/m --warmup-steps 0").settings.train.num_warmup_steps(1000) == 0
 
 
-def test_the_finetune_preset_needs_a_model():
-    with pytest.raises(UserError, match="--preset finetune without --model: expected --model"):
-        cli.parse_args(["--mode", "full", "--preset", "finetune"])
+# --- --config FILE ---
 
 
-@pytest.mark.parametrize("flag", ["--data", "--model", "--output-dir", "--run-name", "--config", "--chat-template"])
-def test_a_name_that_no_file_can_have_is_refused(flag):
-    for value in ("a" * 256, "a/" * 2048 + "a", "a\0"):
-        with pytest.raises(UserError, match=rf"^{flag} a.*(expected at most 255 between|holds a null byte)"):
-            cli.parse_args(["--mode", "full", flag, value])
-    assert cli.parse_args(["--mode", "full", "--completion", "a" * 5000]).settings.data.completion == "a" * 5000
+@pytest.fixture
+def write_config(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "config.yaml").write_text(text)
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+def test_a_yaml_file_gives_the_settings_of_its_flags(write_config):
+    path = write_config(
+        """
+mode: lora
+lr: 1e-4            # a text in YAML 1.1, a number here
+global_batch: 16    # with - or _
+prompt: "{a}"
+completion: "{b}"
+lora-target-modules: [c_attn, c_fc]
+no-shuffle: true
+quant-double: false
+max-steps:
+"""
+    )
+    flags = "--mode lora --lr 1e-4 --global-batch 16 --prompt {a} --completion {b}"
+    flags += " --lora-target-modules c_attn,c_fc --no-shuffle"
+    assert parse("--config", path) == parse(flags)
+
+
+def test_flags_win_over_the_file_wherever_they_stand(write_config):
+    path = write_config("mode: full\nlr: 1e-4\nseed: 3")
+    for argv in (["--config", path, "--lr", "2e-4"], ["--lr", "2e-4", f"--config={path}"]):
+        train = cli.parse_args(argv).settings.train
+        assert (train.lr, train.seed) == (2e-4, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("mode: full\nlearning_rate: 1e-4", ", line 2: --learning_rate 1e-4: did you mean --lr 1e-4?"),
+        ("mode: full\nlr: [1e-4, {}]", ", line 2: lr: expected a number, a text (in quotes) or a list of them"),
+        ("mode: full\nprompt: {a}", ", line 2: prompt: expected a number, a text (in quotes) or a list of them"),
+        ("mode: full\nno-shuffle: 3", ", line 2: no-shuffle: expected true or false"),
+        ("mode: full\nconfig: other.yaml", ", line 2: --config other.yaml"),
+        ("- mode", ": expected lines like `lr: 1e-4`, or a run.json"),
+        ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
+        ("\x00", ": is not YAML (damaged); expected lines like `lr: 1e-4`"),
+        ("lr: 1\nlr: 2", ", line 2: lr stands there twice"),
+        ("mode: full\nseed: !!python/object/apply:os.getpid []", None),  # no tag is looked at
+        ("mode: full\nwandb: off", None),
+        ("mode: full\nlr: fast", None),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_that_names_it(write_config, text, answer):
+    path = write_config(text)
+    with pytest.raises(UserError) as caught:
+        parse("--config", path)
+    names = f"--config {path}{answer}" if answer else f"--{text.splitlines()[1].partition(':')[0]} "
+    assert str(caught.value).startswith(names)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "run.json").write_text("{}")
+    problems = {"no.yaml": "cannot be read", "no.json": "no such file", "pipe": "not a regular file"}
+    for name, problem in problems.items():
+        with pytest.raises(UserError, match=rf"^--config {tmp_path}/{name}: {problem}"):
+            parse("--config", str(tmp_path / name))
+    with pytest.raises(UserError, match="schema_version is missing"):
+        parse("--config", str(tmp_path / "run.json"))
+
+
+def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
+    words = "--mode lora --model org/m --lr 3e-4 --no-shuffle --lora-target-modules a,b --output-dir first"
+    first = parse(words).settings
+    metadata = make_metadata("lora") | {"settings": first.as_dict(), "preset": first.preset}
+    (tmp_path / "run.json").write_text(json.dumps(metadata))
+    again = parse("--output-dir second --config", str(tmp_path / "run.json")).settings
+    for group in ("mode", "preset", "model", "lora", "data", "train", "engine"):
+        assert getattr(again, group) == getattr(first, group)
+    assert again.run_folder == "second"

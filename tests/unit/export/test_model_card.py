@@ -57,7 +57,7 @@ def test_the_front_matter_is_yaml_whatever_the_names(name):
 def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(tmp_path):
     path = tmp_path / "answer.json"
     for content, message in (
-        (None, "no such file"),
+        (None, "cannot be read"),
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "its sentence is None"),

@@ -38,7 +38,7 @@ def test_a_tokenizer_and_ready_token_ids_are_different_tokenizers(make_run: Make
         ("data__objective", "completion", "other rows ("),
         ("model__name", "gpt2-medium", "other base model ("),
         ("model__parameters", 124_000_000, "other base model ("),
-        ("settings__model__init", "random", "other base model ("),
+        ("model__init", "random", "other base model ("),
         ("data__train__examples", 13_243, "other data ("),
     ],
 )

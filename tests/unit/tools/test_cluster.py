@@ -107,11 +107,11 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], ["--slurm", "--hosts NAME:RANKS"]),
+        ([], ["--slurm", "--hosts"]),
         (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
         ([*SLURM_FLAGS, "--nodes", "0"], ["--nodes: 0", "whole number from 1"]),
         ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time: 1 hour", "letters"]),
-        ([*SLURM_FLAGS, "--nodes", "5"], ["6 examples / 15 ranks"]),
+        ([*SLURM_FLAGS, "--nodes", "5"], ["--global-batch 6: expected a multiple of 15 ranks"]),
         ([*SSH_FLAGS, "--partition", "p"], ["--partition p: goes with --slurm"]),
         (["--hosts", "a:1,a:2", "--mode", "lora"], ["--hosts a:1,a:2", "each host once"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),

@@ -300,7 +300,7 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
 @pytest.mark.parametrize(
     ("more", "output", "remedy"),
     [
-        ("--global-batch 5", "5 examples / 2 ranks is not whole", "use 1 rank, or pass --global-batch 6"),
+        ("--global-batch 5", "--global-batch 5: expected a multiple of 2 ranks", "pass for instance --global-batch 6"),
         ("--output-dir {file}/run", "cannot write there: Not a directory", "name another folder with --output-dir"),
         ("--wandb online", "--wandb online: not logged in", "run `wandb login`"),
     ],
@@ -323,7 +323,7 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
 def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
     flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
     request = cli.parse_args([*flags.split(), "a b"])
-    again = cli.parse_args(cli.to_argv(request.settings, request.overrides, {"train": {"max_steps": 4}}))
+    again = cli.parse_args(cli.to_argv(request.settings, {"train": {"max_steps": 4}}))
     assert again.settings.train.max_steps == 4
     assert again.settings.lora.target_modules == ("c_attn", "c_fc")
     assert not again.settings.data.shuffle

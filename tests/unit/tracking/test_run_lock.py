@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, m
     def fail(*args: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "run.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from trainer.config.presets import resolve
+from trainer.config.settings import resolve
 from trainer.training.schedule import learning_rate, num_decay_steps
 
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps

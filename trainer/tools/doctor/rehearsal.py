@@ -51,7 +51,7 @@ def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float, measured: d
             "run_name": "rehearsal",
         }
         train_flags = {"max_steps": num_steps, "warmup_steps": 0, "warmup_ratio": 0.0}
-        flags = to_argv(cli_args.settings, cli_args.overrides, {"train": train_flags, "output": output_flags})
+        flags = to_argv(cli_args.settings, {"train": train_flags, "output": output_flags})
         argv = [sys.executable, *launcher, str(TRAIN_SCRIPT), *flags]
         start_time = time.monotonic()
         exit_code, reason = _run_program(argv, Path(temp) / "output", deadline)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.config.errors import UserError, escape_controls
-from trainer.config.files import replace_atomically, write_all
+from trainer.config.files import replace_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
@@ -154,7 +154,7 @@ def move_aside(folder: Path, damaged: Iterable[Path]) -> list[str]:
             with replace_atomically(path) as file:
                 for _, line, problem in _parse_rows(target):
                     if not problem:
-                        write_all(file, line)
+                        file.write(line)
                         num_readable += 1
             lines.append(f"{path} copied to {target}; its {num_readable} readable rows stay")
         return lines

@@ -1,0 +1,32 @@
+"""What every program of `launch/` does around its own work."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.distributed.launch_environment import set_library_environment
+from trainer.tracking.safe_stream import protect_standard_streams
+from trainer.tracking.silence import silence_libraries
+
+
+def program(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """`main` of a command line (default: that of the process), with its mistakes as one line and their exit code."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        if argv is None:  # the process is this program
+            protect_standard_streams()
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except (UserError, TrainingError) as error:
+            return report_error(error)
+
+    return run
+
+
+def prepare_libraries(*, verbose: bool = False) -> None:
+    """Set what torch, transformers and others read of the environment; call it before they are imported."""
+    if not verbose:
+        silence_libraries()
+    set_library_environment()
