@@ -114,17 +114,6 @@ def test_at_most_max_graphs_shapes_are_captured(loss_module, monkeypatch):
     assert len(FakeCapturedGraph.instances) == 2
 
 
-def test_evaluations_have_captured_graphs_of_their_own(loss_module):
-    runner = make_runner(loss_module)
-    with torch.no_grad():
-        for seed in range(NUM_WARMUP_CALLS + 2):
-            ids = make_micro_batch(3, seed)
-            assert torch.equal(runner.forward(ids, ids), loss_module(ids, ids)[1])
-    (graph,) = FakeCapturedGraph.instances
-    assert graph.num_replays == 2, "once to verify it, once in the place of the eager call"
-    assert runner.checks == ["eval 3x16 recorded, checked to 0e+00"]
-
-
 def test_padding_that_counts_nothing_is_recorded_too(loss_module):
     """That of a rank which has no rows in the last step of an epoch: all its gradients are zero."""
     runner, ids = make_runner(loss_module), make_micro_batch(1, 0)

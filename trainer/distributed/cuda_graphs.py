@@ -5,8 +5,8 @@ once: the same kernels on the same addresses, and dropout draws from the seed th
 Before a recording is used it is replayed on the rows at hand and compared with the eager call just made.
 
 `torch.cuda.make_graphed_callables` does not do: its gradients leave the graph through one AccumulateGrad a weight, an
-eager kernel each for the second micro-batch and for the flat buffers that several ranks reduce; it records nothing
-without gradients, so no evaluation; and after a capture that fails the generator would refuse the next dropout.
+eager kernel each for the second micro-batch and for the flat buffers that several ranks reduce; and after a capture
+that fails the generator would refuse the next dropout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,9 +88,17 @@ class CUDAGraphRunner:
             return graph.replay(ids, labels, loss_weight)
         if not self._should_capture(kind, ids):
             return self._call_eagerly(self.stepper.backward, ids, labels, loss_weight)
-        # The eager call, and a recording of it that is kept where its replay gives the same.
+        return self._record(kind, ids, labels, loss_weight)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Each row's sum without gradients, never recorded: an evaluation's batch keeps the device busy by itself."""
+        return self._call_eagerly(self.stepper.forward, ids, labels)
+
+    def _record(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
+        """The eager call, and a recording of it that is kept where its replay gives the same."""
+        before: Grads = []
         with self._gives_up_on_error():
-            grads = _clone_all(grads)
+            before = _clone_all(self._grads())
         generator = _generator(ids.device)
         rng_before = generator.get_state()
         row_losses = self.stepper.backward(ids, labels, loss_weight)
@@ -99,30 +107,33 @@ class CUDAGraphRunner:
         rng_after = generator.get_state()
         eager_grads, overwritten = self._grads(), None
         with self._gives_up_on_error():
-            graph = self._capture(ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
+            pool = self._pool or (torch.cuda.graph_pool_handle() if ids.is_cuda else None)
+            with _restored_on_failure(ids.device, pool):
+                graph = CapturedGraph(lambda *inputs: self._forward_backward(kind == "overwrite", *inputs), ids, pool)
+            if ids.is_cuda:
+                torch.cuda.empty_cache()  # what the eager calls used is of no more use
             assert self._static_grads is not None
             if self._owns_grads(eager_grads):
                 overwritten = eager_grads = _clone_all(eager_grads)
-            _copy_all(grads, self._static_grads)
+            _copy_all(before, self._static_grads)
             generator.set_state(rng_before)
-            replayed = graph.replay(ids, labels, loss_weight)
-            self._keep_if_equal(kind, ids, graph, row_losses, eager_grads, replayed, self._static_grads)
+            replayed_losses = graph.replay(ids, labels, loss_weight)
+            # Where the step is not finite there is nothing to compare with: the shape is recorded at its next call.
+            if all(bool(torch.isfinite(t).all()) for t in (row_losses, *eager_grads) if t is not None):
+                difference = relative_difference(row_losses, eager_grads, replayed_losses, self._static_grads)
+                label = f"{kind} {'x'.join(map(str, ids.shape))}"
+                if not difference <= self.max_difference:  # NaN is never equal
+                    raise RuntimeError(
+                        f"the recording of {label} and the eager step are {difference:.1e} apart, at most "
+                        f"{self.max_difference:.0e} is rounding"
+                    )
+                self.checks.append(f"{label} recorded, checked to {difference:.0e}")
+                self._captured[kind, tuple(ids.shape)], self._pool = graph, pool
         if self._find(kind, ids):
             self._use_static_grads()
         elif overwritten is not None and self._static_grads is not None:  # what the eager call left
             _copy_all(overwritten, self._static_grads)
         generator.set_state(rng_after)
-        return row_losses
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Each row's sum without gradients."""
-        if graph := self._find("eval", ids):
-            return graph.replay(ids, labels, 1.0)
-        row_losses = self._call_eagerly(self.stepper.forward, ids, labels)
-        if self._should_capture("eval", ids):
-            with self._gives_up_on_error():
-                graph = self._capture(ids, lambda ids, labels, _: self.stepper.forward(ids, labels))
-                self._keep_if_equal("eval", ids, graph, row_losses, [], graph.replay(ids, labels, 1.0), [])
         return row_losses
 
     def _find(self, kind: str, ids: Tensor) -> "CapturedGraph | None":
@@ -157,20 +168,6 @@ class CUDAGraphRunner:
         _generator(device).set_state(rng_before)
         return call(*inputs)
 
-    def _capture(self, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "CapturedGraph":
-        """A recording; where it fails generator, stream and memory are as they were."""
-        previous_grads = self._static_grads
-        pool = self._pool or (torch.cuda.graph_pool_handle() if ids.is_cuda else None)
-        try:
-            with _restored_on_failure(ids.device, pool):
-                graph = CapturedGraph(fn, ids, pool)
-        except BaseException:
-            self._static_grads = previous_grads
-            raise
-        if ids.is_cuda:
-            torch.cuda.empty_cache()  # what the eager calls used is of no more use
-        return graph
-
     def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
         loss_sum, row_losses = self.stepper.loss_module(ids, labels)
         new_grads = torch.autograd.grad(loss_sum * loss_weight, self.trainable_params, allow_unused=True)
@@ -181,30 +178,6 @@ class CUDAGraphRunner:
         combine = torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_
         combine([old for old, _ in pairs], [new for _, new in pairs])
         return row_losses
-
-    def _keep_if_equal(
-        self,
-        kind: str,
-        ids: Tensor,
-        graph: "CapturedGraph",
-        row_losses: Tensor,
-        grads: Grads,
-        replayed_losses: Tensor,
-        replayed_grads: Grads,
-    ) -> None:
-        present = [row_losses, *(gradient for gradient in grads if gradient is not None)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in present):
-            return  # nothing to compare with: the step is refused, and the shape recorded at its next call
-        difference = relative_difference(row_losses, grads, replayed_losses, replayed_grads)
-        label = f"{kind} {'x'.join(map(str, ids.shape))}"
-        if not difference <= self.max_difference:  # NaN is never equal
-            raise RuntimeError(
-                f"the recording of {label} and the eager step are {difference:.1e} apart, at most "
-                f"{self.max_difference:.0e} is rounding"
-            )
-        self.checks.append(f"{label} recorded, checked to {difference:.0e}")
-        self._captured[kind, tuple(ids.shape)] = graph
-        self._pool = graph.pool
 
     @contextmanager
     def _gives_up_on_error(self) -> Iterator[None]:
@@ -259,7 +232,6 @@ class CapturedGraph:
         # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.row_losses = fn(self.ids, self.labels, self.loss_weight)
-        self.pool = pool
 
     def replay(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Run it on these inputs; the output is overwritten by the next replay."""

@@ -32,12 +32,10 @@ class DeepSpeedFile:
 
     @property
     def stage(self) -> int:
-        """0 to 3."""
         return int(self.content["zero_optimization"].get("stage", 0))
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state lives in the host's memory."""
         return _offload_device(self.content, "offload_optimizer") != "none"
 
     @property

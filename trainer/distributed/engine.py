@@ -185,7 +185,9 @@ class Engine:
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` formats the call stack for each absent device
         if self.dist_context.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        ids, labels = self._to_device(micro_batch)
+        width_multiple = GRAPH_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
+        max_width = get_max_positions(self.model.causal.config)
+        ids, labels = copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
         loss_weight = self.stepper.grad_divisor / num_target_tokens
         if micro_batch.position_ids is not None:  # several examples a row: never recorded, as shapes rarely repeat
             position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
@@ -255,7 +257,8 @@ class Engine:
         """Summed loss of each row, without dropout: float64 on the device."""
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
-        return (self._graphs or self.stepper).forward(*self._to_device(micro_batch)).double()
+        ids, labels = copy_to_device(micro_batch, self.dist_context.device)
+        return (self._graphs or self.stepper).forward(ids, labels).double()
 
     @torch.no_grad()
     def generate(
@@ -283,11 +286,6 @@ class Engine:
     def _set_training(self, is_training: bool) -> None:
         if self._loss_module.training != is_training:  # both walk over all modules
             self.deepspeed_engine.train(is_training)
-
-    def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        width_multiple = GRAPH_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
-        max_width = get_max_positions(self.model.causal.config)
-        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
 
     # --- memory ---
 

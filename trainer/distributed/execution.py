@@ -33,11 +33,9 @@ class ExecutionPlan:
 
     @property
     def path(self) -> str:
-        """`graphs` or `eager`."""
         return "graphs" if self.cuda_graphs else "eager"
 
     def describe(self) -> str:
-        """One line for people."""
         parts = [
             "CUDA graphs" if self.cuda_graphs else f"eager ({self.eager_reason})",
             "blockwise attention and dropout" * self.blockwise_attention,

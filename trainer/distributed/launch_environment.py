@@ -54,8 +54,12 @@ _LAUNCHERS = (
     _Launcher("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
 )
 _MAY_RUN_INSIDE = ("Open MPI", "PMI", "SLURM")  #: whose tasks a script may give RANK and WORLD_SIZE
-#: Each of these says that there are other processes, but not how many.
-_RANKS_OF_UNKNOWN_NUMBER = ("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK")
+#: Without a launcher each of these says that there are other processes, unless it has this value.
+_SIGNS_OF_OTHERS = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "PET_NNODES": "1"},
+    **dict.fromkeys(("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK")),
+    **dict.fromkeys(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES"), "1"),
+}
 
 #: Beginnings of variables that change what a run does: a run on another machine needs them too.
 FORWARDED_PREFIXES = (
@@ -95,7 +99,14 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     """
     launcher = _find_launcher(environ)
     if launcher is None:
-        _refuse_unknown_place(environ)
+        for name, value_alone in _SIGNS_OF_OTHERS.items():
+            is_ours = "SLURM_JOB_ID" in environ or not name.startswith("SLURM_")
+            if is_ours and environ.get(name, value_alone) != value_alone:
+                raise UserError(
+                    f"{name}={environ[name]}: there are several processes, and this one cannot tell its rank; start "
+                    "it as `torchrun launch/train.py ...`, in SLURM as `srun python launch/train.py ...`, or set RANK, "
+                    "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                )
         port = _master_port(environ, world_size=1)
         return LaunchEnvironment(rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
     rank, world_size = _number(environ, launcher.rank), _number(environ, launcher.world_size)
@@ -103,7 +114,24 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
         raise UserError(
             f"{launcher.rank}={rank}: expected a whole number from 0 to {launcher.world_size} - 1 = {world_size - 1}"
         )
-    _refuse_wrong_place(environ, launcher, rank, world_size)
+    for outer in _LAUNCHERS if launcher.name == "environment" else ():
+        # RANK and WORLD_SIZE may have been exported for all tasks of a step, which would then be one rank.
+        if outer.name in _MAY_RUN_INSIDE and {outer.rank, outer.world_size} <= set(environ):
+            task, num_tasks = _number(environ, outer.rank), _number(environ, outer.world_size)
+            if world_size < num_tasks or (world_size == num_tasks and rank != task):
+                raise UserError(
+                    f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
+                    f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
+                )
+    if launcher.name in ("environment", "Kubeflow Trainer", "SkyPilot") and "LOCAL_RANK" not in environ:
+        # One process a node, where others would wait for more. PyTorchJob's default is auto: WORLD_SIZE counts pods.
+        name = "SKYPILOT_NUM_GPUS_PER_NODE" if launcher.name == "SkyPilot" else "PET_NPROC_PER_NODE"
+        num_processes, is_auto = environ.get(name, "1"), launcher.name == "environment"
+        if world_size > 1 and num_processes not in ("", "0", "1", *["auto"] * is_auto):
+            raise UserError(
+                f"{name}={num_processes}, but this is the only process of its node; start it as "
+                "`torchrun launch/train.py ...` with the variables of the node"
+            )
     return LaunchEnvironment(
         rank=rank,
         world_size=world_size,
@@ -132,62 +160,13 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is not a rank: without the variables of launchers and schedulers."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a list as SLURM writes it: `gpu[003-005,9],login1` begins with gpu003."""
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+    names = [name for name in environ if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)]
+    return {name: environ[name] for name in names}
 
 
 def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
     names = set(environ)
     return next((other for other in _LAUNCHERS if {other.rank, other.world_size, other.marker} - {""} <= names), None)
-
-
-def _refuse_unknown_place(environ: Mapping[str, str]) -> None:
-    """UserError for one of several processes that cannot tell which one it is."""
-    names_of_steps = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES") if "SLURM_JOB_ID" in environ else ()
-    as_task = "this process is not a task of its SLURM allocation; start it as `srun python launch/train.py ...`"
-    unknown_number = "the number of ranks is unknown; set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT too"
-    problems = (
-        ("RANK", "0", "without WORLD_SIZE: expected both, as torchrun sets them"),
-        ("WORLD_SIZE", "1", "without RANK: expected both, as torchrun sets them"),
-        *((name, None, f": {unknown_number}, or start with torchrun") for name in _RANKS_OF_UNKNOWN_NUMBER),
-        ("PET_NNODES", "1", ": start it as `torchrun launch/train.py ...`"),
-        *((name, "1", f": {as_task}, or with torchrun in one task per node") for name in names_of_steps),
-    )
-    for name, value_alone, problem in problems:
-        if name in environ and environ[name] != value_alone:
-            raise UserError(f"{name}={environ[name]}{' ' * (problem[0] != ':')}{problem}")
-
-
-def _refuse_wrong_place(environ: Mapping[str, str], launcher: _Launcher, rank: int, world_size: int) -> None:
-    """UserError where the rank is not this process's own, or its node lacks processes, for which all would wait."""
-    outer = [other for other in _LAUNCHERS if launcher.name == "environment" and other.name in _MAY_RUN_INSIDE]
-    for other in outer:  # RANK and WORLD_SIZE may have been exported for all tasks of a step
-        if {other.rank, other.world_size} <= set(environ):
-            task, num_tasks = _number(environ, other.rank), _number(environ, other.world_size)
-            if world_size < num_tasks or (world_size == num_tasks and rank != task):
-                raise UserError(
-                    f"RANK={rank} of WORLD_SIZE={world_size}, but {other.rank}={task} of {other.world_size}="
-                    f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
-                )
-    if launcher.name not in ("environment", "Kubeflow Trainer", "SkyPilot") or world_size == 1:
-        return
-    name = "SKYPILOT_NUM_GPUS_PER_NODE" if launcher.name == "SkyPilot" else "PET_NPROC_PER_NODE"
-    num_processes = environ.get(name, "1")
-    # PyTorchJob's default is auto: WORLD_SIZE then counts pods, with one process each.
-    is_one = num_processes in ("", "0", "1") or (num_processes == "auto" and launcher.name == "environment")
-    if not is_one and "LOCAL_RANK" not in environ:
-        raise UserError(
-            f"{name}={num_processes}, but this is the only process of its node; start it as "
-            "`torchrun launch/train.py ...`" + " with the variables of the node" * (launcher.name == "SkyPilot")
-        )
 
 
 def _master_address(environ: Mapping[str, str], launcher: _Launcher, world_size: int) -> str:
@@ -201,11 +180,11 @@ def _master_address(environ: Mapping[str, str], launcher: _Launcher, world_size:
     if launcher.name == "SkyPilot" and environ.get("SKYPILOT_NODE_IPS"):
         return environ["SKYPILOT_NODE_IPS"].split()[0]
     nodelist = environ.get("SLURM_STEP_NODELIST") if launcher.name == "SLURM" else None
-    if nodelist := nodelist or environ.get("SLURM_JOB_NODELIST"):
-        return first_host(nodelist)
+    if nodelist := nodelist or environ.get("SLURM_JOB_NODELIST"):  # `gpu[003-005,9],login1` begins with gpu003
+        return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist).split(",")[0]
     raise UserError(
         f"{launcher.world_size}={world_size} without {name}: expected the host of rank 0 in {name} (and a free port in "
-        "MASTER_PORT), on every rank" + " (mpirun -x)" * (launcher.name == "Open MPI")
+        "MASTER_PORT) on every rank; mpirun sends variables with -x"
     )
 
 

@@ -54,21 +54,17 @@ class DistContext:
 
     @property
     def num_nodes(self) -> int:
-        """Hosts taking part."""
         return len(set(self.hosts))
 
     @property
     def local_rank(self) -> int:
-        """Its place among the ranks of its host."""
         return self.hosts[: self.rank].count(self.hosts[self.rank])
 
     @property
     def local_world_size(self) -> int:
-        """The ranks of its host."""
         return self.hosts.count(self.hosts[self.rank])
 
     def name_of(self, rank: int) -> str:
-        """For messages."""
         return f"{self.hosts[rank]} (rank {rank})" if self.num_nodes > 1 else f"rank {rank}"
 
     def device_memory_bytes(self) -> int | None:

@@ -59,7 +59,6 @@ class EngineState:
         return max(self.dist_context.all_gather_object(local_max))
 
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's state on this rank."""
         return optimizer.count_state_bytes(self._torch_optimizer)
 
     def loss_scale(self) -> dict[str, Any] | None:

@@ -42,11 +42,9 @@ class DeepSpeedStepper:
         """DeepSpeed's own hooks decide when what is sent."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """As `PlainStepper`'s."""
         return self.deepspeed_engine(ids, labels)[1]
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
-        """As `PlainStepper`'s."""
         loss_sum, row_losses = self.deepspeed_engine(ids, labels, *packed)
         self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
         return row_losses

@@ -16,8 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from trainer.distributed.launch_environment import reporting_rank
 
@@ -50,7 +53,6 @@ class SignalHandler:
         self._signal_time = 0.0
         self._is_deferred = self._is_launcher_lost = False
         self._lock = threading.Lock()
-        self._is_reporting = reporting_rank(os.environ) == 0
         self._launchers = find_launchers(os.environ)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -58,8 +60,7 @@ class SignalHandler:
         for signum in self.SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         if self._launchers:  # the kernel sends SIGTERM when the launcher ends, also while this process imports
-            with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread sees it within TICK_SECONDS
-                ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     @contextlib.contextmanager
@@ -76,7 +77,6 @@ class SignalHandler:
             self._is_deferred = False
 
     def stop_requested(self) -> bool:
-        """Whether a signal came, or the launcher is gone."""
         return bool(self.signal_number)
 
     def check_launcher(self) -> bool:
@@ -89,7 +89,7 @@ class SignalHandler:
             if self.signal_number:  # one that went to all of them
                 return False
             self.signal_number, self._signal_time = signal.SIGTERM, time.monotonic()
-            if self._is_reporting:
+            if reporting_rank(os.environ) == 0:
                 print_error(f"the launcher (process {lost_pid}) is gone; this run ends after the current step")
             return True
 
@@ -107,9 +107,8 @@ class SignalHandler:
                 elif signum in self.SIGNALS and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
                     os._exit(128 + signum)
             if self.signal_number and time.monotonic() - self._signal_time > self.grace_seconds:
-                if self._is_reporting:
-                    name = signal.Signals(self.signal_number).name
-                    limit = f"{self.grace_seconds:g} s (--grace) of {name}"
+                if reporting_rank(os.environ) == 0:
+                    limit = f"{self.grace_seconds:g} s (--grace) of {signal.Signals(self.signal_number).name}"
                     print_error(f"the run did not end within {limit}; {RESUME_HINT}")
                 os._exit(128 + self.signal_number)
 
@@ -120,17 +119,16 @@ def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], b
     torchrun starts the ranks itself; `deepspeed` starts a second launcher, which outlives it, through ssh where there
     are several hosts. Only what the kernel says of parents and sessions is looked at, which is the same under both.
     """
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return [_launcher_of(os.getpid())]
-    if "CROSS_SIZE" in environ:
-        return [_launcher_of(os.getpid()), _launcher_of(os.getppid())]
-    return []
+    launchers: list[tuple[int, Callable[[], bool]]] = []
+    pid = os.getpid()
+    for _ in range(1 if "TORCHELASTIC_RUN_ID" in environ else 2 if "CROSS_SIZE" in environ else 0):
+        child, pid = pid, _parent_of(pid)
+        launchers.append((pid, partial(_is_attached, child, pid, _is_adopted(child, pid))))
+    return launchers
 
 
-def _launcher_of(pid: int) -> tuple[int, Callable[[], bool]]:
-    parent_pid = _parent_of(pid)
-    is_adopted = _is_adopted(pid, parent_pid)
-    return parent_pid, lambda: not is_adopted and _parent_of(pid) == parent_pid
+def _is_attached(pid: int, launcher_pid: int, is_adopted: bool) -> bool:
+    return not is_adopted and _parent_of(pid) == launcher_pid
 
 
 def _is_adopted(pid: int, parent_pid: int) -> bool:
@@ -151,11 +149,9 @@ def _is_adopted(pid: int, parent_pid: int) -> bool:
 
 def _parent_of(pid: int) -> int:
     """The process id of a process's parent; -1 where there is no such process."""
-    import psutil
-
     try:
         return int(psutil.Process(pid).ppid())
-    except psutil.Error:
+    except (psutil.Error, ValueError):
         return -1
 
 
@@ -182,18 +178,24 @@ class Watchdog:
         self._last_tick_time = time.monotonic()
         self._silent_until_tick = -1.0  # after this process was frozen
         self._stacks: Any = None  # an open file, while hangs are watched for
-        self._stacks_lock, self._publish_lock = threading.Lock(), threading.Lock()
+        self._stacks_tick = 0  # when it was last put off to write there
         self._closed = threading.Event()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)]
+        self._threads: list[threading.Thread] = []
         if store is not None:
             self._publish()
+            self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)]
             for thread in self._threads:
                 thread.start()
+
+    # --- of the main thread ---
 
     def heartbeat(self, step: int | None = None) -> None:
         """The main thread moves; `step`: the one that it begins."""
         self._heartbeats += 1
         self._step = self._step if step is None else step
+        if self._stacks is not None and self._stacks_tick != self._ticks:  # its thread runs where all Python waits
+            self._stacks_tick = self._ticks
+            faulthandler.dump_traceback_later(self._hang_timeout_seconds, file=self._stacks)
 
     @contextlib.contextmanager
     def watch_for_hangs(self, hang_timeout_seconds: float, folder: Path | None = None) -> Iterator[None]:
@@ -203,29 +205,26 @@ class Watchdog:
         suspended (Ctrl-Z, a sleeping laptop) is not ended.
         """
         self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
+        path, has_finished = (folder or Path()) / "stacks" / f"rank-{self.rank}.txt", False
         if self._store is not None and folder is not None and folder.is_dir():
             with contextlib.suppress(OSError):  # a full disk costs the stacks only
-                path = folder / "stacks" / f"rank-{self.rank}.txt"
                 path.parent.mkdir(exist_ok=True)
                 self._stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115
                 faulthandler.dump_traceback_later(hang_timeout_seconds, file=self._stacks)
-        has_finished = False
         try:
             yield
             has_finished = True
         finally:
             self._is_watching = False
-            with self._stacks_lock:
-                stacks, self._stacks = self._stacks, None
-                if stacks is not None:
-                    faulthandler.cancel_dump_traceback_later()
-                    stacks.close()
-                    path = Path(stacks.name)
-                    with contextlib.suppress(OSError):
-                        # The end of a hung rank fails the collective in which this one waits: what hung is kept.
-                        if has_finished or not path.stat().st_size:
-                            path.unlink()
-                            path.parent.rmdir()  # once the last rank has ended
+            if self._stacks is not None:
+                faulthandler.cancel_dump_traceback_later()
+                self._stacks.close()
+                self._stacks = None
+                with contextlib.suppress(OSError):
+                    # The end of a hung rank fails the collective in which this one waits: what hung is kept.
+                    if has_finished or not path.stat().st_size:
+                        path.unlink()
+                        path.parent.rmdir()  # once the last rank has ended
 
     def claim_error_report(self) -> bool:
         """Whether this rank, which has failed, reports why: the first to ask does."""
@@ -234,11 +233,9 @@ class Watchdog:
         if self._is_reported or self._was_frozen():
             return False
         self._has_failed = True
-        num_failed = call_with_timeout(2.0, self._announce_failure)
-        if num_failed is not None:
-            return num_failed == 1
-        self._is_store_lost = True
-        return self.rank == self._deputy
+        first_rank = call_with_timeout(2.0, self._announce_failure)
+        self._is_store_lost = first_rank is None
+        return self.rank == (self._deputy if first_rank is None else first_rank)
 
     def describe_lost_peer(self) -> str:
         """One line for the rank that reports a failed collective: which ranks are gone, and on which hosts.
@@ -253,43 +250,42 @@ class Watchdog:
                 time.sleep(TICK_SECONDS / 10)
             # What is heard for the first time at the next tick may have been said before.
             lost_ranks = [r for r, tick in enumerate(self._heard_ticks) if tick <= first_tick + 1 and r != self.rank]
-            lost_ranks = [r for r in lost_ranks if not self._states or not self._states[r]["has_failed"]]
+            lost_ranks = [
+                r for r in lost_ranks if not call_with_timeout(1.0, partial(self._store.check, [f"failed/{r}"]))
+            ]
         name = " and ".join(self._names[rank] for rank in lost_ranks) or "another rank"
         return f"{name} of this run ended without a word (killed, out of memory, or cut off?); {RESUME_HINT}"
 
     def close(self, *, has_failed: bool = False) -> None:
-        """This rank leaves. Where the run has failed, rank 0 waits until all the others know, 3 s at most."""
-        if has_failed:
-            self._wait_until_all_know()
+        """This rank leaves. Rank 0 takes the store with it: where the run has failed, once the others know."""
+        if has_failed and self.rank == 0 and self._store is not None:
+            time.sleep(2 * TICK_SECONDS)
         self._closed.set()
-        for thread in self._threads if self._store is not None else ():
+        for thread in self._threads:
             thread.join(2.0)  # one that is in the store when Python ends aborts the process
+
+    # --- of the threads ---
+
+    def _announce_failure(self) -> int:
+        """The first rank that has failed."""
+        self._store.set(f"failed/{self.rank}", "")
+        return int(self._store.compare_set("failed", "", str(self.rank)))
+
+    def _was_frozen(self) -> bool:
+        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others have named it."""
+        elapsed_seconds = time.monotonic() - self._last_tick_time
+        return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
 
     def _publish(self) -> None:
         location, is_waiting = _main_thread_location()
-        with self._publish_lock:  # nothing older overwrites a failure
-            state = {
-                "ticks": self._ticks,
-                "heartbeats": self._heartbeats,  # in an evaluation a rank with more rows has more than others
-                "step": self._step,
-                "location": location,
-                "is_waiting": is_waiting,  # in a collective
-                "has_failed": self._has_failed,
-            }
-            self._store.set(f"rank/{self.rank}", json.dumps(state))
-
-    def _announce_failure(self) -> int:
-        """How many ranks know of a failure, this one included."""
-        self._publish()
-        return int(self._store.add("failed", 1))
-
-    def _wait_until_all_know(self) -> None:
-        """Rank 0 takes the store with it when it leaves."""
-        deadline = time.monotonic() + 3.0
-        while self.rank == 0 and self._store is not None and time.monotonic() < deadline:
-            if call_with_timeout(1.0, lambda: self._store.add("failed", 0)) == self.world_size:
-                break
-            time.sleep(0.05)
+        state = {
+            "ticks": self._ticks,
+            "heartbeats": self._heartbeats,  # in an evaluation a rank with more rows has more than others
+            "step": self._step,
+            "location": location,
+            "is_waiting": is_waiting,  # in a collective
+        }
+        self._store.set(f"rank/{self.rank}", json.dumps(state))
 
     def _exchange(self) -> None:
         """Tell the others how this rank stands, and hear how they do."""
@@ -298,20 +294,14 @@ class Watchdog:
             while not self._closed.wait(TICK_SECONDS if self._states else 0):
                 self._publish()
                 states = [json.loads(row) for row in self._store.multi_get(keys)]  # at first: waits for the last rank
-                has_moved = False
                 for rank, (state, previous) in enumerate(zip(states, self._states or states, strict=True)):
                     if state["ticks"] != previous["ticks"]:
                         self._heard_ticks[rank] = self._ticks
-                    has_moved = has_moved or state["heartbeats"] != previous["heartbeats"]
+                    if state["heartbeats"] != previous["heartbeats"]:
+                        self._progress_tick = self._ticks
                 self._states = states
-                if has_moved:
-                    self._progress_tick = self._ticks
-                    with self._stacks_lock:
-                        if self._stacks is not None:  # its thread also runs where all others wait for Python's lock
-                            faulthandler.dump_traceback_later(self._hang_timeout_seconds, file=self._stacks)
-                if not self._has_failed and not self._is_reported and self._store.add("failed", 0):
+                if self._failure_tick is None and not self._has_failed and self._store.check(["failed"]):
                     self._failure_tick, self._is_reported = self._ticks, True
-                    self._announce_failure()
         except Exception:  # rank 0 is gone, and the store with it
             self._failure_tick, self._is_store_lost = self._ticks, True
 
@@ -322,6 +312,7 @@ class Watchdog:
             if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
                 self._silent_until_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
             self._last_tick_time = time.monotonic()
+            still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
             if self._failure_tick is not None:
                 if (self._ticks - self._failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
                     continue
@@ -329,45 +320,36 @@ class Watchdog:
                 if not is_said and self.rank == self._deputy:
                     print_error(self.describe_lost_peer())
                 os._exit(1)
-            still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
-            if self._is_watching and self._states and still_seconds > self._hang_timeout_seconds:
-                self._end_hung_run()
+            elif self._is_watching and self._states and still_seconds > self._hang_timeout_seconds:
+                self._report_hang()
+                os._exit(1)
 
-    def _was_frozen(self) -> bool:
-        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others have named it."""
-        elapsed_seconds = time.monotonic() - self._last_tick_time
-        return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
-
-    def _end_hung_run(self) -> None:
-        ranks = range(self.world_size)
+    def _report_hang(self) -> None:
+        """One rank names those that hang; the others wait until it has: a launcher ends all after the first."""
+        ranks, states = range(self.world_size), self._states
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
         silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]
         if is_store_frozen := self.rank in silent_ranks:  # it does not even give back what this rank has said
             silent_ranks = [0]
         hung_ranks = silent_ranks
         if not hung_ranks:  # those a step behind the others; where all are in one step, those outside of a collective
-            steps = [state["step"] for state in self._states]
-            hung_ranks = [rank for rank in ranks if steps[rank] == min(steps)]
+            first_step = min(state["step"] for state in states)
+            hung_ranks = [rank for rank in ranks if states[rank]["step"] == first_step]
             if len(hung_ranks) == self.world_size:
-                hung_ranks = [rank for rank in ranks if not self._states[rank]["is_waiting"]] or hung_ranks
+                hung_ranks = [rank for rank in ranks if not states[rank]["is_waiting"]] or hung_ranks
         waiting_ranks = [rank for rank in ranks if rank not in hung_ranks]
         if self.rank == min(waiting_ranks or hung_ranks) and not self._was_frozen():
-            self._has_failed = True
             call_with_timeout(2.0, self._announce_failure)
             problem = "does not answer" if silent_ranks else "hangs at {location}"
-            message = ", ".join(f"{self._names[rank]} {problem.format(**self._states[rank])}" for rank in hung_ranks)
+            message = ", ".join(f"{self._names[rank]} {problem.format(**states[rank])}" for rank in hung_ranks)
             if waiting_ranks and not is_store_frozen:
-                plural, location = "s" * (len(waiting_ranks) > 1), self._states[waiting_ranks[0]]["location"]
-                message += f"; rank{plural} {', '.join(map(str, waiting_ranks))} waiting at {location}"
-            with self._stacks_lock:
-                if self._stacks is not None:
-                    message += f"; all stacks are in {Path(self._stacks.name).parent}"
+                names = f"rank{'s' * (len(waiting_ranks) > 1)} {', '.join(map(str, waiting_ranks))}"
+                message += f"; {names} waiting at {states[waiting_ranks[0]]['location']}"
+            if self._stacks is not None:
+                message += f"; all stacks are in {Path(self._stacks.name).parent}"
             seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
             print_error(f"no rank made progress for {seconds}: {message}; {RESUME_HINT}")
-            self._wait_until_all_know()
-        else:
-            time.sleep(3 * TICK_SECONDS)  # the one that reports ends first: a launcher ends all after one
-        os._exit(1)
+        time.sleep(3 * TICK_SECONDS)
 
 
 def call_with_timeout(timeout_seconds: float, fn: Callable[[], Any]) -> Any:

@@ -11,91 +11,58 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import (
     LaunchEnvironment,
-    first_host,
     is_first_of_host,
     read_launch_environment,
     reporting_rank,
     without_launcher,
 )
 
-MASTER = {"MASTER_ADDR": "h1", "MASTER_PORT": "1234"}
+
+def variables(text: str, *more: dict[str, str]) -> dict[str, str]:
+    """NAME=VALUE, one after the other."""
+    environ = dict(word.split("=", 1) for word in text.split())
+    return {name: value for part in (environ, *more) for name, value in part.items()}
+
+
+MASTER = variables("MASTER_ADDR=h1 MASTER_PORT=1234")
 #: docs.pytorch.org/docs/stable/elastic/run.html, "Environment Variables"
-TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "none",
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "1",
-    **MASTER,
-}
+TORCHRUN = variables(
+    "TORCHELASTIC_RUN_ID=none RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 GROUP_RANK=1", MASTER
+)
 #: deepspeed/launcher/launch.py; the same under pdsh and --no_ssh. One host with one slot, one with two.
-DEEPSPEED = {
-    "CROSS_RANK": "1",
-    "CROSS_SIZE": "2",
-    "RANK": "2",
-    "WORLD_SIZE": "3",
-    "LOCAL_RANK": "0",
-    "LOCAL_SIZE": "2",
-    **MASTER,
-}
+DEEPSPEED = variables("CROSS_RANK=1 CROSS_SIZE=2 RANK=2 WORLD_SIZE=3 LOCAL_RANK=0 LOCAL_SIZE=2", MASTER)
 #: slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES"
-SRUN = {
-    "SLURM_JOB_ID": "100",
-    "SLURM_STEP_ID": "1",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "8",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "4",
-    "SLURM_STEP_NODELIST": "gpu[003-005,9]",
-    "SLURM_JOB_NODELIST": "gpu[001-009]",
-    "SLURM_JOB_NUM_NODES": "9",
-}
+SRUN = variables(
+    "SLURM_JOB_ID=100 SLURM_STEP_ID=1 SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=8 "
+    "SLURM_STEP_NUM_NODES=4 SLURM_STEP_NODELIST=gpu[003-005,9] SLURM_JOB_NODELIST=gpu[001-009] SLURM_JOB_NUM_NODES=9"
+)
 #: slurm.schedmd.com/sbatch.html, "OUTPUT ENVIRONMENT VARIABLES": the batch script is task 0 and no step
-SBATCH = {"SLURM_JOB_ID": "100", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_NODEID": "0"}
+SBATCH = variables("SLURM_JOB_ID=100 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8 SLURM_NODEID=0")
 #: docs.open-mpi.org, "Environment variables set for MPI applications"
-OPENMPI = {
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
-    "PMIX_RANK": "1",
-}
+OPENMPI = variables(
+    "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=1 "
+    "PMIX_RANK=1"
+)
 #: github.com/pmodels/mpich, src/pm/hydra; Intel MPI has the same
-HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+HYDRA = variables("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2")
 #: github.com/kubeflow/training-operator 1.7 to 1.9, pkg/controller.v1/pytorch/envvar.go; nprocPerNode is auto where a
 #: job does not say it (pytorch_defaults.go: DefaultNprocPerNode)
-PYTORCHJOB = {
-    "RANK": "1",
-    "WORLD_SIZE": "3",
-    "MASTER_ADDR": "job-master-0",
-    "MASTER_PORT": "23456",
-    "PYTHONUNBUFFERED": "1",
-    "PET_NPROC_PER_NODE": "auto",
-    "PET_NODE_RANK": "1",
-    "PET_NNODES": "3",
-    "PET_MASTER_ADDR": "job-master-0",
-    "PET_MASTER_PORT": "23456",
-}
+PYTORCHJOB = variables(
+    "RANK=1 WORLD_SIZE=3 MASTER_ADDR=job-master-0 MASTER_PORT=23456 PET_NPROC_PER_NODE=auto PET_NODE_RANK=1 "
+    "PET_NNODES=3 PET_MASTER_ADDR=job-master-0 PET_MASTER_PORT=23456"
+)
 #: github.com/kubeflow/trainer, pkg/runtime/framework/plugins/torch/torch.go: the variables of torchrun, for a command
 #: that may not be torchrun; `auto` is turned into a number of processor cores where a pod has no GPU
-TRAINER_V2 = {
-    "PET_NNODES": "2",
-    "PET_NPROC_PER_NODE": "1",
-    "PET_NODE_RANK": "1",
-    "PET_MASTER_ADDR": "job-node-0-0.job",
-    "PET_MASTER_PORT": "29500",
-}
+TRAINER_V2 = variables(
+    "PET_NNODES=2 PET_NPROC_PER_NODE=1 PET_NODE_RANK=1 PET_MASTER_ADDR=job-node-0-0.job PET_MASTER_PORT=29500"
+)
 #: docs.skypilot.co/en/stable/running-jobs/distributed-jobs.html
-SKYPILOT = {
-    "SKYPILOT_NODE_RANK": "1",
-    "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6",
-    "SKYPILOT_NUM_NODES": "2",
-    "SKYPILOT_NUM_GPUS_PER_NODE": "1",
-}
+SKYPILOT = variables(
+    "SKYPILOT_NODE_RANK=1 SKYPILOT_NUM_NODES=2 SKYPILOT_NUM_GPUS_PER_NODE=1",
+    {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6"},
+)
 #: the lines that clusters' own pages give for a batch script
-SBATCH_LINES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
+SBATCH_LINES = variables("RANK=1 WORLD_SIZE=2 LOCAL_RANK=0", MASTER)
 
 
 def place(rank: int, world_size: int, addr: str = "h1", port: int | None = 1234) -> LaunchEnvironment:
@@ -148,43 +115,35 @@ def test_each_launcher_says_which_rank_this_is(name):
     assert reporting_rank(environ) == expected.rank
 
 
+#: The variables, and what the one line says: which one is wrong, and with what.
 REFUSED = {
-    "an allocation without srun": (SBATCH, ["SLURM_NTASKS=8", "srun python launch/train.py"]),
-    "an allocation of nodes without srun": (
-        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
-        ["SLURM_JOB_NUM_NODES=2", "srun"],
-    ),
-    "RANK exported for all tasks": (
-        {**SRUN, **SBATCH_LINES, "RANK": "0", "WORLD_SIZE": "8"},
-        ["RANK=0", "SLURM_PROCID=5"],
-    ),
+    "an allocation without srun": (SBATCH, "SLURM_NTASKS=8: .*srun python launch/train.py"),
+    "an allocation of nodes without srun": ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "SLURM_JOB_NUM_NODES=2"),
+    "RANK exported for all tasks": ({**SRUN, **SBATCH_LINES, "WORLD_SIZE": "8"}, "RANK=1 .* SLURM_PROCID=5"),
     "a world of one exported for all tasks": (
         {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
-        ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"],
+        "WORLD_SIZE=1, .*SLURM_STEP_NUM_TASKS=8",
     ),
-    "mpirun that says no address": (OPENMPI, ["OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR", "mpirun -x"]),
-    "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
-    "PALS without Cray's PMI": ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1"}, ["PALS_RANKID=3", "torchrun"]),
-    "a rank of PMI without its number": ({"PMI_RANK": "1", "PMI_FD": "6"}, ["PMI_RANK=1", "torchrun"]),
-    "Flux": ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, ["FLUX_TASK_RANK=1", "torchrun"]),
-    "RANK alone": ({"RANK": "1"}, ["RANK=1 without WORLD_SIZE"]),
-    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without RANK"]),
-    "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, ["RANK=2", "WORLD_SIZE - 1 = 1"]),
-    "a rank that is no number": ({**SBATCH_LINES, "RANK": "one"}, ["RANK=one", "whole number"]),
-    "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000", "65535"]),
-    "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without MASTER_ADDR"]),
+    "mpirun that says no address": (OPENMPI, "OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR.* mpirun .* -x"),
+    "PMIx alone": ({"PMIX_RANK": "1"}, "PMIX_RANK=1: .*torchrun"),
+    "PALS without Cray's PMI": ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1"}, "PALS_RANKID=3"),
+    "a rank of PMI without its number": ({"PMI_RANK": "1", "PMI_FD": "6"}, "PMI_RANK=1"),
+    "Flux": ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, "FLUX_TASK_RANK=1"),
+    "RANK alone": ({"RANK": "1"}, "RANK=1: .* set RANK, WORLD_SIZE"),
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: "),
+    "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, "RANK=2: .* WORLD_SIZE - 1 = 1"),
+    "a rank that is no number": ({**SBATCH_LINES, "RANK": "one"}, "RANK=one: .* whole number"),
+    "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: .* 65535"),
+    "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without MASTER_ADDR"),
     "PyTorchJob with several GPUs a pod": (
-        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "24"},
-        ["PET_NPROC_PER_NODE=8", "torchrun"],
+        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8"},
+        "PET_NPROC_PER_NODE=8, .*torchrun",
     ),
-    "Trainer v2 with several GPUs a node": (
-        {**TRAINER_V2, "PET_NPROC_PER_NODE": "4"},
-        ["PET_NPROC_PER_NODE=4", "torchrun"],
-    ),
-    "an elastic job": ({"PET_NNODES": "1:4"}, ["PET_NNODES=1:4", "torchrun"]),
+    "Trainer v2 with several GPUs a node": ({**TRAINER_V2, "PET_NPROC_PER_NODE": "4"}, "PET_NPROC_PER_NODE=4"),
+    "an elastic job": ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4: .*torchrun"),
     "SkyPilot with several GPUs a node": (
         {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8"},
-        ["SKYPILOT_NUM_GPUS_PER_NODE=8", "torchrun"],
+        "GPUS_PER_NODE=8, .*torchrun",
     ),
 }
 
@@ -192,23 +151,17 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
     environ, message = REFUSED[name]
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         read_launch_environment(environ)
     assert "\n" not in str(refusal.value)
-    assert all(word in str(refusal.value) for word in message), refusal.value
 
 
 @pytest.mark.parametrize(
     ("nodelist", "expected"),
-    [
-        ("gpu003", "gpu003"),
-        ("gpu[003-005,9],login1", "gpu003"),
-        ("login1,gpu[003-005]", "login1"),
-        ("rack[0-1]node[07,9]-ib", "rack0node07-ib"),
-    ],
+    [("gpu003", "gpu003"), ("login1,gpu[003-005]", "login1"), ("rack[0-1]node[07,9]-ib", "rack0node07-ib")],
 )
 def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
-    assert first_host(nodelist) == expected
+    assert read_launch_environment({**SRUN, "SLURM_STEP_NODELIST": nodelist}).master_addr == expected
 
 
 @pytest.mark.parametrize(

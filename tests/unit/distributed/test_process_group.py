@@ -1,26 +1,31 @@
-"""The ranks of a run: who shares a host, which GPU each takes, and what must be the same on all of them."""
+"""The ranks of a run: their hosts, the GPU of each, what must be the same on all, and the stacks of a run that hung."""
 
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import preflight
 from trainer.distributed.process_group import assign_gpus, name_hosts
+from trainer.distributed.watch import Watchdog
 from trainer.training import provenance
 
 
-def describe(host: str, boot: str, address: str) -> dict[str, Any]:
-    return {"host": host, "identity": f"{host}/{boot}", "address": address}
-
-
-def test_two_hosts_of_one_name_are_two_hosts():
-    different = [describe("a", "1", "10.0.0.1"), describe("b", "2", "10.0.0.2"), describe("b", "2", "10.0.0.2")]
-    assert name_hosts(different) == ("a", "b", "b")
-    cloned = [describe("node", "1", "10.0.0.1"), describe("node", "2", "10.0.0.2"), describe("node", "1", "10.0.0.9")]
-    assert name_hosts(cloned) == ("node (10.0.0.1)", "node (10.0.0.2)", "node (10.0.0.1)")
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ("a/1/10.0.0.1 b/2/10.0.0.2 b/2/10.0.0.2", ("a", "b", "b")),
+        ("n/1/10.0.0.1 n/2/10.0.0.2 n/1/10.0.0.9", ("n (10.0.0.1)", "n (10.0.0.2)", "n (10.0.0.1)")),
+    ],
+)
+def test_two_hosts_of_one_name_are_two_hosts(places, expected):
+    rows = [place.split("/") for place in places.split()]
+    assert name_hosts([{"host": h, "identity": f"{h}/{boot}", "address": a} for h, boot, a in rows]) == expected
 
 
 @pytest.mark.parametrize(
@@ -29,50 +34,45 @@ def test_two_hosts_of_one_name_are_two_hosts():
         ([("x", "y"), ("x", "y"), ("x",)], [0, 1, 0]),  # CUDA_VISIBLE_DEVICES of the whole host, as torchrun leaves it
         ([("x",), ("y",), ("z",)], [0, 0, 0]),  # srun --gpus-per-task: each sees its own as its first
         ([("y", "x"), ("x", "y"), ("z",)], [0, 0, 0]),
+        ([("x",), ("x",), ("z",)], "2 ranks on a with 1 GPUs: start at most one rank a GPU"),
     ],
 )
 def test_each_rank_takes_a_gpu_of_its_own(gpus, expected):
-    assert assign_gpus(("a", "a", "b"), gpus) == expected
+    with pytest.raises(UserError, match=expected) if isinstance(expected, str) else contextlib.nullcontext():
+        assert assign_gpus(("a", "a", "b"), gpus) == expected
 
 
-def test_more_ranks_than_gpus_are_refused():
-    with pytest.raises(UserError, match="2 ranks on b with 1 GPUs: start at most one rank a GPU"):
-        assign_gpus(("a", "b", "b"), [("x",), ("y",), ("y",)])
+MANY = {f"fact {number}": number for number in range(9)}
 
 
-def compare(*facts_of_ranks: dict[str, Any], hosts: tuple[str, ...] = ("h1", "h2", "h2")) -> None:
-    """What rank 0 is told where the ranks have these facts."""
-    context = context_of_hosts(*hosts[: len(facts_of_ranks)], gather=lambda _: list(facts_of_ranks))
-    preflight.refuse_differences(context, facts_of_ranks[0])
-
-
-def test_equal_facts_pass_and_a_rank_may_not_know_one():
-    compare({"torch": "2.13", "the base model": "abc"}, {"torch": "2.13", "the base model": "abc"}, {"torch": "2.13"})
-    compare({"the base model": None}, {"the base model": "abc"})
-
-
-def test_a_difference_is_named_with_both_values_and_hosts():
-    with pytest.raises(UserError) as refusal:
-        compare({"torch": "2.13", "data": "x"}, {"torch": "2.12", "data": "x"}, {"torch": "2.13", "data": "y"})
-    assert str(refusal.value) == (
-        "torch is 2.13 on h1 (rank 0) and 2.12 on h2 (rank 1); data is x on h1 (rank 0) and y on h2 (rank 2): "
-        "all ranks must have the same"
-    )
-
-
-def test_on_one_host_ranks_are_named_and_many_differences_are_cut():
-    facts = {f"fact {number}": number for number in range(9)}
-    with pytest.raises(UserError) as refusal:
-        compare(facts, dict.fromkeys(facts, 99), hosts=("h1", "h1"))
-    assert str(refusal.value).startswith("fact 0 is 0 on rank 0 and 99 on rank 1; ")
-    assert str(refusal.value).endswith("; and 4 more: all ranks must have the same")
+@pytest.mark.parametrize(
+    ("hosts", "facts_of_ranks", "expected"),
+    [
+        (("h1", "h2", "h2"), ({"torch": "2", "base": "a"}, {"torch": "2", "base": "a"}, {"torch": "2"}), ""),
+        (("h1", "h2"), ({"base": None}, {"base": "a"}), ""),  # a rank may not know one
+        (
+            ("h1", "h2", "h2"),
+            ({"torch": "2", "data": "x"}, {"torch": "1", "data": "x"}, {"torch": "2", "data": "y"}),
+            r"torch is 2 on h1 \(rank 0\) and 1 on h2 \(rank 1\); data is x on h1 \(rank 0\) and y on h2 \(rank 2\): "
+            "all ranks must have the same",
+        ),
+        (
+            ("h1", "h1"),
+            (MANY, dict.fromkeys(MANY, 99)),
+            "fact 0 is 0 on rank 0 and 99 on rank 1; .*; and 4 more: all ranks must have the same",
+        ),
+    ],
+)
+def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_of_ranks, expected):
+    context = context_of_hosts(*hosts, gather=lambda _: list(facts_of_ranks))
+    with pytest.raises(UserError, match=f"^{expected}$") if expected else contextlib.nullcontext():
+        preflight.refuse_differences(context, facts_of_ranks[0])
 
 
 def test_versions_the_programs_files_and_every_setting_are_facts():
     facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]})
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
-    assert facts["the setting train.lr"] == "0.001"
-    assert facts["the setting mode"] == "full"
+    assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
     assert facts["this program"] == preflight.program_facts({})["this program"]
 
 
@@ -85,7 +85,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(("failing", "message"), [({2}, "on h2 (rank 2): no such file"), ({0, 2}, "no such file")])
 def test_what_one_host_alone_cannot_do_is_said_with_its_name(failing, message):
     """Ranks 0 and 1 are on h1, 2 on h2."""
-    results = [(None, UserError("no such file") if rank in failing else None) for rank in range(3)]
+    results: list[Any] = [(None, UserError("no such file") if rank in failing else None) for rank in range(3)]
     context = context_of_hosts("h1", "h1", "h2", gather=lambda _: results)
     with pytest.raises(UserError) as refusal:
         context.on_rank_zero(lambda: None, per_node=True)
@@ -97,3 +97,21 @@ def test_clocks_that_differ_are_a_note(monkeypatch):
     assert provenance.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
     monkeypatch.setattr(provenance, "MAX_CLOCK_SECONDS", 91)
     assert provenance.describe_clocks(context) is None
+
+
+@pytest.mark.parametrize(
+    ("hangs", "fails", "is_kept"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_stacks_are_kept_where_a_run_hung_and_then_failed(hangs, fails, is_kept, tmp_path: Path):
+    """Of a rank, too, whose collective fails because a hung one has ended. Without a failure the whole process was
+    suspended and went on."""
+    watchdog = Watchdog(0, ["host"], dist.HashStore())
+    with contextlib.suppress(ConnectionError), watchdog.watch_for_hangs(0.3, tmp_path):
+        time.sleep(0.6 * hangs)
+        if fails:
+            raise ConnectionError("Connection closed by peer")
+    watchdog.close()
+    stacks = {path.name: path.read_text() for path in tmp_path.glob("stacks/*")}
+    assert list(stacks) == ["rank-0.txt"] * is_kept
+    assert all("Timeout" in text for text in stacks.values())
+    assert (tmp_path / "stacks").exists() == is_kept
