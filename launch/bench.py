@@ -3,12 +3,104 @@
 Exit code 0: measured; 1: a measurement failed; 2: a mistake in the flags.
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
-from trainer.tools.bench.bench_cli import run
+from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
+from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
+from trainer.config.errors import UserError
 from trainer.tools.program import program
 
-main = program(run)
+#: A plain PyTorch loop (the model's own loss, clip, fused AdamW), and Hugging Face's Trainer with its defaults.
+PEERS = ("plain", "hf")
+#: What makes our steps faster, and `--without` turns off.
+FAST_PATHS = ("chunked-loss", "cpu-attention", "graphs", "packing")
+#: {method of `bench.py memory`: its flags}
+METHODS = {
+    "full": "--mode full",
+    "full-adamw8bit": "--mode full --optim adamw8bit",
+    "full-checkpointing": "--mode full --activation-checkpointing",
+    "lora": "--mode lora",
+    "lora-checkpointing": "--mode lora --activation-checkpointing",
+    "dora": "--mode lora --adapter dora",
+    "lora-nf4": "--mode lora --quant nf4 --quant-double",
+    "lora-int8": "--mode lora --quant int8",
+    "lora-adamw8bit": "--mode lora --optim adamw8bit",
+}
+
+
+def names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """The `type` of a flag that takes some of these names, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        values = [name.strip() for name in text.split(",") if name.strip()] or [repr(text)]
+        for name in values:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name}: expected some of {', '.join(allowed)}")
+        return values
+
+    return parse
+
+
+def build_parser(name: str) -> ArgumentParser:
+    """The flags of a measurement."""
+    if name == "memory":
+        description = "Train a few steps with each method; prints its memory, checkpoint size, speed and loss."
+        parser = ArgumentParser(prog="bench.py memory", description=f"{description} The other: bench.py steps.")
+        add = parser.add_argument
+        add("--model", help="folder of a causal LM with its weights, in place of --shape")
+        shape_help = "size of a random GPT-2 (default: tiny)"
+        add("--shape", choices=("tiny", "gpt2", "gpt2-xl"), default="tiny", help=shape_help)
+        add("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
+        add("--steps", type=whole_number, default=5, metavar="N", help="optimizer steps (default: 5)")
+        add("--micro-batch", type=whole_number, default=2, metavar="N", help="rows of a step (default: 2)")
+        add("--block-size", type=whole_number, default=64, metavar="N", help="tokens of a row (default: 64)")
+        add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
+        return parser
+    description = "Time optimizer steps of several programs in alternation; writes bench.json and bench.md."
+    parser = ArgumentParser(prog="bench.py steps", description=f"{description} The other: bench.py memory.")
+    add = parser.add_argument
+    batches_help = "examples a step, over all ranks (default: 2)"
+    against_help = "other programs at equal settings, on one rank: plain (a PyTorch loop), hf (Trainer) (default: none)"
+    without_help = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
+    precision_help = "fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
+    add("--modes", type=names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
+    add("--batches", type=whole_numbers, default=(2,), metavar="N,N", help=batches_help)
+    add("--ds-config", type=names(DS_CONFIG_NAMES), default=["zero0"], metavar="NAMES", help="default: zero0")
+    add("--ranks", type=whole_numbers, default=(1,), metavar="N,N", help="ranks of ours (default: 1)")
+    add("--execution", type=names(EXECUTIONS), default=["auto"], metavar="NAMES", help="of ours (default: auto)")
+    add("--against", type=names(PEERS), default=[], metavar="NAMES", help=against_help)
+    add("--without", type=names(FAST_PATHS), default=[], metavar="NAMES", help=without_help)
+    add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
+    add("--precision", type=names(PRECISIONS), metavar="NAMES", help=precision_help)
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--dropout", type=float, metavar="P", help="default: the model's own")
+    add("--windows", type=whole_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
+    add("--window", type=whole_number, default=4, metavar="N", help="steps of a window (default: 4)")
+    add("--warmup", type=whole_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
+    add("--rounds", type=whole_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
+    add("--output-dir", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
+    return parser
+
+
+@program
+def main(argv: Sequence[str]) -> int:
+    """Do the measurement that the first word names."""
+    name, *flags = argv if argv and not argv[0].startswith("-") else ("steps", *argv)
+    if name not in ("steps", "memory"):
+        raise UserError(f"{name}: expected steps or memory")
+    args = build_parser(name).parse_args(flags)
+    if name == "steps":
+        from trainer.tools.bench.steps import measure_steps
+
+        return measure_steps(args)
+    from trainer.tools.bench.memory import measure_memory
+
+    return measure_memory(args, METHODS)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@
 Exit code 0: no error found; 1: an error, or the rehearsal failed; 2: a mistake in the flags.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +60,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--prove with {other}: a proof runs here; expected one of them")
     if args.gpu_memory is not None and args.gpu_memory <= 0:
         raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
-    environ = dict(os.environ)  # as the user set it
     prepare_libraries(verbose=cli_args.verbose)
     from trainer.tools.doctor.doctor import run_doctor
 
@@ -69,7 +67,6 @@ def main(argv: Sequence[str]) -> int:
         cli_args,
         world_size=args.ranks,
         gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
-        environ=environ,
         as_json=args.json,
         limit_seconds=None if args.no_rehearsal else args.limit,
         proves=args.prove,

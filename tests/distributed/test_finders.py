@@ -304,16 +304,16 @@ def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(planned, 
 
 
 OOM_TRIAL_CODE = """
-import sys
 from trainer.distributed.engine import Engine
 from trainer.tools import find_batch
+from trainer.tools.trial_engine import run_rank
 kept = Engine.forward_backward
 def forward_backward(self, micro, **rest):
     if self.dist_context.rank == 1 and len(micro.input_ids) >= 4:
         raise RuntimeError("CUDA out of memory (made up by the test)")
     return kept(self, micro, **rest)
 Engine.forward_backward = forward_backward
-sys.exit(find_batch.main(sys.argv[1]))
+run_rank(find_batch.measure_size)
 """
 
 

@@ -66,18 +66,16 @@ def test_fp16_is_refused_in_one_line(planned):
 
 
 BROKEN_WORKER = """
-import sys
 from trainer.distributed.stepper import PlainStepper
+from trainer.tools import trial_engine
 from trainer.tools.doctor import prove
-original = prove.run_row
-def run_row(job, data, dist_context, ds_config, execution):
-    is_broken = dist_context.world_size == 2 and ds_config == ("zero0" if {kind!r} == "wrong" else "zero1")
+def measure_row(job, dist_context):
+    is_broken = dist_context.world_size == 2 and job["ds_config"] == ("zero0" if {kind!r} == "wrong" else "zero1")
     if is_broken and {kind!r} == "dies":
         raise RuntimeError("boom in zero1")
     PlainStepper.grad_divisor = 2 if is_broken else 1  # the gradient is the sum over the ranks twice
-    return original(job, data, dist_context, ds_config, execution)
-prove.run_row = run_row
-prove.main(sys.argv[1])
+    return prove.measure_row(job, dist_context)
+trial_engine.run_rank(measure_row)
 """
 
 
@@ -86,7 +84,6 @@ def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, 
     code = doctor.run_doctor(
         cli.parse_args(argv),
         world_size=ranks,
-        environ={},
         as_json=True,
         limit_seconds=200.0,
         proves=True,

@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,17 +22,18 @@ import numpy as np
 import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.process_groups import wait_until
-from helpers.study_rules import make_candidate, make_trial
+from helpers.study_rules import make_candidate, make_trial, write_stub_plan
 from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.config.errors import UserError
-from trainer.tools.study import planning, search, trial_process, trials
+from trainer.tools import processes
+from trainer.tools.processes import make_slots
+from trainer.tools.study import planning, search, trials
 from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import Study
-from trainer.tools.study.trial_process import Slot, make_slots
-from trainer.tools.study.trials import Trial, execution_argv, read_results, read_trials
+from trainer.tools.study.trials import Trial, read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +43,6 @@ STUB = """
 import json, math, os, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
-if "--dry-run" in sys.argv:
-    print("steps          20 per epoch,", flags.get("--max-steps", "160"), "in all")
-    print("test           " + os.environ.get("STUB_TEST", "40 blocks") + ", 800 target tokens")
-    print("data           a.csv: 90 blocks, 900 tokens, fingerprint " + os.environ.get("STUB_DATA", "d1" * 6))
-    sys.exit(0)
 from helpers.fake_runs import make_metadata, make_records, write_eval_records
 from trainer.tracking.records import to_line
 out, lr = Path(flags["--output-dir"]), float(flags.get("--lr", 1e-3))
@@ -53,7 +50,8 @@ steps, seed = int(flags["--max-steps"]), int(flags.get("--seed", 42))
 def note(word):
     with open(os.environ["STUB_LOG"], "a") as file:
         file.write(f"{word} {out.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\\n")
-note("resumed" if "--resume" in sys.argv else "began")
+is_resumed = (out / "run.json").exists()
+note("resumed" if is_resumed else "began")
 out.mkdir(parents=True, exist_ok=True)
 metadata = make_metadata(
     flags["--mode"], seed=seed, name=out.name, resolved__lr=lr, resolved__steps_per_epoch=steps, model__step_flops=1e6,
@@ -62,7 +60,7 @@ metadata = make_metadata(
 )
 (out / "run.json").write_text(json.dumps(metadata))
 time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-if seed == int(os.environ.get("STUB_KILLED", 0)) and "--resume" not in sys.argv:
+if seed == int(os.environ.get("STUB_KILLED", 0)) and not is_resumed:
     os.kill(os.getpid(), 9)
 if lr > 0.3 or seed == int(os.environ.get("STUB_DIVERGES", 0)):
     event = {"kind": "event", "event": "not_finite", "message": "", "step": 3, "time": 1.0, "facts": {}}
@@ -83,7 +81,7 @@ records = make_records(
 (out / "metrics.jsonl").write_text("".join(to_line(record) + "\\n" for record in records))
 note("ended")
 """
-STUB_MODULES = ["helpers.fake_runs"]
+STUB_MODULES = ["helpers.fake_runs", "helpers.study_rules"]
 
 
 @pytest.fixture
@@ -91,8 +89,9 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
     """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
-    monkeypatch.setattr(trial_process, "TRAIN_SCRIPT", tmp_path / "launch" / "train.py")
-    monkeypatch.setattr(trial_process, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
+    monkeypatch.setattr(processes, "TRAIN_SCRIPT", tmp_path / "launch" / "train.py")
+    monkeypatch.setattr(processes, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
+    monkeypatch.setattr(planning, "write_plan", write_stub_plan)
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
@@ -175,9 +174,12 @@ DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
-from trainer.tools.study import search, trial_process
-trial_process.TRAIN_SCRIPT = Path({stub!r}) / "train.py"
-trial_process.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
+from trainer.tools import processes
+from trainer.tools.study import planning, search
+from helpers.study_rules import write_stub_plan
+planning.write_plan = write_stub_plan
+processes.TRAIN_SCRIPT = Path({stub!r}) / "train.py"
+processes.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study
 sys.exit(study.main(sys.argv[1:]))
 """
@@ -250,7 +252,9 @@ def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(st
         assert not list((study.folder / "runs").glob("*/run.json")), "or it could not be gone on with"
         script = "import sys; print('error: --data a.csv: no such file', file=sys.stderr); sys.exit(2)"
         (stub_dir / "launch" / "train.py").write_text(script)
-    free = trials.start_trial(study.folder, study.rule, make_slots(1, None)[0], study.state().needed[:1])
+    free = trials.start_trial(
+        study.folder, study.rule, make_slots(1, None)[0], search.study_state(study.rule, {}).needed[:1]
+    )
     assert free.trial.num_failures == 1, "the two before were no failures of the trial"
 
 
@@ -330,13 +334,10 @@ def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(
     assert not (stub_dir / "refused" / "answer.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("test", "units"), [("19 blocks", "19 test blocks"), ("1,900 rows of 12 groups", "12 test groups")]
-)
-def test_too_few_test_units_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch, test, units):
-    monkeypatch.setenv("STUB_TEST", test)
+def test_too_few_test_units_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch):
+    monkeypatch.setenv("STUB_TEST", "19")
     assert run_study([]) == 2
-    assert f"error: --test-fraction: {units}; expected 20 or more" in capsys.readouterr().err
+    assert "error: --test-fraction: 19 test records, or groups of them; expected 20 or" in capsys.readouterr().err
     assert not (stub_dir / "study").exists()
 
 
@@ -368,22 +369,17 @@ def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, c
     assert not (stub_dir / "study").exists()
 
 
-def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
-    (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
-    with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
-        planning.resolve_run(("full", "lora"), (), make_slots(1, None)[0])
-
-
 @pytest.mark.parametrize(
-    ("gpus", "changes", "expected"),
+    ("argv", "is_eager"),
     [
-        ((), {}, []),
-        (("0",), {}, []),
-        (("0",), {"methods": ("full", "lora", "lora-nf4")}, ["--execution", "eager"]),
-        (("0",), {"train_argv": ("--execution", "graphs", "--activation-checkpointing")}, []),
-        (("0",), {"train_argv": ("--activation-checkpointing",)}, ["--execution", "eager"]),
+        ((), False),
+        (("--methods", "full,lora,lora-nf4"), True),
+        (("--execution", "auto", "--activation-checkpointing"), False),
+        (("--activation-checkpointing",), True),
     ],
 )
-def test_all_runs_of_a_study_are_executed_alike(gpus, changes, expected):
-    slot = Slot(gpus=gpus, num_threads=1)
-    assert execution_argv(make_rule(**changes), slot) == expected
+def test_all_runs_of_a_study_are_executed_alike(stub_dir, argv, is_eager, monkeypatch):
+    monkeypatch.setattr(study_module.Study, "run", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        run_study(list(argv))
+    assert (read_rule(stub_dir / "study")[0].train_argv[-2:] == ("--execution", "eager")) == is_eager

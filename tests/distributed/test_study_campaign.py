@@ -15,9 +15,9 @@ from helpers.study_rules import make_candidate, make_trial
 from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.report.interval import paired_interval
+from trainer.tools.processes import make_slots, start_run
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
-from trainer.tools.study.trial_process import make_slots, start_run
 from trainer.tools.study.trials import run_outcome, trial_argv
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 

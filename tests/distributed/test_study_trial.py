@@ -4,11 +4,20 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+from helpers.launch_ranks import make_process
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.tools.study import planning, trial_process
-from trainer.tools.study.trial_process import Slot, start_run
+from trainer.tools import processes
+from trainer.tools.processes import Slot, start_process, start_run
+from trainer.tools.study import planning
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server() -> None:
+    """The server from which this process forks all others, with what tests need."""
+    make_process(target=print, args=())
 
 
 def run(argv: list[str], folder: Path, *gpus: str) -> int | None:
@@ -32,18 +41,24 @@ def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(t
     assert rows[-1]["facts"]["peak_memory_bytes"] > 0
 
 
-def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    argv = ["--block-size", "64", "--max-steps", "7"]
-    num_steps, fingerprint = planning.resolve_run(("full", "lora"), argv, Slot(gpus=(), num_threads=1))
-    assert num_steps == 7
+def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run(tmp_path):
+    argv = ["--mode", "lora", "--block-size", "64", "--max-steps", "7", "--test-fraction", "0.2"]
+    slot, path = Slot(gpus=(), num_threads=1), tmp_path / "plan.json"
+    start_process(slot, planning.write_plan, ([*argv, "--output-dir", str(tmp_path / "run")], path), tmp_path).join(100)
+    num_steps, fingerprint, num_units = json.loads(path.read_text())
+    assert (num_steps, num_units > 20) == (7, True)
     assert re.fullmatch("[0-9a-f]{12}", fingerprint)
+    argv += ["--quant", "nf4", "--lora-target-modules", "none", "--output-dir", str(tmp_path / "run")]
+    process = start_process(slot, planning.write_plan, (argv, path), tmp_path)
+    process.join(100)
+    assert process.exitcode == 2
+    assert "--lora-target-modules none" in (tmp_path / "log").read_text()
 
 
 def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path, monkeypatch):
     """A GPU that a fork's parent has looked at cannot be used by the fork."""
     script = tmp_path / "script.py"
-    monkeypatch.setattr(trial_process, "TRAIN_SCRIPT", script)
+    monkeypatch.setattr(processes, "TRAIN_SCRIPT", script)
     script.write_text(
         "import os, sys\n"
         "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"

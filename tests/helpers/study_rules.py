@@ -1,5 +1,10 @@
 """The rule of a study, for tests that change one thing of it, and trials of it."""
 
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.report.judge import Margin
@@ -32,3 +37,10 @@ def make_candidate(method: str = "full", rate_index: int = 0) -> Candidate:
 def make_trial(candidate: Candidate, *, num_steps: int = 16, seed: int = 1) -> TrialSpec:
     """A run of a search."""
     return TrialSpec(phase="search", candidate=candidate, num_steps=num_steps, seed=seed)
+
+
+def write_stub_plan(_: object, argv: Sequence[str], path: Path) -> None:
+    """In place of `planning.write_plan`: what the test's variables say."""
+    num_steps = int(dict(itertools.pairwise(argv)).get("--max-steps", 160))
+    facts = [num_steps, os.environ.get("STUB_DATA", "d1" * 6), int(os.environ.get("STUB_TEST", 40))]
+    path.write_text(json.dumps(facts))

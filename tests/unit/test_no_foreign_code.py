@@ -26,7 +26,7 @@ STARTS_A_PROGRAM = {"subprocess.run", "subprocess.Popen", "subprocess.call", "su
 #: {(file, call): why no one else's code runs there}; modules imported by a name that stands in the source need no entry
 ALLOWED = {
     ("trainer/tools/doctor/prove.py", "torch.load"): "tensors of its own temporary folder, weights_only",
-    ("trainer/tools/study/trial_process.py", "runpy.run_path"): "launch/train.py of this checkout",
+    ("trainer/tools/processes.py", "runpy.run_path"): "launch/train.py of this checkout",
 }
 
 

@@ -6,9 +6,8 @@ longest rows: a rank that runs out of memory leaves the others waiting in a coll
 
 import math
 import os
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,17 @@ from trainer.data.dataset import PreparedDataset, TokenDataset, load
 from trainer.data.sampler import GlobalBatch, step_batches, step_counts
 from trainer.distributed.engine import Engine
 from trainer.distributed.memory import required_bytes
-from trainer.tools.trial_engine import join_job, start_trial, write_answer, write_result
-from trainer.tools.worker_processes import run_job
+from trainer.distributed.process_group import DistContext
+from trainer.tools.processes import run_job
+from trainer.tools.trial_engine import run_rank, start_trial, write_result
 from trainer.training.run_plan import RunPlan
 
 #: Of the memory that is free; on a CPU what is beyond it is taken from other programs, not refused.
 MEMORY_BUDGET_SHARE = 0.8
 WORKER_COMMAND = ("-m", "trainer.tools.find_batch")
 OUT_OF_MEMORY_EXIT_CODE = 77
-OOM_KILL_EXIT_CODES = (-9, 137)  # killed by the system, which is how a host's memory runs out
+#: How a rank ends that needs too much; -9 and 137: killed by the system, which is how a host's memory runs out.
+MEMORY_EXIT_CODES = {OUT_OF_MEMORY_EXIT_CODE: "out of memory", -9: "killed by the system", 137: "killed by the system"}
 EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
 MAX_MICRO_BATCHES = 4  # that are run in a step; the time of more is extrapolated
 NUM_TIMED_STEPS = 2  # after those that warm up and show whether it fits
@@ -58,17 +59,17 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     while (size := next_size(sizes, {size: trial["fits"] for size, trial in trials.items()})) is not None:
         print(f"trying micro-batch {size} ...", flush=True)
         trials[size] = run_trial(plan, data.folder, size)
-    sorted_trials = [trials[size] for size in sorted(trials)]
-    best = fastest(sorted_trials)
+    tried = [trials[size] for size in sorted(trials)]
+    best = fastest(tried)
     content = {
         "global_batch": global_batch,
         "width": row_length,
-        "tried": sorted_trials,
+        "tried": tried,
         "suggestion": best["micro_batch_size"] if best else None,
         "budget": budget,
     }
     path = write_result("find-batch.json", plan, content)
-    print("\n".join([*format_lines(sorted_trials, best), *([budget] if budget else [])]), flush=True)
+    print("\n".join([*format_lines(tried, best), *filter(None, [budget])]), flush=True)
     if best is None:
         raise TrainingError(
             "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
@@ -86,6 +87,21 @@ def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
     return [size for size in range(1, examples_per_rank + 1) if examples_per_rank % size == 0]
 
 
+def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
+    """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
+    if plan.dist_context.device.type == "cuda":
+        return list(sizes), ""
+    limit_bytes = MEMORY_BUDGET_SHARE * plan.dist_context.free_host_bytes()
+    budget = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
+    for index, size in enumerate(sizes):
+        estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
+        needed_bytes = required_bytes(estimate, plan.model_info, plan.dist_context.device)[0]
+        if needed_bytes > limit_bytes:
+            budget += f"; not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
+            return list(sizes[:index]), budget
+    return list(sizes), budget
+
+
 def next_size(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> int | None:
     """What to try next: at least twice the largest that fits until one does not, then the middle of the gap."""
     largest_fitting = max((size for size, fits in fits_by_size.items() if fits), default=0)
@@ -98,49 +114,30 @@ def next_size(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> int | N
     return between[len(between) // 2]
 
 
-def fastest(trials: Sequence[Trial]) -> Trial | None:
-    """The smallest micro-batch among those that are as fast as the fastest; None where none fits."""
-    speeds = {trial["micro_batch_size"]: trial["tokens_per_second"] for trial in trials if trial["fits"]}
-    min_speed = (1 - EQUAL_SPEED_SHARE) * max(speeds.values(), default=0.0)
-    fast = [trial for trial in trials if speeds.get(trial["micro_batch_size"], -1) >= min_speed]
-    return min(fast, key=lambda trial: trial["micro_batch_size"], default=None)
-
-
-def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
-    """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
-    if plan.dist_context.device.type == "cuda":
-        return list(sizes), ""
-    limit_bytes = MEMORY_BUDGET_SHARE * plan.dist_context.free_host_bytes()
-    budget_note = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
-    for index, size in enumerate(sizes):
-        estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
-        needed_bytes = required_bytes(estimate, plan.model_info, plan.dist_context.device)[0]
-        if needed_bytes > limit_bytes:
-            note = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
-            return list(sizes[:index]), f"{budget_note}; {note}"
-    return list(sizes), budget_note
-
-
 def run_trial(plan: RunPlan, data_folder: Path, size: int) -> Trial:
     """A micro-batch on processes of its own. TrainingError where they end for another reason than memory."""
     world_size, timeout = plan.dist_context.world_size, plan.settings.engine.hang_timeout
-    accumulation = BatchConfig.divide(plan.schedule.batch.global_batch, size, world_size).gradient_accumulation_steps
+    batch = BatchConfig.divide(plan.schedule.batch.global_batch, size, world_size)
     job = {"settings": plan.settings.as_dict(), "data": str(data_folder), "size": size}
     answers, exit_codes, reason = run_job(WORKER_COMMAND, job, world_size, timeout_seconds=timeout)
-    trial = {"micro_batch_size": size, "gradient_accumulation_steps": accumulation, "fits": True}
+    trial = {"micro_batch_size": size, "gradient_accumulation_steps": batch.gradient_accumulation_steps}
     if exit_codes is None:
         raise TrainingError(f"--find-batch: micro-batch {size} took over {timeout:g} s (--hang-timeout): {reason}")
     for rank, exit_code in enumerate(exit_codes):
-        if exit_code == OUT_OF_MEMORY_EXIT_CODE:
-            return trial | {"fits": False, "failure_reason": f"out of memory on rank {rank}"}
-        if exit_code in OOM_KILL_EXIT_CODES:
-            killed = f"killed by the system on rank {rank}, most likely for its memory"
-            return trial | {"fits": False, "failure_reason": killed}
+        if exit_code in MEMORY_EXIT_CODES:
+            return trial | {"fits": False, "failure_reason": f"{MEMORY_EXIT_CODES[exit_code]} on rank {rank}"}
     if any(exit_codes):
         rank = next(rank for rank, exit_code in enumerate(exit_codes) if exit_code)
         raise TrainingError(f"--find-batch: micro-batch {size} failed on rank {rank}: {reason}")
-    (numbers,) = answers
-    return trial | numbers
+    return trial | {"fits": True, **answers[0]}
+
+
+def fastest(trials: Sequence[Trial]) -> Trial | None:
+    """The smallest micro-batch among those that are as fast as the fastest; None where none fits."""
+    fitting = [trial for trial in trials if trial["fits"]]
+    min_speed = (1 - EQUAL_SPEED_SHARE) * max((trial["tokens_per_second"] for trial in fitting), default=0.0)
+    fast = [trial for trial in fitting if trial["tokens_per_second"] >= min_speed]
+    return min(fast, key=lambda trial: trial["micro_batch_size"], default=None)
 
 
 def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
@@ -157,39 +154,37 @@ def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
         gain = best["tokens_per_second"] / largest["tokens_per_second"] - 1
         comparison = f"{gain:+.0%} against" if abs(gain) > EQUAL_SPEED_SHARE else "in less memory and as fast as"
         note = f", {comparison} {largest['micro_batch_size']}, the largest that fits" * (largest is not best)
-        speed = f"{best['tokens_per_second']:,.0f} tokens/s"
-        lines.append(f"suggestion     --micro-batch {best['micro_batch_size']}: {speed}{note}")
+        lines.append(
+            f"suggestion     --micro-batch {best['micro_batch_size']}: {best['tokens_per_second']:,.0f} tokens/s{note}"
+        )
     return lines
 
 
 # --- one rank ---
 
 
-def main(job_file: str) -> int:
+def measure_size(job: dict[str, Any], context: DistContext) -> Iterator[dict[str, Any]]:
     """Try the job's size by real steps."""
-    with join_job(job_file) as (job, context):
-        settings = Settings.from_dict(job["settings"])
-        settings = replace(settings, train=replace(settings.train, micro_batch=job["size"]))
-        try:
-            data = load(Path(job["data"]))
-            _, engine = start_trial(settings, data, context)
-            batch = BatchConfig.divide(settings.train.global_batch, job["size"], context.world_size)
-            # A step of the longest rows. Of many micro-batches only a few are run; those left out take what one more
-            # of these takes.
-            num_micro_batches = min(batch.gradient_accumulation_steps, MAX_MICRO_BATCHES)
-            step_seconds = time_step(engine, data.train, batch, num_micro_batches)
-            if num_left := batch.gradient_accumulation_steps - num_micro_batches:
-                one = time_step(engine, data.train, batch, 1)
-                step_seconds += num_left * max(0.0, step_seconds - one) / (num_micro_batches - 1)
-            tokens = step_counts(data.train, longest_rows(data.train), 0, batch.global_batch)[0]
-            step_seconds = max(context.all_gather_object(step_seconds))
-            write_answer(job, context, {"step_seconds": step_seconds, "tokens_per_second": tokens / step_seconds})
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"out of memory: {error}", flush=True)
-            os._exit(OUT_OF_MEMORY_EXIT_CODE)  # at once: leaving a group waits for the others
-    return 0
+    settings = Settings.from_dict(job["settings"])
+    settings = replace(settings, train=replace(settings.train, micro_batch=job["size"]))
+    try:
+        data = load(Path(job["data"]))
+        _, engine = start_trial(settings, data, context)
+        batch = BatchConfig.divide(settings.train.global_batch, job["size"], context.world_size)
+        # Of many micro-batches only a few are run; those left out take what one more of these takes.
+        num_micro_batches = min(batch.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+        step_seconds = time_step(engine, data.train, batch, num_micro_batches)
+        if num_left := batch.gradient_accumulation_steps - num_micro_batches:
+            one = time_step(engine, data.train, batch, 1)
+            step_seconds += num_left * max(0.0, step_seconds - one) / (num_micro_batches - 1)
+        tokens = step_counts(data.train, longest_rows(data.train), 0, batch.global_batch)[0]
+        step_seconds = max(context.all_gather_object(step_seconds))
+        yield {"step_seconds": step_seconds, "tokens_per_second": tokens / step_seconds}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"out of memory: {error}", flush=True)
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)  # at once: leaving a group waits for the others
 
 
 def time_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig, num_micro_batches: int) -> float:
@@ -229,4 +224,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    run_rank(measure_size)

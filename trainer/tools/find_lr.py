@@ -45,9 +45,47 @@ def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Eng
 
     0, also without a suggestion.
     """
-    lrs = np.geomspace(lr_range.start, lr_range.end, lr_range.steps).tolist()
-    losses = sweep(engine, data, plan.schedule, lrs)
-    plan.dist_context.on_rank_zero(lambda: _report(lr_range, plan, lrs[: len(losses)], losses))
+    rates = np.geomspace(lr_range.start, lr_range.end, lr_range.steps).tolist()
+    losses = sweep(engine, data, plan.schedule, rates)
+
+    def report() -> None:
+        lrs, settings, suggestion = rates[: len(losses)], plan.settings, suggest_lr(rates, losses, lr_range.steps)
+        finite_losses = [loss for loss in losses if math.isfinite(loss)]
+        smoothed = smooth(finite_losses, lr_range.steps)
+        content = {
+            "range": [lr_range.start, lr_range.end],
+            "steps": lr_range.steps,
+            "lr": lrs,
+            "loss": [loss if math.isfinite(loss) else None for loss in losses],
+            "smoothed": smoothed,
+            "suggestion": suggestion.lr,
+            "lowest": suggestion.lr_at_lowest_loss,
+            "steepest": suggestion.lr_at_steepest_fall,
+            "warning": suggestion.warning,
+        }
+        plot = write_result("find-lr.json", plan, content).with_suffix(".png")
+        plot_lr_range_test(
+            plot,
+            mode=settings.mode,
+            lrs=lrs[: len(finite_losses)],
+            losses=finite_losses,
+            smoothed_losses=smoothed,
+            suggested_lr=suggestion.lr,
+            name=settings.run_name,
+        )
+        line = "none"
+        if suggestion.lr is not None:
+            line = (
+                f"--lr {suggestion.lr:g} for --mode {settings.mode} (a tenth of {suggestion.lr_at_lowest_loss:.1e}, "
+                f"where the loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings "
+                f"have {settings.train.lr:g})"
+            )
+        print(f"suggestion     {line}")
+        if suggestion.warning:
+            print(f"range          {suggestion.warning}: --find-lr START:END")
+        print(f"plot           {plot}, numbers in find-lr.json; nothing was trained", flush=True)
+
+    plan.dist_context.on_rank_zero(report)
     return 0
 
 
@@ -77,8 +115,27 @@ def smooth(losses: Sequence[float], steps: int) -> list[float]:
 
     The weight of what came before is 0.9 for a sweep of 100 steps.
     """
-    weight = min(0.5, 1 / (SMOOTHING_SHARE * steps))
-    return pd.Series(losses, dtype=float).ewm(alpha=weight, adjust=True).mean().tolist()
+    return pd.Series(losses, dtype=float).ewm(alpha=_newest_weight(steps), adjust=True).mean().tolist()
+
+
+def _newest_weight(steps: int) -> float:
+    return min(0.5, 1 / (SMOOTHING_SHARE * steps))
+
+
+def _num_baseline_steps(steps: int) -> int:
+    return max(5, round(BASELINE_SHARE * steps))
+
+
+def _estimate_baseline(losses: Sequence[float], steps: int) -> tuple[float, float]:
+    """(loss at the start, standard error of a smoothed loss against it), from the first BASELINE_SHARE of `steps`.
+
+    The noise is that of the differences from step to step, so that a steady rise is none.
+    """
+    first_losses, weight = losses[: _num_baseline_steps(steps)], _newest_weight(steps)
+    noise = float(np.std(np.diff(first_losses), ddof=1)) / math.sqrt(2) if len(first_losses) > 2 else 0.0
+    num_start_losses = max(3, len(first_losses) // 2)
+    standard_error = noise * math.sqrt(weight / (2 - weight) + 1 / num_start_losses)
+    return float(np.mean(first_losses[:num_start_losses])), standard_error
 
 
 def has_diverged(losses: Sequence[float], steps: int) -> bool:
@@ -92,22 +149,6 @@ def has_diverged(losses: Sequence[float], steps: int) -> bool:
     return smooth(losses, steps)[-1] > start_loss + min_rise
 
 
-def _num_baseline_steps(steps: int) -> int:
-    return max(5, round(BASELINE_SHARE * steps))
-
-
-def _estimate_baseline(losses: Sequence[float], steps: int) -> tuple[float, float]:
-    """(loss at the start, standard error of a smoothed loss against it), from the first BASELINE_SHARE of `steps`.
-
-    The noise is that of the differences from step to step, so that a steady rise is none.
-    """
-    first_losses = losses[: _num_baseline_steps(steps)]
-    noise = float(np.std(np.diff(first_losses), ddof=1)) / math.sqrt(2) if len(first_losses) > 2 else 0.0
-    num_start_losses, weight = max(3, len(first_losses) // 2), min(0.5, 1 / (SMOOTHING_SHARE * steps))
-    standard_error = noise * math.sqrt(weight / (2 - weight) + 1 / num_start_losses)
-    return float(np.mean(first_losses[:num_start_losses])), standard_error
-
-
 def suggest_lr(lrs: Sequence[float], losses: Sequence[float], steps: int) -> LRSuggestion:
     """The suggestion of a sweep of `steps` that ended after `losses`, or why there is none."""
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
@@ -119,11 +160,10 @@ def suggest_lr(lrs: Sequence[float], losses: Sequence[float], steps: int) -> LRS
     best = num_baseline_steps - 1 + int(np.argmin(smoothed[num_baseline_steps - 1 :]))
     fall, min_change = start_loss - smoothed[best], MIN_STANDARD_ERRORS * standard_error
     if fall <= max(FALL_SHARE * start_loss, min_change):
+        problem = f"the loss neither falls nor rises up to {last_lr:g}: end higher"
         if is_diverged:
-            return LRSuggestion(
-                f"the loss never falls before it rises: begin lower than {lrs[0]:g}, or take more steps"
-            )
-        return LRSuggestion(f"the loss neither falls nor rises up to {last_lr:g}: end higher")
+            problem = f"the loss never falls before it rises: begin lower than {lrs[0]:g}, or take more steps"
+        return LRSuggestion(problem)
     falls = range(num_baseline_steps, best + 1)
     steepest = min(falls, key=lambda n: smoothed[n] - smoothed[n - 1], default=best)
     warning = ""
@@ -135,43 +175,3 @@ def suggest_lr(lrs: Sequence[float], losses: Sequence[float], steps: int) -> LRS
         warning = f"the loss is at its lowest close to the start of the range: begin lower than {lrs[0]:g}"
     lr = float(f"{max(lrs[best] / 10, lrs[0]):.1e}")  # two digits: a range test knows no more
     return LRSuggestion(warning, lr, lr_at_lowest_loss=lrs[best], lr_at_steepest_fall=lrs[steepest])
-
-
-def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[float]) -> None:
-    """On one rank: the verdict in words, as JSON and as a picture."""
-    mode, suggestion = plan.settings.mode, suggest_lr(lrs, losses, lr_range.steps)
-    finite_losses = [loss for loss in losses if math.isfinite(loss)]
-    smoothed = smooth(finite_losses, lr_range.steps)
-    content = {
-        "range": [lr_range.start, lr_range.end],
-        "steps": lr_range.steps,
-        "lr": lrs,
-        "loss": [loss if math.isfinite(loss) else None for loss in losses],
-        "smoothed": smoothed,
-        "suggestion": suggestion.lr,
-        "lowest": suggestion.lr_at_lowest_loss,
-        "steepest": suggestion.lr_at_steepest_fall,
-        "warning": suggestion.warning,
-    }
-    plot = write_result("find-lr.json", plan, content).with_suffix(".png")
-    plot_lr_range_test(
-        plot,
-        mode=mode,
-        lrs=lrs[: len(finite_losses)],
-        losses=finite_losses,
-        smoothed_losses=smoothed,
-        suggested_lr=suggestion.lr,
-        name=plan.settings.run_name,
-    )
-    if suggestion.lr is None:
-        print("suggestion     none", flush=True)
-    else:
-        print(
-            f"suggestion     --lr {suggestion.lr:g} for --mode {mode} (a tenth of {suggestion.lr_at_lowest_loss:.1e}, "
-            f"where the loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings have "
-            f"{plan.settings.train.lr:g})",
-            flush=True,
-        )
-    if suggestion.warning:
-        print(f"range          {suggestion.warning}: --find-lr START:END", flush=True)
-    print(f"plot           {plot}, numbers in find-lr.json; nothing was trained", flush=True)

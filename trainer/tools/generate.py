@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,40 +32,31 @@ BATCH_SIZE = 16  # prompts in one batch
 EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
 
 
-class _Run(NamedTuple):
-    folder: Path
-    metadata: dict[str, Any]
-    settings: Settings
-
-
 def generate(args: argparse.Namespace) -> int:
     """Complete the prompts by each model and show the texts; without prompts on a terminal, a dialogue.
 
     `args`: the flags of launch/generate.py. Returns 0; UserError.
     """
-    runs = []
-    for folder in args.runs:
-        metadata = read_run_metadata(folder / "run.json")
-        runs.append(_Run(folder, metadata, Settings.from_dict(metadata["settings"])))
-    first_data = runs[0].metadata["data"]
-    for folder, metadata, _ in runs:
-        if metadata["data"]["tokenizer"] is None:
+    all_metadata = [read_run_metadata(folder / "run.json") for folder in args.runs]
+    names = [metadata["name"] for metadata in all_metadata]
+    loaders: dict[str, Callable[[], TrainableModel]] = {}  # each base once, before the first run on it
+    fingerprints = set()
+    for folder, metadata, name in zip(args.runs, all_metadata, names, strict=True):
+        data, base, settings = metadata["data"], metadata["model"], Settings.from_dict(metadata["settings"])
+        if data["tokenizer"] is None:
             raise UserError(f"{folder}: trained on token ids; expected a run on text")
-        if any(metadata["data"].get(name) != first_data.get(name) for name in ("tokenizer", "chat_template")):
+        if any(data.get(key) != all_metadata[0]["data"].get(key) for key in ("tokenizer", "chat_template")):
             raise UserError(
                 f"{folder}: has another tokenizer or chat template than {args.runs[0]}; expected runs with the same"
             )
-    loaders: dict[str, Callable[[], TrainableModel]] = {}  # each base once, before the first run on it
-    fingerprints, names = set(), [run.metadata["name"] for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        base = run.metadata["model"]
         if base["fingerprint"] not in fingerprints:
             fingerprints.add(base["fingerprint"])
-            loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
-        checkpoint = resolve_checkpoint(run.folder / "checkpoints", args.checkpoint, flag="--checkpoint")
-        load = partial(load_model_at_checkpoint, run.folder, run.settings, checkpoint, run.metadata)
-        loaders[name if names.count(name) == 1 else str(run.folder)] = load
-    completer = _Completer(args, runs[0])
+            label = f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"
+            loaders[label] = partial(_load_base, folder, settings, base["fingerprint"])
+        checkpoint = resolve_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
+        label = name if names.count(name) == 1 else str(folder)
+        loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
+    completer = _Completer(args, all_metadata[0])
     if not args.prompt and args.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
         return _talk({label: load().causal for label, load in loaders.items()}, completer)
     prompts = completer.read_prompts()
@@ -93,51 +84,64 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_base(run: _Run) -> TrainableModel:
+def _load_base(run_folder: Path, run_settings: Settings, fingerprint: str) -> TrainableModel:
     """The model that the run began with, in float32; UserError where it is not there any more."""
-    model_settings = dataclasses.replace(run.settings.model, quant=None, quant_double=False)
-    settings = dataclasses.replace(run.settings, mode="full", lora=LoraSettings(), model=model_settings)
+    model_settings = dataclasses.replace(run_settings.model, quant=None, quant_double=False)
+    settings = dataclasses.replace(run_settings, mode="full", lora=LoraSettings(), model=model_settings)
     model = build_model(settings)
-    if model.metadata["fingerprint"] != run.metadata["model"]["fingerprint"]:
-        raise UserError(f"{run.folder}: its base model has changed since; restore it")
+    if model.metadata["fingerprint"] != fingerprint:
+        raise UserError(f"{run_folder}: its base model has changed since; restore it")
     model.causal.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model
 
 
-class _Completer:
-    """Prompts as token ids, and completions as text, alike for all models."""
+def _talk(models: dict[str, Any], completer: "_Completer") -> int:
+    """Answer one line after another by every model, until an empty one."""
+    print("a prompt a line; an empty line ends", flush=True)
+    while True:
+        try:
+            text = input("> ")
+            if text.strip().lower() in ("", "exit", "quit"):
+                return 0
+            prompts = [completer.make_prompt(text)]
+        except EOFError:
+            return 0
+        except UserError as error:
+            print(f"error: {error}", flush=True)
+        else:
+            show_plan([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])
 
-    def __init__(self, args: argparse.Namespace, run: _Run):
-        self.args, self.run = args, run
-        self.tokenizer = load_tokenizer(run.settings.model.model)
-        self.max_positions = get_max_positions(load_config(run.settings.model))
-        template = None if args.text else run.metadata["data"].get("chat_template")
+
+class _Completer:
+    """Prompts as token ids, and completions as text, alike for all models: those of the first run."""
+
+    def __init__(self, args: argparse.Namespace, metadata: dict[str, Any]):
+        self.args, self.settings = args, Settings.from_dict(metadata["settings"])
+        self.tokenizer = load_tokenizer(self.settings.model.model)
+        self.max_positions = get_max_positions(load_config(self.settings.model))
+        template = None if args.text else metadata["data"].get("chat_template")
         self.chat = None if template is None else ChatTemplate(self.tokenizer, template)
-        self.end_token_ids = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
-        self.sampling = None
-        if args.temperature:
-            self.sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
 
     def read_prompts(self) -> list[EvalPrompt]:
         """Those given, or the first ones of the run's validation records; UserError where there are none."""
-        args, settings = self.args, self.run.settings
+        args, settings = self.args, self.settings
         if args.prompt:
             return [self.make_prompt(text) for text in args.prompt]
-        if args.prompts is not None:
-            prompts, name = [], f"--prompts {args.prompts}"
-            for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).splitlines(), start=1):
-                try:
-                    if line.strip():
-                        prompts.append(self._parse(json.loads(line)))
-                except (ValueError, RecursionError, RecordError) as error:
-                    raise UserError(f"{name}, line {number}: {error}") from None
+        if args.prompts is None:
+            data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
+            prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num]
             if not prompts:
-                raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
+                raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
             return prompts
-        data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
-        prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num]
+        prompts, name = [], f"--prompts {args.prompts}"
+        for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).splitlines(), start=1):
+            try:
+                if line.strip():
+                    prompts.append(self._parse(json.loads(line)))
+            except (ValueError, RecursionError, RecordError) as error:
+                raise UserError(f"{name}, line {number}: {error}") from None
         if not prompts:
-            raise UserError(f"{self.run.folder}: no validation record fits the model; pass --prompt TEXT")
+            raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
         return prompts
 
     def make_prompt(
@@ -147,11 +151,9 @@ class _Completer:
         conversation = Conversation(messages=messages or [{"role": "user", "content": text}])
         prompt = self.chat.prompt_text(conversation) if self.chat else text
         ids, *reference_ids = encode(self.tokenizer, [prompt, *references])
-        room = 1 if self.max_positions is None else self.max_positions - len(ids)
-        if not len(ids) or room < 1:
-            raise UserError(
-                f"--prompt: {len(ids)} tokens; expected from 1 to {(self.max_positions or len(ids) + 2) - 1}"
-            )
+        most = len(ids) + 1 if self.max_positions is None else self.max_positions - 1
+        if not 1 <= len(ids) <= most:
+            raise UserError(f"--prompt: {len(ids)} tokens; expected from 1 to {most}")
         length = max(map(len, reference_ids), default=0)
         return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=tuple(references), reference_length=length)
 
@@ -173,30 +175,16 @@ class _Completer:
 
     def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
         """One text for each prompt."""
-        length = self.args.max_new_tokens
+        args, length, sampling = self.args, self.args.max_new_tokens, None
         if length is None:
             length = completion_length(prompts, None) if any(prompt.references for prompt in prompts) else 64
         if self.max_positions is not None:
             length = max(1, min(length, self.max_positions - max(len(prompt.ids) for prompt in prompts)))
+        if args.temperature:
+            sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        ends = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
         completions: list[list[int]] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            completions += decode(causal, batch, length, self.end_token_ids, sampling=self.sampling)
+            completions += decode(causal, batch, length, ends, sampling=sampling)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-
-
-def _talk(models: Mapping[str, Any], completer: _Completer) -> int:
-    """Answer one line after another by every model, until an empty one."""
-    print("a prompt a line; an empty line ends", flush=True)
-    while True:
-        try:
-            text = input("> ")
-            if text.strip().lower() in ("", "exit", "quit"):
-                return 0
-            prompts = [completer.make_prompt(text)]
-        except EOFError:
-            return 0
-        except UserError as error:
-            print(f"error: {error}", flush=True)
-        else:
-            show_plan([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])

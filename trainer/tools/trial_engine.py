@@ -1,8 +1,8 @@
-"""A few steps beside a run: what `--find-lr`, `--find-batch`, `doctor.py --prove` and bench share."""
+"""A few steps beside a run: what `--find-lr`, `--find-batch`, `doctor.py` and bench share."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +10,53 @@ from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
+from trainer.data.prepare import prepare
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
-from trainer.model.build import build_model, load_config
-from trainer.tools.worker_processes import end_with_parent
+from trainer.model.build import build_model, get_max_positions, load_config
+from trainer.tools.processes import end_with_parent
+from trainer.tracking.optional_loggers import check_loggers
 from trainer.tracking.silence import silence_libraries
-from trainer.training.run_plan import RunPlan, make_plan
+from trainer.training.run_plan import RunPlan, make_plan, validate_early
 
 FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
 
 
-@contextlib.contextmanager
-def join_job(job_file: str) -> Iterator[tuple[dict[str, Any], DistContext]]:
-    """A job that `run_job` has started, on one of its ranks, which have joined."""
+def run_rank(measure: Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]) -> None:
+    """Be one rank of a job that `run_job` has started; all ranks must yield alike.
+
+    What `measure(job, dist_context)` yields on rank 0 are the job's answers, each with `peak_memory_bytes` of the rank
+    that needs most.
+    """
     end_with_parent()
     silence_libraries()
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     dist_context = init_distributed(job.get("device"))
     try:
-        yield job, dist_context
+        for numbers in measure(job, dist_context):
+            peak = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
+            if dist_context.rank == 0:
+                with open(job["answer"], "a", encoding="utf-8") as file:
+                    file.write(json.dumps({**numbers, "peak_memory_bytes": peak}) + "\n")
     finally:
         dist_context.watchdog.close()
         destroy_process_group()
 
 
-def write_answer(job: Mapping[str, Any], dist_context: DistContext, numbers: Mapping[str, Any]) -> None:
-    """Append rank 0's numbers to the job's answers, with the peak memory of the rank that needs most; all must call."""
-    peak = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
-    if dist_context.rank == 0:
-        with open(job["answer"], "a", encoding="utf-8") as file:
-            file.write(json.dumps({**numbers, "peak_memory_bytes": peak}) + "\n")
+def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, PreparedDataset]:
+    """The plan of a run and its data, as launch/train.py would make them; UserError for what it would refuse."""
+    validate_early(settings, dist_context)
+    check_loggers(settings.output)
+    model_config = load_config(settings.model)
+    data = prepare(
+        settings.data,
+        model=settings.model.model,
+        global_batch=settings.train.global_batch,
+        max_positions=get_max_positions(model_config),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    model = build_model(settings, on_meta=True)
+    return make_plan(settings, dist_context, data, model.metadata, model_config), data
 
 
 def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Engine]:

@@ -18,9 +18,9 @@ from trainer.report.judge import FullVsLora, Margin
 from trainer.report.page import write_report
 from trainer.report.wandb_report import report_title, run_filter, to_spec_json
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
-from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import Rule, write_rule
 from trainer.tools.study.search import MethodSearch, SearchOutcome, StudyState, TrialSpec
+from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
 
 SEEDS = (101, 102, 103)

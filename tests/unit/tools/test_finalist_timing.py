@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trainer.tools.study import finalist_timing
-from trainer.tools.study.finalist_timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, read_timing, time_finalists
+from trainer.tools.study import timing as finalist_timing
+from trainer.tools.study.timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, read_timing, time_finalists
 
 WHOLE = json.dumps(
     {

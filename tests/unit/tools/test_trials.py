@@ -15,10 +15,10 @@ from helpers.study_rules import make_candidate, make_rule, make_trial
 
 from trainer.config.errors import UserError
 from trainer.report.page import json_text
+from trainer.tools.processes import Slot, run_environ
 from trainer.tools.study import trials
 from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.study import Study
-from trainer.tools.study.trial_process import Slot, train_environ
 from trainer.tools.study.trials import (
     MAX_FAILURES,
     Trial,
@@ -161,6 +161,6 @@ def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
 def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch):
     for name in RUN_VARIABLES:
         monkeypatch.setenv(name, "mine")
-    environ = train_environ(SLOT, "study-f")
+    environ = run_environ(SLOT, "study-f")
     assert not set(RUN_VARIABLES) & set(environ)
     assert environ["WANDB_RUN_GROUP"] == "study-f"

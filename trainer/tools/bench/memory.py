@@ -1,4 +1,4 @@
-"""What each way of training holds, writes and reaches, one process each.
+"""What each way of training holds, writes and reaches: `python -m trainer.tools.bench.memory JOB` measures one.
 
 All go through the program's own engine and loop, on one device: the GPU where there is one, else the CPU. Weights are
 random unless a folder has real ones, and the rows count upwards with some noise, so a loss says whether a method
@@ -9,7 +9,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,38 @@ from trainer.config import cli
 from trainer.config.choices import LORA_LR_FACTOR
 from trainer.config.files import folder_size
 from trainer.config.text import markdown_table
-from trainer.distributed.process_group import peak_memory_bytes
+from trainer.distributed.process_group import DistContext, peak_memory_bytes
 from trainer.model.build import build_model, load_config
-from trainer.tools.bench.bench_cli import METHODS, SHAPES
-from trainer.tools.bench.steps import describe_hardware
-from trainer.tools.bench.worker import wrap_rows
-from trainer.tools.trial_engine import join_job, start_trial, write_answer
-from trainer.tools.worker_processes import run_job
+from trainer.tools.bench.steps import describe_hardware, wrap_rows
+from trainer.tools.processes import run_job
+from trainer.tools.trial_engine import run_rank, start_trial
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
 from trainer.training.run_plan import validate_early
 from trainer.training.schedule import TrainState
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512, "n_positions": 128},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
 FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it
 NUM_VAL_ROWS = 4
 MAX_TOKEN_ID = 256  # the ids that rows count through
 HEADINGS = ("method", "trainable", "optimizer MiB", "peak MiB", "checkpoint MiB", "tokens/s", "validation loss")
 
 
-def measure_memory(args: argparse.Namespace) -> int:
+def measure_memory(args: argparse.Namespace, flags_of_methods: Mapping[str, str]) -> int:
     """Measure every method and print the table; 1 where one failed."""
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     for method in args.methods:
-        job = {**vars(args), "flags": METHODS[method]}
+        job = {**vars(args), "flags": flags_of_methods[method]}
         answers, _, reason = run_job(("-m", "trainer.tools.bench.memory"), job, 1)
-        if answers:
-            results += answers
-            rows.append([method, *format_cells(results[-1])])
-        else:
-            rows.append([method, *["-"] * (len(HEADINGS) - 2), reason])
-        print(f"{method}: {results[-1] if answers else f'failed: {reason}'}", file=sys.stderr, flush=True)
+        results += answers
+        rows.append([method, *(format_cells(answers[0]) if answers else ["-"] * (len(HEADINGS) - 2) + [reason])])
+        print(f"{method}: {answers[0] if answers else f'failed: {reason}'}", file=sys.stderr, flush=True)
     print(markdown_table(HEADINGS, rows))
     if results:
         model = args.model or f"{args.shape}'s shape with random weights"
@@ -67,25 +67,38 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
 
 
-def main(job_file: str) -> None:
-    """Answer what a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
-    with join_job(job_file) as (job, dist_context), tempfile.TemporaryDirectory() as folder:
+def measure_method(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict[str, Any]]:
+    """What a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
+    with tempfile.TemporaryDirectory() as folder:
         scratch, device = Path(folder), dist_context.device
-        settings = cli.parse_args(_to_argv(job, scratch)).settings
+        lr = FULL_LR * (LORA_LR_FACTOR if "--mode lora" in job["flags"] else 1)
+        flags = f"{job['flags']} --preset card --ds-config zero0 --lr {lr} --max-steps {job['steps']}"
+        flags += f" --global-batch {job['micro_batch']} --eval-batch {job['micro_batch']} --eval-every never"
+        flags += f" --save-every never --block-size {job['block_size']}"
+        flags += f" --precision {job['precision']}" if job["precision"] else ""
+        model = job["model"]
+        if not model:  # a folder with nothing but the configuration
+            flags += " --init random"
+            model = str(scratch / job["shape"])
+            GPT2Config(**SHAPES[job["shape"]], architectures=["GPT2LMHeadModel"]).save_pretrained(model)
+        argv = [*flags.split(), "--model", model, "--output-dir", str(scratch / "run")]
+        settings = cli.parse_args(argv).settings
         validate_early(settings, dist_context)
         # Every method imports what adapters need, so that no peak counts it.
         build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
         baseline_bytes = 0 if device.type == "cuda" else peak_memory_bytes(device)
         rng, vocab_size = np.random.default_rng(0), load_config(settings.model).vocab_size
-        num_rows = job["micro_batch"] * job["steps"]
-        rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(num_rows + NUM_VAL_ROWS)]
+        num_rows, rows = job["micro_batch"] * job["steps"], []
+        for _ in range(num_rows + NUM_VAL_ROWS):  # from a random start, two at a time now and then
+            strides = 1 + (rng.random(job["block_size"]) < 0.2)
+            rows.append((rng.integers(vocab_size) + strides.cumsum()) % min(vocab_size, MAX_TOKEN_ID))
         data = wrap_rows(rows[:num_rows], rows[num_rows:], vocab_size=vocab_size)
         plan, engine = start_trial(settings, data, dist_context)
         checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
         records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
         speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
         losses = [record.loss for record in records if isinstance(record, EvalRecord)]
-        numbers = {
+        yield {
             "trainable": plan.model_info["trainable"],
             "optimizer_bytes": engine.state.optimizer_bytes(),
             "peak_bytes": peak_memory_bytes(device) - baseline_bytes,
@@ -97,30 +110,7 @@ def main(job_file: str) -> None:
             "device": f"{describe_hardware(device)}, {dist_context.num_threads} threads",
             "torch": torch.__version__,
         }
-        write_answer(job, dist_context, numbers)
-
-
-def _to_argv(job: Mapping[str, Any], scratch: Path) -> list[str]:
-    """The flags of train.py; a shape becomes a folder with nothing but its configuration."""
-    lr = FULL_LR * (LORA_LR_FACTOR if "--mode lora" in job["flags"] else 1)
-    flags = f"{job['flags']} --preset card --ds-config zero0 --lr {lr} --max-steps {job['steps']} --eval-every never"
-    flags += f" --save-every never --global-batch {job['micro_batch']} --eval-batch {job['micro_batch']}"
-    flags += f" --block-size {job['block_size']}"
-    flags += f" --precision {job['precision']}" if job["precision"] else ""
-    model = job["model"]
-    if not model:
-        flags += " --init random"
-        model = str(scratch / job["shape"])
-        shape: dict[str, Any] = SHAPES[job["shape"]]
-        GPT2Config(**shape, architectures=["GPT2LMHeadModel"]).save_pretrained(model)
-    return [*flags.split(), "--model", model, "--output-dir", str(scratch / "run")]
-
-
-def _count_upwards(rng: np.random.Generator, width: int, vocab_size: int) -> Any:
-    """A row whose ids count upwards from a random start, two at a time now and then."""
-    strides = 1 + (rng.random(width) < 0.2)
-    return (rng.integers(vocab_size) + strides.cumsum()) % min(vocab_size, MAX_TOKEN_ID)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_rank(measure_method)

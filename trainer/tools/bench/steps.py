@@ -1,22 +1,48 @@
-"""What an optimizer step costs: programs in alternation, each in processes of its own; JSON and a Markdown table."""
+"""What an optimizer step costs: programs in alternation, each in processes of its own; JSON and a Markdown table.
+
+The programs share model, token ids, batch, precision, optimizer numbers and clip, so what differs is the program.
+`python -m trainer.tools.bench.steps JOB` is one rank of one program.
+"""
 
 import argparse
 import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
+from trainer.config import cli
+from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError
+from trainer.config.settings import Settings
 from trainer.config.text import markdown_table
-from trainer.tools.worker_processes import run_job
-from trainer.training.provenance import cpu_name
+from trainer.data.dataset import PreparedDataset, TokenDataset
+from trainer.distributed.process_group import DistContext
+from trainer.model import cpu_attention, lora, loss
+from trainer.model.build import load_config
+from trainer.model.flops import count_step_flops
+from trainer.tools.processes import run_job
+from trainer.tools.trial_engine import run_rank, start_trial
+from trainer.tracking.records import StepRecord
+from trainer.training.loop import train
+from trainer.training.provenance import cpu_name, package_versions
+from trainer.training.schedule import TrainState
 
+WORKER_COMMAND = ("-m", "trainer.tools.bench.steps")
 TIMEOUT_SECONDS = 3600.0  # for one program in one round
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
+MEAN_LENGTH_SHARE = 0.3  # of ragged rows, of the longest
 HEADINGS = ("mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "FLOP share", "peak GiB", "GPU GiB")
 EXPLANATION = (
     "program: in brackets how its steps really ran; ms/step: median over all windows; spread: of the rounds' medians, "
@@ -26,52 +52,15 @@ EXPLANATION = (
     "nvidia-smi says."
 )
 
-#: A line of the table: the fields of its configuration, `name`, `problem`, `results` (one a round) and their summary.
+#: A line of the table: what is run (`program`: ours, plain or hf; `without`: of ours, the faster path that is turned
+#: off; ...), its `name`, and what was measured: `problem`, `results` (one a round) and their summary.
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """One line of the table."""
-
-    program: str  #: ours, plain or hf
-    mode: str
-    global_batch: int  #: examples per step over all ranks
-    ds_config: str | None = None  #: the ZeRO file; None: the program has none
-    world_size: int = 1
-    model: str = "gpt2"
-    block_size: int = 1024
-    precision: str = "fp32"
-    device: str = "cpu"
-    dropout: float | None = None  #: None: the model's own
-    execution: str = "auto"  #: of ours
-    without: str | None = None  #: of ours: the faster path that is turned off
-    is_ragged: bool = False  #: rows of many lengths, packed unless `without` is packing
-    num_windows: int = 5
-    steps_per_window: int = 4
-    warmup_steps: int = 3  #: before the first window
-
-    @property
-    def name(self) -> str:
-        """As the table prints it."""
-        ranks = f"{self.world_size} ranks" if self.world_size > 1 else None
-        execution = self.execution if self.execution != "auto" else None
-        packing = "packed" if self.is_ragged and self.without != "packing" else None
-        without = f"without {self.without}" if self.without else None
-        return " ".join(
-            filter(None, (self.program, self.ds_config, ranks, self.precision, execution, packing, without))
-        )
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of a round."""
-        return self.warmup_steps + self.num_windows * self.steps_per_window
-
-
-def build_configs(args: argparse.Namespace, device: str) -> list[BenchmarkConfig]:
+def build_rows(args: argparse.Namespace, device: str) -> list[Row]:
     """For each mode and batch: ours in every combination, ours without each faster path, then the other programs.
 
-    Those two run on one rank and in the first precision.
+    Those two run on one rank and in the first precision. UserError for what does not go together.
     """
     for global_batch, world_size in itertools.product(args.batches, args.ranks):
         if global_batch % world_size:
@@ -79,82 +68,76 @@ def build_configs(args: argparse.Namespace, device: str) -> list[BenchmarkConfig
     if "packing" in args.without and args.against:
         raise UserError("--without packing: compares rows of many lengths, which other programs lack; omit --against")
     precisions = args.precision or ["bf16" if device == "cuda" else "fp32"]
-    configs = []
-    for mode, global_batch in itertools.product(args.modes, args.batches):
-        fields: dict[str, Any] = {
+    programs: list[Row] = [
+        {"precision": precision, "world_size": ranks, "ds_config": file, "execution": execution}
+        for precision, ranks, file, execution in itertools.product(
+            precisions, args.ranks, args.ds_config, args.execution
+        )
+    ]
+    programs += [{"ds_config": args.ds_config[0], "without": path} for path in args.without]
+    programs += [{"program": peer} for peer in args.against]
+    rows = []
+    for mode, global_batch, program in itertools.product(args.modes, args.batches, programs):
+        row: Row = {
+            "program": "ours",
             "mode": mode,
-            "global_batch": global_batch,
+            "global_batch": global_batch,  # examples of a step, over all ranks
+            "ds_config": None,
+            "world_size": 1,
             "model": args.model,
             "block_size": args.block_size,
+            "precision": precisions[0],
             "device": device,
-            "dropout": args.dropout,
-            "is_ragged": "packing" in args.without,
+            "dropout": args.dropout,  # None: the model's own
+            "execution": "auto",
+            "without": None,
+            "is_ragged": "packing" in args.without,  # rows of many lengths, packed unless `without` is packing
             "num_windows": args.windows,
             "steps_per_window": args.window,
             "warmup_steps": args.warmup or (10 if device == "cuda" else 3),
+            **program,
         }
-        for precision, ranks, file, way in itertools.product(precisions, args.ranks, args.ds_config, args.execution):
-            ours = {"program": "ours", "precision": precision, "world_size": ranks, "ds_config": file, "execution": way}
-            configs.append(BenchmarkConfig(**fields, **ours))
-        ours = {"program": "ours", "precision": precisions[0], "ds_config": args.ds_config[0]}
-        configs += [BenchmarkConfig(**fields, **ours, without=path) for path in args.without]
-        configs += [BenchmarkConfig(**fields, program=peer, precision=precisions[0]) for peer in args.against]
-    return configs
+        row["num_steps"] = row["warmup_steps"] + row["num_windows"] * row["steps_per_window"]  # of a round
+        parts = [
+            row["program"],
+            row["ds_config"],
+            f"{row['world_size']} ranks" if row["world_size"] > 1 else None,
+            row["precision"],
+            row["execution"] if row["execution"] != "auto" else None,
+            "packed" if row["is_ragged"] and row["without"] != "packing" else None,
+            f"without {row['without']}" if row["without"] else None,
+        ]
+        rows.append({**row, "name": " ".join(filter(None, parts)), "problem": "not measured", "results": []})
+    return rows
 
 
 def measure_steps(args: argparse.Namespace) -> int:
     """Measure everything `args.rounds` times in turn, write and print the table; 1 where a program failed."""
-    configs = build_configs(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = build_rows(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-
-    def write(rows: Sequence[Row]) -> str:
-        text = format_markdown(rows, args.rounds)
-        (args.output_dir / "bench.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-        (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
-        return text
-
-    rows = run_rounds(configs, rounds=args.rounds, after_each=write)
-    print(f"\n{write(rows)}\n{args.output_dir / 'bench.json'} has every window")
-    return int(any(row["problem"] for row in rows))
-
-
-def run_rounds(
-    configs: Sequence[BenchmarkConfig], *, rounds: int, after_each: Callable[[list[Row]], object]
-) -> list[Row]:
-    """A row for each configuration. `after_each` gets the rows after each measurement, so that none is lost; what
-    failed is not tried again."""
-    rows: list[Row] = [
-        {**asdict(config), "name": config.name, "problem": "not measured", "results": []} for config in configs
-    ]
-    for round_number in range(1, rounds + 1):
-        for config, row in zip(configs, rows, strict=True):
-            if row["problem"].startswith("failed"):
+    for number in range(1, args.rounds + 1):
+        for row in rows:
+            if row["problem"].startswith("failed"):  # it is not tried again
                 continue
-            answers, _, reason = run_job(
-                ("-m", "trainer.tools.bench.worker"),
-                {"config": asdict(config), "device": config.device},
-                config.world_size,
-                timeout_seconds=TIMEOUT_SECONDS,
-            )
+            job = {name: value for name, value in row.items() if name != "results"}
+            answers, _, reason = run_job(WORKER_COMMAND, job, row["world_size"], timeout_seconds=TIMEOUT_SECONDS)
             row["problem"] = "" if answers else f"failed: {reason}"
             row["results"] += answers
             if answers:
-                row |= _summarize(row["results"])
+                row |= summarize(row["results"])
             outcome = row["problem"] or f"{1000 * row['rounds'][-1]:.1f} ms/step"
-            label = f"{config.mode}, batch {config.global_batch}, {config.name}"
-            print(f"round {round_number}/{rounds}  {label}: {outcome}", flush=True)
-            # The rate over the first of the same mode and batch, round by round; within a round the first is one ahead.
-            baselines: dict[tuple[str, int], Row] = {}
-            for other in rows:
-                baseline = baselines.setdefault((other["mode"], other["global_batch"]), other)
-                pairs = zip(baseline.get("rounds", ()), other.get("rounds", ()), strict=False)
-                if ratios := [base / seconds for base, seconds in pairs]:
-                    other["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
-            after_each(rows)
-    return rows
+            label = f"{row['mode']}, batch {row['global_batch']}, {row['name']}"
+            print(f"round {number}/{args.rounds}  {label}: {outcome}", flush=True)
+            # After each measurement, so that none is lost.
+            add_speeds(rows)
+            text = format_markdown(rows, args.rounds)
+            (args.output_dir / "bench.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{args.output_dir / 'bench.json'} has every window")
+    return int(any(row["problem"] for row in rows))
 
 
-def _summarize(results: Sequence[Mapping[str, Any]]) -> Row:
+def summarize(results: Sequence[Mapping[str, Any]]) -> Row:
     """Medians over all windows of all rounds."""
     last, windows = results[-1], [result["windows"] for result in results]
     step_seconds = statistics.median(itertools.chain(*windows))
@@ -171,33 +154,39 @@ def _summarize(results: Sequence[Mapping[str, Any]]) -> Row:
     }
 
 
+def add_speeds(rows: Sequence[Row]) -> None:
+    """`speed`: the rate over that of the first row of the same mode and batch, round by round."""
+    baselines: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        baseline = baselines.setdefault((row["mode"], row["global_batch"]), row)
+        pairs = zip(baseline.get("rounds", ()), row.get("rounds", ()), strict=False)  # the first may be one ahead
+        if ratios := [base / seconds for base, seconds in pairs]:
+            row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
+
+
 def format_markdown(rows: Sequence[Row], rounds: int) -> str:
     """The table and where it was measured, in Markdown."""
     cells = []
     for row in rows:
-        first_cells = [row["mode"], str(row["global_batch"])]
+        cells.append([row["mode"], str(row["global_batch"]), row["name"]])
         if "step" not in row:
-            cells.append([*first_cells, row["name"], row["problem"], *[""] * (len(HEADINGS) - 4)])
+            cells[-1] += [row["problem"], *[""] * (len(HEADINGS) - 4)]
             continue
         spread = row["rounds"] if len(row["rounds"]) > 1 else row["results"][0]["windows"]
-        cells.append(
-            [
-                *first_cells,
-                f"{row['name']} ({row['ran_by']})" if row["ran_by"] else row["name"],
-                f"{1000 * row['step']:.1f}",
-                f"{1000 * min(spread):.1f}-{1000 * max(spread):.1f}",
-                f"{row['tokens_per_second']:,.0f}",
-                "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
-                f"{100 * row['flop_share']:.0f}%",
-                f"{row['peak_memory'] / 2**30:.2f}",
-                f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
-            ]
-        )
+        cells[-1][-1] += f" ({row['ran_by']})" if row["ran_by"] else ""
+        cells[-1] += [
+            f"{1000 * row['step']:.1f}",
+            f"{1000 * min(spread):.1f}-{1000 * max(spread):.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
+            f"{100 * row['flop_share']:.0f}%",
+            f"{row['peak_memory'] / 2**30:.2f}",
+            f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
+        ]
     table = markdown_table(HEADINGS, cells) + "\n"
-    measured = [row for row in rows if "step" in row]
-    if not measured:
+    row = next((row for row in rows if "step" in row), {})
+    if not row:
         return table
-    row = measured[0]
     packages = ", ".join(f"{name} {number}" for name, number in row["versions"].items() if number)
     where = (
         f"{row['model']}, rows of {row['block_size']} tokens, {row['hardware']}, {row['threads']} threads; {packages}; "
@@ -212,3 +201,161 @@ def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+# --- one rank of one program ---
+
+
+def measure_program(job: Row, dist_context: DistContext) -> Iterator[dict[str, Any]]:
+    """The times of the row's program, in seconds, and what else it used, in bytes."""
+    device, settings = dist_context.device, cli.parse_args(_to_argv(job)).settings
+    vocab_size = load_config(settings.model).get_text_config().vocab_size
+    rng, num_rows = np.random.default_rng(0), job["num_steps"] * job["global_batch"]
+    lengths = np.full(num_rows, job["block_size"])
+    if job["is_ragged"]:
+        mean = np.log(MEAN_LENGTH_SHARE * job["block_size"]) - LENGTH_SPREAD**2 / 2
+        lengths = np.clip(rng.lognormal(mean, LENGTH_SPREAD, num_rows), 4, job["block_size"]).astype(np.int64)
+    rows = [rng.integers(0, vocab_size, length) for length in lengths]  # random: nothing has to be fetched
+    data = wrap_rows(rows, rows[: job["global_batch"]], vocab_size=vocab_size, is_ragged=job["is_ragged"])
+    times: list[float] = []  # at the end of each step; the device is idle at the end of a window
+
+    def after_step() -> None:
+        num_timed_steps = len(times) + 1 - job["warmup_steps"]
+        if device.type == "cuda" and num_timed_steps >= 0 and num_timed_steps % job["steps_per_window"] == 0:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    ran_by = ""
+    if job["program"] == "ours":
+        if job["without"] == "chunked-loss":  # what no flag turns off
+            loss.find_output_head = lambda causal: None
+        elif job["without"] == "cpu-attention":
+            cpu_attention.install = lambda module, causal: None
+        plan, engine = start_trial(settings, data, dist_context)
+        nothing_saved: Any = SimpleNamespace(save=lambda *_: None)
+        state = TrainState(eval_pending=False)  # nothing is evaluated before the first step
+        for record in train(engine, data, plan.schedule, state, nothing_saved, lambda: False):
+            if isinstance(record, StepRecord):
+                after_step()
+        ran_by = "; ".join([engine.plan.path, *(change["reason"] for change in engine.plan_changes)])
+    else:  # the model as transformers and peft make it
+        torch.manual_seed(settings.train.seed)
+        config = load_config(settings.model)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if settings.mode == "lora":
+            model = lora.add_adapters(model, settings.lora, lora.resolve_target_modules(model, settings.lora))
+        run_peer = _run_plain if job["program"] == "plain" else _run_hf_trainer
+        run_peer(job, settings, data, model, after_step)
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    yield {
+        "ran_by": ran_by,
+        "windows": (
+            np.diff(times[job["warmup_steps"] - 1 :: job["steps_per_window"]]) / job["steps_per_window"]
+        ).tolist(),
+        "device_memory": total - free,
+        "hardware": describe_hardware(device),
+        "threads": dist_context.num_threads,
+        "versions": package_versions(),
+        "tokens": job["global_batch"] * float(lengths.mean()),
+        "flops": count_step_flops(settings, lengths=data.train.lengths(), global_batch=job["global_batch"]),
+        "ceiling_flops": _measure_ceiling(job["precision"], device),
+    }
+
+
+def _to_argv(job: Row) -> list[str]:
+    flags = f"--mode {job['mode']} --preset card --model {job['model']} --block-size {job['block_size']}"
+    flags += f" --global-batch {job['global_batch']} --eval-batch {job['global_batch']} --max-steps {job['num_steps']}"
+    flags += f" --precision {job['precision']} --eval-every never --save-every never"
+    flags += f" --execution {'eager' if job['without'] == 'graphs' else job['execution']}"
+    is_only_shape = job["model"] == "gpt2" or not list(Path(job["model"]).glob("*.safetensors"))
+    flags += " --init random" if is_only_shape and job["model"] != DEMO_MODEL else ""
+    flags += f" --dropout {job['dropout']}" if job["dropout"] is not None else ""
+    flags += f" --ds-config {job['ds_config']}" if job["ds_config"] else ""
+    flags += " --objective completion" if job["is_ragged"] else ""
+    flags += " --packing" if job["is_ragged"] and job["without"] != "packing" else ""
+    return flags.split()
+
+
+def wrap_rows(
+    train: Sequence[NDArray[np.int64]], val: Sequence[NDArray[np.int64]], *, vocab_size: int, is_ragged: bool = False
+) -> PreparedDataset:
+    """Rows of token ids as a run takes them; all tokens of a row but the first count in the loss."""
+    train_rows, val_rows = (
+        TokenDataset(
+            ids=np.concatenate(rows).astype(np.uint32),
+            offsets=np.cumsum([0, *map(len, rows)]),
+            first_target=np.ones(len(rows), dtype=np.int32),
+        )
+        for rows in (train, val)
+    )
+    objective = "completion" if is_ragged else "blocks"
+    metadata: dict[str, Any] = {"vocabulary": vocab_size, "objective": objective, "fingerprint": "made"}
+    metadata |= {"notices": [], "train": {}, "val": {}}
+    return PreparedDataset(train=train_rows, val=val_rows, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
+
+
+def _run_plain(job: Row, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]) -> None:
+    """What one writes by hand: the model's own loss on full logits, clip_grad_norm_, torch's fused AdamW."""
+    device = torch.device(job["device"])
+    module = model.to(device).train()
+    params = [p for p in module.parameters() if p.requires_grad]
+    adamw = {"lr": settings.train.lr, "eps": settings.train.epsilon, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(params, **adamw, fused=True)
+    for step in range(job["num_steps"]):
+        rows = range(step * job["global_batch"], (step + 1) * job["global_batch"])
+        ids = torch.from_numpy(np.stack([data.train.row(i) for i in rows])).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job["precision"] == "bf16"):
+            batch_loss = module(input_ids=ids, labels=ids, use_cache=False).loss
+        batch_loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, settings.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def _run_hf_trainer(
+    job: Row, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]
+) -> None:
+    """`transformers.Trainer` with its defaults and the same numbers."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class AfterStep(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            after_step()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        training_args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=job["num_steps"],
+            per_device_train_batch_size=job["global_batch"],
+            learning_rate=settings.train.lr,
+            lr_scheduler_type="linear",
+            max_grad_norm=settings.train.max_grad_norm,
+            weight_decay=0.0,
+            bf16=job["precision"] == "bf16",
+            use_cpu=job["device"] == "cpu",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        rows = [{"input_ids": ids, "labels": ids} for ids in map(data.train.row, range(len(data.train)))]
+        Trainer(model=model, args=training_args, callbacks=[AfterStep()], train_dataset=rows).train()
+
+
+def _measure_ceiling(precision: str, device: torch.device) -> float:
+    """FLOP/s of one large matrix product in the program's precision: what arithmetic can reach here."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=DTYPES[precision], device=device) for _ in range(2))
+    times = []
+    for _ in range(12):
+        start_time = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start_time)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+if __name__ == "__main__":
+    run_rank(measure_program)

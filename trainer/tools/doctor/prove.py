@@ -1,15 +1,11 @@
 """`launch/doctor.py --prove`: the user's model and rows under every ZeRO stage, number of ranks and way to run steps,
-each held against a plain PyTorch loop on this machine. `python -m trainer.tools.doctor.prove JOB` is one rank of it.
+each held against a plain PyTorch loop on this machine. `python -m trainer.tools.doctor.prove JOB` is one rank of a row.
 
-A group of processes for each number of ranks takes its rows one after the other; where one dies, its row has failed and
-a new group goes on with the next. Dropout is off: its masks depend on the micro-batch.
+Dropout is off: its masks depend on the micro-batch.
 """
 
-import contextlib
-import gc
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,8 +27,8 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
-from trainer.tools.trial_engine import join_job, start_trial, write_answer, write_result
-from trainer.tools.worker_processes import run_job
+from trainer.tools.processes import run_job
+from trainer.tools.trial_engine import run_rank, start_trial, write_result
 from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -53,45 +49,50 @@ Row = dict[str, Any]
 
 def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterator[Check]:
     """One check a row, as it is done, and the table in the run folder; `limit_seconds`: for all of them."""
-    if plan.precision not in WEIGHT_BOUNDS:
+    precision, context = plan.precision, plan.dist_context
+    if precision not in WEIGHT_BOUNDS:
         raise UserError(
-            f"--precision {plan.precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
+            f"--precision {precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
         )
     deadline = time.monotonic() + limit_seconds
-    num_first_steps = 0 if plan.dist_context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
+    num_first_steps = 0 if context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
+    num_steps = min(num_first_steps + NUM_STEPS, plan.schedule.total_steps)
     settings, rows = proof_settings(plan.settings).as_dict(), []
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
-        job = {
-            "settings": settings,
-            "data": str(data.folder),
-            "num_steps": min(num_first_steps + NUM_STEPS, plan.schedule.total_steps),
-            "precision": plan.precision,
-            "device": plan.dist_context.device.type,
-            "reference": f"{scratch}/reference.pt",
-        }
-        plain = {"ds_config": PLAIN, "world_size": 1, "execution": "eager"}
-        (reference,) = _run_rows([plain], job, deadline)
-        if reference.get("problem"):
+
+        def run(row: Row) -> Row:
+            job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
+            job |= {"device": context.device.type, "reference": f"{scratch}/reference.pt", **row}
+            if (timeout_seconds := deadline - time.monotonic()) <= 0:
+                return row | {"problem": "not begun: the time is over (--limit SECONDS)"}
+            answers, exit_codes, reason = run_job(
+                WORKER_COMMAND, job, row["world_size"], timeout_seconds=timeout_seconds
+            )
+            problem = reason if exit_codes else "given up: the time is over (--limit SECONDS)"
+            return row | (answers[0] if answers else {"problem": problem})
+
+        reference = run({"ds_config": PLAIN, "world_size": 1, "execution": "eager"})
+        if "problem" in reference:
             yield Check(ERROR, PLAIN, reference["problem"], "without it there is nothing to compare with")
             return
-        yield Check(OK, PLAIN, f"{job['num_steps']} steps, {_describe(reference)}")
-        for world_size in sorted({1, plan.dist_context.world_size}):
-            for row in _run_rows(list_rows(plan, world_size), job, deadline):
-                verdict = judge_row(row, plan.precision)
-                rows.append({**row, "verdict": verdict})
-                name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
-                if verdict == "equal":
-                    yield Check(OK, name, f"{way}: {_describe(row)}")
-                elif verdict == "fell back":
-                    message = f"{way}: {_describe(row)}; {row['problem']}"
-                    yield Check(WARNING, name, message, "none needed: the numbers are right")
-                else:
-                    message = f"{way}: {row['problem'] if verdict == 'failed' else _describe(row)}"
-                    flags = f"--ds-config {row['ds_config']} --execution {row['execution']}"
-                    yield Check(ERROR, name, message, f"do not train with {flags} here; report this row")
-    bounds = {"loss": MAX_DIFFERENCE[plan.precision], "weights": WEIGHT_BOUNDS[plan.precision][0]}
-    content = {"precision": plan.precision, "steps": job["num_steps"], "bounds": bounds, "settings": settings}
-    yield Check(OK, "numbers", str(write_result("prove.json", plan, {**content, "rows": rows})))
+        yield Check(OK, PLAIN, f"{num_steps} steps, {_describe(reference)}")
+        for row in [row for world_size in sorted({1, context.world_size}) for row in list_rows(plan, world_size)]:
+            measured = run(row)
+            verdict = judge_row(measured, precision)
+            rows.append({**measured, "verdict": verdict})
+            name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
+            if verdict == "equal":
+                yield Check(OK, name, f"{way}: {_describe(measured)}")
+            elif verdict == "fell back":
+                message = f"{way}: {_describe(measured)}; {measured['problem']}"
+                yield Check(WARNING, name, message, "none needed: the numbers are right")
+            else:
+                message = f"{way}: {measured['problem'] if verdict == 'failed' else _describe(measured)}"
+                flags = f"--ds-config {row['ds_config']} --execution {row['execution']}"
+                yield Check(ERROR, name, message, f"do not train with {flags} here; report this row")
+    bounds = {"loss": MAX_DIFFERENCE[precision], "weights": WEIGHT_BOUNDS[precision][0]}
+    content = {"precision": precision, "steps": num_steps, "bounds": bounds, "settings": settings, "rows": rows}
+    yield Check(OK, "numbers", str(write_result("prove.json", plan, content)))
 
 
 def proof_settings(settings: Settings) -> Settings:
@@ -140,51 +141,17 @@ def _describe(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _run_rows(rows: list[Row], job: dict[str, Any], deadline: float) -> Iterator[Row]:
-    """The rows of one number of ranks with their numbers, by as many groups of processes as it takes."""
-    while rows:
-        timeout_seconds = deadline - time.monotonic()
-        if timeout_seconds <= 0:
-            yield {**rows.pop(0), "problem": "not begun: the time is over (--limit SECONDS)"}
-            continue
-        pairs = [[row["ds_config"], row["execution"]] for row in rows]
-        job = {**job, "rows": pairs}
-        answers, exit_codes, reason = run_job(
-            WORKER_COMMAND, job, rows[0]["world_size"], timeout_seconds=timeout_seconds
-        )
-        for answer in answers:
-            yield {**rows.pop(0), **answer}
-        if rows and reason:  # the one at which it ended
-            over = "given up: the time is over (--limit SECONDS)"
-            yield {**rows.pop(0), "problem": reason if exit_codes else over}
-
-
 # --- one rank ---
 
 
-def main(job_file: str) -> None:
-    """Run the job's rows in order; rank 0 answers each."""
-    with join_job(job_file) as (job, dist_context):
-        data, device = load(Path(job["data"])), dist_context.device
-        for ds_config, execution in job["rows"]:
-            if device.type == "cuda":  # peak memory begins anew
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            else:
-                with contextlib.suppress(OSError):
-                    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-            run = run_plain if ds_config == PLAIN else run_row
-            write_answer(job, dist_context, run(job, data, dist_context, ds_config, execution))
-            gc.collect()
-
-
-def run_row(
-    job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, ds_config: str, execution: Any
-) -> dict[str, Any]:
-    """Take the steps as a run does, and hold losses, norms and weights against the plain loop's."""
-    settings = Settings.from_dict(job["settings"])
-    engine_settings = replace(settings.engine, ds_config=ds_config, execution=execution, precision=job["precision"])
-    plan, engine = start_trial(replace(settings, engine=engine_settings), data, dist_context)
+def measure_row(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict[str, Any]]:
+    """The numbers of a row; of the plain loop its time, and all else in the job's reference file."""
+    settings, data = Settings.from_dict(job["settings"]), load(Path(job["data"]))
+    if job["ds_config"] == PLAIN:
+        yield _run_plain(job, settings, data, dist_context)
+        return
+    own = {name: job[name] for name in ("ds_config", "execution", "precision")}
+    plan, engine = start_trial(replace(settings, engine=replace(settings.engine, **own)), data, dist_context)
     batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
     losses, norms, seconds, waits = [], [], [], []
     for batch, result in engine.run(batches, lambda _: settings.train.lr):
@@ -198,7 +165,7 @@ def run_row(
         differences = (weight - reference["weights"][name])[reference["counted"][name]].abs().nan_to_num(nan=math.inf)
         weight_difference = max(weight_difference, float(differences.max()) if len(differences) else 0.0)
     timed = seconds[-(NUM_STEPS - 1) :]
-    return {
+    yield {
         "path": engine.plan.path,
         "problem": "; ".join(change["reason"] for change in engine.plan_changes),
         "loss_difference": _relative_difference(losses, reference["losses"]),
@@ -209,15 +176,22 @@ def run_row(
     }
 
 
-def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, *_: Any) -> dict[str, Any]:
+def _relative_difference(values: list[float], expected: list[float]) -> float:
+    pairs = zip(values, expected, strict=True)
+    differences = [abs(value - other) / (abs(other) or 1.0) for value, other in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
+def _run_plain(
+    job: dict[str, Any], settings: Settings, data: PreparedDataset, dist_context: DistContext
+) -> dict[str, Any]:
     """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
 
     The job's reference file gets losses, norms, weights, and which weights had a gradient to speak of in every step.
     """
-    settings, device = Settings.from_dict(job["settings"]), dist_context.device
+    device, train, min_gradient = dist_context.device, settings.train, WEIGHT_BOUNDS[job["precision"]][1]
     model = build_model(settings, device=device, with_fingerprint=False)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-    train, min_gradient = settings.train, WEIGHT_BOUNDS[job["precision"]][1]
     module = model.module.to(device).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -248,12 +222,6 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
     return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
 
 
-def _relative_difference(values: list[float], expected: list[float]) -> float:
-    pairs = zip(values, expected, strict=True)
-    differences = [abs(value - other) / (abs(other) or 1.0) for value, other in pairs]
-    return math.inf if any(map(math.isnan, differences)) else max(differences)
-
-
 def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, uses_bf16: bool) -> float:
     """Forward and backward of a whole global batch; returns its mean loss."""
     total = 0.0
@@ -274,4 +242,4 @@ def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, us
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_rank(measure_row)

@@ -31,39 +31,38 @@ class Inspection:
     uses: list[Check] = field(default_factory=list)  #: whether it can be resumed, exported and compared
     damaged: list[Path] = field(default_factory=list)  #: what may be moved aside without losing anything whole
 
-    def add(self, name: str, problem: str | None, message: str, path: Path | None = None, remedy: str = "") -> None:
-        """One thing that was looked at: `problem`, or None and what there is to say of it."""
-        self.checks.append(Check(OK, name, message) if problem is None else Check(ERROR, name, problem, remedy))
-        if problem is not None and path is not None:
+    def add(self, name: str, problem: str | None, message: str, path: Path | None = None, level: str = ERROR) -> bool:
+        """One thing that was looked at: `problem`, or None and what there is to say of it. Whether there is none."""
+        self.checks.append(Check(level, name, problem) if problem else Check(OK, name, message))
+        if problem and path is not None:
             self.damaged.append(path)
+        return not problem
 
 
 def inspect_run(folder: Path) -> Inspection:
     """Read everything in a run folder; UserError where there is no such folder. Nothing is changed."""
     if not folder.is_dir():
         raise UserError(f"--check-run {folder}: no such folder; expected a run folder, for instance runs/<run name>")
-    found = Inspection()
-    running = ""
+    found, blockers = Inspection(), {"running": "", "metadata": "", "checkpoint": "no whole checkpoint", "rows": ""}
     if (folder / LOCK_FILE).exists():
         lock = RunLock(folder)
         try:
             lock.acquire()
         except UserError as error:
-            running = "it is running"
-            found.checks.append(Check(WARNING, "running", str(error)))
+            found.add("running", str(error), "", level=WARNING)
+            blockers["running"] = "it is running"
         finally:
             lock.release()
-    no_metadata = ""
     try:
         metadata = read_run_metadata(folder / "run.json")
         found.add("run.json", None, f"run {metadata['name']}, --mode {metadata['mode']}")
     except UserError as error:
-        no_metadata = "run.json cannot be read"
-        found.add("run.json", str(error), "", remedy="restore it: without it nothing can be done with the run")
+        found.add("run.json", f"{error}; restore it: without it nothing can be done with the run", "")
+        blockers["metadata"] = "run.json cannot be read"
     newest = None  # whole checkpoint
     for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
-        found.add(path.name, damage, "whole", path)
-        newest = newest or (checkpoint if damage is None else None)
+        if found.add(path.name, damage, "whole", path) and newest is None:
+            newest, blockers["checkpoint"] = checkpoint, ""
 
     path, num_rows, last_line, problem, num_problems = folder / METRICS_FILE, 0, b"", "", 0
     try:
@@ -81,12 +80,13 @@ def inspect_run(folder: Path) -> Inspection:
     problem += f" and {num_problems - 1} lines more" if num_problems > 1 else ""
     if last_line:
         last = from_line(last_line)
-        if isinstance(last, EventRecord) and last.event == "finished":
-            found.add("end", None, f"finished after step {last.step}")
-        elif not running:  # where a launcher was killed its exit code does not tell
-            found.checks.append(Check(WARNING, "end", f"not finished: its last row is of step {last.step}"))
-    found.add(METRICS_FILE, problem or None, f"{num_rows} rows", path if path.exists() else None)
-    unreadable = f"{METRICS_FILE} has lines that are not records" if problem and path.exists() else ""
+        has_finished = isinstance(last, EventRecord) and last.event == "finished"
+        if has_finished or not blockers["running"]:  # where a launcher was killed its exit code does not tell
+            unfinished = None if has_finished else f"not finished: its last row is of step {last.step}"
+            found.add("end", unfinished, f"finished after step {last.step}", level=WARNING)
+    found.add(METRICS_FILE, problem, f"{num_rows} rows", path if path.exists() else None)
+    if problem and path.exists():
+        blockers["rows"] = f"{METRICS_FILE} has lines that are not records"
 
     damaged_evaluations = find_damaged_evaluations(folder / EVAL_RECORDS_FOLDER)
     for path, damage in damaged_evaluations.items():
@@ -96,26 +96,24 @@ def inspect_run(folder: Path) -> Inspection:
         found.add(EVAL_RECORDS_FOLDER, None, f"{num_evaluations} evaluations")
     changes = find_changed_records(folder, newest) if newest else {}
     if newest:
-        changed = "; ".join(f"{name}: {change}" for name, change in changes.items()) or None
+        changed = "; ".join(f"{name}: {change}" for name, change in changes.items())
         found.add("rows", changed, f"as they were when {newest.folder.name} was saved")
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
-        weights_problem = weights_file_problem(path)
-        found.add(str(path.relative_to(folder)), weights_problem, "a whole safetensors file", remedy="export again")
-    for path in sorted(path for pattern in LEFTOVERS for path in folder.glob(pattern)) if not running else ():
-        message = "left by a process that was killed; the next save or export removes it"
-        found.checks.append(Check(WARNING, path.name, message))
-        found.damaged.append(path)
+        found.add(str(path.relative_to(folder)), weights_file_problem(path), "a whole safetensors file")
+    for path in sorted(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+        if not blockers["running"]:
+            message = "left by a process that was killed; the next save or export removes it"
+            found.add(path.name, message, "", path, WARNING)
 
-    no_checkpoint = "" if newest else "no whole checkpoint"
-    damaged = unreadable or (f"{EVAL_RECORDS_FOLDER} is damaged" if damaged_evaluations else "")
-    no_rows = "" if num_rows and not unreadable else unreadable or "no rows"
     source = newest.folder.name if newest else ""
+    damaged = blockers["rows"] or (f"{EVAL_RECORDS_FOLDER} is damaged" if damaged_evaluations else "")
+    to_resume = blockers["metadata"] or blockers["running"] or blockers["checkpoint"] or damaged
+    to_compare = blockers["metadata"] or blockers["rows"] or ("" if num_rows else "no rows")
     for use, blocker, message in (
-        ("resume", no_metadata or running or no_checkpoint or damaged, f"from {source}"),
-        ("export", no_metadata or no_checkpoint, f"of {source}"),
-        ("compare", no_metadata or no_rows, "yes"),
+        ("resume", to_resume, f"from {source}" + " with --allow-change records" * bool(changes)),
+        ("export", blockers["metadata"] or blockers["checkpoint"], f"of {source}"),
+        ("compare", to_compare, "yes"),
     ):
-        message += " with --allow-change records" if use == "resume" and changes else ""
         found.uses.append(Check(ERROR, use, f"not possible: {blocker}") if blocker else Check(OK, use, message))
     return found
 
@@ -170,9 +168,8 @@ def run_check(folder: Path, *, as_json: bool = False, should_move: bool = False)
     checks = [*found.checks, *found.uses]
     moved = move_aside(folder, found.damaged) if should_move and found.damaged else []
     if as_json:
-        print(
-            json.dumps({"run": str(folder), "checks": [check._asdict() for check in checks], "moved": moved}, indent=1)
-        )
+        content = {"run": str(folder), "checks": [check._asdict() for check in checks], "moved": moved}
+        print(json.dumps(content, indent=1))
     else:
         lines = [f"{check.level:<8} {check.name:<20} {check.message}" for check in checks]
         lines += [f"moved    {line}" for line in moved]

@@ -21,9 +21,9 @@ from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_gr
 from trainer.report.page import Comparison, compare_run_groups
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
-from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
 from trainer.tools.study.search import MethodSearch, Results, StudyState, TrialSpec
+from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
 
 

@@ -118,11 +118,10 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        reason = f"{place}: {problem['msg']}" if place else problem["msg"]
-        raise UserError(f"{path}: not the rule of a study ({reason}); name the folder of one") from None
-    if content.rule.sha256 != content.sha256:
+        raise UserError(f"{path}: not the rule of a study ({place}: {problem['msg']})") from None
+    if (now := content.rule.sha256) != content.sha256:
         raise UserError(
-            f"{path}: was changed after the study began: its hash is {content.rule.sha256[:12]} now and was "
-            f"{content.sha256[:12]} then; restore it, or start another study"
+            f"{path}: was changed after the study began: its hash is {now[:12]} now and was {content.sha256[:12]} "
+            "then; restore it, or start another study"
         )
     return content.rule, content.working_dir

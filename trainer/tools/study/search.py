@@ -104,70 +104,58 @@ class MethodSearch:
         self.bounds = ((low - EXTENSION_DECADES) * per_decade, (high + EXTENSION_DECADES) * per_decade)
         self.trials: list[TrialSpec] = []  #: all that were needed so far
         self.missing: list[TrialSpec] = []  #: those without a result; none where the search is over
-        self._last_rung = self._walk()
+        self.outcome = self._walk()  #: None where the search is not over
 
-    @property
-    def outcome(self) -> SearchOutcome | None:
-        """What the search came to; None where it is not over."""
-        if self.missing:
-            return None
-        (leader, loss), problem = self._leader(self._last_rung, -1), None
-        beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, -1)]
-        unknown = [name for name in beside if math.isnan(self._results.get(name, 0.0))]
-        if math.isinf(loss):
-            problem = f"{self.method}: every trial failed"
-        elif leader.rate_index in self.bounds:
-            side = "lowest" if leader.rate_index == self.bounds[0] else "highest"
-            problem = (
-                f"{self.method} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
-                "a better one may lie beyond it"
-            )
-        elif unknown:
-            problem = (
-                f"{self.method}: {unknown[0]} failed without diverging, and stands beside the best rate, "
-                f"{leader.lr:g}: it may be the better one (see trials/{unknown[0]}/log)"
-            )
-        return SearchOutcome(
-            method=self.method,
-            winner=None if math.isinf(loss) else leader,
-            loss=loss,
-            problem=problem,
-            num_trials=len(self.trials),
-            num_steps=sum(spec.num_steps for spec in self.trials),
-        )
-
-    def _walk(self) -> list[Candidate]:
-        """Note what is needed, rung by rung; the candidates of the last one that was reached."""
+    def _walk(self) -> SearchOutcome | None:
+        """Note what is needed, rung by rung, until results are missing or nothing can be trained."""
         candidates = [c for c in self.grid if (c.rate_index - self.grid[0].rate_index) % FIRST_RUNG_STRIDE == 0]
-        for rung in range(len(self.rule.rungs)):
+        last_rung = len(self.rule.rungs) - 1
+        for rung in range(last_rung + 1):
             pending = list(candidates)
             while pending:
                 new_trials = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
                 self.trials += new_trials
                 self.missing = [spec for spec in new_trials if spec.name not in self._results]
                 if self.missing:
-                    return candidates
-                leader, loss = self._leader(candidates, rung)
-                if math.isinf(loss):  # nothing can be trained: longer runs will not change that
-                    return candidates
+                    return None
+                loss, leader = self._leader(candidates, rung)
+                if math.isinf(loss):  # longer runs will not change that
+                    return self._conclude(None, loss, f"{self.method}: every trial failed")
                 pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
-            if rung < len(self.rule.rungs) - 1:
+            if rung < last_rung:
                 # The best, a fourth of the grid at most, and the leader's neighbours; before the last rung those alone.
-                num_best = 1 if rung == len(self.rule.rungs) - 2 else len(self.grid) // RUNG_FACTOR
+                num_best = 1 if rung == last_rung - 1 else len(self.grid) // RUNG_FACTOR
                 ranked = sorted((self._loss(candidate, rung), candidate) for candidate in candidates)
                 best = [candidate for loss, candidate in ranked[:num_best] if not math.isinf(loss)]
                 candidates = list(dict.fromkeys([*best, *self._neighbours(ranked[0][1])]))
-        return candidates
+        problem = None
+        beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, last_rung)]
+        if leader.rate_index in self.bounds:
+            side = "lowest" if leader.rate_index == self.bounds[0] else "highest"
+            problem = (
+                f"{self.method} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
+                "a better one may lie beyond it"
+            )
+        elif unknown := [name for name in beside if math.isnan(self._results[name])]:
+            problem = (
+                f"{self.method}: {unknown[0]} failed without diverging, and stands beside the best rate, "
+                f"{leader.lr:g}: it may be the better one (see trials/{unknown[0]}/log)"
+            )
+        return self._conclude(leader, loss, problem)
+
+    def _conclude(self, winner: Candidate | None, loss: float, problem: str | None) -> SearchOutcome:
+        num_steps = sum(spec.num_steps for spec in self.trials)
+        counts = {"num_trials": len(self.trials), "num_steps": num_steps}
+        return SearchOutcome(method=self.method, winner=winner, loss=loss, problem=problem, **counts)
 
     def _neighbours(self, leader: Candidate) -> list[Candidate]:
         low, high = self.bounds
         return [leader.at(i) for i in (leader.rate_index - 1, leader.rate_index + 1) if low <= i <= high]
 
-    def _leader(self, candidates: Iterable[Candidate], rung: int) -> tuple[Candidate, float]:
+    def _leader(self, candidates: Iterable[Candidate], rung: int) -> tuple[float, Candidate]:
         """The candidate with the lowest mean loss, the lower rate of equals."""
-        loss, leader = min((self._loss(candidate, rung), candidate) for candidate in candidates)
-        return leader, loss
+        return min((self._loss(candidate, rung), candidate) for candidate in candidates)
 
     def _loss(self, candidate: Candidate, rung: int) -> float:
         losses = [self._results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]

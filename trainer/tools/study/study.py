@@ -1,12 +1,13 @@
 """A study from its rule to its last trial: the workers of this machine run trials until none is needed."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -16,21 +17,15 @@ from trainer.config.errors import UserError
 from trainer.report.compare_cli import REFUSED_EXIT_CODE, print_verdict
 from trainer.report.page import write_report
 from trainer.report.wandb_report import save_report
+from trainer.tools.processes import Slot, make_slots
 from trainer.tools.study import answer
-from trainer.tools.study.finalist_timing import time_finalists
 from trainer.tools.study.rule import Rule, read_rule
-from trainer.tools.study.search import StudyState, expected_trials, study_state
-from trainer.tools.study.trial_process import Slot, make_slots
-from trainer.tools.study.trials import (
-    STOP_SECONDS,
-    RunningTrial,
-    finish_trial,
-    read_results,
-    read_trials,
-    start_trial,
-)
+from trainer.tools.study.search import expected_trials, study_state
+from trainer.tools.study.timing import time_finalists
+from trainer.tools.study.trials import RunningTrial, finish_trial, read_results, read_trials, start_trial
 
 POLL_SECONDS = 1.0  # between two looks at what other machines have done
+STOP_SECONDS = 60.0  # that runs get to save where they stand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +57,30 @@ class Study:
                 )
         return cls(folder=folder, rule=rule)
 
-    def state(self) -> StudyState:
-        """Where it stands by the results so far."""
-        return study_state(self.rule, read_results(self.folder))
-
     def run(self, slots: Sequence[Slot], should_stop: threading.Event, log: Callable[[str], None]) -> None:
         """Run trials, one in each slot, until none is needed, or until it is to stop; then the runs save and end.
 
-        What comes next is a function of the results, so the processes of all workers decide it alike.
+        What comes next is a function of the results, so the processes of all workers decide it alike. UserError where
+        no trial can run here.
         """
         running: dict[int, RunningTrial] = {}  # by slot
+        problems: list[str] = []
+        num_expected = len(expected_trials(self.rule))
 
         def finish_ended(*, is_stopping: bool) -> None:
             for number, trial in list(running.items()):
                 if trial.process is None or trial.process.exitcode is not None:
                     del running[number]
-                    line = finish_trial(self.folder, self.rule, trial, is_stopping=is_stopping)
+                    line, problem = finish_trial(self.folder, self.rule, trial, is_stopping=is_stopping)
+                    problems.extend(filter(None, [problem]))
                     num_finished = len(read_results(self.folder))
                     log(f"{num_finished} of {max(num_finished, num_expected)} trials: {line}")
 
-        def run_needed() -> None:
-            while not should_stop.is_set():
-                needed = self.state().needed
+        try:
+            while not (should_stop.is_set() or problems):
+                needed = study_state(self.rule, read_results(self.folder)).needed
                 if not (needed or running):
-                    return
+                    break
                 for number in set(range(len(slots))) - set(running):
                     own = {trial.spec for trial in running.values()}
                     specs = [spec for spec in needed if spec not in own]
@@ -95,8 +90,7 @@ class Study:
                 if len(processes) == len(running):
                     wait([process.sentinel for process in processes], POLL_SECONDS)
                 finish_ended(is_stopping=should_stop.is_set())
-
-        def end_all() -> None:
+        finally:
             processes = [trial.process for trial in running.values() if trial.process is not None]
             for process in processes:
                 process.terminate()  # it saves where it stands
@@ -106,19 +100,17 @@ class Study:
                 process.kill()
                 process.join()
             finish_ended(is_stopping=True)
-
-        num_expected = len(expected_trials(self.rule))
-        try:
-            try:
-                run_needed()
-            finally:
-                end_all()
-        except OSError as error:
-            raise _write_error(self.folder, error) from error
+        if problems:
+            raise UserError(problems[0])
 
 
-def _write_error(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: cannot be written ({error.strerror}); make room, and the same command goes on")
+@contextlib.contextmanager
+def _refuse_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"{folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
+        raise UserError(message) from error
 
 
 def run_study(args: argparse.Namespace) -> int:
@@ -127,8 +119,10 @@ def run_study(args: argparse.Namespace) -> int:
     should_stop = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda *_: should_stop.set())
-    study.run(slots, should_stop, partial(print, flush=True))
-    state, timing = study.state(), None
+    with _refuse_full_disk(study.folder):
+        study.run(slots, should_stop, partial(print, flush=True))
+    results, timing = read_results(study.folder), None
+    state = study_state(study.rule, results)
     if not (state.needed or should_stop.is_set()):
         for outcome in state.outcomes.values():
             if outcome.problem is None or outcome.problem != state.refusal:
@@ -141,14 +135,12 @@ def run_study(args: argparse.Namespace) -> int:
         answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
         finalists = {m: outcome.winner for m, outcome in state.outcomes.items() if outcome.winner is not None}
         print("timing the finalists in alternation", flush=True)
-        try:
+        with _refuse_full_disk(study.folder):
             timing = time_finalists(study.folder, study.rule, finalists, slots[0], should_stop)
-        except OSError as error:
-            raise _write_error(study.folder, error) from error
     if timing is None:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    comparison = answer.compare_study(study.folder, study.rule, state, read_results(study.folder), timing)
+    comparison = answer.compare_study(study.folder, study.rule, state, results, timing)
     paths = write_report(comparison, study.folder)
     verdict = comparison.verdict
     print()

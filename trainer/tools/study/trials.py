@@ -12,17 +12,16 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
+from trainer.tools.processes import Slot, failure_reason, start_run
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
-from trainer.tools.study.trial_process import Slot, start_run
-from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 
@@ -30,7 +29,6 @@ TRIAL_FILE = "trial.json"
 #: What a run of a study has unless the flags that are passed on say otherwise.
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
 MAX_FAILURES = 3  # a trial that failed so often, or whose workers died, is not tried again
-STOP_SECONDS = 60.0  # that runs get to save where they stand
 STOP_EXIT_CODES = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
 
 
@@ -48,17 +46,6 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
 
 
-def execution_argv(rule: Rule, slot: Slot) -> list[str]:
-    """One execution for all runs of a study, unless its flags name one: eager where a method has no CUDA graphs.
-
-    Methods that were executed differently would differ in more than what is studied.
-    """
-    if not slot.gpus or "--execution" in rule.train_argv:
-        return []
-    is_blocked = "--activation-checkpointing" in rule.train_argv or any("--quant" in METHODS[m] for m in rule.methods)
-    return ["--execution", "eager"] if is_blocked else []
-
-
 class Trial(BaseModel):
     """The state of a trial: the content of trial.json."""
 
@@ -69,10 +56,6 @@ class Trial(BaseModel):
     loss: float | None = None  #: final validation loss
     failure: str | None = None  #: why there is none
     has_diverged: bool = False  #: a failure that says something about its settings
-
-    def write(self, folder: Path) -> None:
-        """As the state of the trial of this folder."""
-        write_atomically(folder / TRIAL_FILE, self.model_dump_json() + "\n")
 
     @property
     def is_finished(self) -> bool:
@@ -92,9 +75,8 @@ def read_trials(study_folder: Path, name: str = "*") -> dict[str, Trial]:
     trials = {}
     for path in sorted((study_folder / "trials").glob(f"{name}/{TRIAL_FILE}")):
         with contextlib.suppress(OSError, ValueError):
-            if not path.is_file():  # a named pipe would be waited for
-                continue
-            trials[path.parent.name] = Trial.model_validate_json(path.read_bytes())
+            if path.is_file():  # a named pipe would be waited for
+                trials[path.parent.name] = Trial.model_validate_json(path.read_bytes())
     return trials
 
 
@@ -115,7 +97,7 @@ class RunningTrial:
     spec: TrialSpec
     trial: Trial
     lock: RunLock
-    process: ForkServerProcess | None  #: None where nothing was left to run
+    process: BaseProcess | None  #: None where nothing was left to run
     start_time: float
 
 
@@ -140,54 +122,53 @@ def start_trial(study_folder: Path, rule: Rule, slot: Slot, specs: Sequence[Tria
         process = None
         if run_outcome(run)[0] is None and trial.num_failures < MAX_FAILURES:
             trial.num_failures += 1
-            trial.write(folder)
-            argv = [*trial_argv(rule, spec, run), *execution_argv(rule, slot)]
-            argv += ["--resume"] if (run / "run.json").exists() else []
+            write_atomically(folder / TRIAL_FILE, trial.model_dump_json() + "\n")
+            # Whether there is a run to go on with is decided by the run, once that of a dead worker has ended.
+            argv = [*trial_argv(rule, spec, run), "--resume", "auto"]
             process = start_run(slot, argv, folder, group=f"study-{study_folder.name}-{rule.sha256[:12]}")
         return RunningTrial(spec=spec, trial=trial, lock=lock, process=process, start_time=time.monotonic())
     return None
 
 
-def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_stopping: bool) -> str:
-    """Write the result of a trial whose run has ended and let it go; one line about it.
+def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_stopping: bool) -> tuple[str, str]:
+    """Write the result of a trial whose run has ended and let it go.
 
-    UserError where it cannot run here: something is wrong with this machine or its data, not with the trial.
+    (One line about it; why no trial can run here, "" where they can: something is wrong with this machine or its data,
+    not with the trial.)
     """
     spec, trial, folder = running.spec, running.trial, study_folder / "trials" / running.spec.name
     run, exit_code = run_folder(study_folder, spec), (running.process.exitcode or 0) if running.process else 0
-    (loss, has_diverged), user_error = run_outcome(run), ""
+    (loss, has_diverged), problem = run_outcome(run), ""
+    text = "cut off; the same command goes on with it"
+    is_failure = False
     with contextlib.suppress(UserError, LookupError, TypeError):  # it may not have come so far, or the file is damaged
         data = str(read_json_object(run / "run.json")["data"]["fingerprint"])
         if not data.startswith(rule.data):
-            user_error = (
+            problem = (
                 f"its data have the fingerprint {data[:12]}, those that the study began with {rule.data}; restore "
                 "them, and the same command goes on"
             )
-    text = "cut off; the same command goes on with it"
-    if user_error:
+    if problem:
         shutil.rmtree(run)
     elif exit_code == 0 and loss is not None:
         trial.loss, text = loss, f"validation loss {loss:.4f} ({time.monotonic() - running.start_time:.0f} s)"
     elif not running.process:
         trial.failure = text = f"failed, or its worker died, {MAX_FAILURES} times"
     elif not is_stopping and exit_code not in STOP_EXIT_CODES:
-        failure = failure_reason(folder / "log", exit_code)
-        trial.has_diverged = has_diverged
+        reason = failure_reason(folder / "log", exit_code)
         if exit_code == UserError.exit_code or (exit_code > 0 and not (run / "run.json").exists()):
-            user_error = failure
-        elif trial.has_diverged or trial.num_failures >= MAX_FAILURES:
-            trial.failure, text = failure, f"failed: {failure}"
+            problem = reason
+        elif has_diverged or trial.num_failures >= MAX_FAILURES:
+            trial.failure, trial.has_diverged, text = reason, has_diverged, f"failed: {reason}"
         else:  # out of memory, or killed by somebody
-            text = f"failed, and is tried again: {failure}"
-    if running.process and not (trial.is_finished or text.startswith("failed")):
+            is_failure, text = True, f"failed, and is tried again: {reason}"
+    if running.process and not (trial.failure or is_failure):
         trial.num_failures -= 1
-    trial.write(folder)
+    write_atomically(folder / TRIAL_FILE, trial.model_dump_json() + "\n")
     running.lock.release()
-    if user_error:
-        raise UserError(f"{spec.name}: {user_error}")
     if trial.is_finished and spec.phase == "search":  # its losses are all that is needed of it
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return f"{spec.name}: {text}"
+    return f"{spec.name}: {text}", f"{spec.name}: {problem}" if problem else ""
 
 
 def run_outcome(run: Path) -> tuple[float | None, bool]:

@@ -16,12 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from trainer.config.files import write_atomically
 from trainer.report.judge import CostRatio
 from trainer.report.run_data import read_folder
+from trainer.tools.processes import Slot, acquire_when_free, failure_reason, start_run
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
-from trainer.tools.study.trial_process import Slot, start_run
 from trainer.tools.study.trials import method_argv
-from trainer.tools.worker_processes import failure_reason
-from trainer.tracking.run_lock import FolderInUseError, RunLock
 
 TIMING_FILE = "timing.json"
 MIN_ROUNDS, MAX_ROUNDS = 3, 8
@@ -34,9 +32,9 @@ class Timing(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    step_seconds: dict[str, list[list[float]]]
-    peak_memory_bytes: dict[str, int]
-    machine: str
+    step_seconds: dict[str, list[list[float]]] = {}
+    peak_memory_bytes: dict[str, int] = {}
+    machine: str = ""
     reason: str = ""  #: why there are none
 
     @property
@@ -88,30 +86,53 @@ class Timing(BaseModel):
 
 
 def time_finalists(
-    folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
+    study_folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
 ) -> Timing | None:
     """The timing of a study, read where it was taken before, by another worker too; None where it is to stop."""
-    lock = RunLock(folder / "timing")
-    while not lock.is_held:
-        try:
-            lock.acquire()
-        except FolderInUseError:  # another worker takes the times
-            if should_stop.wait(1.0):
-                return None
+    folder = study_folder / "timing"
+    if (lock := acquire_when_free(folder, should_stop)) is None:
+        return None
     try:
-        timing = read_timing(folder) or _take_turns(folder / "timing", rule, finalists, slot, should_stop)
-        if timing is not None:
-            write_atomically(folder / TIMING_FILE, timing.model_dump_json(indent=1) + "\n")
-            for method in PRIMARY:
-                shutil.rmtree(folder / "timing" / method, ignore_errors=True)
+        timing = read_timing(study_folder)
+        step_seconds: dict[str, list[list[float]]] = {method: [] for method in PRIMARY}
+        peaks = dict.fromkeys(PRIMARY, 0)
+        for num_round in range(MAX_ROUNDS if timing is None else 0):
+            # full lora lora full full lora: a drift of the machine cancels
+            for method in PRIMARY if num_round % 2 == 0 else PRIMARY[::-1]:
+                shutil.rmtree(folder / method, ignore_errors=True)
+                argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
+                argv += ["--wandb", "disabled", "--output-dir", str(folder / method / "run")]
+                process = start_run(slot, argv, folder / method)
+                while process.exitcode is None:
+                    process.join(0.2)
+                    if should_stop.is_set():
+                        process.kill()
+                        return None
+                if process.exitcode:
+                    timing = Timing(
+                        reason=f"{method} failed: {failure_reason(folder / method / 'log', process.exitcode)}"
+                    )
+                    break
+                run = read_folder(folder / method / "run")
+                step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())
+                peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
+                machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
+            else:
+                timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine)
+            if timing.reason or (timing.num_rounds >= MIN_ROUNDS and not timing.cost.reason):
+                break
+        assert timing is not None
+        write_atomically(study_folder / TIMING_FILE, timing.model_dump_json(indent=1) + "\n")
+        for method in PRIMARY:
+            shutil.rmtree(folder / method, ignore_errors=True)
         return timing
     finally:
         lock.release()
 
 
-def read_timing(folder: Path) -> Timing | None:
+def read_timing(study_folder: Path) -> Timing | None:
     """The timing that was taken before; None where there is none, or the file is damaged: it is taken again then."""
-    path = folder / TIMING_FILE
+    path = study_folder / TIMING_FILE
     if not path.is_file():  # a named pipe would be waited for
         return None
     try:
@@ -120,34 +141,3 @@ def read_timing(folder: Path) -> Timing | None:
         return timing if timing.reason or timing.num_rounds >= MIN_ROUNDS else None
     except (OSError, ValueError, LookupError, ArithmeticError):
         return None
-
-
-def _take_turns(
-    folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
-) -> Timing | None:
-    step_seconds: dict[str, list[list[float]]] = {method: [] for method in PRIMARY}
-    peaks, machine = dict.fromkeys(PRIMARY, 0), ""
-    for num_round in range(MAX_ROUNDS):
-        # full lora lora full full lora: a drift of the machine cancels
-        for method in PRIMARY if num_round % 2 == 0 else PRIMARY[::-1]:
-            run_folder = folder / method
-            shutil.rmtree(run_folder, ignore_errors=True)
-            argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
-            argv += ["--wandb", "disabled", "--output-dir", str(run_folder / "run")]
-            process = start_run(slot, argv, run_folder)
-            while process.exitcode is None:
-                process.join(0.2)
-                if should_stop.is_set():
-                    process.kill()
-                    return None
-            if process.exitcode:
-                reason = f"{method} failed: {failure_reason(run_folder / 'log', process.exitcode)}"
-                return Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason=reason)
-            run = read_folder(run_folder / "run")
-            step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())
-            peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
-            machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
-        timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine)
-        if timing.num_rounds >= MIN_ROUNDS and not timing.cost.reason:
-            break
-    return timing
