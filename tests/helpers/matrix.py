@@ -157,7 +157,7 @@ def reverse_dataset(dataset: TokenDataset) -> TokenDataset:
     return TokenDataset(
         ids=np.concatenate(token_rows),
         offsets=np.cumsum([0, *map(len, token_rows)]),
-        first_target=np.ascontiguousarray(dataset.first_target[::-1]),
+        target_mask=np.concatenate([dataset.is_target(i) for i in reversed(range(len(dataset)))]).astype(np.uint8),
     )
 
 
@@ -201,7 +201,7 @@ def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str,
         for n, i in enumerate(indices):
             row = dataset.row(i)
             ids[n, : len(row)] = torch.from_numpy(row)
-            is_target[n, int(dataset.first_target[i]) : len(row)] = True
+            is_target[n, : len(row)] = torch.from_numpy(dataset.is_target(i))
         logits = module(input_ids=ids, use_cache=False).logits
         target_log_probs = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
         return -(target_log_probs * is_target[:, 1:]).sum(), int(is_target[:, 1:].sum())

@@ -3,13 +3,13 @@
 Column names and inter codes as in ACLED's codebook; exports differ in case, in columns and in how dates are spelt.
 """
 
-import datetime
+import contextlib
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from datetime import datetime
 
-from trainer.data.templates import is_missing, to_text
+from trainer.data.values import Record, RecordError, is_missing, to_text
 
 #: The fields of a prompt in their order, and the label each one gets.
 FIELDS = {
@@ -27,23 +27,19 @@ FIELDS = {
     "source": "Source",
 }
 NOTES = "notes"
-
-MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
-
 #: Old exports hold the code, newer ones a text in one of several spellings.
 INTER_NAMES = {
-    1: "State Forces",
-    2: "Rebel Groups",
-    3: "Political Militias",
-    4: "Identity Militias",
-    5: "Rioters",
-    6: "Protesters",
-    7: "Civilians",
-    8: "External/Other Forces",
+    "0": "",  # no actor
+    "1": "State Forces",
+    "2": "Rebel Groups",
+    "3": "Political Militias",
+    "4": "Identity Militias",
+    "5": "Rioters",
+    "6": "Protesters",
+    "7": "Civilians",
+    "8": "External/Other Forces",
 }
-_INTER_BY_TEXT = {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
-
-_MONTH_NUMBERS = {name[:length].casefold(): n for n, name in enumerate(MONTHS, 1) for length in (3, len(name))}
+_INTER_BY_TEXT = INTER_NAMES | {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,41 +62,16 @@ def is_acled(columns: Iterable[str]) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def format_date(text: str) -> str | None:
-    """`5 January 2022` for `2022-01-05`, `05-January-2022` or `5 January 2022`; None where it is no such date.
+    """`5 January 2022` for `2022-01-05`, `05-January-2022` or `5 Jan 2022`; None where it is no such date.
 
     This spelling, because most notes begin with it: a model can copy it.
     """
-    if match := re.fullmatch(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[T ].*)?", text):
-        year, month, day = (int(part) for part in match.groups())
-    elif match := re.fullmatch(r"(\d{1,2})[-\s]+([A-Za-z]+)\.?[-\s,]+(\d{4})", text):
-        year, month, day = int(match[3]), _MONTH_NUMBERS.get(match[2].casefold(), 0), int(match[1])
-    else:
-        return None
-    try:
-        date = datetime.date(year, month, day)
-    except ValueError:
-        return None
-    return f"{date.day} {MONTHS[date.month - 1]} {date.year}"
-
-
-def find_unknown_date(record: Mapping[str, Any]) -> str | None:
-    """The date of a record where it is in no known spelling."""
-    value = record.get(column_names(tuple(record)).get("event_date", ""))
-    is_known = is_missing(value) or format_date(to_text(value, "event_date").strip()) is not None
-    return None if is_known else str(value)
-
-
-def _strip_decimal(text: str) -> str:
-    """`3` for `3.0`: a column with gaps comes out of many programs as floats."""
-    return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
-
-
-def inter_name(text: str) -> str:
-    """The name of an inter code or of its newer spellings; empty for 0, which means that there is no actor."""
-    code = _strip_decimal(text)
-    if code.isdigit():
-        return "" if int(code) == 0 else INTER_NAMES.get(int(code), code)
-    return _INTER_BY_TEXT.get(text.casefold().rstrip("s"), text)
+    words = re.sub(r"[\s.,-]+", " ", re.sub(r"^(\d{4}-\d{1,2}-\d{1,2})[T ].*", r"\1", text))
+    for spelling in ("%Y %m %d", "%d %B %Y", "%d %b %Y"):
+        with contextlib.suppress(ValueError):
+            date = datetime.strptime(words, spelling)
+            return f"{date.day} {date:%B} {date.year}"
+    return None
 
 
 def format_field(name: str, text: str) -> str:
@@ -108,17 +79,28 @@ def format_field(name: str, text: str) -> str:
     text = " ".join(text.split())
     if name == "event_date":
         return format_date(text) or text
-    if name in ("inter1", "inter2"):
-        return inter_name(text)
-    return _strip_decimal(text) if name == "fatalities" else text
+    if name in ("inter1", "inter2", "fatalities"):  # a column with gaps comes out of many programs as floats
+        text = re.sub(r"^(\d+)\.0$", r"\1", text)
+    return _INTER_BY_TEXT.get(text.casefold().rstrip("s"), text) if name.startswith("inter") else text
 
 
-def format_prompt(event: Mapping[str, Any]) -> str:
-    """The structured fields under ACLED's names (values are text) as labelled lines; empty fields are left out."""
+def format_prompt(event: Mapping[str, str]) -> str:
+    """The structured fields under ACLED's names as labelled lines; empty fields are left out."""
     lines = [(label, format_field(name, event[name])) for name, label in FIELDS.items() if event.get(name)]
     return "".join(f"{label}: {text}\n" for label, text in lines if text) + "Notes:"
 
 
-def format_completion(notes: str) -> str:
-    """The notes as what follows the prompt: with the blank that begins a word for GPT-2's tokenizer."""
-    return " " + notes.strip()
+def render(record: Record) -> tuple[str, str, str | None]:
+    """(prompt, notes, the date where it is in no known spelling); RecordError where there are no notes."""
+    names = column_names(tuple(record))
+    event = {name: to_text(record[column], column) for name, column in names.items() if not is_missing(record[column])}
+    notes = event.pop(NOTES, "").strip()
+    if not notes:
+        raise RecordError(f"column {names.get(NOTES, NOTES)!r} is null or empty: fill it or drop the row")
+    date = event.get("event_date")
+    is_known = date is None or format_date(" ".join(date.split())) is not None
+    return (
+        format_prompt(event),
+        f" {notes}",
+        None if is_known else date,
+    )  # the blank begins a word for GPT-2's tokenizer

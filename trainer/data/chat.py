@@ -20,8 +20,8 @@ from trainer.config.errors import UserError, first_line
 from trainer.config.files import read_text_file
 from trainer.data.conversations import Conversation
 from trainer.data.dataset import Row
-from trainer.data.templates import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode
+from trainer.data.values import RecordError, require_valid_unicode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_RENDER_SECONDS = 10  # of one conversation by its template, which takes well under a millisecond
@@ -49,13 +49,22 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, template: str):
         self.tokenizer, self.template = tokenizer, template
-        self.has_generation_marks = bool(_GENERATION_MARK.search(template))
 
     def encode(self, conversation: Conversation) -> Row:
         """Ids and mask of a conversation; MaskError where the mask cannot be proven."""
-        text, spans = self._locate(conversation)
-        ends = [end for span in spans for end in span]
-        ids, *prefixes = encode(self.tokenizer, [text, *(text[:end] for end in ends)])
+        messages, tools, turns = conversation.messages, conversation.tools, conversation.target_turns()
+        if _GENERATION_MARK.search(self.template):
+            text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+            all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(spans) != len(all_turns):
+                raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
+            spans = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
+            if not spans:
+                raise MaskError("the template marks no character of the assistant's turns as generated")
+        else:
+            text, _ = self._render(messages, tools)
+            spans = [self._locate_turn(text, conversation, i) for i in turns]
+        ids, *prefixes = encode(self.tokenizer, [text, *(text[:end] for span in spans for end in span)])
         is_target = np.zeros(len(ids), dtype=bool)
         for number, (before, through) in enumerate(zip(prefixes[::2], prefixes[1::2], strict=True), start=1):
             if not all(np.array_equal(ids[: len(prefix)], prefix) for prefix in (before, through)):
@@ -71,38 +80,21 @@ class ChatTemplate:
         """What a model is given when it is to write the next turn; MaskError where the template refuses it."""
         return self._render(conversation.messages, conversation.tools, add_generation_prompt=True)[0]
 
-    def _locate(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """(the whole text, where each target turn stands in it)."""
-        messages, turns = conversation.messages, conversation.target_turns()
-        if self.has_generation_marks:
-            text, spans = self._render(messages, conversation.tools, return_assistant_tokens_mask=True)
-            all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(spans) != len(all_turns):
-                raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
-            targets = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
-            if not targets:
-                raise MaskError("the template marks no character of the assistant's turns as generated")
-            return text, targets
-        text, _ = self._render(messages, conversation.tools)
-        return text, [self._locate_turn(text, conversation, i) for i in turns]
-
     def _locate_turn(self, text: str, conversation: Conversation, i: int) -> Span:
         """Where turn i stands, from its first character to the end mark that closes it."""
         messages, tools = conversation.messages, conversation.tools
         prefix, _ = self._render(messages[:i], tools, add_generation_prompt=True)
         through, _ = self._render(messages[: i + 1], tools)
         start, content = len(prefix), messages[i]["content"].strip()
+        remedy = "so the mask cannot be proven; pass a --chat-template with generation marks"
         if not (text.startswith(prefix) and through.startswith(prefix)):
             raise MaskError(
-                f"message {i + 1}: the chat template writes the messages before it otherwise than a prompt for it, so "
-                "the mask cannot be proven; pass a --chat-template with generation marks"
+                f"message {i + 1}: the chat template writes the messages before it otherwise than a prompt for it, "
+                f"{remedy}"
             )
         end = self._locate_end(text, through, start, content)
         if end is None:
-            raise MaskError(
-                f"message {i + 1}: the chat template writes it otherwise than as the last one, so the mask cannot be "
-                "proven; pass a --chat-template with generation marks"
-            )
+            raise MaskError(f"message {i + 1}: the chat template writes it otherwise than as the last one, {remedy}")
         return start, start + len(text[start:end].rstrip()) or end
 
     def _locate_end(self, text: str, through: str, start: int, content: str) -> int | None:
@@ -135,8 +127,9 @@ class ChatTemplate:
                 )  # type: ignore[misc, unused-ignore]
         except (_RenderTimeout, MemoryError) as error:  # as it would on the next record
             limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_RENDER_SECONDS} s"
-            message = f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
-            raise UserError(message) from None
+            raise UserError(
+                f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
+            ) from None
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []

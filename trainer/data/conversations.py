@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.readers import JSON_DECODER, explain_json
-from trainer.data.templates import Record, RecordError, is_missing, require_valid_unicode, shorten
+from trainer.data.values import Record, RecordError, is_missing, require_valid_unicode, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -19,13 +19,6 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "function": "tool",
     **{role: role for role in ROLES},
-}
-#: What the keys of a message may hold.
-EXPECTED = {
-    "role": ", ".join(ROLES),
-    "content": "text, or parts of type text",
-    "tool_calls": "a list",
-    "weight": "0 (context) or 1",
 }
 
 
@@ -45,10 +38,6 @@ class Conversation:
             if i >= self.num_context and message["role"] == "assistant" and message.get("weight") != 0
         ]
 
-    def first_prompt(self) -> str:
-        """What stands before the first of these turns, as text: conversations with the same one share a split."""
-        return json.dumps(self.messages[: self.target_turns()[0]], sort_keys=True, ensure_ascii=True)
-
 
 def from_messages(record: Record) -> Conversation:
     """OpenAI's and TRL's `messages`; RecordError names the message that cannot be used."""
@@ -57,17 +46,15 @@ def from_messages(record: Record) -> Conversation:
 
 def from_sharegpt(record: Record) -> Conversation:
     """ShareGPT's `conversations` of from and value, or of role and content, with an optional `system`."""
-    messages = []
+    messages = [] if is_missing(record.get("system")) else [{"role": "system", "content": record["system"]}]
     for number, message in enumerate(_read_list(record, "conversations", "messages"), start=1):
-        sender = message.get("from", message.get("role")) if isinstance(message, dict) else None
-        if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-            shown = f"from {shorten(sender)}" if isinstance(message, dict) else shorten(message)
+        sender = message.get("from", message.get("role")) if isinstance(message, dict) else message
+        if not isinstance(message, dict) or not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
             raise RecordError(
-                f"message {number} of column 'conversations' is {shown}, expected one from {', '.join(SHAREGPT_ROLES)}"
+                f"message {number} of column 'conversations' is from {shorten(sender)}, expected one from "
+                f"{', '.join(SHAREGPT_ROLES)}"
             )
         messages.append({"role": SHAREGPT_ROLES[sender], "content": message.get("value", message.get("content"))})
-    if not is_missing(record.get("system")):
-        messages.insert(0, {"role": "system", "content": record["system"]})
     return _make_conversation(record, _read_messages({"conversations": messages}, "conversations"))
 
 
@@ -101,32 +88,28 @@ def _read_list(record: Record, column: str, content: str) -> list[Any]:
 def _read_messages(record: Record, column: str) -> list[dict[str, Any]]:
     if is_missing(record.get(column)) or not (messages := _read_list(record, column, "messages")):
         raise RecordError(f"column {column!r} is missing or empty, expected a list of messages")
-    return [_check_message(message, number, column) for number, message in enumerate(messages, start=1)]
-
-
-def _check_message(message: Any, number: int, column: str) -> dict[str, Any]:
-    where = f"message {number} of column {column!r}"
-    if not isinstance(message, dict):
-        raise RecordError(f"{where} is {shorten(message)}, expected an object with role and content")
-    content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    is_right = {
-        "role": message.get("role") in ROLES,
-        "content": content is None or isinstance(content, str),
-        "tool_calls": not calls or isinstance(calls, list),
-        "weight": message.get("weight") in (None, 0, 1),
-    }
-    for key, expected in EXPECTED.items():
-        if not is_right[key]:
-            raise RecordError(f"{where} has {shorten(message.get(key))} as {key}, expected {expected}")
-    if is_missing(content) and not (message["role"] == "assistant" and calls):
-        raise RecordError(f"{where} ({message['role']}) has no content; fill it or drop the record")
-    return {**_without_null(message), "content": require_valid_unicode(content or "", column)}
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number} of column {column!r}"
+        if not isinstance(message, dict):
+            raise RecordError(f"{where} is {shorten(message)}, expected an object with role and content")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if isinstance(content, list):
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+                content = "".join(map(str, texts))
+        for key, is_right, expected in (
+            ("role", message.get("role") in ROLES, ", ".join(ROLES)),
+            ("content", content is None or isinstance(content, str), "text, or parts of type text"),
+            ("tool_calls", not calls or isinstance(calls, list), "a list"),
+            ("weight", message.get("weight") in (None, 0, 1), "0 (context) or 1"),
+        ):
+            if not is_right:
+                raise RecordError(f"{where} has {shorten(message.get(key))} as {key}, expected {expected}")
+        if is_missing(content) and not (message["role"] == "assistant" and calls):
+            raise RecordError(f"{where} ({message['role']}) has no content; fill it or drop the record")
+        checked.append({**_without_null(message), "content": require_valid_unicode(str(content or ""), column)})
+    return checked
 
 
 def _without_null(value: Any) -> Any:
@@ -134,3 +117,8 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def first_prompt(conversation: Conversation) -> str:
+    """What stands before the first turn to train on, as text: conversations with the same one share a split."""
+    return json.dumps(conversation.messages[: conversation.target_turns()[0]], sort_keys=True, ensure_ascii=True)

@@ -1,94 +1,132 @@
-"""CSV, TSV, JSON and text files -> records, as strictly as the formats are defined and with every cell as text.
+"""Files -> records, as strictly as their formats are defined; in text files every cell is text.
 
-Each record comes with its place: `line 3`, or `row 2 (line 3)`, both from 1. What a format does not allow is one line
-with file, row and column; `where` is how it names the file.
+Each record comes with its place, `line 3` or `row 2 (line 3)`, both from 1. What a format does not allow is a UserError
+with file, place and remedy; `where` is how it names the file.
 """
 
 import csv
-import gzip
 import io
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, cast
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
+from trainer.data.values import Record
 
+PlacedRecord = tuple[str, Record]
+KIND_BY_SUFFIX = {
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".json": "JSON",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".txt": "text",
+    ".text": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the kinds that are text
 MAX_LINE_BYTES = 16 * 2**20  # a line is read as a whole, so this bounds memory
-CHUNK_SIZE = 2**20  # characters of a JSON list that are read at a time
-PlacedRecord = tuple[str, Mapping[str, Any]]
-Table = tuple[list[str], Iterator[PlacedRecord]]  # the columns, and the records one by one
-_SPACE = re.compile(r"\s*")
+BATCH_RECORDS = 1000  # records of an Arrow table that are Python objects at a time
+
+
+def file_kind(file: Path) -> str | None:
+    """The kind of a file by its ending, None where it is not known; only text may be compressed."""
+    if file.suffix.lower() in COMPRESSIONS:
+        kind = KIND_BY_SUFFIX.get(file.with_suffix("").suffix.lower())
+        return None if kind in ("Parquet", "Arrow") else kind
+    return KIND_BY_SUFFIX.get(file.suffix.lower())
 
 
 def open_bytes(file: Path) -> BinaryIO:
     """The bytes of a file, decompressed where its name says that it is compressed."""
-    if file.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
-    if file.suffix.lower() == ".zst":
-        import pyarrow
+    if file.suffix.lower() not in COMPRESSIONS:
+        return open(file, "rb")
+    import pyarrow
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd")))
-    return open(file, "rb")
-
-
-def _open_text(file: Path, newline: str = "\n") -> TextIO:
-    """The text of a file, untranslated; `newline` is where a line ends, "" for every kind of line end (CSV)."""
-    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline=newline)
+    compression = COMPRESSIONS[file.suffix.lower()]
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(open(file, "rb"), compression=compression)))
 
 
-def _iter_lines(stream: TextIO, where: str) -> Iterator[str]:
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), ""), start=1):
-        if len(line) == MAX_LINE_BYTES:
-            limit = f"{MAX_LINE_BYTES // 2**20} MB"
-            raise UserError(f"{where}, line {number}: longer than {limit}, and read line by line: break it into lines")
-        yield line
+def read_error(file: Path, where: str, error: Exception) -> UserError:
+    """What a library says of a file that it cannot read or decompress, in one line with the remedy."""
+    kind = file.suffix if file.suffix.lower() in COMPRESSIONS else file_kind(file)
+    return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); check its permissions or write it again")
 
 
-def read_text(file: Path, where: str) -> Iterator[PlacedRecord]:
-    """A record a line, with the column `text`."""
-    with _open_text(file) as stream:
-        for number, line in enumerate(_iter_lines(stream, where), start=1):
-            yield f"line {number}", {"text": line.rstrip("\r\n")}
+def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> Iterator[PlacedRecord]:
+    """The records of a file, a bounded number in memory, of Parquet and Arrow files with these `columns` only."""
+    kind = file_kind(file)
+    try:
+        if kind in ("Parquet", "Arrow"):
+            yield from _read_arrow(file, str(kind), where, columns)
+        elif kind == "JSON":
+            yield from _read_json(file, where)
+        elif kind == "text":
+            for number, line in enumerate(_iter_lines(file, where), start=1):
+                yield f"line {number}", {"text": line.rstrip("\r\n")}
+        else:
+            yield from _read_csv(file, str(kind), where)
+    except (ValueError, OSError, TypeError, NotImplementedError) as error:  # Arrow's are ValueErrors
+        raise read_error(file, where, error) from error
 
 
-def read_csv(file: Path, kind: str, where: str) -> Table:
-    """Every cell as text (`NA` may be Namibia, `007` is no number), an empty one as None; a nameless column is called
-    by its place."""
-    rows = _iter_csv_rows(file, kind, where)
-    _, header = next(rows, ("", []))
-    names = [name or f"column {number}" for number, name in enumerate(header, start=1)]
-    return names, ((place, dict(zip(names, (cell or None for cell in cells), strict=True))) for place, cells in rows)
+def _decode(content: bytes, where: str, line: int = 1) -> str:
+    try:
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        byte = error.object[error.start]
+        raise UserError(f"{where}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
 
 
-def _iter_csv_rows(file: Path, kind: str, where: str) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of the header, which is row 0, and of every row that is not blank."""
+def _iter_lines(file: Path, where: str) -> Iterator[str]:
+    with open_bytes(file) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), start=1):
+            if len(line) == MAX_LINE_BYTES:
+                limit = f"{MAX_LINE_BYTES // 2**20} MB"
+                raise UserError(
+                    f"{where}, line {number}: longer than {limit}, and read line by line: break it into lines"
+                )
+            yield _decode(line, where, number)
+
+
+def _refuse_doubled_columns(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        [(name, _)] = Counter(names).most_common(1)
+        raise UserError(f"{where}: names column {name!r} twice; rename one")
+
+
+def _read_csv(file: Path, kind: str, where: str) -> Iterator[PlacedRecord]:
+    """`NA` may be Namibia and `007` is no number; an empty cell is None, a nameless column is called by its place."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    row, line, width = 0, 1, 0
-    with _open_text(file, newline="") as stream:
-        delimiter = "\t" if kind == "TSV" else ","
-        reader = csv.reader(_iter_lines(stream, where), delimiter=delimiter, strict=True)
-        try:
-            for cells in reader:
-                if cells:
-                    place, width = f"row {row} (line {line})", width or len(cells)
-                    if len(cells) != width:
-                        raise UserError(
-                            f"{where}, {place}: {len(cells)} fields where the header has {width}; quote fields that "
-                            "hold a separator or a line break"
-                        )
-                    yield place, cells
-                    row += 1
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(
-                f"{where}, row {row} (line {line}): not {kind} ({error}); look for a quotation mark that is never "
-                "closed, or not doubled within quotation marks"
-            ) from None
+    reader = csv.reader(_iter_lines(file, where), delimiter="\t" if kind == "TSV" else ",", strict=True)
+    names: list[str] = []
+    row, line = 0, 1  # of the row that is read next; the header is row 0
+    try:
+        for cells in reader:
+            place, line = f"row {row} (line {line})", reader.line_num + 1
+            if not cells:
+                continue
+            if not names:
+                names = [name or f"column {number}" for number, name in enumerate(cells, start=1)]
+                _refuse_doubled_columns(names, where)
+            elif len(cells) != len(names):
+                raise UserError(
+                    f"{where}, {place}: {len(cells)} fields where the header has {len(names)}; quote fields that hold "
+                    "a separator or a line break"
+                )
+            else:
+                yield place, dict(zip(names, (cell or None for cell in cells), strict=True))
+            row += 1
+    except csv.Error as error:
+        raise UserError(
+            f"{where}, row {row} (line {line}): not {kind} ({error}); look for a quotation mark that is never closed, "
+            "or not doubled within quotation marks"
+        ) from None
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,74 +147,67 @@ def _make_number(text: str) -> float:
 JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=_make_number)
 
 
-def read_json(file: Path, where: str) -> Table:
-    """The objects of a file with one a line, or with one list of them; the columns are those of the first."""
-    with open_bytes(file) as stream:
-        is_list = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    records = _iter_json_list(file, where) if is_list else _iter_json_lines(file, where)
-    first = next(records, None)
-    return (list(first[1]), chain([first], records)) if first is not None else ([], records)
-
-
-def _iter_json_lines(file: Path, where: str) -> Iterator[PlacedRecord]:
-    with _open_text(file) as stream:
-        for number, line in enumerate(_iter_lines(stream, where), start=1):
-            if not line.strip():
-                continue
-            place = f"line {number}"
-            try:
-                value = JSON_DECODER.decode(line)
-            except (RecursionError, ValueError) as error:
-                position = f", character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-                reason = explain_json(error)
-                raise UserError(
-                    f"{where}, {place}{position}: not JSON ({reason}); expected one object a line"
-                ) from None
-            if not isinstance(value, dict):
-                raise UserError(f"{where}, {place}: holds a {type(value).__name__}; expected one JSON object a line")
-            yield place, value
-
-
-def _iter_json_list(file: Path, where: str) -> Iterator[PlacedRecord]:
-    """The objects of one JSON list, decoded one at a time so that the file need not fit in memory."""
-    with _open_text(file) as stream:
-        text, number, expected = stream.read(CHUNK_SIZE), 0, "{]"
-        position = text.index("[") + 1
-        while True:
-            position = cast(re.Match[str], _SPACE.match(text, position)).end()
-            place, reason, is_cut_off = f"{where}, row {number + 1}", "the list is not closed", True
-            character = text[position : position + 1]
-            if character and character not in expected:
-                problem = "not JSON (a comma is missing)" if "," in expected else "not an object"
-                raise UserError(f"{place}: {problem}; expected a list of objects")
-            if character == "]":
-                rest = chain([text[position + 1 :]], iter(lambda: stream.read(CHUNK_SIZE), ""))
-                if any(part.strip() for part in rest):
-                    raise UserError(
-                        f"{place}: not JSON (text follows the end of the list); expected one list of objects"
-                    )
-                return
-            if character == ",":
-                position, expected = position + 1, "{"
-                continue
-            if character == "{":
-                try:
-                    value, position = JSON_DECODER.raw_decode(text, position)
-                    number, expected = number + 1, ",]"
-                    yield f"row {number}", value
-                    continue
-                except (RecursionError, ValueError) as error:  # more of the text helps where it is not JSON so far
-                    reason, is_cut_off = explain_json(error), isinstance(error, json.JSONDecodeError)
-            can_read_on = is_cut_off and len(text) - position < MAX_LINE_BYTES
-            chunk = stream.read(max(CHUNK_SIZE, len(text) - position)) if can_read_on else ""
-            if not chunk:
-                raise UserError(f"{place}: not JSON ({reason}); expected a list of objects")
-            text, position = text[position:] + chunk, 0
-
-
 def explain_json(error: ValueError | RecursionError) -> str:
     """Why a text is not JSON as we read it."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
     return reason.partition("; use sys.")[0]  # Python's own advice on numbers of more than 4,300 digits
+
+
+def _read_json(file: Path, where: str) -> Iterator[PlacedRecord]:
+    """One object a line, or one list of objects, which is read as a whole."""
+    with open_bytes(file) as stream:
+        is_list = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    if is_list:
+        with open_bytes(file) as stream:
+            texts: Iterable[str] = [_decode(stream.read(), where)]
+    else:
+        texts = _iter_lines(file, where)
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            value = JSON_DECODER.decode(text)
+        except (RecursionError, ValueError) as error:
+            place = "" if is_list else f", line {number}"
+            if isinstance(error, json.JSONDecodeError):
+                place = f", line {number + error.lineno - 1}, character {error.colno}"
+            raise UserError(
+                f"{where}{place}: not JSON ({explain_json(error)}); expected one object a line, or one list of objects"
+            ) from None
+        for row, record in enumerate(value if is_list else [value], start=1):
+            place = f"row {row}" if is_list else f"line {number}"
+            if not isinstance(record, dict):
+                raise UserError(f"{where}, {place}: holds a {type(record).__name__}; expected a JSON object")
+            yield place, record
+
+
+def _read_arrow(file: Path, kind: str, where: str, columns: Sequence[str] | None) -> Iterator[PlacedRecord]:
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if kind == "Parquet":
+        parquet_file = pyarrow.parquet.ParquetFile(file)
+        names, batches = parquet_file.schema_arrow.names, parquet_file.iter_batches(BATCH_RECORDS)
+    else:
+        try:  # Arrow's file format, which Feather is, or a stream, which `datasets` writes
+            reader = pyarrow.ipc.open_file(pyarrow.OSFile(str(file)))
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            batches = reader = pyarrow.ipc.open_stream(pyarrow.OSFile(str(file)))
+        names = reader.schema.names
+    _refuse_doubled_columns(names, where)
+    yield from iter_batches(batches, columns)
+
+
+def iter_batches(batches: Iterable[Any], columns: Sequence[str] | None = None) -> Iterator[PlacedRecord]:
+    """The rows of Arrow's tables or batches, with these `columns` only, as Python objects."""
+    number = 0
+    for batch in batches:
+        if columns is not None:
+            batch = batch.select([name for name in batch.schema.names if name in columns])
+        for start in range(0, batch.num_rows, BATCH_RECORDS):
+            for record in batch.slice(start, BATCH_RECORDS).to_pylist():
+                number += 1
+                yield f"row {number}", record

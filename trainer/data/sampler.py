@@ -5,7 +5,6 @@ every number of ranks, micro-batch and accumulation.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -74,15 +73,11 @@ def epoch_order(
     order = _permutation(n, seed, epoch)
     if not group_by_length:
         return order
-    full_length = n - n % global_batch
-    lengths = dataset.lengths()
-    batches = []
+    full_length, lengths = n - n % global_batch, dataset.lengths()
+    batches = [np.empty((0, global_batch), dtype=np.int64)]
     for start in range(0, full_length, SORT_WINDOW_BATCHES * global_batch):
         window = order[start : min(start + SORT_WINDOW_BATCHES * global_batch, full_length)]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches.append(window.reshape(-1, global_batch))
-    if not batches:
-        return order
+        batches.append(window[np.argsort(lengths[window], kind="stable")].reshape(-1, global_batch))
     full_batches = np.concatenate(batches)
     return np.concatenate([full_batches[_permutation(len(full_batches), seed, epoch, 1)].ravel(), order[full_length:]])
 
@@ -103,18 +98,17 @@ def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int
     width = max(int(lengths[row].sum()) for row in rows)
     input_ids = np.full((len(rows), width), PAD_ID, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
-    position_ids = np.broadcast_to(np.arange(width, dtype=np.int64), (len(rows), width)).copy()
+    position_ids = np.zeros((len(rows), width), dtype=np.int64)
     for row, places in enumerate(rows):
         start = 0
         for place in places:
-            end = start + int(lengths[place])
-            input_ids[row, start:end] = dataset.row(int(indices[place]))
-            is_target = dataset.is_target(int(indices[place]))  # never the first token, which another would predict
-            labels[row, start:end] = np.where(is_target, input_ids[row, start:end], IGNORE_INDEX)
-            position_ids[row, start:] -= position_ids[row, start]
+            ids, end = dataset.row(int(indices[place])), start + int(lengths[place])
+            input_ids[row, start:end] = ids
+            # never the first token, which the example before it would predict
+            labels[row, start:end] = np.where(dataset.is_target(int(indices[place])), ids, IGNORE_INDEX)
+            position_ids[row, start:end] = np.arange(end - start)
             start = end
-        if start < width:  # padding attends to itself only
-            position_ids[row, start:] -= position_ids[row, start]
+        position_ids[row, start:] = np.arange(width - start)  # padding attends to itself only
     return MicroBatch(
         input_ids=input_ids,
         labels=labels,
@@ -185,7 +179,7 @@ def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_
 
 @dataclass(kw_only=True, eq=False)
 class TrainBatches:
-    """The global batches of a run, step by step across its epochs; `wait_seconds` is the time spent drawing rows."""
+    """The global batches of a run, step by step across its epochs."""
 
     dataset: TokenDataset
     batch_config: BatchConfig
@@ -193,40 +187,34 @@ class TrainBatches:
     rank: int
     shuffle: bool
     by_length: bool  #: bring rows of like length together, see `epoch_order`
-    wait_seconds: float = field(default=0.0, init=False)
-    _order: tuple[int, Int64] | None = field(default=None, init=False)  # of the epoch drawn from last
+    _orders: dict[int, Int64] = field(default_factory=dict, init=False)  # {epoch: its order} of the epoch drawn last
 
     def __call__(self, start_step: int, stop_step: int) -> Iterator[GlobalBatch]:
         """The batches after `start_step` steps, up to and without `stop_step`; each is drawn when it is asked for."""
-        global_batch = self.batch_config.global_batch
+        dataset, global_batch = self.dataset, self.batch_config.global_batch
         for step in range(start_step, stop_step):
-            start_time = time.perf_counter()
-            epoch, step_in_epoch = divmod(step, math.ceil(len(self.dataset) / global_batch))
-            if self._order is None or self._order[0] != epoch:
-                self._order = (
-                    epoch,
-                    epoch_order(
-                        self.dataset,
-                        seed=self.seed,
-                        epoch=epoch,
-                        global_batch=global_batch,
-                        shuffle=self.shuffle,
-                        group_by_length=self.by_length,
-                    ),
+            epoch, step_in_epoch = divmod(step, math.ceil(len(dataset) / global_batch))
+            if epoch not in self._orders:
+                order = epoch_order(
+                    dataset,
+                    seed=self.seed,
+                    epoch=epoch,
+                    global_batch=global_batch,
+                    shuffle=self.shuffle,
+                    group_by_length=self.by_length,
                 )
-            order = self._order[1]
-            num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
-            batch = GlobalBatch(
+                self._orders = {epoch: order}
+            order = self._orders[epoch]
+            num_tokens, num_target_tokens = step_counts(dataset, order, step_in_epoch, global_batch)
+            yield GlobalBatch(
                 step=step,
                 epoch=epoch,
                 step_in_epoch=step_in_epoch,
                 example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
-                micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank),
+                micro_batches=step_batches(dataset, order, step_in_epoch, self.batch_config, self.rank),
                 num_tokens=num_tokens,
                 num_target_tokens=num_target_tokens,
             )
-            self.wait_seconds += time.perf_counter() - start_time
-            yield batch
 
 
 def eval_order(dataset: TokenDataset) -> Int64:
@@ -242,7 +230,6 @@ def eval_batches(dataset: TokenDataset, eval_batch: int, rank: int, world_size: 
     end is a masked row.
     """
     order = eval_order(dataset)
-    num_batches = -(-len(order) // (eval_batch * world_size))
-    for batch_index in range(num_batches):
-        offset = (batch_index * world_size + rank) * eval_batch
+    for start in range(0, len(order), eval_batch * world_size):
+        offset = start + rank * eval_batch
         yield collate(dataset, order[offset : offset + eval_batch], offset)

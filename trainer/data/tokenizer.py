@@ -2,9 +2,8 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from trainer.data.dataset import TokenDataset, TokenIds
 DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
-MAX_CALL_CHARACTERS = 2**20  # characters handed to the tokenizer at a time
 
 
 def resolve_model_path(model: str) -> str:
@@ -32,66 +30,44 @@ def load_tokenizer(model: str) -> Any:
 
     UserError where there is none, where it is broken, or where it has no end-of-text token.
     """
+    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
+
     path = resolve_model_path(model)
     folder = Path(path).expanduser()
-    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    tokenizer = _from_folder(model, folder) if is_path else _from_hub(model)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {model}: its tokenizer has no end-of-text token, which ends every text; add an eos_token"
-        )
-    if _is_empty(tokenizer):
-        raise UserError(f"--model {model}: its tokenizer turns text into nothing; save it again with save_pretrained")
-    return tokenizer
+    tokenizer, problem = None, "no such folder"
+    if folder.is_dir():
+        # GPT-2's two files alone say nothing of their class
+        is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
+        try:
+            kind = GPT2TokenizerFast if is_bare else AutoTokenizer
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # broken files raise many kinds, down to those of the Rust library
+            problem = f"no usable tokenizer in the folder ({first_line(error)})"
+    elif not path.startswith((".", "/", "~")) and path.count("/") < 2:
+        with contextlib.suppress(Exception):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if tokenizer is None or _is_empty(tokenizer):  # it is where the configuration is here already and nothing else
+            tokenizer, problem = None, "no such folder, no local copy, and the hub cannot be reached"
+            if hf_hub.is_reachable():
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                except Exception as error:
+                    problem = f"no such folder, and the hub has no tokenizer of that name ({first_line(error)})"
+    if tokenizer is not None and _is_empty(tokenizer):
+        problem = "its tokenizer turns text into nothing"
+    elif tokenizer is not None and tokenizer.eos_token_id is None:
+        problem = "its tokenizer has no end-of-text token, which ends every text"
+    elif tokenizer is not None:
+        return tokenizer
+    raise UserError(
+        f"--model {model}: {problem}; pass --model FOLDER, a folder with the model and its tokenizer (tokenizer.json, "
+        "or vocab.json and merges.txt, with an end-of-text token), or a hub id"
+    )
 
 
 def _is_empty(tokenizer: Any) -> bool:
     """Whether it turns text into nothing: transformers makes such a one where the files of a tokenizer are missing."""
     return not tokenizer("a", add_special_tokens=False)["input_ids"]
-
-
-def _from_folder(model: str, folder: Path) -> Any:
-    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
-
-    if not folder.is_dir():
-        raise UserError(
-            f"--model {model}: no such folder; expected a folder with a model and its tokenizer, or a hub id"
-        )
-    # GPT-2's two files alone say nothing of their class; given by name to its constructor they are dropped
-    is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
-    is_bare = is_bare and (folder / "vocab.json").is_file()
-    try:
-        kind = GPT2TokenizerFast if is_bare else AutoTokenizer
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        num_expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))) if is_bare else 0
-    except Exception as error:  # broken files raise many kinds, down to those of the Rust library
-        raise UserError(
-            f"--model {model}: no usable tokenizer in the folder ({first_line(error)}); expected tokenizer.json, or "
-            "vocab.json and merges.txt"
-        ) from None
-    if len(tokenizer) < num_expected:
-        raise UserError(
-            f"--model {model}: {len(tokenizer)} of the {num_expected} entries of vocab.json were read; save it again"
-        )
-    return tokenizer
-
-
-def _from_hub(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    with contextlib.suppress(Exception):
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        if not _is_empty(tokenizer):  # it is where the configuration is here already and nothing else
-            return tokenizer
-    problem = "no local copy, and the hub cannot be reached"
-    if hf_hub.is_reachable():
-        try:
-            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        except Exception as error:
-            problem = f"and the hub has no tokenizer of that name ({first_line(error)})"
-    raise UserError(
-        f"--model {model}: no such folder, {problem}; pass --model FOLDER, a folder with the model and its tokenizer"
-    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -112,26 +88,20 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
     A text of more than MAX_TEXT_CHARACTERS characters is cut before blanks between words and encoded in pieces, so that
     memory stays bounded; for byte-level tokenizers such as GPT-2's the ids are the same.
     """
-    pieces_by_text = [split_long(text) for text in texts]
-    pieces = [piece for parts in pieces_by_text for piece in parts]
-    ends = np.cumsum([len(piece) for piece in pieces]) // MAX_CALL_CHARACTERS  # the number of the call of each piece
-    batches = (
-        [piece for _, piece in group] for _, group in itertools.groupby(zip(ends, pieces, strict=True), lambda p: p[0])
-    )
-    encoded = (np.asarray(ids, dtype=np.uint32) for batch in batches for ids in _encode_batch(tokenizer, batch))
-    return [
-        np.concatenate([next(encoded) for _ in parts]) if len(parts) > 1 else next(encoded) for parts in pieces_by_text
-    ]
+    if any(len(text) > MAX_TEXT_CHARACTERS for text in texts):
+        pieces_by_text = map(split_long, texts)
+        return [np.concatenate([_encode(tokenizer, [piece])[0] for piece in pieces]) for pieces in pieces_by_text]
+    return _encode(tokenizer, list(texts))
 
 
-def _encode_batch(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
+def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        input_ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return input_ids
-    # what the call above comes to, without the lists that we do not use: they take a third of its time
-    backend.no_truncation(), backend.no_padding()
-    return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+        all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    else:  # what the call above comes to, without the lists that we do not use: they take a third of its time
+        backend.no_truncation(), backend.no_padding()
+        all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+    return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
 
 
 def split_long(text: str) -> list[str]:
@@ -202,8 +172,5 @@ def show_examples(dataset: TokenDataset, tokenizer: Any, number: int, is_coloure
     for i in range(min(number, len(dataset))):
         ids, is_target = dataset.row(i), dataset.is_target(i)
         yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them target tokens"
-        pieces = [escape_controls(tokenizer.decode([token_id])) for token_id in ids.tolist()]
-        yield "|".join(
-            f"{before}{piece}{after}" if is_counted else piece
-            for piece, is_counted in zip(pieces, is_target, strict=True)
-        )
+        pieces = (escape_controls(tokenizer.decode([token_id])) for token_id in ids.tolist())
+        yield "|".join(f"{before}{p}{after}" if counts else p for p, counts in zip(pieces, is_target, strict=True))

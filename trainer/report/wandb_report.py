@@ -9,7 +9,7 @@ from typing import Any
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.text import shorten
-from trainer.data import cache
+from trainer.data.dataset import resolve_cache_dir
 from trainer.report.judge import RateCurve
 from trainer.report.page import Comparison, markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
@@ -200,7 +200,7 @@ def log_reference(target: str) -> str:
     its config what the card states and leaves unsaid.
     """
     entity, _, project = target.rpartition("/")
-    log_dir = cache.resolve_cache_dir() / "card" / target.replace("/", "-")
+    log_dir = resolve_cache_dir() / "card" / target.replace("/", "-")
     existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
     if existing_runs:
         return f"the card is already logged for {target}: {existing_runs[0]}"

@@ -19,8 +19,8 @@ from trainer.config.text import markdown_table
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
-from trainer.data.templates import RecordError
 from trainer.data.tokenizer import encode, load_tokenizer
+from trainer.data.values import RecordError
 from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config

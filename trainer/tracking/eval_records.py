@@ -46,7 +46,7 @@ class EvalRecordsLogger:
     It keeps the hash of each file, so that a checkpoint costs the new files only.
     """
 
-    def __init__(self, run_folder: Path, rows: Any) -> None:
+    def __init__(self, run_folder: Path, rows: pd.DataFrame) -> None:
         self._folder, self._rows = run_folder / EVAL_RECORDS_FOLDER, rows
         self._hashes: dict[str, str] = {}  # {file name: SHA-256 of its bytes}
 
@@ -63,25 +63,14 @@ class EvalRecordsLogger:
         pass
 
 
-def write_evaluation(folder: Path, rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> Path:
+def write_evaluation(folder: Path, rows: pd.DataFrame, *, step: int, split: EvalSplit, nll: Sequence[float]) -> Path:
     """Write the rows of one evaluation, in place of an earlier one of the same step and split; the file.
 
-    `rows`: what is known of each record before any model sees it (`data.dataset.RowInfo`); `nll`: the summed negative
-    log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
+    `rows`: what is known of each record before any model sees it (`PreparedDataset.row_info`); `nll`: the summed
+    negative log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
     """
-    num_rows = len(rows.ids)
-    columns = {
-        "step": [step] * num_rows,
-        "split": [split] * num_rows,
-        "id": rows.ids,
-        "occurrence": rows.occurrences,
-        "group": rows.groups,
-        "nll": nll,
-        "targets": rows.targets,
-        "bytes": rows.num_bytes,
-        "in_train": rows.in_train,
-    }
-    table = pa.table(columns, schema=SCHEMA)
+    columns = rows.assign(step=step, split=split, nll=nll)
+    table = pa.Table.from_pandas(columns, schema=SCHEMA, preserve_index=False)
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_CHECKSUM: _hash_rows(table)}), buffer, compression="zstd")
     path = folder / f"step-{step:06d}-{split}.parquet"

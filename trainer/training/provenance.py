@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from trainer.config.settings import Settings
-from trainer.data.cache import resolve_cache_dir
+from trainer.data.dataset import resolve_cache_dir
 from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE

@@ -80,7 +80,7 @@ def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
     return TokenDataset(
         ids=np.concatenate([np.asarray(text, dtype=np.uint16) for text in texts]),
         offsets=np.cumsum([0, *map(len, texts)]),
-        first_target=np.full(len(texts), first, dtype=np.int32),
+        target_mask=np.concatenate([np.arange(len(text)) >= first for text in texts]).astype(np.uint8),
     )
 
 
@@ -91,7 +91,7 @@ def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_
     for split, dataset in datasets.items():
         num_target_tokens = int(dataset.num_target_tokens().sum())
         metadata[split] = {"examples": len(dataset), "records": len(dataset), "num_target_tokens": num_target_tokens}
-    return PreparedDataset(**datasets, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
+    return PreparedDataset(**datasets, metadata=metadata, val_texts=(), folder=Path())
 
 
 def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,6 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import folder_size
-from trainer.data.dataset import RowInfo
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
@@ -33,13 +33,17 @@ from trainer.tracking.eval_records import (
 from trainer.tracking.records import EvalRecord, EventRecord
 
 
-def make_rows(num_rows: int = 5) -> RowInfo:
-    return RowInfo(
-        ids=["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"],
-        groups=["g", *[None] * (num_rows - 1)],
-        targets=list(range(1, num_rows + 1)),
-        num_bytes=[7] * num_rows,
-        in_train=[False] * (num_rows - 1) + [True],
+def make_rows(num_rows: int = 5) -> pd.DataFrame:
+    ids = ["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"]
+    return pd.DataFrame(
+        {
+            "id": ids,
+            "occurrence": [0] * (num_rows - 1) + [1],
+            "group": ["g", *[None] * (num_rows - 1)],
+            "targets": range(1, num_rows + 1),
+            "bytes": 7,
+            "in_train": [False] * (num_rows - 1) + [True],
+        }
     )
 
 
@@ -62,7 +66,7 @@ def test_the_stored_sums_give_the_reported_loss_to_the_last_bit(tmp_path):
     rng = random.Random(1)
     nll = [rng.lognormvariate(0, 5) for _ in range(1000)]
     rows = make_rows(1000)
-    reported = math.fsum(nll) / sum(rows.targets)
+    reported = math.fsum(nll) / rows["targets"].sum()
     logger = EvalRecordsLogger(tmp_path, rows)
     log(logger, 3, nll, reported)
     logger.log(EventRecord(event="x", step=3, message="", time=0.0))

@@ -284,14 +284,13 @@ def wrap_rows(
         TokenDataset(
             ids=np.concatenate(rows).astype(np.uint32),
             offsets=np.cumsum([0, *map(len, rows)]),
-            first_target=np.ones(len(rows), dtype=np.int32),
         )
         for rows in (train, val)
     )
     objective = "completion" if is_ragged else "blocks"
     metadata: dict[str, Any] = {"vocabulary": vocab_size, "objective": objective, "fingerprint": "made"}
     metadata |= {"notices": [], "train": {}, "val": {}}
-    return PreparedDataset(train=train_rows, val=val_rows, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
+    return PreparedDataset(train=train_rows, val=val_rows, metadata=metadata, val_texts=(), folder=Path())
 
 
 def _run_plain(job: Row, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]) -> None:

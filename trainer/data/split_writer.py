@@ -1,0 +1,183 @@
+"""What becomes of the records of one split: rows of token ids in files, who they are, and what is left out."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trainer.config.choices import MAX_NUM_SAMPLES
+from trainer.config.errors import UserError
+from trainer.config.settings import DataSettings
+from trainer.data.chat import ChatTemplate, MaskError
+from trainer.data.dataset import NO_ROWS, Row, TokenDataset, TokenIds, map_rows
+from trainer.data.formats import Example, content_hash
+from trainer.data.tokenizer import count_target_bytes, mark_targets
+
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
+MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
+MAX_REFERENCES = 16  # of one prompt that are kept
+#: What makes no whole row, and what is said of it.
+PROBLEMS = {
+    "too long": "records are longer than --block-size {} tokens and are left out",
+    "cut": "conversations are cut at --block-size {} tokens",
+    "tools": "conversations have tools, which the chat template does not write",
+    "unusable": "conversations cannot be trained on and are left out",
+}
+
+
+class SplitWriter:
+    """Writes the rows of one split and hashes them; memory does not grow with them, but for ids of evaluation records.
+
+    counts: what run.json says of the split; problems: {what made no whole row: (how many records, where the first is)}.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        settings: DataSettings,
+        *,
+        dtype: str,
+        tokenizer: Any,
+        chat: ChatTemplate | None,
+        shared_hashes: set[int],
+    ):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.tokenizer, self.chat, self.shared_hashes = tokenizer, chat, shared_hashes
+        self.block_size, self.is_blocks = settings.block_size, settings.objective == "blocks" or split == "retain"
+        self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
+        self.problems: dict[str, tuple[int, str]] = {}
+        self.example = ""  # the first training row, with its target tokens marked
+        self.texts: list[tuple[str, str]] = []  # the first validation records as (prompt, completion)
+        self._num_references: Counter[str] = Counter()  # of each prompt in `texts`
+        self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether it equals a training record)
+        self._files: dict[str, BinaryIO] = {
+            name: open(folder / f"{split}.{name}.bin", "wb")  # noqa: SIM115
+            for name in ("ids", "offsets", "mask")[: 2 if self.is_blocks else 3]
+        }
+        self._pending: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
+        self._hash = hashlib.sha256(f"blocks {self.block_size}\n".encode() if self.is_blocks else b"completion \n")
+        self._files["offsets"].write(bytes(8))
+
+    def add(self, example: Example, row: Row | MaskError) -> None:
+        """A record as a row, or joined to the text that is cut into blocks. A pair that is longer than a block is left
+        out, a conversation is cut; what cannot be trained on is counted."""
+        if isinstance(row, MaskError):
+            self._add_problem("unusable", f"{example.where}: {row}")
+            return
+        if self.is_blocks:
+            ids, is_target = row.ids, np.arange(len(row.ids)) > 0
+        else:
+            ids, is_target = row.ids[: self.block_size], row.is_target[: self.block_size]
+            is_target[0] = False  # nothing stands before position 0 to predict it from
+            if self.chat is not None and not is_target.any():
+                problem = f"its assistant turns lie beyond --block-size {self.block_size} ({len(row.ids)} tokens)"
+                self._add_problem("unusable", f"{example.where}: {problem}")
+                return
+        self.counts["records"] += 1
+        if self.split == "val" and example.ids is None:
+            self._keep_text(row.prompt, row.completion)
+        if len(row.ids) > self.block_size and not self.is_blocks:
+            self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
+            if self.chat is None:
+                return
+        if self.split == "train" and self.tokenizer is not None and not self.example:
+            self.example = mark_targets(self.tokenizer, ids, is_target)
+        if self.is_blocks:
+            stream = np.concatenate([self._pending, ids])
+            full_length = len(stream) - len(stream) % self.block_size
+            self._pending = stream[full_length:].copy()
+            blocks = stream[:full_length].reshape(-1, self.block_size)
+            self._append(blocks, len(blocks) * (self.block_size - 1))
+            return
+        if example.conversation and example.conversation.tools and self.chat and "tools" not in self.chat.template:
+            self._add_problem("tools", example.where)
+        # the lengths go into the hash, or rows cut elsewhere would have the same one
+        mask = is_target.astype(np.uint8)
+        if self.chat is not None:
+            self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
+        else:
+            self._hash.update(np.asarray([len(ids), int(mask.argmax()) or 1], dtype="<u4").tobytes())
+        self._files["mask"].write(mask.tobytes())
+        self._append(ids[None], int(mask.sum()))
+        if self.split != "train":
+            record_hash = content_hash(example.content())
+            group = None if example.group is None else f"{content_hash(example.group):016x}"
+            self.rows.append((f"{record_hash:016x}", group, record_hash in self.shared_hashes))
+
+    def _add_problem(self, kind: str, where: str) -> None:
+        number, first = self.problems.get(kind, (0, where))
+        self.problems[kind] = (number + 1, first)
+
+    def _keep_text(self, prompt: str, completion: str) -> None:
+        """Keep the first prompts for samples, each with all that follows it: references of one prompt."""
+        num_prompts = len(self._num_references) + self._num_references[""] - ("" in self._num_references)
+        is_known = prompt != "" and prompt in self._num_references
+        has_room = self._num_references[prompt] < MAX_REFERENCES if is_known else num_prompts < MAX_NUM_SAMPLES
+        if has_room and len(prompt) + len(completion) <= MAX_SAMPLE_CHARACTERS:
+            self.texts.append((prompt, completion))
+            self._num_references[prompt] += 1
+
+    def _append(self, rows: TokenIds, num_target_tokens: int) -> None:
+        num_rows, row_length = rows.shape
+        self._hash.update(rows.astype("<u4").tobytes())
+        self._files["ids"].write(rows.astype(self.dtype).tobytes())
+        ends = self.counts["tokens"] + row_length * np.arange(1, num_rows + 1, dtype="<i8")
+        self._files["offsets"].write(ends.tobytes())
+        self.counts["examples"] += num_rows
+        self.counts["tokens"] += num_rows * row_length
+        self.counts["num_target_tokens"] += num_target_tokens
+
+    def close(self) -> str:
+        """Close the files, and return the fingerprint of the rows, in hex."""
+        for file in self._files.values():
+            file.close()
+        return self._hash.hexdigest()
+
+    def notices(self, unusable_records: str) -> list[str]:
+        """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""
+        lines, num_records = [], self.counts["records"] + self.problems.get("unusable", (0, ""))[0]
+        if len(self._pending):
+            lines.append(f"{self.split}: the last {len(self._pending)} tokens do not fill a block and are left out")
+        for kind in [kind for kind in PROBLEMS if kind in self.problems]:
+            number, first = self.problems[kind]
+            lines.append(
+                f"{self.split}: {number} of {num_records} {PROBLEMS[kind].format(self.block_size)} (first: {first})"
+            )
+            if kind == "too long" and number == num_records:
+                raise UserError(
+                    f"--block-size {self.block_size}: all {number} {self.split} records are longer (first: {first}); "
+                    "raise --block-size"
+                )
+            if kind == "unusable" and (unusable_records == "refuse" or number == num_records):
+                is_some = number < num_records
+                remedy = "leave them out with --unusable-records drop" if is_some else "pass another --chat-template"
+                raise UserError(f"{lines[-1].replace(' and are left out', '')}; correct them, or {remedy}")
+        return lines
+
+    def read_back(self) -> TokenDataset:
+        """The rows, once the writer is closed."""
+        return map_rows(self.folder, self.split, self.dtype, self.counts, "mask" in self._files)
+
+    def write_row_info(self, train: TokenDataset | None) -> dict[str, int]:
+        """Write who the rows of an evaluation split are; returns the sums of it.
+
+        `train`: the training blocks, None where its rows are single records.
+        """
+        import pandas as pd
+
+        dataset, rows = self.read_back(), self.rows
+        if self.is_blocks:  # no single record: a hash of their token ids
+            block_ids, train_ids = (
+                [f"{content_hash(blocks.row(i).astype('<u4').tobytes()):016x}" for i in range(len(blocks))]
+                for blocks in (dataset, train if train is not None and len(dataset) else NO_ROWS)
+            )
+            rows = [(row_id, None, row_id in set(train_ids)) for row_id in block_ids]
+        frame = pd.DataFrame(rows, columns=["id", "group", "in_train"])
+        frame["occurrence"] = frame.groupby("id").cumcount()
+        frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)
+        frame.to_parquet(self.folder / f"{self.split}.rows.parquet", compression="zstd")
+        units = {group or row_id for row_id, group, in_train in rows if not in_train}  # which an interval tells apart
+        return {"target_bytes": int(frame["bytes"].sum()), "units": len(units)}
