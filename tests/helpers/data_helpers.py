@@ -19,10 +19,7 @@ EVENTS = [
     }
     for i in range(60)
 ]
-
-
 PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
-NO_TEMPLATES = {"prompt": None, "completion": None}
 EVENT_TEXTS = [" ".join(event.values()) for event in EVENTS]
 
 
@@ -46,32 +43,33 @@ def make_tokenizer(
     return folder
 
 
-def write_csv(path: Path, records: Sequence[dict[str, Any]], delimiter: str = ",") -> Path:
-    """The records with a header, quoted where they must be."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(records)
+def write_records(path: Path, records: Sequence[Any]) -> Path:
+    """The records in the format of the file's ending; text and bytes as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(records, str | bytes):
+        path.write_bytes(records if isinstance(records, bytes) else records.encode())
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
-def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """The records with the types that Arrow finds in them."""
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
-    return path
-
-
-def read_records(path: Path) -> list[Any]:
-    """The records of a file or folder, as `--data` reads them."""
+def find_source(spec: Any, flag: str = "--data") -> Any:
+    """The source that one flag names by itself."""
     from trainer.data import sources
 
-    return [record for _, _, record in sources.records(sources.find(str(path)))]
+    return sources.choose_split(sources.find_splits(str(spec), flag), str(spec), flag)
+
+
+def read_records(spec: Any) -> list[Any]:
+    """The records of a file or folder, as `--data` reads them."""
+    return [record for _, record in find_source(spec).records()]

@@ -148,7 +148,7 @@ FORMATS = (
     RecordFormat(
         "prompt-completion",
         lambda record: _chat(conversations.from_prompt_completion(record)),
-        PAIR_MEANING,
+        "messages, loss on the completion",
         PAIR_COLUMNS,
         ("completion",),
         is_chat=True,
@@ -158,7 +158,7 @@ FORMATS = (
         "alpaca", _render_alpaca, "Alpaca's prompt, loss on the output", ("instruction", "output"), PAIR_OBJECTIVES
     ),
     RecordFormat("acled", _render_acled, "an ACLED event's fields, then its notes"),
-    RecordFormat("text", _render_text, "texts as they are", ("text",), columns=("text",)),
+    RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",)),
 )
 
 

@@ -96,14 +96,17 @@ def prepare(
     sources = find_sources(settings)
     has_val = any(source.split == "val" for source in sources)
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
-    inputs = [_open_input(source, settings, fractions) for source in sources]
+    inputs = [open_input(source, settings, fractions) for source in sources]
     first = inputs[0].record_format
     for other in inputs[1:]:  # the loss of one format says nothing of another; what is retained is plain text
-        names, is_chat = {first.name, other.record_format.name}, first.is_chat and other.record_format.is_chat
-        if len(names) > 1 and ("input_ids" in names if other.source.split == "retain" else not is_chat):
-            where = f"{inputs[0].source.where()} and {other.source.where()} ({other.source.split})"
+        formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}
+        is_apart = "input_ids" in (first.name, other.record_format.name)
+        if other.source.split != "retain":
+            is_apart = not (first.is_chat and other.record_format.is_chat)
+        if len(formats) > 1 and is_apart:
             raise UserError(
-                f"{where}: one holds {first.name}, the other {other.record_format.name}; give both in one format"
+                f"{inputs[0].source.where()} and {other.source.where()} ({other.source.split}): one holds "
+                f"{', the other '.join(formats.values())}; give both in one format"
             )
     settings = replace(settings, objective=settings.objective or first.objectives[0])
     tokenizer = None if first.name == "input_ids" else load_tokenizer(model)
@@ -145,7 +148,7 @@ def prepare(
     return dataset
 
 
-def _open_input(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> DataInput:
+def open_input(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> DataInput:
     if source.split == "retain":  # plain text, whatever the training records are
         settings = replace(
             settings, prompt=None, completion=None, format=None, split_by=None, objective="blocks", packing=False

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import data_helpers as samples
+from helpers.data_helpers import write_records
 
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
@@ -14,14 +15,27 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def refusal_message(tmp_path, model, monkeypatch):
-    """Prepare `data` in the folder of the test and return the one line it is refused with."""
+def prepare_file(tmp_path, model):
+    """Prepare a file with the cache in the folder of the test."""
+
+    def prepare_with_cache(data, model=model, global_batch=2, log=lambda line: None, **settings):
+        options = {"data": str(data), "block_size": 32, **settings}
+        cache = tmp_path / "cache"
+        return prepare(DataSettings(**options), model=model, global_batch=global_batch, cache=cache, log=log)
+
+    return prepare_with_cache
+
+
+@pytest.fixture
+def refusal_message(tmp_path, prepare_file, monkeypatch):
+    """The one line with which `data` in the folder of the test is refused; `files`: {name: records, text or bytes}."""
     monkeypatch.chdir(tmp_path)
 
-    def prepare_refused(data, **settings):
-        options = {"block_size": 16, "prompt": "{mr}", "completion": "{ref}", **settings}
+    def prepare_refused(data, files=None, **settings):
+        for name, content in (files or {}).items():
+            write_records(tmp_path / name, content)
         with pytest.raises(UserError) as error_info:
-            prepare(DataSettings(data=data, **options), model=model, global_batch=2, cache=tmp_path / "cache")
+            prepare_file(data, **{"prompt": "{mr}", "completion": "{ref}", **settings})
         assert "\n" not in str(error_info.value)
         assert not list((tmp_path / "cache").glob("prepared/*"))
         return str(error_info.value)

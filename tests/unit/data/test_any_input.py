@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
-from trainer.data import cache, sources
-from trainer.data.formats import FORMATS, DataInput, choose_format
+from trainer.data.formats import FORMATS
+from trainer.data.prepare import check_records, open_input
+from trainer.data.sources import find_sources
 
 NAMES = st.sampled_from(
     ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.csv.gz", "a.txt.zst"]
@@ -42,24 +43,18 @@ def read_or_refuse(name, content, options):
         path = Path(folder) / name
         path.write_bytes(content)
         refusal = ""
+        settings = DataSettings(data=str(path), block_size=8, **options)
         try:
-            source = sources.find(str(path))
-            record_format = choose_format(
-                sources.columns(source), DataSettings(data=str(path), block_size=8, **options), str(path)
-            )
-            cache.fingerprint_files(source, Path(folder))
-            data_input = DataInput(source=source, record_format=record_format, split_by=None, fractions=(0.1, 0.0))
-            for example in data_input.examples():
-                if example is not None:
-                    assert example.content() or example.ids
-                    data_input.count(example, "train")
+            inputs = [open_input(source, settings, (0.1, 0.0)) for source in find_sources(settings)]
+            check_records(settings, inputs)
+            assert all(example is None or example.content() or example.ids for example in inputs[0].examples())
         except UserError as error:
             refusal = str(error)
         assert "\n" not in refusal
         assert "\x1b" not in refusal
 
 
-def check_records(name, records, options):
+def check_file(name, records, options):
     text = json.dumps(records) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in records)
     read_or_refuse(name, text.encode(), options)
 
@@ -71,4 +66,4 @@ def test_any_bytes_are_read_or_refused_in_one_line(num_inputs):
 
 @many_inputs(200)
 def test_any_json_records_are_read_or_refused_in_one_line(num_inputs):
-    check_inputs(num_inputs, check_records, st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)
+    check_inputs(num_inputs, check_file, st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)

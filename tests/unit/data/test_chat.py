@@ -4,18 +4,17 @@ import itertools
 import json
 import re
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers import data_helpers as samples
 from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
+from helpers.data_helpers import write_records
 
 from trainer.config.errors import UserError
-from trainer.config.settings import DataSettings
 from trainer.data import chat
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.conversations import Conversation, from_messages, from_sharegpt
-from trainer.data.prepare import prepare
 from trainer.data.sampler import IGNORE_INDEX, collate
 from trainer.data.tokenizer import load_tokenizer, show_examples
 
@@ -135,33 +134,27 @@ def chat_records(number=40):
 
 
 @pytest.fixture
-def prepare_chat(tmp_path, chat_model):
-    def prepare_with_cache(file, **settings):
-        options = {"data": str(file), "block_size": 64, "val_fraction": 0.3, **settings}
-        return prepare(DataSettings(**options), model=chat_model, global_batch=2, cache=tmp_path / "cache")
-
-    return prepare_with_cache
-
-
-def as_conversations(record):
-    turns = [{"from": "human" if m["role"] == "user" else "gpt", "value": m["content"]} for m in record["messages"][1:]]
-    return {"conversations": turns, "system": SYSTEM["content"]}
-
-
-def as_prompt_and_completion(record):
-    return {"prompt": record["messages"][:2], "completion": record["messages"][2:]}
+def prepare_chat(prepare_file, chat_model):
+    return partial(prepare_file, **{"model": chat_model, "block_size": 64, "val_fraction": 0.3})
 
 
 def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, tokenizer):
-    records = chat_records()
-    files = {
-        "messages": samples.write_parquet(tmp_path / "messages.parquet", records),
-        "conversations": samples.write_jsonl(tmp_path / "conversations.jsonl", map(as_conversations, records)),
-        "prompt-completion": samples.write_jsonl(tmp_path / "pairs.jsonl", map(as_prompt_and_completion, records)),
-    }
-    expected = prepare_chat(samples.write_jsonl(tmp_path / "messages.jsonl", records))
-    for form, file in files.items():
-        prepared = prepare_chat(file)
+    records, senders = chat_records(), {"user": "human", "assistant": "gpt"}
+    sharegpt = [
+        {
+            "conversations": [{"from": senders[m["role"]], "value": m["content"]} for m in record["messages"][1:]],
+            "system": SYSTEM["content"],
+        }
+        for record in records
+    ]
+    pairs = [{"prompt": record["messages"][:2], "completion": record["messages"][2:]} for record in records]
+    expected = prepare_chat(write_records(tmp_path / "messages.jsonl", records))
+    for form, name, content in (
+        ("messages", "messages.parquet", records),
+        ("conversations", "conversations.jsonl", sharegpt),
+        ("prompt-completion", "pairs.jsonl", pairs),
+    ):
+        prepared = prepare_chat(write_records(tmp_path / name, content))
         assert prepared.metadata["fingerprint"] == expected.metadata["fingerprint"]
         assert (prepared.metadata["form"], prepared.metadata["objective"]) == (form, "completion")
     text = tokenizer.decode(prepared.train.row(0)[prepared.train.is_target(0)])
@@ -175,7 +168,7 @@ def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, toke
 
 
 def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path, prepare_chat, tokenizer):
-    data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", chat_records()))
+    data = prepare_chat(write_records(tmp_path / "a.jsonl", chat_records()))
     headline, line = show_examples(data.train, tokenizer, 1, is_coloured=False)
     is_target = data.train.is_target(0)
     assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them target tokens"
@@ -189,8 +182,7 @@ def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path
 
 
 def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokenizer):
-    file = samples.write_jsonl(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS]}, *chat_records()])
-    data = prepare_chat(file)
+    data = prepare_chat(write_records(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS]}, *chat_records()]))
     for split in ("train", "val"):
         dataset = getattr(data, split)
         counts = [int(dataset.is_target(i).sum()) for i in range(len(dataset))]
@@ -198,8 +190,7 @@ def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokeniz
         assert data.metadata[split]["num_target_tokens"] == sum(counts)
         batch = collate(dataset, np.arange(len(dataset)), 0)
         assert (batch.labels != IGNORE_INDEX).sum() == sum(counts)
-    info = data.row_info("val")
-    for i, num_bytes in enumerate(info.num_bytes):
+    for i, num_bytes in enumerate(data.row_info("val")["bytes"]):
         text = tokenizer.decode(data.val.row(i)[data.val.is_target(i)], skip_special_tokens=True)
         assert num_bytes == len(text.encode())
 
@@ -207,14 +198,14 @@ def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokeniz
 def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_refused(tmp_path, prepare_chat):
     long_turn = {"role": "assistant", "content": "The answer is 42. " * 30}
     cut = {"messages": [TURNS[0], TURNS[1], TURNS[2], long_turn]}
-    data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", [cut, *chat_records()]))
+    data = prepare_chat(write_records(tmp_path / "a.jsonl", [cut, *chat_records()]))
     assert re.search(r"1 of \d+ conversations are cut at --block-size 64", "\n".join(data.metadata["notices"]))
     assert max(data.train.lengths().max(), data.val.lengths().max()) == 64
     with_tools = [{**record, "tools": TOOLS} for record in chat_records()]
-    notices = "\n".join(prepare_chat(samples.write_jsonl(tmp_path / "t.jsonl", with_tools)).metadata["notices"])
+    notices = "\n".join(prepare_chat(write_records(tmp_path / "t.jsonl", with_tools)).metadata["notices"])
     assert re.search(r"train: (\d+) of \1 conversations have tools, which the chat template does not write", notices)
     gone = {"messages": [{"role": "user", "content": "Hello there. " * 60}, TURNS[1]]}
-    file = samples.write_jsonl(tmp_path / "b.jsonl", [*chat_records(), gone, gone])
+    file = write_records(tmp_path / "b.jsonl", [*chat_records(), gone, gone])
     problem = r"train: 2 of \d+ conversations cannot be trained on \(first.*, line 41: its ass.*--unusable-records drop"
     with pytest.raises(UserError, match=problem):
         prepare_chat(file)
@@ -223,16 +214,11 @@ def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_re
     assert any("are left out (first: " in line for line in data.metadata["notices"])
 
 
-def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat, chat_model):
+def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat):
     bare = make_chat_tokenizer(tmp_path / "bare")
-    file = samples.write_jsonl(tmp_path / "a.jsonl", chat_records())
-    settings = DataSettings(data=str(file), block_size=64)
+    file = write_records(tmp_path / "a.jsonl", chat_records())
     with pytest.raises(UserError, match=r"its tokenizer has no chat template; pass --chat-template FILE"):
-        prepare(settings, model=str(bare), global_batch=2, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match=r"--chat-template no\.jinja: cannot be read"):
-        prepare_chat(file, chat_template="no.jinja")
-    with pytest.raises(UserError, match=r"--objective blocks needs another format than messages"):
-        prepare_chat(file, objective="blocks")
+        prepare_chat(file, model=str(bare))
     (tmp_path / "c.jinja").write_text(TEMPLATES["llama3"][0])
     data = prepare_chat(file, chat_template=str(tmp_path / "c.jinja"))
     assert data.metadata["chat_template"] == TEMPLATES["llama3"][0]
@@ -287,11 +273,14 @@ def test_a_bad_conversation_is_one_line_with_its_place(tmp_path, prepare_chat, r
 
 def test_text_and_messages_in_one_column_are_refused(tmp_path, prepare_chat):
     records = [{"prompt": "x", "completion": " y"}, {"prompt": [TURNS[0]], "completion": [TURNS[1]]}]
-    with pytest.raises(UserError, match=r"line 2: text and messages in one column"):
-        prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", records * 20))
-    text, chat = (samples.write_jsonl(tmp_path / f"{i}.jsonl", [record] * 20) for i, record in enumerate(records))
+    for order, problem in ((1, "column 'prompt' holds a list, expected text"), (-1, "holds 'x', expected a list of")):
+        with pytest.raises(UserError, match=f"line 2: .*{problem}"):
+            prepare_chat(write_records(tmp_path / "a.jsonl", records[::order] * 20))
+    text, chat = (write_records(tmp_path / f"{i}.jsonl", [record] * 20) for i, record in enumerate(records))
     for first, second in ((text, chat), (chat, text)):
-        with pytest.raises(UserError, match=r"--val-data .* one of the splits holds conversations and another text"):
+        with pytest.raises(
+            UserError, match=r"--val-data .* one holds prompt-completion .* the other prompt-completion"
+        ):
             prepare_chat(first, val_data=str(second))
 
 

@@ -1,5 +1,6 @@
 """The embedded events name nobody, and are a stranger to the base's text."""
 
+import calendar
 import hashlib
 import json
 import re
@@ -7,7 +8,7 @@ import re
 import pytest
 from helpers.data_helpers import read_records
 
-from trainer.data.acled import MONTHS, format_prompt
+from trainer.data.acled import format_prompt
 from trainer.data.sources import DEMO_FILES
 
 
@@ -32,7 +33,7 @@ def test_the_demo_texts_are_those_on_which_every_number_was_measured(name, diges
 def test_no_name_stands_in_a_note_that_its_record_does_not_hold(rows):
     """So no person can be named: the other columns hold invented places, groups and sources only."""
     labels = "Property destruction Arrests Weapons seizure Movement Non Agreement Base Other"
-    plain = {*MONTHS, "On", "Around", "IED", "Liberation", "Front", *labels.split()}
+    plain = {*calendar.month_name[1:], "On", "Around", "IED", "Liberation", "Front", *labels.split()}
     for row in rows:
         known = {word for column, value in row.items() if column != "notes" for word in re.findall(r"\w+", value or "")}
         inside = re.findall(r"(?<![.:] )(?<!^)\b[A-Z]\w+", row["notes"])

@@ -9,12 +9,12 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data import acled
-from trainer.data.formats import RecordError, choose_format, parse_template
+from trainer.data.formats import choose_format, parse_template
+from trainer.data.values import RecordError
 
 OLD_EXPORT = {
     "EVENT_ID_CNTY": "1ALG",
     "EVENT_DATE": "18-December-2019",
-    "YEAR": 2019,
     "EVENT_TYPE": "Protests",
     "SUB_EVENT_TYPE": "Peaceful protest",
     "ACTOR1": "Protesters (Algeria)",
@@ -30,7 +30,6 @@ OLD_EXPORT = {
 NEW_EXPORT = {
     "event_id_cnty": "1ALG",
     "event_date": "2019-12-18",
-    "year": "2019",
     "disorder_type": "Demonstrations",
     "event_type": "Protests",
     "sub_event_type": "Peaceful protest",
@@ -39,52 +38,54 @@ NEW_EXPORT = {
     "inter1": "Protesters",
     "actor2": "",
     "inter2": "",
-    "civilian_targeting": "",
     "country": "Algeria",
     "location": "Bejaia",
     "source": "A; B",
     "fatalities": 0.0,
     "tags": "crowd size=no report",
     "notes": "On 18 December 2019, students met in Bejaia.",
-    "timestamp": "1577145600",
 }
+EVENT_PROMPT = (
+    "Date: 18 December 2019\nType: Protests\nSub-type: Peaceful protest\nActor 1: Protesters (Algeria)\n"
+    "Inter 1: Protesters\nCountry: Algeria\nLocation: Bejaia\nFatalities: 0\nSource: A; B\nNotes:"
+)
 
 
-def format_of(columns, **settings):
-    return choose_format(columns, DataSettings(**{"data": "d.csv", "block_size": 64, **settings}), "d.csv")
+def choose(first, **settings):
+    """The format of a file that begins with this record."""
+    return choose_format(first, DataSettings(**{"data": "d.csv", "block_size": 64, **settings}), "d.csv")
 
 
-def test_templates_fill_columns_and_halve_doubled_braces():
-    chosen = format_of(["mr", "a b", "ref"], prompt="{{{mr}}} {a b}:", completion=" {ref}")
-    assert chosen.render({"mr": "x{y}", "a b": 3, "ref": "z"}) == ("{x{y}} 3:", " z")
-    assert chosen.columns == ("mr", "a b", "ref")
+def render(record, **settings):
+    """(prompt, completion) of a record that is the first of its file."""
+    example = choose(record, **settings).render(record)
+    return example.prompt, example.completion
 
 
-@pytest.mark.parametrize("hint", [{"hint": ""}, {"hint": None}, {}])
-def test_a_line_of_the_prompt_whose_columns_are_empty_is_left_out(hint):
-    chosen = format_of(["q", "hint", "a"], prompt="Q: {q}\nHint: {hint}\nA:", completion="{a}")
-    assert chosen.render({"q": "why", "hint": "see", "a": "so"}) == ("Q: why\nHint: see\nA:", "so")
-    assert chosen.render({"q": "why", "a": "so", **hint}) == ("Q: why\nA:", "so")
+@pytest.mark.parametrize(
+    ("record", "prompt", "completion", "expected"),
+    [
+        ({"mr": "x{y}", "a b": 3, "ref": "z"}, "{{{mr}}} {a b}:", " {ref}", ("{x{y}} 3:", " z")),
+        # a line of the prompt whose columns are empty is left out
+        ({"q": "why", "hint": "see", "a": "so"}, "Q: {q}\nH: {hint}\nA:", "{a}", ("Q: why\nH: see\nA:", "so")),
+        ({"q": "why", "hint": "", "a": "so"}, "Q: {q}\nH: {hint}\nA:", "{a}", ("Q: why\nA:", "so")),
+        ({"q": "why", "hint": None, "a": "so"}, "Q: {q}\nH: {hint}\nA:", "{a}", ("Q: why\nA:", "so")),
+        # numbers and dates are written as in a CSV file
+        ({"v": 3}, None, "{v}", ("", "3")),
+        ({"v": 0.5}, None, "{v}", ("", "0.5")),
+        ({"v": datetime.date(2022, 1, 5)}, None, "{v}", ("", "2022-01-05")),
+        ({"v": datetime.datetime(2022, 1, 5)}, None, "{v}", ("", "2022-01-05")),
+        ({"v": datetime.datetime(2022, 1, 5, 6)}, None, "{v}", ("", "2022-01-05 06:00:00")),
+    ],
+)
+def test_templates_fill_columns(record, prompt, completion, expected):
+    assert render(record, prompt=prompt, completion=completion) == expected
 
 
 @pytest.mark.parametrize("template", ["{mr", "mr}", "{}", "a { b", "{{mr}"])
 def test_a_stray_brace_is_refused_with_its_place(template):
     with pytest.raises(UserError, match=r"--prompt .* brace stands alone at character \d"):
         parse_template(template, "--prompt")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (3, "3"),
-        (0.5, "0.5"),
-        (datetime.date(2022, 1, 5), "2022-01-05"),
-        (datetime.datetime(2022, 1, 5), "2022-01-05"),
-        (datetime.datetime(2022, 1, 5, 6), "2022-01-05 06:00:00"),
-    ],
-)
-def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
-    assert format_of(["v"], completion="{v}").render({"v": value}) == ("", text)
 
 
 @pytest.mark.parametrize(
@@ -103,92 +104,73 @@ def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
 )
 def test_a_value_that_is_no_text_is_refused_with_its_column(record, problem):
     with pytest.raises(RecordError, match=problem):
-        format_of(["v", "w"], prompt="{v}", completion="{w}").render(record)
+        choose({"v": "", "w": ""}, prompt="{v}", completion="{w}").render(record)
 
 
-def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
-    assert acled.is_acled(OLD_EXPORT)
-    assert acled.is_acled(NEW_EXPORT)
-    prompt, completion = format_of(list(OLD_EXPORT)).render(OLD_EXPORT)
-    assert format_of(list(NEW_EXPORT)).render(NEW_EXPORT) == (prompt, completion)
-    assert prompt == (
-        "Date: 18 December 2019\nType: Protests\nSub-type: Peaceful protest\nActor 1: Protesters (Algeria)\n"
-        "Inter 1: Protesters\nCountry: Algeria\nLocation: Bejaia\nFatalities: 0\nSource: A; B\nNotes:"
-    )
-    assert completion == " On 18 December 2019, students met in Bejaia."
-
-
-@pytest.mark.parametrize("key", [str.title, str.upper, lambda name: f" {name.replace('_', ' ')} "])
-def test_acled_columns_are_known_in_any_case_and_may_be_missing(key):
-    event, whole = {key(name): value for name, value in NEW_EXPORT.items()}, format_of(list(NEW_EXPORT))
-    assert format_of(list(event)).render(event) == whole.render(NEW_EXPORT)
+@pytest.mark.parametrize("rename", [str, str.title, str.upper, lambda name: f" {name.replace('_', ' ')} "])
+def test_acled_exports_of_one_event_become_the_same_text_in_any_case_and_with_columns_missing(rename):
+    event = {rename(name): value for name, value in NEW_EXPORT.items()}
+    expected = (EVENT_PROMPT, " On 18 December 2019, students met in Bejaia.")
+    assert render(OLD_EXPORT) == render(event) == expected
     for name in ("event_date", "sub_event_type", "actor1", "fatalities", "location"):
-        fewer = {other: value for other, value in event.items() if other != key(name)}
-        lines = whole.render(NEW_EXPORT)[0].splitlines()
-        expected = [line for line in lines if not line.startswith(f"{acled.FIELDS[name]}:")]
-        assert len(expected) == len(lines) - 1
-        assert format_of(list(fewer)).render(fewer)[0].splitlines() == expected
+        fewer = {other: value for other, value in event.items() if other != rename(name)}
+        lines = [line for line in EVENT_PROMPT.splitlines() if not line.startswith(f"{acled.FIELDS[name]}:")]
+        assert render(fewer)[0].splitlines() == lines
 
 
 @pytest.mark.parametrize(
-    ("date", "expected"),
+    ("field", "value", "expected"),
     [
-        *((f"{day}{month}2022", "5 January 2022") for day in ("5", "05") for month in ("-January-", " jan ")),
-        ("2022-01-05", "5 January 2022"),
-        ("2022-01-05T00:00:00", "5 January 2022"),
-        *((unknown, None) for unknown in ("05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", "")),
+        *(
+            ("event_date", f"{day}{month}2022", "5 January 2022")
+            for day in ("5", "05")
+            for month in ("-January-", " jan ")
+        ),
+        ("event_date", "2022-01-05", "5 January 2022"),
+        ("event_date", "2022-01-05T00:00:00", "5 January 2022"),
+        *(("event_date", text, text) for text in ("05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", "")),
+        *(("inter1", text, "State Forces") for text in ("1", "1.0", "State forces")),
+        ("inter1", "Rebel group", "Rebel Groups"),
+        ("inter1", "0", ""),
+        ("inter1", "External/Other forces", "External/Other Forces"),
+        ("inter1", "42", "42"),
+        ("fatalities", "3.0", "3"),
     ],
 )
-def test_spellings_of_a_date_become_one_and_an_unknown_one_stays_as_it_is(date, expected):
-    assert acled.format_date(date) == expected
-    assert acled.format_field("event_date", date) == (expected or date)
-
-
-@pytest.mark.parametrize(
-    ("inter", "name"),
-    [
-        ("1", "State Forces"),
-        ("1.0", "State Forces"),
-        ("State forces", "State Forces"),
-        ("Rebel group", "Rebel Groups"),
-        ("0", ""),
-        ("External/Other forces", "External/Other Forces"),
-        ("42", "42"),
-    ],
-)
-def test_inter_codes_and_names_become_one_spelling(inter, name):
-    assert acled.inter_name(inter) == name
+def test_spellings_of_a_field_become_one_and_an_unknown_one_stays_as_it_is(field, value, expected):
+    assert acled.format_field(field, value) == expected
+    unknown_date = acled.render({**NEW_EXPORT, field: value})[2]
+    assert unknown_date == (value if value == expected and field == "event_date" and value else None)
 
 
 def test_templates_go_before_token_ids_before_acled_before_text():
-    columns = ["input_ids", "text", *NEW_EXPORT]
-    assert format_of(columns, completion="{notes}").name == "template"
-    assert format_of(columns).name == "input_ids"
-    assert format_of(columns[1:]).name == "acled"
-    assert format_of(["text", "other"]).name == "text"
-    assert format_of(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
+    record = {"input_ids": [1], "text": "a", **NEW_EXPORT}
+    assert choose(record, completion="{notes}").name == "template"
+    assert choose(record).name == "input_ids"
+    assert choose({"text": "a", **NEW_EXPORT}).name == "acled"
+    assert render({"text": " a\n", "other": 1}) == ("", " a\n")
+    assert choose({"prompt": "a", "completion": "b"}).objectives[0] == "completion"
+    alpaca = {"instruction": "{a}", "input": "b", "output": " c"}
+    assert render(alpaca)[0].endswith("### Instruction:\n{a}\n\n### Input:\nb\n\n### Response:\n")
+    assert render({**alpaca, "input": ""})[0].endswith("request.\n\n### Instruction:\n{a}\n\n### Response:\n")
 
 
 @pytest.mark.parametrize(
     ("columns", "settings", "problem"),
     [
-        (["mr", "ref"], {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
-        (["mr"], {"completion": "done"}, "--completion 'done': names no column"),
-        (["mr", "ref"], {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
-        (
-            ["prompt", "chosen", "rejected"],
-            {},
-            r"preferences \(columns chosen, rejected\).*; this program trains on one",
-        ),
-        (["chosen", "rejected"], {}, r"preferences \(columns chosen, rejected\).*; this program trains on one answer"),
-        (["text"], {"objective": "completion"}, "--objective completion needs .*--completion"),
-        (["input_ids"], {"objective": "completion"}, "--objective completion needs .*--completion"),
-        (["mr", "ref"], {"objective": "completion"}, "--objective completion needs .*--completion"),
+        ("mr ref", {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
+        ("mr", {"completion": "done"}, "--completion 'done': names no column"),
+        ("mr ref", {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
+        ("prompt chosen rejected", {}, r"preferences \(`chosen`, `rejected`\) are not trained on"),
+        ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),
+        ("input_ids", {"objective": "completion"}, "--objective completion needs .*--completion"),
+        ("messages", {"objective": "blocks"}, "--objective blocks needs another format than messages"),
+        ("mr ref", {"format": "alpaca"}, "--format alpaca: d.csv has no column instruction and output"),
     ],
 )
 def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(columns, settings, problem):
     with pytest.raises(UserError, match=problem):
-        format_of(columns, **settings)
+        choose(dict.fromkeys(columns.split(), "x"), **settings)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +186,11 @@ def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(column
 )
 def test_a_record_that_its_format_cannot_use_is_refused_by_its_column(record, problem):
     with pytest.raises(RecordError, match=problem):
-        format_of(list(record)).render(record)
+        choose(record).render(record)
 
 
 def test_importing_the_data_package_loads_nothing_heavy():
     heavy = ["torch", "datasets", "transformers", "tokenizers", "pandas", "pyarrow", "huggingface_hub"]
-    code = f"import sys, trainer.data; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, trainer.data.prepare; print([name for name in {heavy!r} if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert process.stdout.strip() == "[]"

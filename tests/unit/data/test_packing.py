@@ -38,13 +38,12 @@ def make_dataset(lengths, seed=0, with_mask=False):
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = rng.integers(0, VOCABULARY, offsets[-1]).astype(np.uint16)
-    first = np.array([rng.integers(1, length) for length in lengths], dtype=np.int32)
     mask = None
     if with_mask:
         mask = (rng.random(offsets[-1]) < 0.5).astype(np.uint8)
         mask[offsets[:-1]] = 0
         mask[offsets[1:] - 1] = 1
-    return TokenDataset(ids=ids, offsets=offsets, first_target=first, target_mask=mask)
+    return TokenDataset(ids=ids, offsets=offsets, target_mask=mask)
 
 
 @settings(max_examples=200, deadline=None)

@@ -24,7 +24,8 @@ def make_dataset(lengths, first=None):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(10, 10 + offsets[-1], dtype=np.uint16)
     ids[offsets[1:] - 1] = EOS
-    return TokenDataset(ids=ids, offsets=offsets, first_target=np.asarray(first or [1] * len(lengths), dtype=np.int32))
+    masks = [np.arange(length) >= start for length, start in zip(lengths, first or [], strict=False)]
+    return TokenDataset(ids=ids, offsets=offsets, target_mask=np.concatenate(masks).astype(np.uint8) if first else None)
 
 
 def make_order(dataset, **overrides):
@@ -140,7 +141,6 @@ def test_train_batches_draw_every_step_of_every_epoch_in_the_sampler_s_order(ran
             assert (b.num_tokens, b.num_target_tokens) == step_counts(dataset, order, b.step_in_epoch, 4)
     resumed = next(iter(batches(5, 6)))  # drawn backwards in the same object, and without what came before it
     assert resumed.example_ids == steps[5].example_ids
-    assert batches.wait_seconds > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -9,7 +9,7 @@ from helpers.data_helpers import read_records
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.data.acled import format_completion, format_prompt
+from trainer.data.acled import format_prompt
 from trainer.data.sources import DEMO_FILES
 from trainer.data.tokenizer import DEMO_MODEL_FOLDER
 
@@ -26,7 +26,7 @@ def tokenizer() -> Any:
 
 def demo_texts(n: int = 400) -> list[str]:
     events = read_records(DEMO_FILES["acled-demo"])[:n]
-    return [format_prompt(event) + format_completion(event["notes"]) for event in events]
+    return [format_prompt(event) + f" {event['notes']}" for event in events]
 
 
 def mean_loss(model: Any, ids: list[int], block: int = 256) -> float:

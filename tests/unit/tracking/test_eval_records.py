@@ -34,11 +34,11 @@ from trainer.tracking.records import EvalRecord, EventRecord
 
 
 def make_rows(num_rows: int = 5) -> pd.DataFrame:
-    ids = ["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"]
+    ids = pd.Series(["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"])
     return pd.DataFrame(
         {
             "id": ids,
-            "occurrence": [0] * (num_rows - 1) + [1],
+            "occurrence": ids.groupby(ids).cumcount(),
             "group": ["g", *[None] * (num_rows - 1)],
             "targets": range(1, num_rows + 1),
             "bytes": 7,
