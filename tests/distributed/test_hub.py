@@ -13,7 +13,7 @@ from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
-from trainer.data.sources import find
+from trainer.data.sources import find_splits
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RUN_TWICE_CODE = """
@@ -77,4 +77,4 @@ def test_a_data_set_with_several_configurations_is_one_line_that_lists_them(monk
     monkeypatch.setattr(hf_hub, "is_reachable", lambda: True)
     monkeypatch.setattr(hf_hub.import_datasets(), "load_dataset", refuse)
     with pytest.raises(UserError, match=r"available configs: \['one', 'two'\]; .* its configuration as me/set:NAME$"):
-        find("me/set")
+        find_splits("me/set", "--data")
