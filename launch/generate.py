@@ -34,7 +34,6 @@ def build_parser() -> ArgumentParser:
     add("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
     add("--text", action="store_true", help=text_help)
     add("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
-    add("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
     return parser
 
 

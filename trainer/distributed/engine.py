@@ -59,7 +59,6 @@ class Engine:
         self.plan = plan
         self.plan_changes: list[dict[str, Any]] = []  #: `ExecutionPlan.as_entry` of those that took its place, in order
         self.graph_checks: list[str] = []  #: one line for each CUDA graph that was compared with its eager step
-        self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
         self.data_wait_seconds = 0.0  #: until the rows of steps were drawn
         self._seed = train_settings.seed
         self._launch_time = self._last_end_time = 0.0
@@ -215,9 +214,7 @@ class Engine:
 
         def wait_for_sums(read: Callable[[], list[float]]) -> tuple[float, bool, list[float]]:
             """(exact sum of all micro-batches' sums, whether any rank wants to stop, the numbers after these)."""
-            start_time, width = time.perf_counter(), len(own_row)
-            numbers = read()
-            self.device_wait_seconds += time.perf_counter() - start_time
+            numbers, width = read(), len(own_row)
             sums = [value for index, value in enumerate(numbers[: len(rows)], 1) if index % width]
             if not all(map(math.isfinite, sums)):
                 raise NonFiniteError("loss nan")

@@ -75,8 +75,6 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
             "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
             "or a shorter --block-size need less"
         )
-    if plan.dropout > 0:
-        print("note           another micro-batch draws other dropout masks; all else stays the same run", flush=True)
     print(f"numbers        {path}; nothing was trained", flush=True)
     return 0
 
@@ -141,7 +139,6 @@ def fastest(trials: Sequence[Trial]) -> Trial | None:
 
 
 def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
-    """The table and the suggestion for people."""
     lines = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
     for trial in trials:
         outcome = f"does not fit: {trial.get('failure_reason')}"

@@ -15,7 +15,6 @@ from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import LoraSettings, Settings
-from trainer.config.text import markdown_table
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
@@ -70,17 +69,10 @@ def generate(args: argparse.Namespace) -> int:
             lines.append(("reference" if len(prompt.references) == 1 else f"reference {number}", reference))
         show_plan([*lines, *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
-    score_lines = []
     for label, completions in texts.items() if args.score else ():
         scores = text_scores([completions[i] for i in scored], [prompts[i].references for i in scored])
         values = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-        score_lines.append(f"{label}: {values} over {len(scored)} prompts")
-        print(score_lines[-1], flush=True)
-    if args.output is not None:
-        rows = [[prompt.text, " / ".join(prompt.references)] for prompt in prompts]
-        rows = [[*row, *(texts[label][i] for label in texts)] for i, row in enumerate(rows)]
-        table = markdown_table(["prompt", "references", *texts], rows)
-        args.output.write_text("\n\n".join([table, *score_lines]) + "\n", "utf-8")
+        print(f"{label}: {values} over {len(scored)} prompts", flush=True)
     return 0
 
 

@@ -62,7 +62,6 @@ def measure_memory(args: argparse.Namespace, flags_of_methods: Mapping[str, str]
 
 
 def format_cells(result: Mapping[str, Any]) -> list[str]:
-    """The cells of a row after its name."""
     sizes = [f"{result[name] / 2**20:,.1f}" for name in ("optimizer_bytes", "peak_bytes", "checkpoint_bytes")]
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
 

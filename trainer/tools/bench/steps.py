@@ -39,7 +39,6 @@ from trainer.training.provenance import cpu_name, package_versions
 from trainer.training.schedule import TrainState
 
 WORKER_COMMAND = ("-m", "trainer.tools.bench.steps")
-TIMEOUT_SECONDS = 3600.0  # for one program in one round
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
 MEAN_LENGTH_SHARE = 0.3  # of ragged rows, of the longest
@@ -120,7 +119,7 @@ def measure_steps(args: argparse.Namespace) -> int:
             if row["problem"].startswith("failed"):  # it is not tried again
                 continue
             job = {name: value for name, value in row.items() if name != "results"}
-            answers, _, reason = run_job(WORKER_COMMAND, job, row["world_size"], timeout_seconds=TIMEOUT_SECONDS)
+            answers, _, reason = run_job(WORKER_COMMAND, job, row["world_size"])
             row["problem"] = "" if answers else f"failed: {reason}"
             row["results"] += answers
             if answers:
@@ -138,7 +137,6 @@ def measure_steps(args: argparse.Namespace) -> int:
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> Row:
-    """Medians over all windows of all rounds."""
     last, windows = results[-1], [result["windows"] for result in results]
     step_seconds = statistics.median(itertools.chain(*windows))
     ceiling_flops = statistics.median(result["ceiling_flops"] for result in results)
@@ -165,7 +163,6 @@ def add_speeds(rows: Sequence[Row]) -> None:
 
 
 def format_markdown(rows: Sequence[Row], rounds: int) -> str:
-    """The table and where it was measured, in Markdown."""
     cells = []
     for row in rows:
         cells.append([row["mode"], str(row["global_batch"]), row["name"]])
@@ -315,7 +312,6 @@ def _run_plain(job: Row, settings: Settings, data: PreparedDataset, model: Any, 
 def _run_hf_trainer(
     job: Row, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]
 ) -> None:
-    """`transformers.Trainer` with its defaults and the same numbers."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class AfterStep(TrainerCallback):

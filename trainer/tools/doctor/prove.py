@@ -42,8 +42,8 @@ WORKER_COMMAND = ("-m", "trainer.tools.doctor.prove")
 
 #: One of the table, as it stands in prove.json: `ds_config`, `world_size`, `execution`, and what the worker measured:
 #: `path` (how steps really ran), `loss_difference`, `norm_difference` (relative), `weight_difference` (a share of what
-#: the steps may move them), `step_ms`, `device_wait_share` (of the timed steps, for numbers of the device),
-#: `peak_memory_bytes`, and `problem`: why there are no numbers, or why others ran than were asked for.
+#: the steps may move them), `step_ms`, `peak_memory_bytes`, and `problem`: why there are no numbers, or why others ran
+#: than were asked for.
 Row = dict[str, Any]
 
 
@@ -107,7 +107,6 @@ def proof_settings(settings: Settings) -> Settings:
 
 
 def list_rows(plan: RunPlan, world_size: int) -> list[Row]:
-    """All that can run here."""
     if plan.schedule.batch.global_batch % world_size:
         return []
     rows = []
@@ -120,7 +119,6 @@ def list_rows(plan: RunPlan, world_size: int) -> list[Row]:
 
 
 def judge_row(row: Row, precision: str) -> str:
-    """equal, fell back, differs, or failed."""
     if "loss_difference" not in row:
         return "failed"
     bound, weight_bound = MAX_DIFFERENCE[precision], WEIGHT_BOUNDS[precision][0]
@@ -136,8 +134,7 @@ def _describe(row: Row) -> str:
             f"loss {row['loss_difference']:.0e}, gradient norm {row['norm_difference']:.0e}, weights "
             f"{row['weight_difference']:.1%} of their steps"
         )
-    waiting = f"{row.get('device_wait_share', 0):.0%} of it waiting for the device"
-    parts.append(f"{row['step_ms']:.1f} ms, {waiting}, peak {format_bytes(row['peak_memory_bytes'])}")
+    parts.append(f"{row['step_ms']:.1f} ms, peak {format_bytes(row['peak_memory_bytes'])}")
     return ", ".join(parts)
 
 
@@ -153,26 +150,23 @@ def measure_row(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict
     own = {name: job[name] for name in ("ds_config", "execution", "precision")}
     plan, engine = start_trial(replace(settings, engine=replace(settings.engine, **own)), data, dist_context)
     batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
-    losses, norms, seconds, waits = [], [], [], []
+    losses, norms, seconds = [], [], []
     for batch, result in engine.run(batches, lambda _: settings.train.lr):
         losses.append(result.loss_sum / batch.num_target_tokens)
         norms.append(result.grad_norm)
         seconds.append(result.elapsed_seconds)
-        waits.append(engine.device_wait_seconds)
     reference = torch.load(job["reference"])
     weight_difference = 0.0
     for name, weight in engine.state.gather_weights():
         differences = (weight - reference["weights"][name])[reference["counted"][name]].abs().nan_to_num(nan=math.inf)
         weight_difference = max(weight_difference, float(differences.max()) if len(differences) else 0.0)
-    timed = seconds[-(NUM_STEPS - 1) :]
     yield {
         "path": engine.plan.path,
         "problem": "; ".join(change["reason"] for change in engine.plan_changes),
         "loss_difference": _relative_difference(losses, reference["losses"]),
         "norm_difference": _relative_difference(norms, reference["norms"]),
         "weight_difference": weight_difference / (settings.train.lr * len(losses)),
-        "step_ms": 1000 * statistics.median(timed),
-        "device_wait_share": (waits[-1] - waits[-len(timed) - 1]) / sum(timed),
+        "step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :]),
     }
 
 

@@ -134,7 +134,7 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
 
     def curve(method: str, seed: int) -> pd.DataFrame:
         specs = [spec for spec in MethodSearch(rule, method, results).trials if spec.seed == seed]
-        step_seconds, points = timing.mean_step_seconds.get(method), []
+        step_seconds, points = step_costs.get(method), []
         for num_steps in rule.rungs:
             of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]
             run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
@@ -151,8 +151,10 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
             )
         return pd.DataFrame(points)
 
+    cost = timing.cost
+    step_costs = {} if cost.reason else {"full": cost.full, "lora": cost.lora}
     full, lora = ([curve(method, seed) for seed in rule.search_seeds] for method in PRIMARY)
-    return build_views(full, lora, no_seconds=timing.cost.reason)
+    return build_views(full, lora, no_seconds=cost.reason)
 
 
 def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:

@@ -63,7 +63,6 @@ class Rule(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """Its hash, in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 

@@ -37,16 +37,13 @@ class Candidate:
 
     @property
     def lr(self) -> float:
-        """The learning rate, to three digits."""
         return float(f"{10 ** (self.rate_index / self.rates_per_decade):.3g}")
 
     @property
     def label(self) -> str:
-        """Its part of a run's name."""
         return "-".join([self.method, *([f"r{self.lora_rank}"] if self.lora_rank else []), f"lr{self.lr:g}"])
 
     def at(self, rate_index: int) -> "Candidate":
-        """The same at another rate."""
         return dataclasses.replace(self, rate_index=rate_index)
 
 
@@ -77,7 +74,6 @@ class SearchOutcome:
     num_steps: int
 
     def describe(self) -> str:
-        """One line for people."""
         if self.winner is None or self.problem is not None:
             return str(self.problem)
         rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""

@@ -39,7 +39,6 @@ class Timing(BaseModel):
 
     @property
     def num_rounds(self) -> int:
-        """Of both methods."""
         return min(len(self.step_seconds.get(method, [])) for method in PRIMARY)
 
     def _mean_seconds(self, method: str, left_out: int | None = None) -> float:
@@ -66,13 +65,7 @@ class Timing(BaseModel):
         ratio = lora / full if full and lora and not reason else None
         return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora, is_of_a_step=True)
 
-    @property
-    def mean_step_seconds(self) -> dict[str, float]:
-        """Of each primary method; none where they may not be compared."""
-        return {} if self.cost.reason else {method: self._mean_seconds(method) for method in PRIMARY}
-
     def describe(self) -> str:
-        """One line for people."""
         if self.reason:
             return f"time and memory: not compared ({self.reason})"
         memory, cost, ratios = self.peak_memory_bytes["lora"] / self.peak_memory_bytes["full"], self.cost, self.ratios
