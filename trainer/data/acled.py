@@ -90,17 +90,11 @@ def format_prompt(event: Mapping[str, str]) -> str:
     return "".join(f"{label}: {text}\n" for label, text in lines if text) + "Notes:"
 
 
-def render(record: Record) -> tuple[str, str, str | None]:
-    """(prompt, notes, the date where it is in no known spelling); RecordError where there are no notes."""
+def render(record: Record) -> tuple[str, str]:
+    """An event as (prompt, notes); RecordError where there are no notes."""
     names = column_names(tuple(record))
     event = {name: to_text(record[column], column) for name, column in names.items() if not is_missing(record[column])}
     notes = event.pop(NOTES, "").strip()
     if not notes:
         raise RecordError(f"column {names.get(NOTES, NOTES)!r} is null or empty: fill it or drop the row")
-    date = event.get("event_date")
-    is_known = date is None or format_date(" ".join(date.split())) is not None
-    return (
-        format_prompt(event),
-        f" {notes}",
-        None if is_known else date,
-    )  # the blank begins a word for GPT-2's tokenizer
+    return format_prompt(event), f" {notes}"  # the blank begins a word for GPT-2's tokenizer

@@ -8,9 +8,6 @@ the ids that a model is given when it is to write that turn.
 
 import contextlib
 import re
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from trainer.data.tokenizer import encode
 from trainer.data.values import RecordError, require_valid_unicode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MAX_RENDER_SECONDS = 10  # of one conversation by its template, which takes well under a millisecond
 Span = tuple[int, int]  # from and to, in characters
 
 
@@ -119,44 +115,17 @@ class ChatTemplate:
         """(the text, the characters from and to that the template marks as generated where that is asked for)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        special_tokens = self.tokenizer.special_tokens_map
         try:
-            with _time_limit():
-                texts, spans = render_jinja_template(
-                    conversations=[messages], tools=tools, chat_template=self.template, **options, **special_tokens
-                )  # type: ignore[misc, unused-ignore]
-        except (_RenderTimeout, MemoryError) as error:  # as it would on the next record
-            limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_RENDER_SECONDS} s"
-            raise UserError(
-                f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
-            ) from None
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.template,
+                **options,
+                **self.tokenizer.special_tokens_map,
+            )  # type: ignore[misc, unused-ignore]
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
-
-
-class _RenderTimeout(BaseException):  # which no template can catch
-    pass
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Stop a template that loops; it is Python code by then, so a signal reaches it, on the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise _RenderTimeout
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    previous_timer = signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        signal.setitimer(signal.ITIMER_REAL, *previous_timer)  # somebody's own, as a test's time limit
 
 
 def end_token_ids(tokenizer: Any, template: str | None) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """One record -> a conversation: OpenAI's messages, ShareGPT's, prompt and completion as messages; each is checked."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +116,3 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-def first_prompt(conversation: Conversation) -> str:
-    """What stands before the first turn to train on, as text: conversations with the same one share a split."""
-    return json.dumps(conversation.messages[: conversation.target_turns()[0]], sort_keys=True, ensure_ascii=True)

@@ -12,8 +12,8 @@ import numpy as np
 from trainer.config.choices import Objective
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
-from trainer.data import acled, conversations
-from trainer.data.conversations import Conversation
+from trainer.data import acled
+from trainer.data.conversations import Conversation, from_messages, from_prompt_completion, from_sharegpt
 from trainer.data.values import (
     Record,
     RecordError,
@@ -49,7 +49,6 @@ class Example:
     ids: list[int] | None = None
     conversation: Conversation | None = None
     group: str | None = None  #: what stays in one split and is one unit of an interval, None: the record by itself
-    unknown_date: str | None = None  #: an ACLED date in none of its spellings
     where: str = ""  #: its file and place, for a user
     split: str = ""
 
@@ -83,13 +82,13 @@ def _pair(prompt: str, completion: str) -> Example:
     return Example(prompt=prompt, completion=completion, group=prompt)
 
 
-def _chat(conversation: Conversation) -> Example:
-    return Example(conversation=conversation, group=conversations.first_prompt(conversation))
+def _chat(read: Callable[[Record], Conversation]) -> Callable[[Record], Example]:
+    def render(record: Record) -> Example:
+        conversation = read(record)
+        before = conversation.messages[: conversation.target_turns()[0]]  # those with the same one share a split
+        return Example(conversation=conversation, group=json.dumps(before, sort_keys=True))
 
-
-def _render_acled(record: Record) -> Example:
-    prompt, completion, unknown_date = acled.render(record)
-    return Example(prompt=prompt, completion=completion, group=prompt, unknown_date=unknown_date)
+    return render
 
 
 def _render_alpaca(record: Record) -> Example:
@@ -99,7 +98,7 @@ def _render_alpaca(record: Record) -> Example:
     return _pair(ALPACA_WITH_INPUT.format(instruction, require_text(record, "input")), output)
 
 
-def _render_prompt_completion(record: Record) -> Example:
+def _render_pair(record: Record) -> Example:
     if isinstance(record.get("label"), bool):
         raise RecordError("column 'label' says whether the completion is wanted (preferences): keep those, drop it")
     return _pair(require_text(record, "prompt"), require_text(record, "completion"))
@@ -124,40 +123,19 @@ def _render_text(record: Record) -> Example:
 
 
 CHAT = "chat by the model's template, loss on the assistant's turns"
-PAIR_MEANING = "loss on the completion"
 PAIR_COLUMNS = ("prompt", "completion")
-PAIR_OBJECTIVES: tuple[Objective, ...] = ("completion", "blocks")
+ROWS: tuple[Objective, ...] = ("completion",)
+ROWS_OR_BLOCKS: tuple[Objective, ...] = ("completion", "blocks")
 FORMATS = (
     RecordFormat("input_ids", _render_token_ids, "token ids as they are", ("input_ids",), ("blocks",), ("input_ids",)),
+    RecordFormat("messages", _chat(from_messages), CHAT, ("messages",), ROWS, is_chat=True),
+    RecordFormat("conversations", _chat(from_sharegpt), f"ShareGPT's {CHAT}", ("conversations",), ROWS, is_chat=True),
+    RecordFormat("prompt-completion", _chat(from_prompt_completion), CHAT, PAIR_COLUMNS, ROWS, is_chat=True),
+    RecordFormat("prompt-completion", _render_pair, "loss on the completion", PAIR_COLUMNS, ROWS_OR_BLOCKS),
     RecordFormat(
-        "messages",
-        lambda record: _chat(conversations.from_messages(record)),
-        CHAT,
-        ("messages",),
-        ("completion",),
-        is_chat=True,
+        "alpaca", _render_alpaca, "Alpaca's prompt, loss on the output", ("instruction", "output"), ROWS_OR_BLOCKS
     ),
-    RecordFormat(
-        "conversations",
-        lambda record: _chat(conversations.from_sharegpt(record)),
-        f"ShareGPT's {CHAT}",
-        ("conversations",),
-        ("completion",),
-        is_chat=True,
-    ),
-    RecordFormat(
-        "prompt-completion",
-        lambda record: _chat(conversations.from_prompt_completion(record)),
-        "messages, loss on the completion",
-        PAIR_COLUMNS,
-        ("completion",),
-        is_chat=True,
-    ),
-    RecordFormat("prompt-completion", _render_prompt_completion, PAIR_MEANING, PAIR_COLUMNS, PAIR_OBJECTIVES),
-    RecordFormat(
-        "alpaca", _render_alpaca, "Alpaca's prompt, loss on the output", ("instruction", "output"), PAIR_OBJECTIVES
-    ),
-    RecordFormat("acled", _render_acled, "an ACLED event's fields, then its notes"),
+    RecordFormat("acled", lambda record: _pair(*acled.render(record)), "an ACLED event's fields, then its notes"),
     RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",)),
 )
 

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from trainer.config.settings import DataSettings
 from trainer.data import dataset as store
 from trainer.data.chat import ChatTemplate, MaskError, load_template
 from trainer.data.dataset import SPLITS, PreparedDataset, Row
-from trainer.data.formats import Example, RecordFormat, choose_format, content_hash
+from trainer.data.formats import Example, choose_format, content_hash
 from trainer.data.readers import read_error
 from trainer.data.sources import Source, find_sources
 from trainer.data.split_writer import SPLIT_NAMES, SplitWriter
@@ -37,37 +37,27 @@ BLOCK_SIZES = (128, 256, 512, 1024, 2048)  #: longer rows want a decision, and t
 MAX_JOINED_BLOCK, MIN_BLOCKS = 1024, 100  # tokens of a block of joined texts, and how many the texts should fill
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataInput:
-    """A source with the format of its records and the hashes of its files."""
-
-    source: Source
-    record_format: RecordFormat
-    split_by: str | None
-    fractions: tuple[float, float]  #: of validation and test that are split off the training source
-    hashes: tuple[str, ...]
-
-    def examples(self) -> Iterator[Example | None]:
-        """Its records, None for a blank one; UserError names file, row and column."""
-        columns = self.record_format.columns
-        if self.split_by is not None and columns is not None:
-            columns = (*columns, self.split_by)
-        for where, record in self.source.records(columns):
-            try:
-                example = self.record_format.render(record)
-                if self.split_by is not None:
-                    example.group = value_text(record, self.split_by, "--split-by")
-            except (RecordError, RecursionError) as error:
-                problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
-                raise UserError(f"{self.source.flag} {where}: {problem}") from None
-            if example.ids is None and example.conversation is None and not example.completion.strip():
-                yield None
-                continue
-            example.where, example.split = where, self.source.split
-            if example.split == "train":  # by its content alone, whatever stands beside it
-                key = example.group if example.group is not None else example.content(separator="")
-                example.split = split_of(key, *self.fractions)
-            yield example
+def iter_examples(source: Source) -> Iterator[Example | None]:
+    """The records of a source, None for a blank one; UserError names file, row and column."""
+    columns = source.record_format.columns
+    if source.split_by is not None and columns is not None:
+        columns = (*columns, source.split_by)
+    for where, record in source.records(columns):
+        try:
+            example = source.record_format.render(record)
+            if source.split_by is not None:
+                example.group = value_text(record, source.split_by, "--split-by")
+        except (RecordError, RecursionError) as error:
+            problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
+            raise UserError(f"{source.flag} {where}: {problem}") from None
+        if example.ids is None and example.conversation is None and not example.completion.strip():
+            yield None
+            continue
+        example.where, example.split = where, source.split
+        if example.split == "train":  # by its content alone, whatever stands beside it
+            key = example.group if example.group is not None else example.content(separator="")
+            example.split = split_of(key, *source.fractions)
+        yield example
 
 
 def split_of(key: str | bytes, val_fraction: float, test_fraction: float = 0.0) -> str:
@@ -93,19 +83,19 @@ def prepare(
     the one that was taken stands in `metadata`.
     """
     cache_root = store.resolve_cache_dir(cache)
-    sources = find_sources(settings)
-    has_val = any(source.split == "val" for source in sources)
+    found = find_sources(settings)
+    has_val = any(source.split == "val" for source in found)
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
-    inputs = [open_input(source, settings, fractions) for source in sources]
-    first = inputs[0].record_format
-    for other in inputs[1:]:  # the loss of one format says nothing of another; what is retained is plain text
+    sources = [open_source(source, settings, fractions) for source in found]
+    first = sources[0].record_format
+    for other in sources[1:]:  # the loss of one format says nothing of another; what is retained is plain text
         formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}
         is_apart = "input_ids" in (first.name, other.record_format.name)
-        if other.source.split != "retain":
+        if other.split != "retain":
             is_apart = not (first.is_chat and other.record_format.is_chat)
         if len(formats) > 1 and is_apart:
             raise UserError(
-                f"{inputs[0].source.where()} and {other.source.where()} ({other.source.split}): one holds "
+                f"{sources[0].where()} and {other.where()} ({other.split}): one holds "
                 f"{', the other '.join(formats.values())}; give both in one format"
             )
     settings = replace(settings, objective=settings.objective or first.objectives[0])
@@ -115,20 +105,22 @@ def prepare(
     chat = ChatTemplate(tokenizer, template) if first.is_chat else None
     try:
         if not settings.block_size:
-            lengths = list(islice(_iter_lengths(inputs[0], tokenizer, chat), NUM_SAMPLED_RECORDS))
+            batches = (_encode_batch(batch, tokenizer, chat, is_joined=False) for batch in _iter_batches(sources[0]))
+            rows = (row for batch in batches for row in batch if isinstance(row, Row))  # not what is unusable
+            lengths = [len(row.ids) for row in islice(rows, NUM_SAMPLED_RECORDS)]
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
         key = {  # contents and settings: names and places of files do not decide which rows there are
             "version": store.FORMAT_VERSION,
             "sources": [
                 (
-                    data_input.source.split,
-                    data_input.source.kind,
-                    data_input.record_format.name,
-                    data_input.hashes,
-                    getattr(data_input.source.dataset, "_fingerprint", None),
-                    data_input.source.notices,
+                    source.split,
+                    source.kind,
+                    source.record_format.name,
+                    source.hashes,
+                    getattr(source.dataset, "_fingerprint", None),
+                    source.notices,
                 )
-                for data_input in inputs
+                for source in sources
             ],
             "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
             "fractions": fractions,
@@ -137,27 +129,25 @@ def prepare(
         }
         dataset = store.load_or_build(
             cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-            lambda folder: write_rows(folder, settings, inputs, tokenizer, chat, log),
+            lambda folder: write_rows(folder, settings, sources, tokenizer, chat, log),
             source=settings.data,
             log=log,
         )
     except UserError:
-        refuse_changed(inputs)  # a file that changed is the cause
+        refuse_changed(sources)  # a file that changed is the cause
         raise
     _check_sizes(dataset, settings, global_batch)
     return dataset
 
 
-def open_input(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> DataInput:
+def open_source(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> Source:
+    """The source with its format and the hashes of its files; UserError where its records have no format, or two."""
     if source.split == "retain":  # plain text, whatever the training records are
-        settings = replace(
-            settings, prompt=None, completion=None, format=None, split_by=None, objective="blocks", packing=False
-        )
-    first = source.first_record()
-    if settings.split_by is not None and settings.split_by not in first:
+        settings = DataSettings(data=source.spec, block_size=settings.block_size, objective="blocks")
+    first, split_by = source.first_record(), settings.split_by
+    if split_by is not None and split_by not in first:
         raise UserError(
-            f"--split-by {settings.split_by}: {source.where()} has no such column; expected one of "
-            f"{list_columns(tuple(first))}"
+            f"--split-by {split_by}: {source.where()} has no such column; expected one of {list_columns(tuple(first))}"
         )
     record_format = choose_format(first, settings, source.where())
     for file in source.files[1:] if source.dataset is None else ():
@@ -167,13 +157,8 @@ def open_input(source: Source, settings: DataSettings, fractions: tuple[float, f
                 f"{source.where(file)}: another format than {source.files[0].name}, whose records are "
                 f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
             )
-    return DataInput(
-        source=source,
-        record_format=record_format,
-        split_by=settings.split_by,
-        fractions=fractions,
-        hashes=_hash_files(source),
-    )
+    hashes = _hash_files(source)
+    return replace(source, record_format=record_format, split_by=split_by, fractions=fractions, hashes=hashes)
 
 
 def _hash_files(source: Source) -> tuple[str, ...]:
@@ -186,13 +171,11 @@ def _hash_files(source: Source) -> tuple[str, ...]:
     return tuple(hashes)
 
 
-def refuse_changed(inputs: list[DataInput]) -> None:
+def refuse_changed(sources: list[Source]) -> None:
     """UserError where a file is no longer what it was when it was hashed."""
-    for data_input in inputs:
-        if _hash_files(data_input.source) != data_input.hashes:
-            raise UserError(
-                f"{data_input.source.where()}: a file changed while it was read; start again when it is complete"
-            )
+    for source in sources:
+        if _hash_files(source) != source.hashes:
+            raise UserError(f"{source.where()}: a file changed while it was read; start again when it is complete")
 
 
 # --- the block size that the lengths of the records ask for, where none is given ---
@@ -212,17 +195,10 @@ def block_size_for(lengths: Sequence[int], objective: Objective | None, max_posi
     return min(size, max_positions or size)
 
 
-def _iter_lengths(data_input: DataInput, tokenizer: Any, chat: ChatTemplate | None) -> Iterator[int]:
-    """Tokens of each record, with the end of its text; conversations that cannot be trained on are left out."""
-    for batch in _iter_batches(data_input):
-        rows = _encode_batch(batch, tokenizer, chat, is_joined=False)
-        yield from (len(row.ids) for row in rows if isinstance(row, Row))
-
-
 # --- the first reading: every record is checked before one is tokenised ---
 
 
-def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict[str, Any], set[int], int]:
+def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], set[int], int]:
     """Render and count every record, so that a mistake in the last row is found before the first one is tokenised.
 
     Returns (what run.json says of them, the hashes of evaluation records that equal a training record, the largest
@@ -231,9 +207,9 @@ def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict
     hashes = {split: array("Q") for split in (*SPLITS, "joined train")}
     notices: list[str] = []
     max_token_id = 0
-    for data_input in inputs:
-        source, counts, first_unknown_date = data_input.source, Counter[str](), ""
-        for example in data_input.examples():
+    for source in sources:
+        counts = Counter[str]()
+        for example in iter_examples(source):
             if example is None:
                 counts["blank"] += 1
                 continue
@@ -245,9 +221,6 @@ def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict
                 max_token_id = max(max_token_id, *example.ids)
             if example.prompt and not (example.prompt[-1].isspace() or example.completion[:1].isspace()):
                 counts["unseparated"] += 1
-            if example.unknown_date is not None:
-                counts["unknown dates"] += 1
-                first_unknown_date = first_unknown_date or f"{example.where}: {example.unknown_date}"
         if not counts["records"]:
             raise UserError(f"{source.where()}: holds blank lines only; expected at least one record")
         notices += source.notices
@@ -258,12 +231,7 @@ def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict
                 f"{source.spec}: in {counts['unseparated']} of {counts['records']} records nothing separates prompt "
                 "and completion; begin the completion with a blank, or end the prompt with a line break"
             )
-        if counts["unknown dates"]:
-            notices.append(
-                f"{source.spec}: {counts['unknown dates']} dates stand as they were written (first: "
-                f"{first_unknown_date})"
-            )
-        if data_input.record_format.name == "input_ids" and "labels" in source.first_record():
+        if source.record_format.name == "input_ids" and "labels" in source.first_record():
             notices.append(f"{source.spec}: the column `labels` is not used, every token counts")
     num_shared, shared_hashes = {}, set()
     for split in ("val", "test", "retain"):
@@ -288,37 +256,37 @@ def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict
 
 
 def write_rows(
-    folder: Path, settings: DataSettings, inputs: list[DataInput], tokenizer: Any, chat: ChatTemplate | None, log: LogFn
+    folder: Path, settings: DataSettings, sources: list[Source], tokenizer: Any, chat: ChatTemplate | None, log: LogFn
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
-    checked, shared_hashes, max_token_id = check_records(settings, inputs)
+    checked, shared_hashes, max_token_id = check_records(settings, sources)
     vocabulary = len(tokenizer) if tokenizer is not None else 1 + max_token_id
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat, "shared_hashes": shared_hashes}
     writers = {split: SplitWriter(folder, split, settings, **options) for split in SPLITS}
     try:
-        for data_input in inputs:
-            is_joined = settings.objective == "blocks" or data_input.source.split == "retain"
-            for batch in _iter_batches(data_input, log):
+        for source in sources:
+            is_joined = settings.objective == "blocks" or source.split == "retain"
+            for batch in _iter_batches(source, log):
                 for example, row in zip(batch, _encode_batch(batch, tokenizer, chat, is_joined), strict=True):
                     writers[example.split].add(example, row)
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
-    refuse_changed(inputs)
+    refuse_changed(sources)
     train_blocks = writers["train"].read_back() if settings.objective == "blocks" else None
     used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].counts["records"]]
     facts = {
         **checked,
         "source": settings.data,
-        "form": inputs[0].record_format.name,
-        "form_meaning": inputs[0].record_format.meaning,
+        "form": sources[0].record_format.name,
+        "form_meaning": sources[0].record_format.meaning,
         "example": writers["train"].example,
         "chat_template": chat.template if chat is not None else None,
         "fingerprint": hashlib.sha256(
             " ".join(fingerprints[split] for split in used_splits if split != "retain").encode()
         ).hexdigest(),
         **{f"{split}_fingerprint": fingerprints[split] if split in used_splits else None for split in SPLITS},
-        "split": f"hash {settings.val_fraction:g}" if inputs[0].fractions[0] else "given",
+        "split": f"hash {settings.val_fraction:g}" if sources[0].fractions[0] else "given",
         "split_by": settings.split_by,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         "vocabulary": vocabulary,
@@ -331,13 +299,14 @@ def write_rows(
             *checked["notices"],
         ],
     }
-    return {"dtype": dtype, "facts": facts, "val_texts": writers["val"].texts}
+    texts = [text for references in writers["val"].texts.values() for text in references]
+    return {"dtype": dtype, "facts": facts, "val_texts": texts}
 
 
-def _iter_batches(data_input: DataInput, log: LogFn = lambda line: None) -> Iterator[list[Example]]:
+def _iter_batches(source: Source, log: LogFn = lambda line: None) -> Iterator[list[Example]]:
     batch: list[Example] = []
     num_tokenized, num_characters, last_log_seconds = 0, 0, time.monotonic()
-    for example in data_input.examples():
+    for example in iter_examples(source):
         if example is None:
             continue
         batch.append(example)
@@ -348,7 +317,7 @@ def _iter_batches(data_input: DataInput, log: LogFn = lambda line: None) -> Iter
             batch, num_characters = [], 0
             if time.monotonic() - last_log_seconds > LOG_INTERVAL_SECONDS:
                 last_log_seconds = time.monotonic()
-                log(f"tokenising {data_input.source.spec}: {num_tokenized:,} records so far")
+                log(f"tokenising {source.spec}: {num_tokenized:,} records so far")
     if batch:
         yield batch
 

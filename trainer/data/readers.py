@@ -7,7 +7,6 @@ with file, place and remedy; `where` is how it names the file.
 import csv
 import io
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -137,14 +136,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _make_number(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"the number {text:.40} is larger than any float")
-    return value
-
-
-#: Of one value without duplicate keys and infinite numbers; NaN is taken, by which pandas spells null.
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=_make_number)
+#: Of one value without duplicate keys; NaN is taken, by which pandas spells null.
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def explain_json(error: ValueError | RecursionError) -> str:

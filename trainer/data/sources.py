@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub
+from trainer.data.formats import FORMATS, RecordFormat
 from trainer.data.readers import BATCH_RECORDS, file_kind, iter_batches, read_file
 from trainer.data.values import Record
 
@@ -40,13 +41,6 @@ SPLITS_BY_FLAG = {
 }
 
 
-class SourcedRecord(NamedTuple):
-    """A record, and where a user finds it: its file, and in it `line 3` or `row 2 (line 3)`, both from 1."""
-
-    where: str
-    record: Record
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Records of one split, in files of one kind or in a data set of `datasets`."""
@@ -58,6 +52,11 @@ class Source:
     dataset: Any = None
     split: str = "train"  #: "train", "val", "test" or "retain"
     notices: tuple[str, ...] = ()  #: which files became what, and what was left out
+    # what `prepare` finds out of it:
+    record_format: RecordFormat = FORMATS[-1]
+    hashes: tuple[str, ...] = ()  #: of its files
+    split_by: str | None = None
+    fractions: tuple[float, float] = (0.0, 0.0)  #: of validation and test that are split off the training source
 
     def locate(self, file: Path | None = None) -> str:
         """A file of it, or all of it, as a user would look it up."""
@@ -67,18 +66,18 @@ class Source:
         """The same behind its flag."""
         return f"{self.flag} {self.locate(file)}"
 
-    def records(self, columns: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
-        """Every record in order, a bounded number in memory; with these `columns` only where the kind lets us choose.
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Record]]:
+        """Every record in order, and where a user finds it; with these `columns` only where the kind lets us choose.
 
         UserError names file and place of what cannot be read.
         """
         if self.dataset is not None:
             batches = self.dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS)
             for place, record in iter_batches(batches, columns):
-                yield SourcedRecord(f"{self.locate()}, {place}", record)
+                yield f"{self.locate()}, {place}", record
         for file in self.files if self.dataset is None else ():
             for place, record in read_file(file, self.where(file), columns):
-                yield SourcedRecord(f"{self.locate(file)}, {place}", record)
+                yield f"{self.locate(file)}, {place}", record
 
     def first_record(self, file: Path | None = None) -> Record:
         """The first record, of one `file` or of all; UserError where there is none."""

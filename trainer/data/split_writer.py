@@ -1,7 +1,6 @@
 """What becomes of the records of one split: rows of token ids in files, who they are, and what is left out."""
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +17,15 @@ from trainer.data.tokenizer import count_target_bytes, mark_targets
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
-#: What makes no whole row, and what is said of it.
+#: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
 PROBLEMS = {
-    "too long": "records are longer than --block-size {} tokens and are left out",
-    "cut": "conversations are cut at --block-size {} tokens",
-    "tools": "conversations have tools, which the chat template does not write",
-    "unusable": "conversations cannot be trained on and are left out",
+    "too long": ("records are longer than --block-size {} tokens and are left out", "raise --block-size"),
+    "cut": ("conversations are cut at --block-size {} tokens", ""),
+    "tools": ("conversations have tools, which the chat template does not write", ""),
+    "unusable": (
+        "conversations cannot be trained on and are left out",
+        "correct them, leave them out with --unusable-records drop, or pass another --chat-template",
+    ),
 }
 
 
@@ -50,8 +52,8 @@ class SplitWriter:
         self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
         self.problems: dict[str, tuple[int, str]] = {}
         self.example = ""  # the first training row, with its target tokens marked
-        self.texts: list[tuple[str, str]] = []  # the first validation records as (prompt, completion)
-        self._num_references: Counter[str] = Counter()  # of each prompt in `texts`
+        #: the first validation prompts, each with the records of it as (prompt, completion): references of one prompt
+        self.texts: dict[str, list[tuple[str, str]]] = {}
         self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether it equals a training record)
         self._files: dict[str, BinaryIO] = {
             name: open(folder / f"{split}.{name}.bin", "wb")  # noqa: SIM115
@@ -77,8 +79,13 @@ class SplitWriter:
                 self._add_problem("unusable", f"{example.where}: {problem}")
                 return
         self.counts["records"] += 1
-        if self.split == "val" and example.ids is None:
-            self._keep_text(row.prompt, row.completion)
+        key = row.prompt or f"record {self.counts['records']}"  # texts without a prompt share nothing
+        has_room = (key in self.texts or len(self.texts) < MAX_NUM_SAMPLES) and (
+            len(self.texts.get(key, ())) < MAX_REFERENCES
+            and len(row.prompt) + len(row.completion) <= MAX_SAMPLE_CHARACTERS
+        )
+        if self.split == "val" and example.ids is None and has_room:
+            self.texts.setdefault(key, []).append((row.prompt, row.completion))
         if len(row.ids) > self.block_size and not self.is_blocks:
             self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
             if self.chat is None:
@@ -111,15 +118,6 @@ class SplitWriter:
         number, first = self.problems.get(kind, (0, where))
         self.problems[kind] = (number + 1, first)
 
-    def _keep_text(self, prompt: str, completion: str) -> None:
-        """Keep the first prompts for samples, each with all that follows it: references of one prompt."""
-        num_prompts = len(self._num_references) + self._num_references[""] - ("" in self._num_references)
-        is_known = prompt != "" and prompt in self._num_references
-        has_room = self._num_references[prompt] < MAX_REFERENCES if is_known else num_prompts < MAX_NUM_SAMPLES
-        if has_room and len(prompt) + len(completion) <= MAX_SAMPLE_CHARACTERS:
-            self.texts.append((prompt, completion))
-            self._num_references[prompt] += 1
-
     def _append(self, rows: TokenIds, num_target_tokens: int) -> None:
         num_rows, row_length = rows.shape
         self._hash.update(rows.astype("<u4").tobytes())
@@ -141,20 +139,12 @@ class SplitWriter:
         lines, num_records = [], self.counts["records"] + self.problems.get("unusable", (0, ""))[0]
         if len(self._pending):
             lines.append(f"{self.split}: the last {len(self._pending)} tokens do not fill a block and are left out")
-        for kind in [kind for kind in PROBLEMS if kind in self.problems]:
-            number, first = self.problems[kind]
-            lines.append(
-                f"{self.split}: {number} of {num_records} {PROBLEMS[kind].format(self.block_size)} (first: {first})"
-            )
-            if kind == "too long" and number == num_records:
-                raise UserError(
-                    f"--block-size {self.block_size}: all {number} {self.split} records are longer (first: {first}); "
-                    "raise --block-size"
-                )
-            if kind == "unusable" and (unusable_records == "refuse" or number == num_records):
-                is_some = number < num_records
-                remedy = "leave them out with --unusable-records drop" if is_some else "pass another --chat-template"
-                raise UserError(f"{lines[-1].replace(' and are left out', '')}; correct them, or {remedy}")
+        for kind, (text, remedy) in PROBLEMS.items():
+            number, first = self.problems.get(kind, (0, ""))
+            line = f"{self.split}: {number} of {num_records} {text.format(self.block_size)} (first: {first})"
+            if remedy and number and (number == num_records or (kind == "unusable" and unusable_records == "refuse")):
+                raise UserError(f"{line.replace(' and are left out', '')}; {remedy}")
+            lines += [line] if number else []
         return lines
 
     def read_back(self) -> TokenDataset:

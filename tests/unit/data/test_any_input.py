@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data.formats import FORMATS
-from trainer.data.prepare import check_records, open_input
+from trainer.data.prepare import check_records, iter_examples, open_source
 from trainer.data.sources import find_sources
 
 NAMES = st.sampled_from(
@@ -45,9 +45,9 @@ def read_or_refuse(name, content, options):
         refusal = ""
         settings = DataSettings(data=str(path), block_size=8, **options)
         try:
-            inputs = [open_input(source, settings, (0.1, 0.0)) for source in find_sources(settings)]
-            check_records(settings, inputs)
-            assert all(example is None or example.content() or example.ids for example in inputs[0].examples())
+            sources = [open_source(source, settings, (0.1, 0.0)) for source in find_sources(settings)]
+            check_records(settings, sources)
+            assert all(example is None or example.content() or example.ids for example in iter_examples(sources[0]))
         except UserError as error:
             refusal = str(error)
         assert "\n" not in refusal

@@ -145,8 +145,6 @@ def test_a_source_that_cannot_be_used_is_one_line(refusal_message, spec, files, 
         ("a.jsonl", f"{FIRST}\n[1]\n", ", line 2: holds a list; expected a JSON object"),
         ("a.jsonl", f"{FIRST} {FIRST}\n", ", line 1, character 25: not JSON (Extra"),
         ("a.jsonl", '{"mr": "1", "ref": {"a": 1, "a": 2}}\n', ", line 1: not JSON (the key 'a' stands twice in an obj"),
-        ("a.jsonl", '{"mr": "1", "ref": 1e999}\n', ", line 1: not JSON (the number 1e999 is larger than any float"),
-        ("a.jsonl", '{"mr": "1", "ref": -Infinity}\n', ", line 1: not JSON (the number -Infinity is larger than any"),
         ("a.jsonl", f'{FIRST}\n{{"n": {BIG}}}\n', ", line 2: not JSON (Exceeds the limit (4300 digits)"),
         ("a.jsonl", f'{{"n": {DEEP}}}\n', ", line 1: not JSON (nested too deeply)"),
         ("a.json", DEEP, ": not JSON (nested too deeply)"),
@@ -256,7 +254,7 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
     monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     found = list(find_source("some/name", flag).records())
     assert [record["text"] for _, record in found] == [f"{split} {i}" for i in range(3)]
-    assert found[1].where == "some/name, row 2"
+    assert found[1][0] == "some/name, row 2"
 
 
 # --- files are taken for the split that they are named ---
