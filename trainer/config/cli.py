@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -21,8 +21,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings, resolve
 
 
-@dataclass(frozen=True, kw_only=True)
-class LRRange:
+class LRRange(NamedTuple):
     """The sweep of `--find-lr`."""
 
     start: float
@@ -34,17 +33,16 @@ class LRRange:
         """From START:END[:STEPS]; `default`: from far too low to far too high, for LoRA ten times higher."""
         if text == "default":
             factor = LORA_LR_FACTOR if mode == "lora" else 1.0
-            return cls(start=1e-7 * factor, end=1.0 * factor)
+            return cls(1e-7 * factor, 1.0 * factor)
         try:
-            start, end, *rest = text.split(":")
-            (steps,) = rest or ["100"]
-            sweep = cls(start=float(start), end=float(end), steps=int(steps))
-            if not (0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20):
-                raise ValueError
-        except ValueError:
-            accepted = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
-            raise UserError(f"--find-lr {text}: expected {accepted}") from None
-        return sweep
+            start, end, *steps = text.split(":")
+            sweep = cls(float(start), float(end), *map(int, steps))
+            if 0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20:
+                return sweep
+        except (ValueError, TypeError):
+            pass
+        accepted = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
+        raise UserError(f"--find-lr {text}: expected {accepted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +120,16 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     )
     add = parser.add_argument_group("run").add_argument
     config_help = "flags from a file, before all that are given: YAML with the flags' names, or a run's run.json"
-    preset_help = "demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s; "
-    preset_help += "finetune: any other model (default: the one that fits --model)"
-    resume_help = (
-        "go on from the run folder's newest whole checkpoint, or from the one named; auto: start a new run if "
+    preset_help = (
+        "demo: built-in model and data; card: what gpt2-acled-t2s published; finetune: any other model (default: "
     )
-    resume_help += "there is none yet"
+    preset_help += "the one that fits --model)"
+    resume_help = "go on from the newest whole checkpoint or this one; auto: start a new run if there is none yet"
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
-    lr_help = "suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, in "
-    lr_help += "100 steps)"
+    lr_help = (
+        "suggest a learning rate by a range test, train nothing (default: 1e-7:1, --mode lora: 1e-6:10; 100 steps)"
+    )
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
     verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
     add("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")

@@ -17,7 +17,6 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, MAX_HANG_TIMEOUT_SECONDS, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.fields import (
-    MAX_INT,
     Accepts,
     Interval,
     Name,
@@ -42,22 +41,18 @@ from trainer.config.fields import (
 # parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
 EarlyStop = Annotated[
     str,
-    Accepts(
-        "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
-        pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$",
-    ),
+    Accepts("PATIENCE[:MIN_DELTA], for instance 3:0.01", pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$"),
 ]
 RunName = Annotated[
     str,
-    Accepts(
-        "up to 128 letters, digits and . _ + -, not dots alone", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128
-    ),
+    Accepts("up to 128 letters, digits, . _ + -, not only dots", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128),
 ]
 Seed = Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)]
 NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)]
 HangTimeout = Annotated[
     float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
 ]
+Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 
 
 @settings_class
@@ -79,15 +74,10 @@ class LoraSettings:
     alpha: PositiveFloat = option("adapters are scaled by alpha / rank", 16.0, flag="--lora-alpha")
     dropout: ShareOrZero = option("dropout before each adapter", 0.0, flag="--lora-dropout")
     target_modules: tuple[Name, ...] = option(
-        "layers to adapt, separated by commas: attention, mlp, all, a layer's name or its end, or a pattern (*.h.0.*) "
-        "(default: every Conv1D and Linear but the output layer)",
-        (),
-        flag="--lora-target-modules",
+        "attention, mlp, all, names or ends of layers, or patterns (default: all)", (), flag="--lora-target-modules"
     )
     adapter: Literal["lora", "dora", "rslora", "pissa"] = option(
-        "dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); pissa: begins with the base's "
-        "largest singular vectors",
-        "lora",
+        "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"
     )
     plus_ratio: PositiveFloat = option("LoRA+: B's learning rate over all others'", 1.0, flag="--lora-plus-ratio")
     modules_to_save: tuple[Literal["wte", "lm_head", "layernorm", "bias"], ...] = option(
@@ -100,10 +90,7 @@ class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
     data: Name = option(
-        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo",
-        demo=DEMO_DATA,
-        card=DEMO_DATA,
-        finetune=DEMO_DATA,
+        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo", DEMO_DATA
     )
     val_data: Text | None = option("validation records, likewise (default: split off from --data)", None)
     val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
@@ -126,11 +113,8 @@ class DataSettings:
     unusable_records: choices.UnusableRecords = option(
         "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
-    block_size: Annotated[int, Accepts("2 tokens or more, or 0: from the data", ge=0, le=MAX_INT)] = option(
-        "tokens of a block, or of the longest row with --objective completion; 0: from the lengths of the data",
-        demo=256,
-        card=1024,
-        finetune=0,
+    block_size: NonNegativeInt = option(
+        "tokens of a block or of the longest row; 0: from the lengths of the data", demo=256, card=1024, finetune=0
     )
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
@@ -157,7 +141,7 @@ class TrainSettings:
     global_batch: PositiveInt = option("examples per optimizer step over all ranks", demo=8, card=2, finetune=16)
     micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
     eval_batch: PositiveInt = option("the same in an evaluation; changes no number", demo=16, card=2, finetune=8)
-    lr: PositiveFloat = option("peak learning rate; LoRA's default is 10 times it", demo=5e-4, card=3e-5, finetune=2e-5)
+    lr: PositiveFloat = option("peak learning rate; --mode lora: 10 times", demo=5e-4, card=3e-5, finetune=2e-5)
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
     warmup_ratio: ShareOrZero = option("the same as a share of all steps, rounded up", 0.0, finetune=0.03)
     schedule: choices.Schedule = option(
@@ -171,14 +155,10 @@ class TrainSettings:
     max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
     seed: Seed = option("seed of initial weights, data order and dropout", 42)
     optim: choices.Optimizer = option(
-        "adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; adamw8bit, "
-        "paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
-        "adamw_fused",
+        "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
     )
     early_stop: EarlyStop | None = option(
-        "PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is not "
-        "more than MIN_DELTA nats below the lowest before them (default: never)",
-        None,
+        "PATIENCE[:MIN_DELTA]: end after so many evaluations in a row not (by so many nats) below the lowest", None
     )
     beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
     beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
@@ -216,22 +196,15 @@ class EngineSettings:
     """How the work is divided over ranks and in which number format it is done."""
 
     ds_config: Text | None = option(
-        f"ZeRO file: {', '.join(choices.DS_CONFIG_NAMES)}, or a path (default: chosen automatically, see --dry-run)",
-        None,
+        f"ZeRO file: {', '.join(choices.DS_CONFIG_NAMES)}, or a path (default: chosen, see --dry-run)", None
     )
     precision: choices.Precision | None = option("arithmetic (default: bf16 on a GPU that has it, else fp32)", None)
     hang_timeout: HangTimeout = option("end the run if no rank moves for so many seconds, and name who hangs", 600.0)
-    grace: Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)] = option(
-        "end the run if it has not saved and ended so many seconds after a signal", 60.0
-    )
+    grace: Grace = option("end the run if it has not saved and ended so many seconds after a signal", 60.0)
     execution: choices.Execution = option(
-        "eager: one operation at a time; graphs: CUDA graphs, each compared once with the eager step; auto: CUDA "
-        "graphs on a GPU under ZeRO 0, eager elsewhere",
-        "auto",
+        "graphs: CUDA graphs, each compared once with the eager step; auto: those on a GPU under ZeRO 0", "auto"
     )
-    activation_checkpointing: Switch = option(
-        "keep each block's input only and compute it again in backward: less memory, a third more work", False
-    )
+    activation_checkpointing: Switch = option("compute blocks again in backward: less memory, more work", False)
 
 
 @settings_class
@@ -248,14 +221,10 @@ class OutputSettings:
     report_to: tuple[Literal["tensorboard"], ...] = option("write the rows for TensorBoard too: tensorboard", ())
     profile: PositiveInt | None = option("profile so many steps of rank 0 into the run folder's profile/", None)
     export: Literal["last", "best", "none"] = option(
-        "weights of the exported folder: of the last step, or of the checkpoint with the lowest validation loss (one "
-        "is saved at each new lowest); none: export nothing and leave test records unseen",
-        "last",
+        "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"
     )
     num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
-    score_samples: Switch = option(
-        "score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L", False
-    )
+    score_samples: Switch = option("score such completions: exact match, BLEU, chrF, ROUGE-L", False)
 
 
 GROUPS: dict[str, Any] = {
