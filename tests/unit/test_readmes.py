@@ -11,49 +11,34 @@ from trainer.config.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
 READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob(".github/*.md")])
+each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
-#: Flags of other programs that our commands are started with.
-OUTSIDE_FLAGS = {
-    "--num_gpus": "deepspeed",
-    "--num_nodes": "deepspeed",
-    "--hostfile": "deepspeed",
-    "--master_port": "deepspeed",
-    "--nproc_per_node": "torchrun",
-    "--nnodes": "torchrun",
-    "--node_rank": "torchrun",
-    "--master_addr": "torchrun",
-    "--signal": "sbatch",
-    "--enable-lora": "vllm",
-    "--lora-modules": "vllm",
-    "--outfile": "llama.cpp",
-    "--model_args": "lm_eval",
-    "--tasks": "lm_eval",
-}
-#: What a run, a comparison or a study writes: named in a README, absent from the repository.
-GENERATED = ("STUDY/", "runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")
-OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?"
-SUFFIXES = (".py", ".md", ".json", ".toml", ".yml", ".png", ".safetensors")
-GENERATED_FILES = {
-    "run.json",
-    "metrics.jsonl",
-    "config.json",
-    "report.html",
-    "answer.json",
-    "rule.json",
-    "index.json",
-    "README.md",
-    "bench.json",
-    "suggestion.json",
-    "convert_hf_to_gguf.py",  # the last is llama.cpp's
-}
+#: Flags of deepspeed, torchrun, sbatch, vllm, llama.cpp and lm_eval.
+OUTSIDE_FLAGS = (
+    "--num_gpus --num_nodes --hostfile --master_port --nproc_per_node --nnodes --node_rank --master_addr --signal "
+    "--enable-lora --lora-modules --outfile --model_args --tasks"
+)
+#: What a run, a comparison, a study or llama.cpp brings: named in a README, absent from the repository.
+GENERATED = (
+    *("STUDY/", "runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/", "run.json"),
+    *("metrics.jsonl", "config.json", "report.html", "answer.json", "rule.json", "bench.json", "convert_hf_to_gguf.py"),
+)
+OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?|(?!/|--)[\w./*-]*\.(py|md|json|toml|yml|png)"
 
 
 def code_of(text: str) -> str:
     """Code blocks and code spans of a Markdown text, and the targets of its links."""
-    blocks = re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    block = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    prose = block.sub("", text)
     links = [target for target in re.findall(r"\]\(([^)]+)\)", prose) if "://" not in target]
-    return "\n".join([*blocks, *re.findall(r"`([^`]+)`", prose), *links])
+    return "\n".join([*block.findall(text), *re.findall(r"`([^`]+)`", prose), *links])
+
+
+def missing_paths(text: str, folder: Path) -> list[str]:
+    """What reads as a path of this repository, and is none, from its root or from `folder`."""
+    words = {word.rstrip(".") for word in re.findall(r"[\w./*<>-]+", code_of(text))}
+    paths = [word for word in words if re.fullmatch(OWN_PATH, word) and not word.startswith(GENERATED)]
+    return [path for path in paths if not any(any(base.glob(path.rstrip("/"))) for base in (ROOT, folder))]
 
 
 @functools.cache
@@ -67,54 +52,27 @@ def own_flags() -> frozenset[str]:
     return frozenset(flags)
 
 
-def paths_in(text: str) -> set[str]:
-    """What reads as a path of this repository: it has a slash or the suffix of a file we have."""
-    words = re.findall(r"[\w./*<>-]+", text)
-    return {
-        word.rstrip(".")
-        for word in words
-        if (word.endswith(SUFFIXES) or re.fullmatch(OWN_PATH, word))
-        and "<" not in word
-        and not word.startswith(("/", "--"))
-    }
-
-
-def exists(path: str, readme: Path) -> bool:
-    return any(any(base.glob(path.rstrip("/"))) for base in (ROOT, readme.parent))
-
-
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+@each_readme
 def test_every_path_that_a_readme_names_exists(readme):
-    named = paths_in(code_of(readme.read_text()))
-    missing = [
-        path
-        for path in sorted(named)
-        if not path.startswith(GENERATED) and path not in GENERATED_FILES and not exists(path, readme)
-    ]
-    assert not missing
+    assert not missing_paths(readme.read_text(), readme.parent)
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+@each_readme
 def test_every_flag_that_a_readme_names_exists(readme):
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code_of(readme.read_text())))
-    assert not named - own_flags() - OUTSIDE_FLAGS.keys()
+    assert not named - own_flags() - set(OUTSIDE_FLAGS.split())
 
 
 def test_every_test_that_a_readme_names_exists():
     """`distributed/test_x.py: test_y` or `test_y...` in the table of promises."""
-    text = (ROOT / "tests" / "README.md").read_text()
-    names = {
-        node.name
-        for path in ROOT.glob("tests/**/test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    for name, is_beginning in re.findall(r"\b(test_\w+)(\.\.\.)?(?!\w*\.py)", re.sub(r"\w+\.py", "", text)):
-        assert name in names or (is_beginning and any(known.startswith(name) for known in names)), name
+    text = re.sub(r"\w+\.py", "", (ROOT / "tests" / "README.md").read_text())
+    code = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    for name, is_beginning in re.findall(r"\b(test_\w+)(\.\.\.)?", text):
+        assert re.search(rf"def {name}{'' if is_beginning else '[(]'}", code), name
 
 
-def test_the_check_of_flags_would_notice_one_that_is_gone():
+def test_what_is_gone_would_be_noticed():
     assert "--lr" in own_flags()
     assert "--keep" not in own_flags()
-    assert paths_in(code_of("see `trainer/no_such_file.py` and `--lr`")) == {"trainer/no_such_file.py"}
-    assert not exists("trainer/no_such_file.py", ROOT / "README.md")
+    text = "see `trainer/no_such_file.py`, `trainer/run.py` and `--lr`; [this](nowhere.md)"
+    assert sorted(missing_paths(text, ROOT)) == ["nowhere.md", "trainer/no_such_file.py"]

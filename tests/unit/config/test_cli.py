@@ -18,73 +18,22 @@ COMMANDS = (
     "--local-rank --verbose --help"
 )
 
-# A value of each other flag that no preset has, as typed and as read; a switch has no text.
-VALUES = {
-    "--model": ("m", "m"),
-    "--init": ("random", "random"),
-    "--quant": ("nf4", "nf4"),
-    "--quant-double": (None, True),
-    "--dropout": ("0.3", 0.3),
-    "--lora-rank": ("4", 4),
-    "--lora-alpha": ("3", 3.0),
-    "--lora-dropout": ("0.5", 0.5),
-    "--lora-target-modules": ("a, b", ("a", "b")),
-    "--lora-plus-ratio": ("16", 16.0),
-    "--adapter": ("dora", "dora"),
-    "--modules-to-save": ("wte,bias", ("wte", "bias")),
-    "--data": ("d.csv", "d.csv"),
-    "--val-data": ("v.csv", "v.csv"),
-    "--val-fraction": ("0.2", 0.2),
-    "--test-data": ("t.csv", "t.csv"),
-    "--test-fraction": ("0.1", 0.1),
-    "--retain-data": ("r.txt", "r.txt"),
-    "--split-by": ("mr", "mr"),
-    "--prompt": ("{p}", "{p}"),
-    "--completion": ("{c}", "{c}"),
-    "--format": ("alpaca", "alpaca"),
-    "--chat-template": ("c.jinja", "c.jinja"),
-    "--unusable-records": ("drop", "drop"),
-    "--objective": ("completion", "completion"),
-    "--block-size": ("77", 77),
-    "--packing": (None, True),
-    "--no-shuffle": (None, False),
-    "--epochs": ("1.5", 1.5),
-    "--max-steps": ("9", 9),
-    "--global-batch": ("10", 10),
-    "--micro-batch": ("5", 5),
-    "--eval-batch": ("7", 7),
-    "--lr": ("1e-3", 0.001),
-    "--min-lr": ("1e-6", 1e-06),
-    "--schedule": ("cosine", "cosine"),
-    "--warmup-steps": ("3", 3),
-    "--warmup-ratio": ("0.1", 0.1),
-    "--weight-decay": ("0.1", 0.1),
-    "--max-grad-norm": ("0", 0.0),
-    "--seed": ("1", 1),
-    "--optim": ("adamw", "adamw"),
-    "--early-stop": ("2:0.1", "2:0.1"),
-    "--adam-beta1": ("0.8", 0.8),
-    "--adam-beta2": ("0.95", 0.95),
-    "--adam-epsilon": ("1e-6", 1e-06),
-    "--ds-config": ("zero3", "zero3"),
-    "--precision": ("bf16", "bf16"),
-    "--hang-timeout": ("60", 60.0),
-    "--grace": ("9", 9.0),
-    "--execution": ("eager", "eager"),
-    "--activation-checkpointing": (None, True),
-    "--eval-every": ("5", "5"),
-    "--save-every": ("never", "never"),
-    "--save-total-limit": ("3", 3),
-    "--output-dir": ("o", "o"),
-    "--wandb": ("disabled", "disabled"),
-    "--wandb-project": ("p", "p"),
-    "--run-name": ("n", "n"),
-    "--report-to": ("tensorboard", ("tensorboard",)),
-    "--profile": ("5", 5),
-    "--export": ("best", "best"),
-    "--num-samples": ("5", 5),
-    "--score-samples": (None, True),
-}
+# Each other flag, with a value that no preset has; a switch has none.
+SETTINGS = """
+--model=m --init=random --quant=nf4 --quant-double --dropout=0.3
+--lora-rank=4 --lora-alpha=3 --lora-dropout=0.5 --lora-target-modules=a,b --lora-plus-ratio=16 --adapter=dora
+--modules-to-save=wte,bias
+--data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
+--prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
+--block-size=77 --packing --no-shuffle
+--epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
+--warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2:0.1
+--adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
+--ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
+--eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
+--report-to=tensorboard --profile=5 --export=best --num-samples=5 --score-samples
+"""
+VALUES = {flag: value for flag, _, value in (word.partition("=") for word in SETTINGS.split())}
 FIELDS = {flag_of(field): (name, field.name) for name, group in GROUPS.items() for field in dataclasses.fields(group)}
 
 
@@ -100,11 +49,13 @@ def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command(
 
 @pytest.mark.parametrize("flag", sorted(FIELDS))
 def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
-    typed, expected = VALUES[flag]
+    typed = VALUES[flag]
     more = {"--prompt": ["--completion", "{c}"], "--quant-double": ["--quant", "nf4"]}.get(flag, [])
-    settings = cli.parse_args(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])]).settings
+    settings, base = (parse("--mode lora", *more, *argv).settings for argv in ([flag, *([typed] if typed else [])], []))
     group, field = FIELDS[flag]
-    assert getattr(getattr(settings, group), field) == settings.given[group][field] == expected
+    value, default = (getattr(getattr(run, group), field) for run in (settings, base))
+    assert value == settings.given[group][field] != default
+    assert value == (tuple(typed.split(",")) if isinstance(value, tuple) else type(value)(typed or not default))
     assert set(settings.overridden) == {flag, *more[:1]}
 
 
