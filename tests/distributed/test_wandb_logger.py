@@ -266,19 +266,6 @@ def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None
         assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
 
 
-@pytest.fixture(scope="module")
-def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one offline run by a real process that could reach only the listener given as its proxy."""
-    folder = tmp_path_factory.mktemp("offline")
-    with FakeWandb() as listener:
-        proxies = {name: listener.url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-        exit_code, output = run_child(folder, "offline", **proxies)
-        (folder / "stdout").write_text(output)
-        (folder / "connections").write_text(str(listener.connections))
-    assert exit_code == 0
-    return folder
-
-
 def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     variables = {
@@ -312,47 +299,29 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
     assert any(record["type"] == "output_raw" for record in records), "WANDB_CONSOLE brings the console back"
 
 
-def test_an_offline_wandb_run_holds_every_row_with_axes_and_config(offline_run_dir: Path) -> None:
-    (file,) = run_files(offline_run_dir)
+def test_an_offline_run_opens_no_connection_and_sync_sends_every_row_axes_and_config(tmp_path: Path) -> None:
+    """Neither Python connects (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard
+    nothing)."""
+    folder = tmp_path / "offline"
+    with FakeWandb() as listener:
+        proxies = {name: listener.url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        exit_code, output = run_child(folder, "offline", **proxies)
+    assert (exit_code, listener.connections) == (0, 0)
+    (file,) = run_files(folder)
+    assert output == f"W&B: offline, send it later with `wandb sync {file.parent.relative_to(folder)}`\n"
+    assert [path.name for path in folder.iterdir()] == ["run"]
+    assert [path.name for path in (folder / "run").iterdir()] == ["wandb"]
     assert_history(read_history(file), RECORDS)
-    records = list(WandbFile(file))
-    run = next(record["run"] for record in records if record["type"] == "run")
-    assert (run["run_id"], run["display_name"], run["job_type"]) == (METADATA["run_id"], METADATA["name"], "train")
-    assert run["run_group"] == "full-vs-lora-acled-demo"
-    assert run["tags"] == ["lora", "demo-base", "acled-demo"]
-    metrics = {
-        record["metric"].get("name") or record["metric"]["glob_name"]: record["metric"]
-        for record in records
-        if record["type"] == "metric"
-    }
-    assert metrics["val/*"]["step_metric"] == metrics["train/*"]["step_metric"] == "epoch"
-    assert [record["exit"].get("exit_code", 0) for record in records if record["type"] == "exit"] == [0]
-
-
-def test_an_offline_run_says_one_line_writes_into_its_folder_only_and_opens_no_connection(
-    offline_run_dir: Path,
-) -> None:
-    """Neither Python (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard nothing)."""
-    (file,) = run_files(offline_run_dir)
-    assert (offline_run_dir / "stdout").read_text() == (
-        f"W&B: offline, send it later with `wandb sync {file.parent.relative_to(offline_run_dir)}`\n"
-    )
-    assert (offline_run_dir / "connections").read_text() == "0"
-    assert sorted(path.name for path in offline_run_dir.iterdir()) == ["connections", "run", "stdout"]
-    assert [path.name for path in (offline_run_dir / "run").iterdir()] == ["wandb"]
-
-
-def test_wandb_sync_sends_rows_axes_config_and_nothing_unknown(offline_run_dir: Path) -> None:
     with FakeWandb() as server:
-        sync_offline_runs(server, offline_run_dir)
+        sync_offline_runs(server, folder)
     run = server.runs[METADATA["run_id"]]
     assert_history(run.history, RECORDS)
+    names = [run.fields[name] for name in ("displayName", "jobType", "groupName", "tags")]
+    assert names == [METADATA["name"], "train", "full-vs-lora-acled-demo", ["lora", "demo-base", "acled-demo"]]
     assert run.metric_definitions()["val/*"]["axis"] == run.metric_definitions()["train/*"]["axis"] == "epoch"
     assert run.summary["val/loss"]["min"] == min(r.loss for r in RECORDS if isinstance(r, EvalRecord))
-    assert run.summary["wall_seconds"] == 100
-    assert run.summary["best/step"] == LAST_STEP
-    assert run.config_values()["mode"] == "lora"
-    assert run.config_values()["trainable_parameters"] == 19_000
+    assert (run.summary["wall_seconds"], run.summary["best/step"]) == (100, LAST_STEP)
+    assert (run.config_values()["mode"], run.config_values()["trainable_parameters"]) == ("lora", 19_000)
     assert (run.project, run.exit_code, server.unknown_requests) == ("gpt2-full-vs-lora", 0, [])
 
 

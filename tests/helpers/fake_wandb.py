@@ -70,14 +70,12 @@ class FakeRun:
             for name, definition in zip(names, definitions, strict=True)
         }
 
-    def to_graphql(self) -> Json:
-        """The run as GraphQL answers name it."""
-        return {
+    def to_graphql(self, *, page: Json | None = None) -> Json:
+        """The run as answers name it; with `page`, the variables of a request, also what wandb.Api().run() reads."""
+        bucket = {
             "id": f"id-{self.name}",
             "name": self.name,
             "displayName": self.fields.get("displayName") or self.name,
-            "description": None,
-            "sweepName": None,
             "tags": self.fields.get("tags") or [],
             "config": json.dumps(self.config),
             "summaryMetrics": json.dumps(self.summary),
@@ -87,11 +85,33 @@ class FakeRun:
             "eventsLineCount": 0,
             "eventsTail": "[]",
             "logLineCount": 0,
-            "project": _project_response(self.entity, self.project),
+            "project": project_response(self.entity, self.project),
+            **dict.fromkeys(("description", "sweepName")),
+        }
+        if page is None:
+            return bucket
+        steps = range(page.get("minStep", 0), page.get("maxStep", 2**62))
+        last_step = max((row["_step"] for row in self.history), default=-1)
+        rows = [json.dumps(row) for row in self.history if row["_step"] in steps]
+        return bucket | {
+            "group": self.fields.get("groupName"),
+            "jobType": self.fields.get("jobType"),
+            "projectId": "1",
+            "state": {None: "running", 0: "finished"}.get(self.exit_code, "failed"),
+            "user": {"name": ENTITY, "username": ENTITY},
+            "readOnly": False,
+            "createdAt": TIMESTAMP,
+            "heartbeatAt": TIMESTAMP,
+            "systemMetrics": "{}",
+            "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
+            "history": rows[: page.get("pageSize")],
+            "parquetHistory": {"parquetUrls": [], "liveData": self.history},
+            **dict.fromkeys(("commit", "notes")),
         }
 
 
-def _project_response(entity: str, name: str) -> Json:
+def project_response(entity: str | None, name: str | None) -> Json:
+    entity, name = entity or ENTITY, name or "uncategorized"
     return {
         "__typename": "Project",
         "id": f"id-{name}",
@@ -99,12 +119,11 @@ def _project_response(entity: str, name: str) -> Json:
         "name": name,
         "entityName": entity,
         "entity": {"id": "id-entity", "name": entity},
-        "description": None,
         "access": "PRIVATE",
         "views": "{}",
         "createdAt": TIMESTAMP,
         "isBenchmark": False,
-        "user": None,
+        **dict.fromkeys(("description", "user")),
     }
 
 
@@ -124,7 +143,8 @@ class FakeWandb:
         self.unknown_requests: list[str] = []
         self.connections = 0
         self._lock = threading.Lock()
-        self._http = _Server(self)
+        self._http = _Server(("127.0.0.1", 0), _Handler)
+        self._http.fake = self
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> "FakeWandb":
@@ -152,42 +172,32 @@ class FakeWandb:
         with self._lock:
             path = urlsplit(path).path
             if path == "/graphql":
-                return 200, {"data": self._graphql(json.loads(body))}
-            if stream := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
-                entity, project, name = map(unquote, stream.groups())
-                return 200, self._stream(self.run(entity, project, name), json.loads(body))
-            if method == "PUT" and (upload := re.fullmatch(r"/upload/(run|artifact)/([^/]+)/(.+)", path)):
-                owner_type, owner, name = map(unquote, upload.groups())
-                return 200, self._upload(owner_type, owner, name, body)
+                request = json.loads(body)
+                query = re.search(r"(?:query|mutation)\s+(\w+)", request.get("query", ""))
+                name = request.get("operationName") or (query[1] if query else "")
+                self.operations.append(name)
+                if name in OPERATIONS:
+                    return 200, {"data": OPERATIONS[name](self, request.get("variables") or {})}
+                self.unknown_requests.append(name)
+                return 200, {"data": {}}
+            if match := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
+                run, message = self.run(*map(unquote, match.groups())), json.loads(body)
+                for file, chunk in (message.get("files") or {}).items():  # lines, and the number of the first one
+                    start, lines = chunk.get("offset", 0), chunk.get("content") or []
+                    if file == "wandb-history.jsonl":
+                        run.history[start:] = [json.loads(line) for line in lines]
+                    elif file == "wandb-summary.json" and lines:
+                        run.summary = json.loads(lines[-1])
+                if message.get("complete"):
+                    run.exit_code = message.get("exitcode")
+                return 200, {"exitcode": None, "limits": {}}
+            if method == "PUT" and (match := re.fullmatch(r"/upload/(run|artifact)/([^/]+)/(.+)", path)):
+                kind, owner, name = map(unquote, match.groups())
+                files = self.runs[owner].files if kind == "run" else self.artifacts[owner]["content"]
+                files[name] = body
+                return 200, {}
             self.unknown_requests.append(f"{method} {path}")
             return 404, {"error": "not known to the stand-in"}
-
-    def _graphql(self, request: Json) -> Json:
-        query, variables = request.get("query", ""), request.get("variables") or {}
-        match = re.search(r"(?:query|mutation)\s+(\w+)", query)
-        name = request.get("operationName") or (match.group(1) if match else "")
-        self.operations.append(name)
-        if name not in OPERATIONS:
-            self.unknown_requests.append(name)
-            return {}
-        return OPERATIONS[name](self, variables)
-
-    def _stream(self, run: FakeRun, message: Json) -> Json:
-        """Rows of a running run: each named file brings lines and the number of the first one."""
-        for file, chunk in (message.get("files") or {}).items():
-            start, lines = chunk.get("offset", 0), chunk.get("content") or []
-            if file == "wandb-history.jsonl":
-                run.history[start:] = [json.loads(line) for line in lines]
-            elif file == "wandb-summary.json" and lines:
-                run.summary = json.loads(lines[-1])
-        if message.get("complete"):
-            run.exit_code = message.get("exitcode")
-        return {"exitcode": None, "limits": {}}
-
-    def _upload(self, owner_type: str, owner: str, name: str, body: bytes) -> Json:
-        files = self.runs[owner].files if owner_type == "run" else self.artifacts[owner]["content"]
-        files[name] = body
-        return {}
 
     def run(self, entity: str | None, project: str | None, name: str) -> FakeRun:
         """The run of this id, made where it is new."""
@@ -195,30 +205,30 @@ class FakeWandb:
         self.projects.add((entity, project))
         return self.runs.setdefault(name, FakeRun(entity, project, name))
 
-    def upload_url(self, owner_type: str, owner: str, name: str) -> str:
+    def upload_url(self, kind: str, owner: str, name: str) -> Json:
         """Where the client may put a file."""
-        return f"{self.url}/upload/{owner_type}/{owner}/{name}"
+        return {"uploadUrl": f"{self.url}/upload/{kind}/{owner}/{name}", "uploadHeaders": []}
 
 
-def _edges(nodes: Iterable[Json]) -> Json:
+def edges(nodes: Iterable[Json]) -> Json:
     """A page that has no next one."""
-    page = {"endCursor": None, "hasNextPage": False}
+    page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
     return {"edges": [{"node": node, "cursor": node.get("id", "")} for node in nodes], "pageInfo": page}
 
 
-def _get_viewer(server: FakeWandb, variables: Json) -> Json:
+def get_viewer(server: FakeWandb, variables: Json) -> Json:
     viewer = {"id": "id-user", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "tester@localhost"}
-    teams = _edges([{"id": "id-entity", "name": ENTITY}])
+    teams = edges([{"id": "id-entity", "name": ENTITY}])
     return {"viewer": {**viewer, "admin": False, "flags": "{}", "apiKeys": {"edges": []}, "teams": teams}}
 
 
-def _get_resume_status(server: FakeWandb, variables: Json) -> Json:
+def get_resume_status(server: FakeWandb, variables: Json) -> Json:
     run = server.runs.get(variables["name"])
-    project = _project_response(variables.get("entity") or ENTITY, variables.get("project") or "uncategorized")
+    project = project_response(variables.get("entity"), variables.get("project"))
     return {"model": {**project, "bucket": run.to_graphql() if run else None}}
 
 
-def _upsert_run(server: FakeWandb, variables: Json) -> Json:
+def upsert_run(server: FakeWandb, variables: Json) -> Json:
     is_new = variables["name"] not in server.runs
     run = server.run(variables.get("entity"), variables.get("project"), variables["name"])
     if variables.get("config"):
@@ -227,150 +237,112 @@ def _upsert_run(server: FakeWandb, variables: Json) -> Json:
     return {"upsertBucket": {"bucket": run.to_graphql(), "inserted": is_new}}
 
 
-def _create_run_files(server: FakeWandb, variables: Json) -> Json:
+def create_run_files(server: FakeWandb, variables: Json) -> Json:
     run = variables["run"]
-    files = [{"name": name, "uploadUrl": server.upload_url("run", run, name)} for name in variables["files"]]
+    files = [{"name": name, **server.upload_url("run", run, name)} for name in variables["files"]]
     return {"createRunFiles": {"runID": f"id-{run}", "uploadHeaders": [], "files": files}}
 
 
-def _create_artifact(server: FakeWandb, variables: Json) -> Json:
+def create_artifact(server: FakeWandb, variables: Json) -> Json:
     name = f"artifact-{len(server.artifacts)}"
-    server.artifacts[name] = {**variables["input"], "state": "PENDING", "content": {}}
+    server.artifacts[name] = {**variables["input"], "content": {}}
     sequence = {"id": f"sequence-{name}", "latestArtifact": None}
     return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": sequence}}}
 
 
-def _save_manifest(server: FakeWandb, variables: Json) -> Json:
-    owner = variables.get("artifactID") or variables["artifactManifestID"].removeprefix("manifest-")
-    url = server.upload_url("artifact", owner, "manifest.json")
-    manifest = {"id": f"manifest-{owner}", "file": {"id": "f", "uploadUrl": url, "uploadHeaders": []}}
-    answer = {"artifactManifest": manifest}
-    return {"createArtifactManifest": answer, "updateArtifactManifest": answer}
+def create_manifest(server: FakeWandb, variables: Json) -> Json:
+    owner = variables["artifactID"]
+    file = {"id": "f", **server.upload_url("artifact", owner, "manifest.json")}
+    return {"createArtifactManifest": {"artifactManifest": {"id": f"manifest-{owner}", "file": file}}}
 
 
-def _create_artifact_files(server: FakeWandb, variables: Json) -> Json:
+def create_artifact_files(server: FakeWandb, variables: Json) -> Json:
     nodes = []
     for file in variables["input"]["artifactFiles"]:
         owner, name = file["artifactID"], file["name"]
-        url = server.upload_url("artifact", owner, name)
-        target: Json = {"uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
+        target: Json = {**server.upload_url("artifact", owner, name), "uploadMultipartUrls": None}
         nodes.append({"storagePath": f"{owner}/{name}", "artifact": {"id": owner}, **target})
-    return {"createArtifactFiles": {"files": _edges(nodes)}}
+    return {"createArtifactFiles": {"files": edges(nodes)}}
 
 
-def _commit_artifact(server: FakeWandb, variables: Json) -> Json:
-    artifact = server.artifacts[variables["artifactID"]]
-    artifact["state"] = "COMMITTED"
-    return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": artifact["digest"]}}}
+def commit_artifact(server: FakeWandb, variables: Json) -> Json:
+    name = variables["artifactID"]
+    return {"commitArtifact": {"artifact": {"id": name, "digest": server.artifacts[name]["digest"]}}}
 
 
-def _get_artifact_by_client_id(server: FakeWandb, variables: Json) -> Json:
-    ids = [name for name, artifact in server.artifacts.items() if artifact.get("clientID") == variables["clientID"]]
-    return {"clientIDMapping": {"serverID": ids[0]} if ids else None}
-
-
-def _get_project(server: FakeWandb, variables: Json) -> Json:
+def get_project(server: FakeWandb, variables: Json) -> Json:
     key = (variables["entityName"], variables["projectName"])
-    return {"project": _project_response(*key) if key in server.projects else None}
+    return {"project": project_response(*key) if key in server.projects else None}
 
 
-def _list_projects(server: FakeWandb, variables: Json) -> Json:
-    projects = _edges(_project_response(*key) for key in sorted(server.projects) if key[0] == variables["entity"])
-    return {"models": {**projects, "pageInfo": {"__typename": "PageInfo", **projects["pageInfo"]}}}
-
-
-def _create_project(server: FakeWandb, variables: Json) -> Json:
-    project_input = variables["input"]
-    key = (project_input.get("entityName") or project_input.get("entity_name") or ENTITY, project_input["name"])
+def create_project(server: FakeWandb, variables: Json) -> Json:
+    project = variables["input"]
+    key = (project.get("entityName") or project.get("entity_name") or ENTITY, project["name"])
     server.projects.add(key)
-    return {"result": {"project": _project_response(*key), "model": _project_response(*key), "inserted": True}}
+    return {"result": {"project": project_response(*key), "model": project_response(*key), "inserted": True}}
 
 
-def _view_response(view: Json) -> Json:
+def view_response(view: Json) -> Json:
     """A report as GraphQL answers name it."""
     fields = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
-    project = _project_response(view.get("entityName") or ENTITY, view["projectName"])
+    project = project_response(view.get("entityName"), view["projectName"])
     times = {"createdAt": TIMESTAMP, "updatedAt": TIMESTAMP}
     return {**fields, "spec": json.dumps(view["spec"]), "project": project, "user": None, **times}
 
 
-def _save_view(server: FakeWandb, variables: Json) -> Json:
+def save_view(server: FakeWandb, variables: Json) -> Json:
     name = variables.get("id") or f"view-{len(server.views)}"
     is_new = name not in server.views
     server.views[name] = {**variables, "id": name, "spec": json.loads(variables["spec"])}
-    return {"upsertView": {"inserted": is_new, "view": _view_response(server.views[name])}}
+    return {"upsertView": {"inserted": is_new, "view": view_response(server.views[name])}}
 
 
-def _list_views(server: FakeWandb, variables: Json) -> Json:
-    views = (view for view in server.views.values() if view["projectName"] == variables["project"])
-    return {"project": {"allViews": _edges(map(_view_response, views))}}
-
-
-def _read_run(server: FakeWandb, variables: Json) -> Json:
+def read_run(server: FakeWandb, variables: Json) -> Json:
     """A run as wandb.Api().run() reads it, whole or a page of its rows."""
     run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
-    if run is None or run.project != variables["project"]:
-        return {"project": {"run": None}}
-    last_step = max((row["_step"] for row in run.history), default=-1)
-    rows = [row for row in run.history if variables.get("minStep", 0) <= row["_step"] < variables.get("maxStep", 2**62)]
-    run_fields = {
-        "group": run.fields.get("groupName"),
-        "jobType": run.fields.get("jobType"),
-        "projectId": "1",
-        "state": {None: "running", 0: "finished"}.get(run.exit_code, "failed"),
-        "user": {"name": ENTITY, "username": ENTITY},
-        "commit": None,
-        "readOnly": False,
-        "createdAt": TIMESTAMP,
-        "heartbeatAt": TIMESTAMP,
-        "notes": None,
-        "systemMetrics": "{}",
-        "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
-        "history": [json.dumps(row) for row in rows[: variables.get("pageSize")]],
-        "parquetHistory": {"parquetUrls": [], "liveData": run.history},
-    }
-    return {"project": {"run": {**run.to_graphql(), **run_fields}}}
+    is_there = run is not None and run.project == variables["project"]
+    return {"project": {"run": run.to_graphql(page=variables) if run and is_there else None}}
 
 
 OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     # every start
-    "Viewer": _get_viewer,
+    "Viewer": get_viewer,
     "ServerFeaturesQuery": lambda server, variables: {"serverInfo": {"features": []}},
     "OrganizationCoreWeaveOrganizationID": lambda server, variables: {"entity": {"organization": None}},
     # runs
-    "RunResumeStatus": _get_resume_status,
-    "UpsertBucket": _upsert_run,
-    "CreateRunFiles": _create_run_files,
+    "RunResumeStatus": get_resume_status,
+    "UpsertBucket": upsert_run,
+    "CreateRunFiles": create_run_files,
     "MarkRunFilesUploaded": lambda server, variables: {"markRunFilesUploaded": {"success": True}},
     "RunState": lambda server, variables: {"project": {"run": {"id": f"id-{variables['run']}", "state": "running"}}},
     # artifacts: an empty answer to CreateArtifact would make the client panic
-    "CreateArtifact": _create_artifact,
-    "CreateArtifactManifest": _save_manifest,
-    "UpdateArtifactManifest": _save_manifest,
-    "CreateArtifactFiles": _create_artifact_files,
-    "CommitArtifact": _commit_artifact,
-    "ClientIDMapping": _get_artifact_by_client_id,
-    "XXHashDigestsEnabled": lambda server, variables: {"entity": {"xxhashDigestsEnabled": False}},
-    "FetchArtifactDigestAlgorithm": lambda server, variables: {"project": None},
+    "CreateArtifact": create_artifact,
+    "CreateArtifactManifest": create_manifest,
+    "CreateArtifactFiles": create_artifact_files,
+    "CommitArtifact": commit_artifact,
     # runs read back
-    **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), _read_run),
+    **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), read_run),
     # reports
-    "ProjectViews": _list_views,
-    "ProjectInternalId": _get_project,
-    "GetProjects": _list_projects,
-    "CreateProject": _create_project,
-    "upsertView": _save_view,
-    "SpecificReport": lambda server, variables: {"view": _view_response(server.views[variables["reportId"]])},
+    "ProjectInternalId": get_project,
+    "CreateProject": create_project,
+    "upsertView": save_view,
+    "GetProjects": lambda server, variables: {
+        "models": edges(project_response(*key) for key in sorted(server.projects) if key[0] == variables["entity"])
+    },
+    "ProjectViews": lambda server, variables: {
+        "project": {
+            "allViews": edges(
+                view_response(view) for view in server.views.values() if view["projectName"] == variables["project"]
+            )
+        }
+    },
 }
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
-
-    def __init__(self, fake: FakeWandb) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.fake = fake
+    fake: FakeWandb
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Count every connection, whatever is then asked on it."""
@@ -388,7 +360,12 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_POST(self) -> None:
-        status, response = self.server.fake.respond(self.command, self.path, self._body())
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b"".join(iter(self.read_chunk, b""))
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        decompress = {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(self.headers.get("Content-Encoding", ""))
+        status, response = self.server.fake.respond(self.command, self.path, decompress(body) if decompress else body)
         content = json.dumps(response).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -398,21 +375,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the tests look at what was kept."""
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            body = b"".join(iter(self._chunk, b""))
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        encoding = self.headers.get("Content-Encoding", "")
-        if encoding == "gzip":
-            return gzip.decompress(body)
-        return zlib.decompress(body) if encoding == "deflate" else body
-
-    def _chunk(self) -> bytes:
-        size = int(self.rfile.readline().split(b";")[0], 16)
-        content = self.rfile.read(size)
+    def read_chunk(self) -> bytes:
+        content = self.rfile.read(int(self.rfile.readline().split(b";")[0], 16))
         self.rfile.readline()
         return content
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the tests look at what was kept."""

@@ -20,8 +20,6 @@ from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 
 LINE_INTERVAL_SECONDS = 60.0
 HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
-EPOCH_TOLERANCE = 1e-6  # an epoch this close to a whole number is one: fractions of steps are floats
-FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 
 def is_terminal() -> bool:
@@ -46,21 +44,17 @@ class ProgressBar:
         self._epochs_text = f"{round(num_epochs, 2):g}" if num_epochs >= 1 else f"{num_epochs:.2g}"
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
         self._last_print_time = -math.inf  # when the last plain line was printed
-        self._pending_line: str | None = None  # a row that was too early to print; the last one is printed at the end
         self._bar: Progress | None = None
         if is_terminal():
-            columns = ("loss [bold]{task.fields[loss]}[/bold]", "lr {task.fields[lr]}", "{task.fields[speed]} tok/s")
-            one_line = Column(no_wrap=True)
-            self._bar = Progress(
-                TextColumn(f"epoch {{task.fields[epoch]}}/{self._epochs_text}", table_column=one_line),
-                BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-                TextColumn("{task.completed}/{task.total}", table_column=one_line),
-                *(TextColumn(text, table_column=one_line) for text in (*columns, "{task.fields[left]} left")),
-                console=make_console(),
-                expand=True,
-                refresh_per_second=4,
+            texts = (
+                f"epoch {{task.fields[epoch]}}/{self._epochs_text}",
+                "{task.completed}/{task.total}",
+                "{task.description}",
             )
-            self._bar.add_task("", total=total_steps, epoch="0.00", loss="-", lr="-", speed="-", left="?")
+            epoch, step, rest = (TextColumn(text, table_column=Column(no_wrap=True)) for text in texts)
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4))
+            self._bar = Progress(epoch, bar, step, rest, console=make_console(), expand=True, refresh_per_second=4)
+            self._bar.add_task("", total=total_steps, epoch="0.00")
             self._bar.start()
 
     def log(self, record: Record) -> None:
@@ -73,8 +67,6 @@ class ProgressBar:
         elif isinstance(record, EpochRecord):
             self.print_line(f"{self._position('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
         elif record.message:
-            if record.event in FINAL_EVENTS:
-                self._flush_pending_line()
             self.print_line(record.message)
 
     def print_line(self, line: str) -> None:
@@ -86,15 +78,9 @@ class ProgressBar:
             print(line, flush=True)
 
     def close(self, exit_code: int) -> None:
-        """Print the row that was held back and let go of the bar; a second call does nothing."""
-        self._flush_pending_line()
+        """Let go of the bar; a second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
-
-    def _flush_pending_line(self) -> None:
-        if self._pending_line is not None:
-            self.print_line(self._pending_line)
-            self._pending_line = None
 
     def _show_step(self, record: StepRecord) -> None:
         now = time.monotonic()
@@ -104,16 +90,15 @@ class ProgressBar:
             time_left = "?"
         else:
             time_left = format_clock((now - start_time) / max(1, record.step - first_step) * steps_left)
-        loss, lr, speed = f"{record.loss:.4f}", f"{record.lr:.1e}", _format_short(record.tokens_per_second)
+        speed = _format_short(record.tokens_per_second)
+        text = f"loss {record.loss:.4f}  lr {record.lr:.1e}  {speed} tok/s  {time_left} left"
         if self._bar is not None:
-            values = {"epoch": f"{record.epoch:.2f}", "loss": loss, "lr": lr, "speed": speed, "left": time_left}
-            self._bar.tasks[0].fields |= values
-            self._bar.update(self._bar.task_ids[0], completed=record.step, refresh=not steps_left)
-            return
-        self._pending_line = f"{self._position('step', record)}  loss {loss}  lr {lr}  {speed} tok/s  {time_left} left"
-        if now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left:
+            task, text = self._bar.task_ids[0], text.replace("  ", " ")
+            epoch = f"{record.epoch:.2f}"
+            self._bar.update(task, completed=record.step, description=text, epoch=epoch, refresh=not steps_left)
+        elif now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left:
             self._last_print_time = now
-            self._flush_pending_line()
+            self.print_line(f"{self._position('step', record)}  {text}")
 
     def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
@@ -153,13 +138,10 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
     train_losses: dict[float, float] = {}
     evals: dict[float, EvalRecord] = {}  # where a resumed run has evaluated twice the later one counts
     for record in records:
-        if isinstance(record, EpochRecord | EvalRecord):
-            is_whole = abs(record.epoch - round(record.epoch)) < EPOCH_TOLERANCE
-            epoch = float(round(record.epoch)) if is_whole else record.epoch
-            if isinstance(record, EvalRecord):
-                evals[epoch] = record
-            else:
-                train_losses[epoch] = record.train_loss
+        if isinstance(record, EvalRecord):
+            evals[float(record.epoch)] = record
+        elif isinstance(record, EpochRecord):
+            train_losses[float(record.epoch)] = record.train_loss
     best_epoch = min(evals, key=lambda epoch: (evals[epoch].loss, epoch), default=None)
     references = {float(row.epoch): row for row in reference.CURVE}
 

