@@ -4,7 +4,7 @@ Without a GPU a recording is stood in for by one that runs the recorded work at 
 The last tests need a GPU and hold replays against eager steps there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,19 +24,17 @@ from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
 from trainer.model.loss import CausalLMLoss
 
-WIDTH = 16
+CAPTURING = "operation not permitted when stream is capturing"
+EAGER = "steps are not recorded as CUDA graphs: "
 
 
 class FakeCapturedGraph:
     """What `CapturedGraph` is on a GPU: inputs and outputs stay where they are, the work is done at each replay."""
 
     instances: ClassVar[list["FakeCapturedGraph"]] = []
-    fails_to_capture = False
 
     def __init__(self, fn: Any, example_ids: torch.Tensor, pool: Any):
-        if FakeCapturedGraph.fails_to_capture:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        self.fn, self.pool, self.num_replays = fn, "pool", 0
+        self.fn, self.num_replays = fn, 0
         self.ids, self.labels = torch.zeros_like(example_ids), torch.zeros_like(example_ids)
         self.loss_weight = torch.ones(())
         with pytest.MonkeyPatch.context() as patch:  # a recording runs the Python once, and changes nothing yet
@@ -54,27 +52,23 @@ class FakeCapturedGraph:
 
 
 @pytest.fixture
-def loss_module(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> CausalLMLoss:
+def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CUDAGraphRunner]:
+    """A function: a runner of a tiny GPT-2 in training."""
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", FakeCapturedGraph)
     monkeypatch.setattr(FakeCapturedGraph, "instances", [])
-    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", False)
-    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(tiny_model), None)
 
+    def make(dropout: float = 0.0) -> CUDAGraphRunner:
+        causal = AutoModelForCausalLM.from_pretrained(make_tiny_gpt2(tmp_path / "model", dropout=dropout))
+        loss_module = CausalLMLoss(causal, None).train()
+        params, context = list(loss_module.parameters()), simulated_context(1, "cpu")
+        stepper = PlainStepper(context, torch.optim.SGD(params), loss_module, params, 1.0, skips_on_device=False)
+        return CUDAGraphRunner(stepper, precision="fp32", checks=[])
 
-@pytest.fixture
-def dropout_loss_module(loss_module: CausalLMLoss, tmp_path: Path) -> CausalLMLoss:
-    folder = make_tiny_gpt2(tmp_path / "dropout", dropout=0.1)
-    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
-
-
-def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
-    params, context = list(loss_module.parameters()), simulated_context(1, "cpu")
-    stepper = PlainStepper(context, torch.optim.SGD(params), loss_module, params, 1.0, skips_on_device=False)
-    return CUDAGraphRunner(stepper, precision="fp32", checks=[])
+    return make
 
 
 def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, WIDTH)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, 16)))
 
 
 def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]], eager: Any = None) -> None:
@@ -89,34 +83,45 @@ def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]], eager: Any 
             for n, rows in enumerate(shape):
                 ids = make_micro_batch(rows, 100 * number + n)
                 backward(ids, ids, 0.5)
-            gradients.append(
-                [parameter.grad.clone() for parameter in runner.trainable_params if parameter.grad is not None]
-            )
+            gradients.append([p.grad.clone() for p in runner.trainable_params if p.grad is not None])
         for expected, actual in zip(*gradients, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+def raise_when(text: str, *, kind: type[Exception] = RuntimeError, echo: str = "") -> Callable[..., Any]:
+    """A function that draws as a forward would, and raises; `echo`: what ends after it raises, too."""
+
+    def fail(*_: Any) -> Any:
+        torch.rand(5)
+        try:
+            raise kind(text)
+        finally:
+            if echo:
+                raise RuntimeError(echo)
+
+    return fail
+
+
 @pytest.mark.parametrize("ragged", [[2, 2], [2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
-def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module, ragged):
+def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(make_runner, ragged):
     """Those of a ragged step between captured ones, and of the next, as well."""
-    runner = make_runner(loss_module)
+    runner = make_runner()
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2)
     first, more = FakeCapturedGraph.instances
     if ragged == [2, 2]:
-        assert first.num_replays == 5
-        assert more.num_replays == 5, "the second micro-batch of a step adds to the first"
+        assert (first.num_replays, more.num_replays) == (5, 5), "the second micro-batch adds to the first"
     assert runner.capture_error == ""
 
 
-def test_at_most_max_graphs_shapes_are_captured(loss_module, monkeypatch):
+def test_at_most_max_graphs_shapes_are_captured(make_runner, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    check_steps(make_runner(loss_module), [[rows] for rows in range(1, 5) for _ in range(NUM_WARMUP_CALLS + 2)])
+    check_steps(make_runner(), [[rows] for rows in range(1, 5) for _ in range(NUM_WARMUP_CALLS + 2)])
     assert len(FakeCapturedGraph.instances) == 2
 
 
-def test_padding_that_counts_nothing_is_recorded_too(loss_module):
+def test_padding_that_counts_nothing_is_recorded_too(make_runner):
     """That of a rank which has no rows in the last step of an epoch: all its gradients are zero."""
-    runner, ids = make_runner(loss_module), make_micro_batch(1, 0)
+    runner, ids = make_runner(), make_micro_batch(1, 0)
     for _ in range(NUM_WARMUP_CALLS + 1):
         for parameter in runner.trainable_params:
             parameter.grad = None
@@ -142,93 +147,74 @@ class StaleGraph(FakeCapturedGraph):
 
 
 @pytest.mark.parametrize("kind", ["overwrite", "accumulate"])
-def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_used(loss_module, monkeypatch, kind):
+def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_used(make_runner, monkeypatch, kind):
     """Also of a micro-batch that adds to a recorded one: its replay has then written over what the eager call left."""
-    StaleGraph.weight = dict(loss_module.named_parameters())["causal.transformer.h.1.mlp.c_fc.weight"]
+    runner = make_runner()
+    StaleGraph.weight = dict(runner.stepper.loss_module.named_parameters())["causal.transformer.h.1.mlp.c_fc.weight"]
     StaleGraph.number = int(kind == "accumulate")
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", StaleGraph)
-    runner = make_runner(loss_module)
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 3))
     assert FakeCapturedGraph.instances[StaleGraph.number].num_replays == 1
     assert f"the recording of {kind} 2x16 and the eager step are " in runner.capture_error
     assert len(runner.checks) == StaleGraph.number
 
 
-def test_a_recording_is_verified_with_the_dropout_masks_of_the_eager_call(dropout_loss_module):
-    runner = make_runner(dropout_loss_module)
+def test_a_recording_is_verified_with_the_dropout_masks_of_the_eager_call(make_runner):
+    runner = make_runner(dropout=0.1)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 3))
-    assert runner.capture_error == ""
-    assert len(runner.checks) == 1
+    assert (runner.capture_error, len(runner.checks)) == ("", 1)
 
 
-def test_a_capture_that_fails_inside_dropout_leaves_the_masks_of_all_later_steps_as_they_were(
-    dropout_loss_module, monkeypatch
-):
-    def fail_after_drawing(*_: Any) -> Any:
-        torch.rand(5)
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail_after_drawing)
-    runner = make_runner(dropout_loss_module)
+def test_a_capture_that_fails_leaves_the_masks_of_all_later_steps_and_says_the_cause(make_runner, monkeypatch):
+    fail = raise_when(CAPTURING, echo="operation failed due to a previous error during capture")
+    runner = make_runner(dropout=0.1)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     following = torch.rand(3)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     assert torch.equal(torch.rand(3), following), "the generator stands where an eager step leaves it"
-    assert runner.capture_error.endswith("operation not permitted when stream is capturing"), "the cause, not its echo"
+    assert runner.capture_error == EAGER + CAPTURING, "the cause, not its echo"
 
 
-def test_after_a_failed_capture_steps_go_on_eagerly_and_what_was_recorded_before_is_not_replayed(
-    loss_module, monkeypatch
-):
+def test_after_a_failed_capture_what_was_recorded_before_is_not_replayed(make_runner, monkeypatch):
     """Its generator's state is no longer the one that is seeded: dropout would draw other masks, or raise."""
-    runner = make_runner(loss_module)
+    runner = make_runner()
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 1))
     replays = [graph.num_replays for graph in FakeCapturedGraph.instances]
-    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", raise_when(f"{CAPTURING}\nmore lines"))
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_CALLS", 0)
     check_steps(runner, [[1, 2]] * 2)  # the first one's recording fails
-    assert runner.capture_error == (
-        "steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"
-    )
+    assert runner.capture_error == EAGER + CAPTURING
     assert [graph.num_replays for graph in FakeCapturedGraph.instances] == replays
 
 
-def fail_without_memory(*_: Any) -> Any:
-    raise torch.OutOfMemoryError("CUDA out of memory")
+fail_without_memory = raise_when("CUDA out of memory", kind=torch.OutOfMemoryError)
 
 
 @pytest.mark.parametrize("part", ["_clone_all", "relative_difference", "replay"])
 def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recording_alone(
-    part, loss_module, monkeypatch
+    part, make_runner, monkeypatch
 ):
-    runner = make_runner(loss_module)
+    runner = make_runner()
     check_steps(runner, [[2, 2]] * NUM_WARMUP_CALLS)
     monkeypatch.setattr(FakeCapturedGraph if part == "replay" else cuda_graphs, part, fail_without_memory)
     check_steps(runner, [[2, 2]] * 2)
-    assert runner.capture_error == "steps are not recorded as CUDA graphs: CUDA out of memory"
+    assert runner.capture_error == f"{EAGER}CUDA out of memory"
 
 
-def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropout_loss_module, monkeypatch):
+def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(make_runner, monkeypatch):
     """A ragged step, after its forward has drawn its masks, or an evaluation."""
-    runner = make_runner(dropout_loss_module)
+    runner = make_runner(dropout=0.1)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
-    eager_backward = runner.stepper.backward
-
-    def fits_alone(*inputs: Any) -> torch.Tensor:
-        if runner._captured:
-            torch.rand(5)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return eager_backward(*inputs)
-
-    monkeypatch.setattr(runner.stepper, "backward", fits_alone)
-    check_steps(runner, [[1]], eager_backward)
-    assert runner.capture_error == "steps are not recorded as CUDA graphs: beside the recordings CUDA out of memory"
+    eager = runner.stepper.backward
+    monkeypatch.setattr(
+        runner.stepper, "backward", lambda *inputs: (fail_without_memory if runner._captured else eager)(*inputs)
+    )
+    check_steps(runner, [[1]], eager)
+    assert runner.capture_error == f"{EAGER}beside the recordings CUDA out of memory"
     monkeypatch.setattr(runner.stepper, "backward", fail_without_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        check_steps(runner, [[1]], eager_backward)
+        check_steps(runner, [[1]], eager)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -299,18 +285,12 @@ def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run
     """The steps after it are eager until they are recorded anew; without recording there is not even a last bit."""
     on_gpu, steps = device == "cuda", 20 if device == "cuda" else 8
     cases = [(mode, precision) for mode in ("full", "lora") for precision in BOUNDS]
-    jobs = [
-        make_recorded_job(
-            f"{mode}-{precision}{'-again' if resume else ''}",
-            f"--mode {mode} --precision {precision}",
-            recorded=on_gpu,
-            dropout=0.1,
-            steps=steps,
-            **({"resume": [f"{mode}-{precision}", steps // 2 + 1]} if resume else {}),
-        )
-        for mode, precision in cases
-        for resume in (False, True)
-    ]
+    jobs = []
+    for mode, precision in cases:
+        name, words = f"{mode}-{precision}", f"--mode {mode} --precision {precision}"
+        options = {"recorded": on_gpu, "dropout": 0.1, "steps": steps}
+        jobs.append(make_recorded_job(name, words, **options))
+        jobs.append(make_recorded_job(f"{name}-again", words, **options, resume=[name, steps // 2 + 1]))
     launch_jobs(1, jobs, target=run_recorded_jobs, on_gpu=on_gpu)
     for mode, precision in cases:
         name = f"{mode}-{precision}"

@@ -66,45 +66,38 @@ def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
 # --- the files that are refused ---
 
 
-@pytest.mark.parametrize(
-    ("content", "expected_message"),
-    [
-        ({"zero_optimisation": {}}, "expected an object with the key zero_optimization"),
-        ([], "expected an object with the key zero_optimization"),
-        ({"zero_optimization": 3}, "expected an object with the key zero_optimization"),
-        (zero_config(stage=1) | {"zero": 1}, "unknown key zero;"),
-        (zero_config(stage=1, stages=1), "unknown key zero_optimization.stages"),
-        (
-            zero_config(stage=2, offload_optimizer={"device": "cpu", "pin": 1}),
-            "unknown key zero_optimization.offload_optimizer.pin",
-        ),
-        (zero_config(stage=4), "zero_optimization.stage 4: expected 0, 1, 2 or 3"),
-        (
-            zero_config(stage=2, reduce_bucket_size=-1),
-            "zero_optimization.reduce_bucket_size -1: input should be greater",
-        ),
-        (zero_config(stage="auto"), 'zero_optimization.stage is "auto"'),
-        (
-            zero_config(stage=2, offload_optimizer={"device": "auto"}),
-            'zero_optimization.offload_optimizer.device is "auto"',
-        ),
-        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key stage appears twice"),
-        ('{"zero_optimization": {}, "zero_optimization": {}}', "key zero_optimization appears twice"),
-        (
-            zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2),
-            "a second name for a key",
-        ),
-        ('{"zero_optimization": ', "not JSON"),
-        ("", "not JSON"),
-        (zero_config(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer needs stage 1 or more, not 0"),
-        (zero_config(stage=0) | {"aio": {}}, "aio is without effect under stage 0"),
-        (zero_config(stage=2, offload_param={"device": "cpu"}), "offload_param needs stage 3 or more, not 2"),
-        (zero_config(stage=3, offload_param={"device": "nvme"}), "offload_param.device nvme: expected cpu or none"),
-        (zero_config(stage=1, overlap_comm=True), "zero_optimization.overlap_comm true needs stage 2 or 3, not 1"),
-        (zero_config(stage=1, round_robin_gradients=True), "zero_optimization.round_robin_gradients is refused"),
-        (zero_config(stage=1) | {"prescale_gradients": True}, "prescale_gradients is refused"),
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+#: Content of the file, as text or as keys of zero_optimization beside others of the file; what the line says.
+MISTAKES = [
+    ('{"zero_optimisation": {}}', "expected an object with the key zero_optimization"),
+    ("[]", "expected an object with the key zero_optimization"),
+    ('{"zero_optimization": 3}', "expected an object with the key zero_optimization"),
+    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key stage appears twice"),
+    ('{"zero_optimization": {}, "zero_optimization": {}}', "key zero_optimization appears twice"),
+    ('{"zero_optimization": ', "not JSON"),
+    ("", "not JSON"),
+    *[
+        (zero_config(stage=1) | {key: 1}, f"unknown key {key}; known are zero_optimization, communication_data_type, ")
+        for key in ("zero", "train_batch_size", "optimizer", "bf16", "gradient_clipping")
     ],
-)
+    (zero_config(stage=1, stages=1), "unknown key zero_optimization.stages"),
+    (zero_config(stage=2, offload_optimizer={"pin": 1}), "unknown key zero_optimization.offload_optimizer.pin"),
+    (zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2), "a second name for a key"),
+    (zero_config(stage=4), "zero_optimization.stage 4: expected 0, 1, 2 or 3"),
+    (zero_config(stage=2, reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size -1: input should be greater"),
+    (zero_config(stage="auto"), 'zero_optimization.stage is "auto"'),
+    (zero_config(offload_optimizer={"device": "auto"}), 'zero_optimization.offload_optimizer.device is "auto"'),
+    (zero_config(stage=0, **OFFLOAD), "offload_optimizer needs stage 1 or more, not 0"),
+    (zero_config(stage=0) | {"aio": {}}, "aio is without effect under stage 0"),
+    (zero_config(stage=2, offload_param={"device": "cpu"}), "offload_param needs stage 3 or more, not 2"),
+    (zero_config(stage=3, offload_param={"device": "nvme"}), "offload_param.device nvme: expected cpu or none"),
+    (zero_config(stage=1, overlap_comm=True), "zero_optimization.overlap_comm true needs stage 2 or 3, not 1"),
+    (zero_config(stage=1, round_robin_gradients=True), "zero_optimization.round_robin_gradients is refused"),
+    (zero_config(stage=1) | {"prescale_gradients": True}, "prescale_gradients is refused"),
+]
+
+
+@pytest.mark.parametrize(("content", "expected_message"), MISTAKES)
 def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, expected_message, tmp_path):
     path = write_config(tmp_path, content)
     with pytest.raises(UserError) as caught:
@@ -116,13 +109,6 @@ def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, e
     assert "type=" not in message, "pydantic's own words for programmers"
 
 
-@pytest.mark.parametrize("key", ["train_batch_size", "optimizer", "bf16", "gradient_clipping"])
-def test_a_zero_file_key_that_the_settings_decide_is_refused_by_name(key, tmp_path):
-    path = write_config(tmp_path, zero_config(stage=1) | {key: 1})
-    with pytest.raises(UserError, match=f"unknown key {key}; known are .* clipping come from the flags"):
-        read_deepspeed_file(str(path))
-
-
 def test_a_missing_zero_file_is_refused_with_the_shipped_names_and_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("none.json", "pipe.json"):
@@ -130,22 +116,9 @@ def test_a_missing_zero_file_is_refused_with_the_shipped_names_and_a_named_pipe_
             read_deepspeed_file(str(tmp_path / name))
 
 
-KEYS = st.sampled_from(
-    [
-        "stage",
-        "offload_optimizer",
-        "offload_param",
-        "device",
-        "reduce_bucket_size",
-        "overlap_comm",
-        "sub_group_size",
-        "zero_optimization",
-        "communication_data_type",
-        "train_batch_size",
-        "gradient_clipping",
-        "pin_memory",
-    ]
-)
+NAMES = "stage offload_optimizer offload_param device reduce_bucket_size overlap_comm sub_group_size zero_optimization "
+NAMES += "communication_data_type train_batch_size gradient_clipping pin_memory"
+KEYS = st.sampled_from(NAMES.split())
 OBJECTS = st.dictionaries(KEYS, JSON_VALUES | st.dictionaries(KEYS, JSON_VALUES, max_size=3), max_size=4)
 CONTENTS = (
     st.binary(max_size=40)
@@ -217,32 +190,38 @@ def choose(ranks: int, memory: int | None, model: dict[str, Any], precision: str
     )
 
 
-@pytest.mark.parametrize(
-    ("ranks", "memory", "model", "precision", "expected"),
-    [
-        (1, None, FULL_GPT2, "bf16", "zero0"),  # a CPU
-        (1, 24 * GIB, FULL_GPT2, "bf16", "zero0"),
-        (1, 4 * GIB, FULL_GPT2, "bf16", "zero2_offload"),  # 1.9 GiB of state and 2 of activations, of 3.6
-        (1, 80 * GIB, FULL_1_5B, "bf16", "zero0"),  # 22.9 GiB of state
-        (1, 24 * GIB, FULL_1_5B, "bf16", "zero2_offload"),
-        (1, 80 * GIB, LORA_7B, "bf16", "zero0"),  # 13 GiB of frozen weights in bfloat16
-        (1, 24 * GIB, LORA_7B, "bf16", "zero0"),
-        (1, 24 * GIB, LORA_7B, "fp32", "zero2_offload"),
-        (8, 24 * GIB, FULL_GPT2, "bf16", "zero0"),
-        (8, 80 * GIB, FULL_1_5B, "bf16", "zero0"),
-        (8, 24 * GIB, FULL_1_5B, "bf16", "zero2"),  # (4 + 16 / 8) x 1.54 billion bytes = 8.6 GiB
-        (8, 16 * GIB, FULL_1_5B, "bf16", "zero3"),
-        (8, 80 * GIB, LORA_7B, "bf16", "zero0"),
-        (8, 24 * GIB, LORA_7B, "bf16", "zero3"),
-        (1, None, FULL_GPT2, "fp16", "zero1"),  # zero0 has no loss scale
-        (1, 24 * GIB, FULL_GPT2, "fp16", "zero1"),
-        (2, 24 * GIB, FULL_GPT2, "fp16", "zero1"),
-        (8, 24 * GIB, FULL_1_5B, "fp16", "zero1"),
-        (8, 8 * GIB, FULL_1_5B, "fp16", "zero3"),
-    ],
-)
-def test_the_default_zero_file_follows_what_a_rank_would_hold(ranks, memory, model, precision, expected):
-    chosen = choose(ranks, memory, model, precision)
+PACKED_7B = {**LORA_7B, "frozen_bytes": 4_000_000_000}
+CHOICES = [
+    (1, None, FULL_GPT2, "bf16", {}, "zero0"),  # a CPU
+    (1, 24, FULL_GPT2, "bf16", {}, "zero0"),
+    (1, 4, FULL_GPT2, "bf16", {}, "zero2_offload"),  # 1.9 GiB of state and 2 of activations, of 3.6
+    (1, 80, FULL_1_5B, "bf16", {}, "zero0"),  # 22.9 GiB of state
+    (1, 24, FULL_1_5B, "bf16", {}, "zero2_offload"),
+    (1, 80, LORA_7B, "bf16", {}, "zero0"),  # 13 GiB of frozen weights in bfloat16
+    (1, 24, LORA_7B, "bf16", {}, "zero0"),
+    (1, 24, LORA_7B, "fp32", {}, "zero2_offload"),
+    (8, 24, FULL_GPT2, "bf16", {}, "zero0"),
+    (8, 80, FULL_1_5B, "bf16", {}, "zero0"),
+    (8, 24, FULL_1_5B, "bf16", {}, "zero2"),  # (4 + 16 / 8) x 1.54 billion bytes = 8.6 GiB
+    (8, 16, FULL_1_5B, "bf16", {}, "zero3"),
+    (8, 80, LORA_7B, "bf16", {}, "zero0"),
+    (8, 24, LORA_7B, "bf16", {}, "zero3"),
+    (2, 24, LORA_7B, "bf16", {}, "zero3"),
+    (2, 24, PACKED_7B, "bf16", {}, "zero0"),  # counted at its own size
+    (1, None, FULL_GPT2, "fp16", {}, "zero1"),  # zero0 has no loss scale
+    (1, 24, FULL_GPT2, "fp16", {}, "zero1"),
+    (2, 24, FULL_GPT2, "fp16", {}, "zero1"),
+    (8, 24, FULL_1_5B, "fp16", {}, "zero1"),
+    (8, 8, FULL_1_5B, "fp16", {}, "zero3"),
+    (8, 16, LORA_7B, "bf16", {"stages": (0, 1, 2)}, "zero2"),  # int8, and dora on packed weights, refuse ZeRO 3
+    (8, 4, FULL_1_5B, "bf16", {"stages": (0,)}, "zero0"),
+    (1, 4, FULL_1_5B, "bf16", {"stages": (0,)}, "zero0"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "gib", "model", "precision", "options", "expected"), CHOICES)
+def test_the_default_zero_file_follows_what_a_rank_would_hold(ranks, gib, model, precision, options, expected):
+    chosen = choose(ranks, gib and gib * GIB, model, precision, **options)
     assert chosen.name == expected
     assert chosen.reason not in ("", "asked for")
 
@@ -252,37 +231,12 @@ def test_the_reason_says_how_much_state_there_is_and_what_shards_it():
     assert choose(1, 24 * GIB, FULL_1_5B).reason == "zero0 would take 24.9 of 24.0 GiB: the optimizer moves to the host"
 
 
-def test_the_default_zero_file_is_none_that_other_flags_refuse():
-    assert choose(8, 16 * GIB, LORA_7B, stages=(0, 1, 2)).name == "zero2", "int8, and dora on packed weights"
-    assert choose(8, 4 * GIB, FULL_1_5B, stages=(0,)).name == "zero0"
-    assert choose(1, 4 * GIB, FULL_1_5B, stages=(0,)).name == "zero0"
-
-
-def test_the_default_zero_file_counts_a_quantized_base_at_its_own_size():
-    packed = {**LORA_7B, "frozen_bytes": 4_000_000_000}
-    assert [choose(2, 24 * GIB, model).name for model in (LORA_7B, packed)] == ["zero3", "zero0"]
-
-
-def plan_default_files(jobs: list[tuple[list[str], str]]) -> int:
-    """On a rank: the ZeRO files that are chosen for these flags."""
+def check_plan_and_placement(argv: list[str], data: str) -> int:
+    """On a rank: the ZeRO files that are chosen; before DeepSpeed makes its engine of ZeRO 3, no weight is whole."""
     with joined_ranks() as context:
-        for argv, expected in jobs:
-            assert plan_run(argv, context, on_meta=True).plan.deepspeed_file.name == expected, argv
-    return 0
-
-
-def test_ranks_on_a_cpu_get_zero_0_and_flags_that_need_it_do_too(tiny_model, data_files, tmp_path):
-    argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
-    jobs = [(argv, "zero0"), ([*argv, "--optim", "adamw8bit"], "zero0"), ([*argv, "--ds-config", "zero1"], "zero1")]
-    assert run_on_ranks(2, plan_default_files, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-
-
-# --- the engine ---
-
-
-def check_sharded_placement(argv: list[str], data: str) -> int:
-    """On a rank: before DeepSpeed's engine is made no weight is whole, and a part of each is here."""
-    with joined_ranks() as context:
+        for flags, expected in (("", "zero0"), ("--optim adamw8bit", "zero0"), ("--ds-config zero1", "zero1")):
+            plan = plan_run([*argv, *flags.split()], context, on_meta=True).plan
+            assert plan.deepspeed_file.name == expected, flags
         planned = plan_run([*argv, "--ds-config", "zero3"], context, data)
         params = list(planned.model.module.parameters())
         sizes = [p.numel() for p in params]
@@ -294,10 +248,12 @@ def check_sharded_placement(argv: list[str], data: str) -> int:
     return 0
 
 
-def test_zero_3_places_each_weight_in_parts_before_the_next_one(tiny_model, data_files, tmp_path):
+def test_cpu_ranks_get_zero_0_and_zero_3_places_each_weight_in_parts_before_the_next_one(
+    tiny_model, data_files, tmp_path
+):
     argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
     log = tmp_path / "log"
-    assert run_on_ranks(2, check_sharded_placement, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
+    assert run_on_ranks(2, check_plan_and_placement, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
 
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():

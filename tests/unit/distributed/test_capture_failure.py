@@ -1,12 +1,14 @@
 """A CUDA graph's capture that fails: generator, stream and allocator are put back, on a stand-in for the device."""
 
+import contextlib
+
 import pytest
 import torch
 
 from trainer.distributed import cuda_graphs
 
 
-class FakeGeneratorState:
+class FakeState:
     """Of CUDA's generator: drawing from one that is capturing, while nothing captures, raises."""
 
     def __init__(self, offset: int = 0):
@@ -20,9 +22,13 @@ class FakeCudaDevice:
     generator's epilogue nor the return to the stream before is reached, and the graph's end does not release its pool.
     """
 
-    def __init__(self) -> None:
-        self.state, self.stream = FakeGeneratorState(), "main"
-        self.gives_to_pool, self.pool_users = False, 0
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.state, self.stream, self.gives_to_pool, self.pool_users = FakeState(), "main", False, 0
+        patch.setattr(torch.cuda, "default_generators", [self])
+        patch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate)
+        patch.setattr(torch._C, "_cuda_releasePool", self.release_pool)
 
     def end_allocate(self, index: int, pool: str) -> None:
         if not self.gives_to_pool:
@@ -32,10 +38,10 @@ class FakeCudaDevice:
     def release_pool(self, index: int, pool: str) -> None:
         self.pool_users -= 1
 
-    def clone_state(self) -> FakeGeneratorState:
-        return FakeGeneratorState(self.state.offset)
+    def clone_state(self) -> FakeState:
+        return FakeState(self.state.offset)
 
-    def graphsafe_set_state(self, state: FakeGeneratorState) -> None:
+    def graphsafe_set_state(self, state: FakeState) -> None:
         self.state = state
 
     def dropout(self) -> None:
@@ -63,32 +69,23 @@ class FakeCudaDevice:
             self.state.is_capturing, self.stream = False, "main"
 
 
-@pytest.fixture
-def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeCudaDevice:
-    device = FakeCudaDevice()
-    monkeypatch.setattr(torch.cuda, "default_generators", [device])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.stream)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(device, "stream", stream))
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocate)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", device.release_pool)
-    return device
-
-
 @pytest.mark.parametrize("failing", ["begin", "inside", "end", "memory"])
-def test_after_a_capture_that_fails_anywhere_the_next_dropout_draws_as_if_there_had_been_none(fake_device, failing):
-    fake_device.dropout()
-    with pytest.raises(RuntimeError), cuda_graphs._restored_on_failure(torch.device("cuda", 0), "pool"):
-        fake_device.capture(failing)
-    fake_device.dropout()
-    assert (fake_device.state.offset, fake_device.stream) == (8, "main")
-    assert (fake_device.gives_to_pool, fake_device.pool_users) == (False, 0), "its memory can be had again"
-
-
-def test_the_stand_in_device_is_left_as_cuda_leaves_it(fake_device):
+@pytest.mark.parametrize("is_restored", [True, False])
+def test_after_a_capture_that_fails_anywhere_the_next_dropout_draws_as_if_there_had_been_none(
+    failing, is_restored, monkeypatch
+):
     """Without what puts it back: the finding that it answers."""
-    with pytest.raises(RuntimeError, match="previous error"):
-        fake_device.capture("inside")
-    fake_device.stream = "main"
-    with pytest.raises(RuntimeError, match="outside graph capture"):
-        fake_device.dropout()
-    assert (fake_device.gives_to_pool, fake_device.pool_users) == (True, 1)
+    device = FakeCudaDevice(monkeypatch)
+    device.dropout()
+    restored = cuda_graphs._restored_on_failure(torch.device("cuda", 0), "pool")
+    with pytest.raises(RuntimeError), restored if is_restored else contextlib.nullcontext():
+        device.capture(failing)
+    if is_restored:
+        device.dropout()
+        assert (device.state.offset, device.stream) == (8, "main")
+        assert (device.gives_to_pool, device.pool_users) == (False, 0), "its memory can be had again"
+    elif failing in ("inside", "end"):
+        device.stream = "main"
+        with pytest.raises(RuntimeError, match="outside graph capture"):
+            device.dropout()
+        assert (device.gives_to_pool, device.pool_users) == (True, 1)
