@@ -35,7 +35,5 @@ def count_step_flops(settings: Settings, *, lengths: NDArray[np.int64], global_b
         except Exception:  # as many kinds as there are architectures
             return None
         counts.append(counter.get_total_flops())
-    # The third length separates what does not depend on the rows: the norms of DoRA, once a forward, left out here.
-    linear, quadratic = np.linalg.solve([[n**2, n, 1] for n in COUNTED_LENGTHS], counts)[1::-1]
-    rows = lengths.astype(np.float64)
-    return round(global_batch * (linear * rows.mean() + quadratic * (rows**2).mean()))
+    quadratic, linear, _ = np.polyfit(COUNTED_LENGTHS, counts, 2)  # the constant: the norms of DoRA, once a forward
+    return round(global_batch * float(np.mean(linear * lengths + quadratic * lengths.astype(np.float64) ** 2)))

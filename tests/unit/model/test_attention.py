@@ -1,83 +1,261 @@
-"""Attention stays causal without a mask where transformers would build one: while capturing and while tracing."""
+"""Attention stays causal without a mask where transformers would build one, while capturing and while tracing; and a
+processor's own dropout: its masks' odds, its attention against the definition, and what it takes the place of."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
-from trainer.model import attention
+from trainer.config.settings import LoraSettings
+from trainer.model import attention, cpu_attention
+from trainer.model.cpu_attention import (
+    BLOCK_SIZE,
+    NUM_LEVELS,
+    BlockwiseAttention,
+    Dropout,
+    dropout_scale,
+    install,
+    sample_keep_mask,
+)
+from trainer.model.lora import add_adapters
+from trainer.model.loss import CausalLMLoss
 
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
 CONFIGS = {
-    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=64, bos_token_id=0, eos_token_id=0),
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "mistral": MistralConfig(**SMALL, sliding_window=8),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=97, n_positions=64, bos_token_id=0, eos_token_id=0),
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8),
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, *, installed: bool = True) -> Any:
     torch.manual_seed(0)
     causal = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
-    attention.install(causal)
+    if installed:
+        attention.install(causal)
     return causal
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """(has a mask, is causal) of every call of torch's attention."""
-    seen: list[tuple[bool, bool]] = []
-    original = functional.scaled_dot_product_attention
-
-    def record(*args: Any, attn_mask: Any = None, is_causal: bool = False, **kwargs: Any) -> torch.Tensor:
-        seen.append((attn_mask is not None, is_causal))
-        return original(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
-    return seen
+# --- without a mask ---
 
 
 @pytest.mark.parametrize("is_capturing", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
-def test_attention_is_causal_without_a_mask_in_eager_and_captured_steps(name, is_capturing, calls, monkeypatch):
-    causal, ids = build(name), torch.arange(24).view(2, 12)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "transformers' own gpt2"])
+def test_attention_is_causal_without_a_mask_in_eager_and_captured_steps(name, is_capturing, monkeypatch):
+    """transformers itself builds one while a stream is capturing: when it does not any more, ours is superfluous."""
+    calls: list[tuple[bool, bool]] = []
+    original = functional.scaled_dot_product_attention
+
+    def record(*args: Any, attn_mask: Any = None, is_causal: bool = False, **kwargs: Any) -> torch.Tensor:
+        calls.append((attn_mask is not None, is_causal))
+        return original(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    is_ours = name in CONFIGS
+    causal = build(name if is_ours else "gpt2", installed=is_ours)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
-    causal(input_ids=ids, use_cache=False)
-    assert calls == [(False, True)] * 2
+    causal(input_ids=torch.arange(24).view(2, 12), use_cache=False)
+    assert calls == [(False, True) if is_ours or not is_capturing else (True, False)] * 2
 
 
-def test_transformers_itself_would_build_a_mask_while_a_stream_is_capturing(calls, monkeypatch):
-    """The finding that `trainer.model.attention` answers; when this fails it has become superfluous."""
-    causal = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["gpt2"])).eval()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    causal(input_ids=torch.arange(12)[None], use_cache=False)
-    assert calls == [(True, False)] * 2
-
-
-def test_logits_are_those_of_transformers_own_attention_also_with_padding_and_sliding_windows():
-    for name in CONFIGS:
-        torch.manual_seed(0)
-        plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
-        causal = build(name)
-        ids = torch.arange(36).view(2, 18)
-        mask = torch.ones_like(ids)
-        mask[0, :3] = 0
-        with torch.no_grad():
-            for kwargs in ({}, {"attention_mask": mask}):
-                assert torch.equal(causal(input_ids=ids, **kwargs).logits, plain(input_ids=ids, **kwargs).logits), name
-
-
-def test_the_saved_configuration_does_not_name_the_attention(tmp_path):
-    build("gpt2").save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers_own_attention_also_with_padding_and_sliding_windows(name, tmp_path):
+    plain, causal, ids = build(name, installed=False), build(name), torch.arange(36).view(2, 18)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        for kwargs in ({}, {"attention_mask": mask}):
+            assert torch.equal(causal(input_ids=ids, **kwargs).logits, plain(input_ids=ids, **kwargs).logits)
+    causal.save_pretrained(tmp_path)
     assert attention.ATTENTION_NAME not in (tmp_path / "config.json").read_text()
+
+
+# --- dropout on a processor ---
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.003])
+def test_dropout_keeps_elements_with_its_probability_in_each_of_the_four_lanes(probability):
+    """Within five standard deviations; a lane says nothing about the next, and the scale keeps the mean exactly."""
+    torch.manual_seed(0)
+    num_rows = 10**6
+    stay = sample_keep_mask(torch.Size([num_rows, 4]), probability).double()
+    rounded = round(probability * NUM_LEVELS) / NUM_LEVELS
+    assert abs(rounded - probability) < 1 / NUM_LEVELS
+    spread = math.sqrt(rounded * (1 - rounded) / num_rows)
+    assert ((stay.mean(0) - (1 - rounded)).abs() < 5 * spread).all()
+    correlation = torch.corrcoef(stay.T) - torch.eye(4)
+    assert correlation.abs().max() < 5 / math.sqrt(num_rows)
+    assert dropout_scale(probability) * (1 - rounded) == pytest.approx(1, rel=1e-15)
+    assert sample_keep_mask(torch.Size([7]), 0.0).all()
+    assert dropout_scale(1.0) == NUM_LEVELS, "a configuration may say 1; one element of 65,536 stays"
+
+
+def test_dropout_masks_depend_on_the_seed_and_not_on_the_threads():
+    masks, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            torch.manual_seed(5)
+            masks += [sample_keep_mask(torch.Size([1000, 333]), 0.1)]
+        other = sample_keep_mask(torch.Size([1000, 333]), 0.1)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], other)
+
+
+def test_the_dropout_layer_scales_and_passes_gradients_through_the_same_mask():
+    layer, inputs = Dropout(0.25), torch.randn(50, 40, requires_grad=True)
+    output = layer(inputs)
+    output.backward(torch.ones_like(output))
+    stay = output != 0
+    assert 0.15 < 1 - stay.double().mean() < 0.35
+    torch.testing.assert_close(output[stay], inputs[stay] * 4 / 3)
+    torch.testing.assert_close(inputs.grad, stay * (4 / 3))
+    assert layer.eval()(inputs) is inputs
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The masks that the blocks of an attention draw, in order."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        cpu_attention, "sample_keep_mask", lambda *args: drawn.append(sample_keep_mask(*args)) or drawn[-1]
+    )
+    return drawn
+
+
+def attention_by_definition(inputs: Any, scaling: float, masks: list[torch.Tensor], probability: float) -> torch.Tensor:
+    """All pairs at once in float64, with the masks that the blocks drew."""
+    query, key, value = (tensor.double() for tensor in inputs)
+    width = query.shape[2]
+    scores = query @ key.transpose(2, 3) * scaling
+    probs = scores.masked_fill(torch.ones(width, width).triu(1).bool(), -torch.inf).softmax(3)
+    keep_mask = torch.zeros_like(probs)
+    for block, mask in enumerate(masks):
+        rows = slice(block * BLOCK_SIZE, block * BLOCK_SIZE + mask.shape[1])
+        keep_mask[:, :, rows, : mask.shape[2]] = mask.view(*query.shape[:2], *mask.shape[1:])
+    return (probs * keep_mask * dropout_scale(probability)) @ value
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.0])
+@pytest.mark.parametrize("width", [1, BLOCK_SIZE, 3 * BLOCK_SIZE + 7])
+def test_blockwise_attention_and_its_gradients_are_those_of_the_definition(masks, width, probability):
+    torch.manual_seed(width)
+    inputs = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
+    heads = [actual.transpose(1, 2) for actual in inputs]  # as they come out of the layer before
+    by = torch.randn(2, 3, width, 16)
+    output = BlockwiseAttention.apply(*heads, 0.25, probability)
+    grads = torch.autograd.grad(output, inputs, by)
+    expected = attention_by_definition(heads, 0.25, masks, probability)
+    assert len(masks) == -(-width // BLOCK_SIZE)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    for actual, other in zip(grads, torch.autograd.grad(expected, inputs, by.double()), strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-5)
+    if not probability:
+        torch.testing.assert_close(output, functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.25))
+
+
+def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(masks):
+    """Outputs and gradients against float64: scores and softmax are not rounded, what goes into a product is."""
+    torch.manual_seed(0)
+    inputs = [(3 * torch.randn(2, 3, 200, 32)).bfloat16().requires_grad_() for _ in range(3)]
+    by = torch.randn(2, 3, 200, 32).bfloat16()
+
+    def errors(actual: torch.Tensor, masks: list[torch.Tensor], probability: float) -> list[float]:
+        expected = attention_by_definition(inputs, 32**-0.5, masks, probability)
+        ours, exact = torch.autograd.grad(actual, inputs, by), torch.autograd.grad(expected, inputs, by.double())
+        pairs = zip((actual, *ours), (expected, *exact), strict=True)
+        return [((actual.double() - other).norm() / other.norm()).item() for actual, other in pairs]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output = BlockwiseAttention.apply(*inputs, 32**-0.5, 0.1)
+    assert output.dtype == torch.bfloat16
+    ours = errors(output, masks, 0.1)
+    plain = functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    theirs = errors(plain, [torch.ones_like(mask) for mask in masks], 0.0)
+    assert all(actual < 3 * other for actual, other in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture
+def causal(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
+    return model.train()
+
+
+def compute_gradients(causal: Any, seed: int) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    causal.zero_grad()
+    ids = torch.arange(90).view(3, 30)
+    CausalLMLoss(causal, None)(ids, ids)[0].backward()
+    return [p.grad.clone() for p in causal.parameters() if p.requires_grad]
+
+
+def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal):
+    """Over many seeds both kinds have the same mean; the difference is measured in its own standard errors."""
+    seeds = range(64)
+
+    def sample() -> torch.Tensor:
+        gradients = (compute_gradients(causal, seed) for seed in seeds)
+        return torch.stack([torch.cat([g.flatten()[:40] for g in each]) for each in gradients]).double()
+
+    theirs = sample()
+    install(causal, causal)
+    layers = [layer for layer in causal.modules() if isinstance(layer, nn.Dropout)]
+    assert [type(layer) for layer in layers] == [Dropout] * (1 + 3 * 2)
+    ours = sample()
+    errors = (ours.var(0) + theirs.var(0)).div(len(seeds)).sqrt()
+    apart = ((ours.mean(0) - theirs.mean(0)) / errors.clamp(min=1e-12))[errors > 1e-9]
+    assert len(apart) > 500
+    assert apart.square().mean() < 1.5, "one, if the means are the same"
+    assert 0.8 < float(ours.var(0).mean() / theirs.var(0).mean()) < 1.25
+
+
+def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal, masks):
+    ids = torch.arange(60).view(2, 30)
+    causal.eval()
+    with torch.no_grad():
+        before = causal(ids).logits
+        install(causal, causal)
+        assert torch.equal(causal(ids).logits, before)
+        ones = torch.ones(2, 5, dtype=torch.long)
+        short = causal.generate(input_ids=ids[:, :5], attention_mask=ones, max_new_tokens=3, do_sample=False)
+    assert short.shape == (2, 8)
+    assert masks == []
+    compute_gradients(causal.train(), 0)
+    assert sum(mask.dim() == 3 and mask.shape[-2:] == (30, 30) for mask in masks) == 2, "once in each of the two layers"
+
+
+def test_activation_checkpointing_draws_the_same_dropout_masks(causal):
+    install(causal, causal)
+    once = compute_gradients(causal, 3)
+    causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for actual, other in zip(once, compute_gradients(causal, 3), strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-6, atol=1e-7)
+
+
+def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_was(causal, tmp_path):
+    module = add_adapters(causal, LoraSettings(dropout=0.2), ["c_attn"])
+    names, config_before = set(module.state_dict()), causal.config.to_dict()
+    install(module, causal)
+    assert {layer.p for layer in module.modules() if type(layer) is Dropout} == {0.1, 0.2}
+    assert not [layer for layer in module.modules() if type(layer) is nn.Dropout]
+    assert set(module.state_dict()) == names
+    assert causal.config.to_dict() == config_before
+    module.save_pretrained(tmp_path)
+    causal.config.save_pretrained(tmp_path)
+    assert cpu_attention.ATTENTION_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+
+
+def test_other_models_and_models_without_dropout_keep_their_attention(tiny_model):
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=0.1))
+    none = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    for causal in (llama, none):
+        install(causal, causal)
+        assert causal.config._attn_implementation == "sdpa"
+        assert not [layer for layer in causal.modules() if type(layer) is Dropout]

@@ -14,7 +14,7 @@ from trainer.data.sampler import IGNORE_INDEX
 from trainer.model import loss as loss_module
 from trainer.model.loss import CausalLMLoss, simulate_gpu
 
-WIDTH = 20
+WIDTH, VOCAB = 20, 97
 
 
 @pytest.fixture
@@ -22,37 +22,44 @@ def causal(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-def make_batch(num_rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.fixture
+def limit_positions(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that sets of how many positions the logits may be there at one time."""
+    return lambda number: monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", number * 4 * VOCAB)
+
+
+def make_batch(num_rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of unequal length, padded on the right, of which the first few tokens do not count."""
-    rng = np.random.default_rng(seed)
-    ids = torch.from_numpy(rng.integers(1, 97, (num_rows, WIDTH)))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1, VOCAB, (num_rows, WIDTH)))
     labels = ids.clone()
     for n in range(num_rows):
-        labels[n, :n] = IGNORE_INDEX
-        labels[n, WIDTH - 4 * n :] = IGNORE_INDEX
+        labels[n, :n] = labels[n, WIDTH - 4 * n :] = IGNORE_INDEX
     return ids, labels
 
 
-def losses_by_definition(causal, ids, labels) -> list[float]:
+def losses_by_definition(causal: Any, ids: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """The sums of each row from the definition, token by token."""
     sums = []
     for row, row_labels in zip(ids, labels, strict=True):
-        log_probs = torch.log_softmax(causal(row[None]).logits[0], -1)
-        sums.append(
-            -sum(
-                float(log_probs[position - 1, row[position]].detach())
-                for position in range(1, WIDTH)
-                if row_labels[position] != IGNORE_INDEX
-            )
-        )
+        log_probs = torch.log_softmax(causal(row[None]).logits[0].detach(), -1)
+        counted = [position for position in range(1, WIDTH) if row_labels[position] != IGNORE_INDEX]
+        sums.append(-sum(float(log_probs[position - 1, row[position]]) for position in counted))
     return sums
 
 
-def compute_gradients(module: CausalLMLoss, ids, labels) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def compute_gradients(module: CausalLMLoss, ids: Any, labels: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(sums of the rows, gradients of their sum)."""
     module.zero_grad()
     loss_sum, sums = module(ids, labels)
     loss_sum.backward()
     return sums, [p.grad.clone() for p in module.parameters()]
+
+
+def hugging_face_gradients(causal: Any, ids: Any, labels: Any) -> list[torch.Tensor]:
+    """Those of the model's own loss, as a sum."""
+    causal.zero_grad()
+    (causal(ids, labels=labels).loss * (labels[:, 1:] != IGNORE_INDEX).sum()).backward()
+    return [p.grad.clone() for p in causal.parameters()]
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[torch.Tensor]:
@@ -63,26 +70,20 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[torch.Te
     return seen
 
 
-def test_the_loss_of_a_row_is_the_sum_over_its_target_tokens(causal):
-    ids, labels = make_batch()
-    total, sums = CausalLMLoss(causal, None)(ids, labels)
-    assert total.item() == pytest.approx(sums.sum().item(), rel=1e-6)
-    assert sums.shape == (3,)
-    assert sums.dtype == torch.float32
-    assert sums.tolist() == pytest.approx(losses_by_definition(causal, ids, labels), rel=1e-5)
+# --- in pieces ---
 
 
 @pytest.mark.parametrize("whole_layer", [True, False])
 @pytest.mark.parametrize("positions", [1, 7, 19])
 def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_gradients(
-    causal, monkeypatch, positions, whole_layer
+    causal, monkeypatch, limit_positions, positions, whole_layer
 ):
     """Also where the output layer is not a plain one (ZeRO-3 divides it), and its logits are made twice."""
     module = CausalLMLoss(causal, None)
     ids, labels = make_batch()
     whole, expected = compute_gradients(module, ids, labels)
     calls = spy(monkeypatch, *((torch, "log_softmax") if whole_layer else (functional, "cross_entropy")))
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", positions * 4 * 97)
+    limit_positions(positions)
     if not whole_layer:
         causal.lm_head.weight.ds_id = 0
     sums, grads = compute_gradients(module, ids, labels)
@@ -94,29 +95,21 @@ def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_grad
         torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
 
 
-def hugging_face_gradients(causal, ids, labels) -> tuple[float, list[torch.Tensor]]:
-    """The model's own loss, as a sum, and its gradients."""
-    causal.zero_grad()
-    loss_sum = causal(ids, labels=labels).loss * (labels[:, 1:] != IGNORE_INDEX).sum()
-    loss_sum.backward()
-    return float(loss_sum.detach()), [p.grad.clone() for p in causal.parameters()]
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("positions", [7, 1000])
-def test_the_loss_sum_and_its_gradients_are_those_of_hugging_faces_own_loss(causal, monkeypatch, positions, tied):
+def test_the_loss_sum_and_its_gradients_are_those_of_hugging_faces_own_loss(causal, limit_positions, positions, tied):
     """Of the embedding, too, which gets some from the output layer and some from its rows; twice adds twice as much."""
     if not tied:
         causal.config.tie_word_embeddings = False
         causal.lm_head.weight = torch.nn.Parameter(causal.lm_head.weight.detach().clone())
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", positions * 4 * 97)
+    limit_positions(positions)
     ids, labels = make_batch()
-    ids[0, 3:9] = ids[1, 3:9] = 5  # a token that comes again and again
+    ids[:2, 3:9] = labels[:2, 3:9] = 5  # a token that comes again and again
     module = CausalLMLoss(causal, None)
-    loss_sum, expected = hugging_face_gradients(causal, ids, labels)
+    expected = hugging_face_gradients(causal, ids, labels)
     sums, grads = compute_gradients(module, ids, labels)
-    assert float(sums.sum()) == pytest.approx(loss_sum, rel=1e-6)
-    assert len(grads) == len(expected)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == pytest.approx(losses_by_definition(causal, ids, labels), rel=1e-5)
     for actual, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-5)
     module(ids, labels)[0].backward()
@@ -143,58 +136,44 @@ def test_a_tied_embeddings_gradient_is_the_same_bits_every_time_on_two_threads()
 
 def test_a_tied_embedding_makes_one_gradient_and_not_two(causal):
     """The rows' are added where the output layer's lie: no second tensor of the vocabulary's size, no sum of two."""
-    ids, labels = make_batch()
-    total, _ = CausalLMLoss(causal, None)(ids, labels)
+    total, _ = CausalLMLoss(causal, None)(*make_batch())
     with torch.profiler.profile(record_shapes=True, acc_events=True) as seen:
         total.backward()
-    table = [event for event in seen.events() if event.input_shapes and [97, 16] in event.input_shapes]
+    table = [event for event in seen.events() if event.input_shapes and [VOCAB, 16] in event.input_shapes]
     names = {event.name for event in table}
     assert "aten::index_add_" in names
     assert not names & {"aten::add", "aten::add_", "aten::embedding_dense_backward"}, names
 
 
-def test_linear_cross_entropy_in_chunks_in_bf16_is_as_close_as_the_full_loss(causal, monkeypatch):
-    ids, labels = make_batch()
-    _, exact = compute_gradients(CausalLMLoss(causal, None), ids, labels)
-    _, whole = compute_gradients(CausalLMLoss(causal, torch.bfloat16), ids, labels)
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
-    _, pieces = compute_gradients(CausalLMLoss(causal, torch.bfloat16), ids, labels)
-
-    def error(grads):
-        return sum(float((a - b).norm() ** 2) for a, b in zip(grads, exact, strict=True)) ** 0.5
-
-    assert error(pieces) < 1.1 * error(whole)
-
-
-def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causal, monkeypatch):
+def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causal, limit_positions):
     """As with LoRA: what is below it learns all the same."""
     causal.lm_head.weight.requires_grad_(False)
     trained = causal.transformer.h[1].mlp.c_fc.weight
-    ids, labels = make_batch()
-    actual = []
-    for largest in (2**27, 7 * 4 * 97):
-        monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", largest)
-        trained.grad = None
-        CausalLMLoss(causal, None)(ids, labels)[0].mul(0.25).backward()
-        actual.append(trained.grad.clone())
+    grads = []
+    for positions in (1000, 7):
+        limit_positions(positions)
+        loss_sum, _ = CausalLMLoss(causal, None)(*make_batch())
+        grads += torch.autograd.grad(loss_sum.mul(0.25), trained)
     assert causal.lm_head.weight.grad is None
-    torch.testing.assert_close(actual[1], actual[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
 
 
-def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(causal, monkeypatch):
+def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(causal, monkeypatch, limit_positions):
     """As in an evaluation. 97 words lie in rows of 128: a processor's product with odd rows takes nearly twice as
     long."""
-    module = CausalLMLoss(causal, None)
-    ids, labels = make_batch()
+    module, batch = CausalLMLoss(causal, None), make_batch()
     calls = spy(monkeypatch, loss_module, "_nll_inplace")
-    _, with_gradients = module(ids, labels)
+    _, with_gradients = module(*batch)
     with torch.no_grad():
-        _, whole = module(ids, labels)
-        monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
-        torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
+        _, whole = module(*batch)
+        limit_positions(7)
+        torch.testing.assert_close(module(*batch)[1], whole, rtol=1e-6, atol=0)
     assert torch.equal(with_gradients, whole)
     assert [len(logits) for logits in calls] == [60, 60, *[7] * 8, 4], "logits at one time"
     assert {(logits.shape[1], *logits.stride()) for logits in calls} == {(128, 128, 1)}
+
+
+# --- which tokens count ---
 
 
 def test_padding_changes_no_loss(causal):
@@ -202,16 +181,13 @@ def test_padding_changes_no_loss(causal):
     ids, labels = make_batch()
     other = ids.clone()
     other[2, WIDTH - 8 :] = 5
-    assert torch.equal(module(other, labels)[1][2], module(ids, labels)[1][2])
+    _, sums = module(ids, labels)
+    assert torch.equal(module(other, labels)[1][2], sums[2])
     _, alone = module(ids[2:, : WIDTH - 8], labels[2:, : WIDTH - 8])
-    torch.testing.assert_close(alone[0], module(ids, labels)[1][2], rtol=1e-6, atol=0)
-
-
-def test_a_row_of_padding_alone_has_loss_zero_and_no_gradient(causal):
-    module = CausalLMLoss(causal, None)
+    torch.testing.assert_close(alone[0], sums[2], rtol=1e-6, atol=0)
     sums, grads = compute_gradients(module, torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), IGNORE_INDEX))
-    assert sums.tolist() == [0.0]
-    assert all(not gradient.any() for gradient in grads)
+    assert sums.tolist() == [0.0], "of a row of padding alone"
+    assert not any(gradient.any() for gradient in grads)
 
 
 def test_an_end_of_text_token_with_the_padding_id_is_a_target(causal):
@@ -223,13 +199,25 @@ def test_an_end_of_text_token_with_the_padding_id_is_a_target(causal):
     assert module(ids, labels)[0].item() > module(ids, shorter)[0].item() + 1e-3
 
 
-def test_the_loss_in_bf16_is_close_to_float32_and_different(causal):
-    ids, labels = make_batch()
-    exact, close = (CausalLMLoss(causal, dtype)(ids, labels)[1] for dtype in (None, torch.bfloat16))
-    assert close.dtype == torch.float32
-    torch.testing.assert_close(close, exact, rtol=2e-2, atol=0)  # 8 bits of mantissa: 2^-8 an operation
-    assert not torch.equal(close, exact)
+# --- bf16 ---
+
+
+def test_the_loss_in_bf16_is_close_to_float32_and_in_chunks_as_close_as_whole(causal, limit_positions):
+    exact, close = CausalLMLoss(causal, None), CausalLMLoss(causal, torch.bfloat16)
+    sums, grads = compute_gradients(exact, *make_batch())
+
+    def error() -> float:
+        others = compute_gradients(close, *make_batch())[1]
+        return sum(float((a - b).norm() ** 2) for a, b in zip(others, grads, strict=True)) ** 0.5
+
+    _, bf16_sums = close(*make_batch())
+    assert bf16_sums.dtype == torch.float32
+    torch.testing.assert_close(bf16_sums, sums, rtol=2e-2, atol=0)  # 8 bits of mantissa: 2^-8 an operation
+    assert not torch.equal(bf16_sums, sums)
     assert all(p.dtype == torch.float32 for p in causal.parameters())
+    whole_error = error()
+    limit_positions(7)
+    assert error() < 1.1 * whole_error
 
 
 def test_gradients_of_likely_targets_keep_their_digits_in_bfloat16():
@@ -245,35 +233,18 @@ def test_gradients_of_likely_targets_keep_their_digits_in_bfloat16():
 
 # --- other architectures ---
 
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-}
-GROUPED = SMALL | {"num_key_value_heads": 2, "pad_token_id": 5}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCAB}
+GROUPED = SMALL | {"intermediate_size": 32, "num_key_value_heads": 2, "pad_token_id": 5}
 OTHER_MODELS = {
     "llama": transformers.LlamaConfig(**GROUPED),
     "llama, tied": transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "mistral": transformers.MistralConfig(**GROUPED),
-    "qwen2": transformers.Qwen2Config(**GROUPED),
     "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0),
     "phi": transformers.PhiConfig(**GROUPED),
-    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, pad_token_id=5),
-    "opt": transformers.OPTConfig(
-        hidden_size=16,
-        ffn_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=97,
-        word_embed_proj_dim=8,
-        dropout=0.0,
-    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=32, pad_token_id=5),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=8, dropout=0.0),
     "granite": transformers.GraniteConfig(**GROUPED, logits_scaling=8.0),
     "cohere": transformers.CohereConfig(**GROUPED, logit_scale=0.25, eos_token_id=1),
-    "bloom": transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=97, pad_token_id=5),
+    "bloom": transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=VOCAB, pad_token_id=5),
 }
 
 
@@ -287,14 +258,14 @@ def make_other_model(name: str) -> Any:
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_gpu, monkeypatch):
-    """Heads with a bias, a scale, a cap, a projection; tied embeddings with a padding row, which gets no gradient."""
+def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_gpu, limit_positions):
+    """Heads with a bias, a scale, a projection; tied embeddings with a padding row, which gets no gradient."""
     causal = make_other_model(name)
     module, (ids, labels) = CausalLMLoss(causal, None), make_batch()
     ids[1, 6:9] = labels[1, 6:9] = 5
     assert bool(module.verify()) == (name == "gemma2"), "a cap on the logits: they are all made at once"
-    _, expected = hugging_face_gradients(causal, ids, labels)
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+    expected = hugging_face_gradients(causal, ids, labels)
+    limit_positions(7)
     with simulate_gpu(is_gpu):
         sums, grads = compute_gradients(module, ids, labels)
     assert sums.tolist() == pytest.approx(losses_by_definition(causal, ids, labels), rel=1e-5)
@@ -303,7 +274,7 @@ def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_g
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_a_head_that_is_more_than_its_layer_is_found_at_the_start_and_all_logits_are_made(name):
+def test_a_head_that_is_more_than_its_layer_is_found_at_the_start_and_all_logits_are_made(name, monkeypatch):
     causal = make_other_model(name)
     original = causal.forward
 
@@ -312,7 +283,7 @@ def test_a_head_that_is_more_than_its_layer_is_found_at_the_start_and_all_logits
         output.logits = output.logits * 1.001  # what no configuration names
         return output
 
-    causal.forward = forward
+    monkeypatch.setattr(causal, "forward", forward)
     module, (ids, labels) = CausalLMLoss(causal, None), make_batch()
     line = module.verify()
     assert line.startswith("all logits of a micro-batch are made at once, 0.00037 MiB a token: its output layer gives")
