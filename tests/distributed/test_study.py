@@ -1,9 +1,9 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
-import dataclasses
 import errno
 import html
 import json
+import math
 import os
 import random
 import re
@@ -22,18 +22,17 @@ import numpy as np
 import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.process_groups import wait_until
-from helpers.study_rules import make_candidate, make_trial, write_stub_plan
 from helpers.study_rules import make_rule as make_study_rule
+from helpers.study_rules import write_stub_plan
 
 from trainer.config.errors import UserError
 from trainer.tools import processes
 from trainer.tools.processes import make_slots
-from trainer.tools.study import planning, search, trials
+from trainer.tools.study import planning, search
 from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import read_rule, write_rule
-from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import Study
-from trainer.tools.study.trials import Trial, read_results, read_trials
+from trainer.tools.study.trials import read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 ROOT = Path(__file__).parents[2]
@@ -104,9 +103,9 @@ run_study = runpy.run_path(str(ROOT / "launch" / "study.py"))["main"]
 make_rule = partial(make_study_rule, train_argv=("--data", "acled-demo"))
 
 
-def begin_study(stub_dir: Path) -> Study:
+def begin_study(stub_dir: Path, **changes: Any) -> Study:
     """Of one rung."""
-    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
+    write_rule(stub_dir / "study", make_rule(16, rungs=(16,), **changes), working_dir=str(stub_dir))
     return Study.open(stub_dir / "study")
 
 
@@ -221,41 +220,33 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
     assert set(ended.values()) == {2}, "every trial came to its end once in each study"
 
 
-def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypatch):
-    study = begin_study(stub_dir)
-    slot = make_slots(1, None)[0]
-    diverging = make_trial(make_candidate("lora"))
-
-    def run_trial(spec: TrialSpec) -> Trial:
-        running = trials.start_trial(study.folder, study.rule, slot, [spec])
-        running.process.join()
-        trials.finish_trial(study.folder, study.rule, running, is_stopping=False)
-        return read_trials(study.folder)[spec.name]
-
-    assert run_trial(diverging).failure == "step 3: loss nan"
-    monkeypatch.setenv("STUB_KILLED", "2")
-    killed = dataclasses.replace(diverging, seed=2, candidate=diverging.candidate.at(-4))
-    assert not run_trial(killed).is_finished, "out of memory, or by somebody: it is tried again"
-    assert run_trial(killed).loss == pytest.approx(2 + 0.3 * 4 + 20 / 16 + 2e-3)
-    study.run([slot], **stop_after(3, lines := []))
-    assert len([line for line in lines if ": validation loss " in line]) == 3
-    assert lines[0].startswith("3 of 16 trials: "), "two were finished before"
+def test_a_trial_that_diverges_is_a_result_one_that_is_killed_is_tried_again_and_the_study_goes_on(
+    stub_dir, monkeypatch
+):
+    monkeypatch.setenv("STUB_DIVERGES", "2")
+    monkeypatch.setenv("STUB_KILLED", "1")
+    study = begin_study(stub_dir, search_seeds=(1, 2))
+    study.run(make_slots(2, None), **stop_after(8, lines := []))
+    assert all(line.partition(" of ")[0].isdecimal() for line in lines)
+    texts = [line.partition(": ")[2] for line in lines]
+    assert len([text for text in texts if "failed, and is tried again: killed by signal 9" in text]) >= 2
+    assert len([text for text in texts if text.endswith("s2: failed: step 3: loss nan")]) >= 2
+    assert any("s1: validation loss " in text for text in texts)
+    assert math.inf in read_results(study.folder).values()
 
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
+    """And no failure of a trial: two are run at a time."""
     study = begin_study(stub_dir)
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
     for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
-            study.run(make_slots(1, None), threading.Event(), print)
+            study.run(make_slots(2, None), threading.Event(), print)
         assert not read_results(study.folder)
+        assert {trial.num_failures for trial in read_trials(study.folder).values()} == {0}
         assert not list((study.folder / "runs").glob("*/run.json")), "or it could not be gone on with"
         script = "import sys; print('error: --data a.csv: no such file', file=sys.stderr); sys.exit(2)"
         (stub_dir / "launch" / "train.py").write_text(script)
-    free = trials.start_trial(
-        study.folder, study.rule, make_slots(1, None)[0], search.study_state(study.rule, {}).needed[:1]
-    )
-    assert free.trial.num_failures == 1, "the two before were no failures of the trial"
 
 
 def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):

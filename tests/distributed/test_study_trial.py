@@ -13,6 +13,8 @@ from trainer.tools.processes import Slot, start_process, start_run
 from trainer.tools.study import planning
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
+CPU = Slot(gpus=(), num_threads=1)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def server() -> None:
@@ -20,17 +22,18 @@ def server() -> None:
     make_process(target=print, args=())
 
 
-def run(argv: list[str], folder: Path, *gpus: str) -> int | None:
-    process = start_run(Slot(gpus=gpus, num_threads=1), argv, folder, group="study-a")
+def run(argv: list[str], folder: Path, slot: Slot = CPU) -> tuple[int | None, str]:
+    """(exit code, output)."""
+    process = start_run(slot, argv, folder, group="study-a")
     process.join(200)
-    return process.exitcode
+    return process.exitcode, (folder / "log").read_text()
 
 
 def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(tiny_model, data_files, tmp_path):
     text = "--mode full --objective completion --block-size 32 --global-batch 6 --eval-batch 4 --lr 0.003 --max-steps 3"
     argv = tiny_argv(tiny_model, data_files, text, "--test-fraction", "0.2", "--export", "none")
-    assert run([*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "trial") == 0
-    assert "nothing exported" in (tmp_path / "trial" / "log").read_text()
+    exit_code, output = run([*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "trial")
+    assert (exit_code, "nothing exported" in output) == (0, True)
     assert not (tmp_path / "run" / "model").exists()
     assert set(read_evaluations(tmp_path / "run" / EVAL_RECORDS_FOLDER)["split"]) == {"val"}
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -41,18 +44,17 @@ def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(t
     assert rows[-1]["facts"]["peak_memory_bytes"] > 0
 
 
-def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run(tmp_path):
-    argv = ["--mode", "lora", "--block-size", "64", "--max-steps", "7", "--test-fraction", "0.2"]
-    slot, path = Slot(gpus=(), num_threads=1), tmp_path / "plan.json"
-    start_process(slot, planning.write_plan, ([*argv, "--output-dir", str(tmp_path / "run")], path), tmp_path).join(100)
+def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run_and_says_what_cannot_be_planned(tmp_path):
+    argv = ["--mode", "lora", "--block-size", "64", "--max-steps", "7", "--output-dir", str(tmp_path / "run")]
+    path = tmp_path / "plan.json"
+    for more, exit_code in (["--test-fraction", "0.2"], 0), (["--lora-target-modules", "none"], 2):
+        process = start_process(CPU, planning.write_plan, ([*argv, *more], path), tmp_path)
+        process.join(100)
+        assert process.exitcode == exit_code, (tmp_path / "log").read_text()
     num_steps, fingerprint, num_units = json.loads(path.read_text())
     assert (num_steps, num_units > 20) == (7, True)
     assert re.fullmatch("[0-9a-f]{12}", fingerprint)
-    argv += ["--quant", "nf4", "--lora-target-modules", "none", "--output-dir", str(tmp_path / "run")]
-    process = start_process(slot, planning.write_plan, (argv, path), tmp_path)
-    process.join(100)
-    assert process.exitcode == 2
-    assert "--lora-target-modules none" in (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().startswith("error: --lora-target-modules none")
 
 
 def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path, monkeypatch):
@@ -64,9 +66,9 @@ def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp
         "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"
         "sys.exit(3)\n"
     )
-    assert run(["alone"], tmp_path / "alone", "5") == 3
-    assert (tmp_path / "alone" / "log").read_text() == "alone 5 None False\n"
+    assert run(["alone"], tmp_path / "alone", Slot(gpus=("5",), num_threads=1)) == (3, "alone 5 None False\n")
     script.write_text(script.read_text().replace("sys.exit(3)", ""))
-    assert run(["two"], tmp_path / "two", "2", "3") == 0
-    lines = (tmp_path / "two" / "log").read_text().splitlines()
-    assert sorted(line for line in lines if line.startswith("two")) == ["two 2,3 0 False", "two 2,3 1 False"]
+    exit_code, output = run(["two"], tmp_path / "two", Slot(gpus=("2", "3"), num_threads=1))
+    assert exit_code == 0
+    lines = sorted(line for line in output.splitlines() if line.startswith("two"))
+    assert lines == ["two 2,3 0 False", "two 2,3 1 False"]

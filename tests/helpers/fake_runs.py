@@ -5,10 +5,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import resolve
@@ -227,17 +227,17 @@ def write_eval_records(
     bytes_per_target: int = 4,
 ) -> Path:
     """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation."""
-    rows = SimpleNamespace(
-        ids=ids or [f"record{i:04d}" for i in range(len(targets))],
-        occurrences=[0] * len(targets),
-        groups=groups or [None] * len(targets),
-        targets=list(targets),
-        num_bytes=[bytes_per_target * n for n in targets],
-        in_train=[i < num_in_train for i in range(len(targets))],
-    )
+    columns = {
+        "id": ids or [f"record{i:04d}" for i in range(len(targets))],
+        "occurrence": 0,
+        "group": groups or [None] * len(targets),
+        "targets": targets,
+        "bytes": [bytes_per_target * n for n in targets],
+        "in_train": [i < num_in_train for i in range(len(targets))],
+    }
     for step, losses in losses_by_step.items():
         nll = np.asarray(losses, np.float64) * np.asarray(targets)
-        write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=step, split=split, nll=nll)  # type: ignore[arg-type]
+        write_evaluation(folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split=split, nll=nll)
     return folder
 
 

@@ -232,3 +232,13 @@ def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
     for group in ("mode", "preset", "model", "lora", "data", "train", "engine"):
         assert getattr(again, group) == getattr(first, group)
     assert again.run_folder == "second"
+
+
+def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
+    flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
+    settings = cli.parse_args([*flags.split(), "a b"]).settings
+    again = cli.parse_args(cli.to_argv(settings, {"train": {"max_steps": 4}})).settings
+    assert again.train.max_steps == 4
+    assert again.lora.target_modules == ("c_attn", "c_fc")
+    assert not again.data.shuffle
+    assert again.output.output_dir == "a b"

@@ -287,16 +287,6 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
     assert "1 errors" in printed
 
 
-def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
-    flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
-    request = cli.parse_args([*flags.split(), "a b"])
-    again = cli.parse_args(cli.to_argv(request.settings, {"train": {"max_steps": 4}}))
-    assert again.settings.train.max_steps == 4
-    assert again.settings.lora.target_modules == ("c_attn", "c_fc")
-    assert not again.settings.data.shuffle
-    assert again.settings.output.output_dir == "a b"
-
-
 @pytest.mark.sweep  # five starts of the program: a minute on one quiet core
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rehearsal_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):

@@ -7,9 +7,8 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from helpers.any_inputs import check_inputs, many_inputs
@@ -45,10 +44,15 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
 
 
 def add_evaluation(folder: Path, step: int) -> None:
-    rows: Any = SimpleNamespace(
-        ids=["a", "b"], occurrences=[0, 0], groups=[None, "g"], targets=[3, 4], num_bytes=[9, 9], in_train=[False, True]
-    )
-    write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=step, split="val", nll=[1.0 * step, 2.0])
+    columns = {
+        "id": ["a", "b"],
+        "occurrence": 0,
+        "group": [None, "g"],
+        "targets": [3, 4],
+        "bytes": 9,
+        "in_train": False,
+    }
+    write_evaluation(folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split="val", nll=[1.0 * step, 2.0])
 
 
 @pytest.fixture(scope="module")

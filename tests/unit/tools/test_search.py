@@ -10,7 +10,7 @@ from helpers.study_rules import make_rule
 
 from trainer.report.judge import Margin
 from trainer.tools.study.rule import Rule, plan_rungs
-from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
+from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.trials import trial_argv
 
 Objective = Callable[[TrialSpec], float]
@@ -44,17 +44,13 @@ def run_study(rule: Rule, objective: Objective, *, batch: int = 1000) -> tuple[S
             results[spec.name] = objective(spec)
 
 
-def exponent(candidate: Candidate) -> float:
-    return math.log10(candidate.lr)
-
-
 @pytest.mark.parametrize(("full", "lora"), [(-5.3, -4.3), (-4.0, -3.0), (-2.8, -1.8), (-1.2, -0.2)])
 def test_the_search_finds_a_planted_optimum_of_either_method_outside_the_grid_too(full, lora):
     state, results = run_study(make_rule(), bowl(full=full, lora=lora))
     assert state.refusal is None
     for method, optimum in (("full", full), ("lora", lora)):
         winner = state.outcomes[method].winner
-        assert exponent(winner) == pytest.approx(optimum, abs=1 / 8 + 0.01)
+        assert math.log10(winner.lr) == pytest.approx(optimum, abs=1 / 8 + 0.01)
         for index in (winner.rate_index - 1, winner.rate_index + 1):
             name = f"search-{winner.at(index).label}-t160-s1"
             assert name in results, "both neighbours were tried"
@@ -71,7 +67,7 @@ def test_the_order_in_which_trials_finish_changes_nothing(batch):
 def valley(method: str, exponent_of_best: float) -> Objective:
     """Of this method the best rate lies there, of the others in the middle of their grids."""
     return lambda spec: (
-        2 + abs(exponent(spec.candidate) - (exponent_of_best if spec.candidate.method == method else -3))
+        2 + abs(math.log10(spec.candidate.lr) - (exponent_of_best if spec.candidate.method == method else -3))
     )
 
 
@@ -116,7 +112,10 @@ def test_a_method_beside_the_primary_ones_that_fails_is_left_out_and_refuses_not
     assert str(state.outcomes["dora"].problem).startswith(problem)
 
 
-def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
+def test_grids_are_absolute_and_both_methods_get_the_same_budget_with_one_rank_and_with_several():
+    for method, low, high in (("full", 1e-6, 1e-2), ("lora", 1e-5, 1e-1), ("dora", 1e-5, 1e-1)):
+        rates = [candidate.lr for candidate in MethodSearch(make_rule(), method, {}).grid]
+        assert (rates[0], rates[-1], len(rates)) == (low, high, 17)
     for ranks in ((8,), (2, 8, 32)):
         rule = make_rule(lora_ranks=ranks)
         grids = {method: MethodSearch(rule, method, {}).grid for method in rule.methods}
@@ -124,12 +123,6 @@ def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
         state, _ = run_study(rule, bowl())
         steps = [state.outcomes[method].num_steps for method in rule.methods]
         assert max(steps) / min(steps) < 1.15, steps
-
-
-def test_the_default_grids_are_absolute_and_wide_enough_to_bracket():
-    for method, low, high in (("full", 1e-6, 1e-2), ("lora", 1e-5, 1e-1), ("dora", 1e-5, 1e-1)):
-        rates = [candidate.lr for candidate in MethodSearch(make_rule(), method, {}).grid]
-        assert (rates[0], rates[-1], len(rates)) == (low, high, 17)
 
 
 @pytest.mark.parametrize("seed", range(20))
