@@ -42,7 +42,6 @@ class StartedRun(PlannedRun):
     state: TrainState
 
     def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
-        """Of checkpoints of a run whose rows are not kept."""
         context, identity = self.plan.dist_context, self.plan.checkpoint_identity("test")
         return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity=identity)
 
@@ -64,7 +63,6 @@ def context_of_hosts(*hosts: str, gather: Callable[[Any], list[Any]]) -> DistCon
 
 
 def prepare_data(argv: Sequence[str]) -> Path:
-    """The folder of the prepared data that these flags name, with or without a mode."""
     settings = cli.parse_args(["--mode", "full", *argv]).settings
     return prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch).folder
 

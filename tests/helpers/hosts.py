@@ -31,7 +31,6 @@ def run_tool(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]
 
 
 def skip_without_namespaces() -> None:
-    """Skip where hosts cannot be made here."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         pytest.skip("needs `ip` and `unshare`")
     probe = run_tool("unshare", "-nmup", "--fork", "ip", "link", "add", "br0", "type", "bridge", check=False)
@@ -96,7 +95,6 @@ class Hosts:
         run_tool("nsenter", "-t", str(self.pids[name]), "-n", "sh", "-c", address)
 
     def _write_ssh_files(self, home: Path) -> None:
-        """A key that opens every host, what ssh needs to use it, and sshd's configuration with its own host key."""
         home.mkdir()
         key = self.folder / "key"
         if shutil.which("ssh-keygen") is None:
@@ -113,11 +111,9 @@ class Hosts:
         )
 
     def own_folder(self, name: str) -> Path:
-        """What the host sees under the private path."""
         return self.folder / name / "private"
 
     def start(self, name: str, argv: list[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """A command on a host, its output in `log`."""
         variables = [f"{key}={value}" for key, value in env.items()]
         enter = ["nsenter", "-t", str(self.pids[name]), "-n", "-p", "-m", "-u", "env", *variables, *argv]
         with open(log, "wb") as file:
@@ -134,7 +130,6 @@ class Hosts:
         with_srun: bool = False,
         env: Mapping[str, str] | None = None,
     ) -> "RanksOnHosts":
-        """A rank on each of these hosts, as a scheduler starts them that sets RANK and WORLD_SIZE, or as srun does."""
         logs.mkdir(exist_ok=True)
         size, rank_name = str(len(ranks)), "SLURM_PROCID" if with_srun else "RANK"
         launch = (
@@ -179,11 +174,9 @@ class Hosts:
         return {pid: line for pid, line in rows.items() if line and not line.startswith(("sleep", "sshd: "))}
 
     def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
-        """Until nothing is left on these hosts."""
         wait_until(lambda: not self.command_lines(names), timeout_seconds, lambda: self.command_lines(names))
 
     def command_lines(self, names: Sequence[str]) -> list[str]:
-        """Of all that runs on these hosts."""
         return [line for name in names for line in self.processes_of(name).values()]
 
     def plug_in(self, name: str) -> None:
@@ -218,7 +211,6 @@ class RanksOnHosts(Ranks):
         assert set(self.wait()) == {128 + signal.SIGTERM}, self.output
 
     def pid(self, rank: int) -> int:
-        """The rank itself; its parent is the process that has entered the host."""
         parent = super().pid(rank)
         return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
 
@@ -255,7 +247,6 @@ ENVIRON = {
 
 @contextlib.contextmanager
 def started_hosts(folder: Path, count: int = 2, **options: object) -> Iterator[Hosts]:
-    """Hosts until the end of the block."""
     skip_without_namespaces()
     folder.mkdir(exist_ok=True)
     hosts = Hosts(folder, count, **options)  # type: ignore[arg-type]

@@ -51,11 +51,9 @@ class Ranks:
             process.start()
 
     def is_alive(self) -> bool:
-        """Whether all are running."""
         return all(process.is_alive() for process in self.processes)
 
     def wait_until(self, is_ready: Callable[[], Any], timeout_seconds: float = 120) -> None:
-        """Wait until `is_ready()` is true while all ranks live."""
 
         def is_ready_while_alive() -> Any:
             assert self.is_alive(), self.output
@@ -64,11 +62,9 @@ class Ranks:
         wait_until(is_ready_while_alive, timeout_seconds, lambda: self.output)
 
     def pid(self, rank: int) -> int:
-        """The rank's process id."""
         return self.processes[rank].pid or 0
 
     def send_signal(self, signum: int, *ranks: int) -> None:
-        """Send a signal to these ranks, to all where none is named."""
         for rank in ranks or range(len(self.processes)):
             os.kill(self.pid(rank), signum)
 
@@ -89,7 +85,6 @@ class Ranks:
 
     @property
     def output(self) -> str:
-        """All that the ranks printed."""
         return "".join(log.read_text() for log in self.logs)
 
     @property
@@ -100,7 +95,6 @@ class Ranks:
 
     @property
     def error_line(self) -> str:
-        """The only one of them."""
         assert len(self.error_lines) == 1, self.output
         return self.error_lines[0]
 
@@ -132,7 +126,6 @@ class RankProcesses(Ranks):
 
 
 def run_to_error(flags: list[str], *, out: Path, fault: Fault | None = None, exit_code: int = 2) -> str:
-    """The one error line of a run of two ranks that both end with this exit code."""
     run = RankProcesses(flags, out=out, fault=fault)
     assert run.wait() == [exit_code] * 2, run.output
     return run.error_line
@@ -160,11 +153,9 @@ class LaunchedRun:
 
     @property
     def output(self) -> str:
-        """All that was printed."""
         return self.log.read_text()
 
     def is_alive(self) -> bool:
-        """Whether the launcher is running."""
         return self.process.poll() is None
 
     def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> list[int]:
@@ -177,7 +168,6 @@ class LaunchedRun:
         return [exit_code]
 
     def kill(self) -> None:
-        """End whatever is left."""
         for pid in find_processes(str(self.out)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -202,7 +192,6 @@ def read_reproducible_records(out: Path) -> list[dict[str, Any]]:
 
 
 def reproducible_records(records: Iterable[dict[str, Any]], after: int = -1) -> list[dict[str, Any]]:
-    """Of these rows, those after a step."""
     clock_columns = ("time", "tokens_per_second")
     return [
         {key: value for key, value in record.items() if key not in clock_columns}
@@ -219,28 +208,24 @@ def assert_resumes_like(finished_run: Path, argv: list[str], out: Path) -> str:
 
 
 def read_events(out: Path, name: str) -> list[dict[str, Any]]:
-    """The events of that name."""
     return [record for record in read_records(out) if record["kind"] == "event" and record["event"] == name]
 
 
 def record_names_at_step(out: Path, step: int) -> list[str]:
-    """Kinds and events of a step's rows, without what a run noticed of its own speed: that depends on the clock."""
+    """Kinds and events, without what a run noticed of its own speed: that depends on the clock."""
     names = [record.get("event", record["kind"]) for record in read_records(out) if record["step"] == step]
     return [name for name in names if name != "diagnosis"]
 
 
 def last_logged_step(out: Path) -> int:
-    """The newest step in metrics.jsonl, -1 before the first row."""
     return max((record["step"] for record in read_records(out)), default=-1) if (out / "metrics.jsonl").exists() else -1
 
 
 def list_checkpoints(out: Path) -> list[str]:
-    """The names of its checkpoints, oldest first."""
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 def find_processes(text: str) -> list[int]:
-    """Processes on this machine whose command line or environment holds `text`."""
     pids = []
     for proc_dir in Path("/proc").glob("[0-9]*"):
         try:
@@ -253,7 +238,7 @@ def find_processes(text: str) -> list[int]:
 
 
 def kill_self(signum: int = signal.SIGKILL) -> None:
-    """What a fault does; a signal that is handled has been noticed when this returns, by another thread."""
+    """A signal that is handled has been noticed when this returns, by another thread."""
     os.kill(os.getpid(), signum)
     time.sleep(0.5)
 
