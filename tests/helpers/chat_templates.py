@@ -4,31 +4,11 @@ from pathlib import Path
 
 from helpers.data_helpers import make_tokenizer
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|tool|>",
-    "<|end|>",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_CALLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-]
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <s> </s> [INST] [/INST] <|begin_of_text|> <|start_header_id|> "
+    "<|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
+    "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+).split()  # noqa: SIM905
 
 #: {family: (template, what ends an assistant's turn)}
 TEMPLATES = {

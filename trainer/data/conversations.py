@@ -1,10 +1,11 @@
 """One record -> a conversation: OpenAI's messages, ShareGPT's, prompt and completion as messages; each is checked."""
 
 from dataclasses import dataclass
+from reprlib import repr as shorten
 from typing import Any
 
 from trainer.data.readers import JSON_DECODER, explain_json
-from trainer.data.values import Record, RecordError, is_missing, require_valid_unicode, shorten
+from trainer.data.values import Record, RecordError, is_missing, require_valid_unicode
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {

@@ -156,10 +156,10 @@ def map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_m
 # --- the folder ---
 
 
-def resolve_cache_dir(override: Path | None = None) -> Path:
-    """The cache folder: `override`, TRAINER_CACHE or gpt2-full-vs-lora under the user's cache folder; made here."""
+def resolve_cache_dir() -> Path:
+    """The cache folder: TRAINER_CACHE, or gpt2-full-vs-lora under the user's cache folder; made here."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache_dir = override or Path(os.environ.get("TRAINER_CACHE") or user_cache / "gpt2-full-vs-lora").expanduser()
+    cache_dir = Path(os.environ.get("TRAINER_CACHE") or user_cache / "gpt2-full-vs-lora").expanduser()
     require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ from trainer.data.values import (
     list_columns,
     require,
     require_text,
-    shorten,
     to_text,
     value_text,
 )

@@ -73,7 +73,6 @@ def prepare(
     model: str,
     global_batch: int,
     max_positions: int | None = None,
-    cache: Path | None = None,
     log: LogFn = lambda line: None,
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
@@ -82,7 +81,7 @@ def prepare(
     than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
     the one that was taken stands in `metadata`.
     """
-    cache_root = store.resolve_cache_dir(cache)
+    cache_root = store.resolve_cache_dir()
     found = find_sources(settings)
     has_val = any(source.split == "val" for source in found)
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)

@@ -73,13 +73,11 @@ def epoch_order(
     order = _permutation(n, seed, epoch)
     if not group_by_length:
         return order
-    full_length, lengths = n - n % global_batch, dataset.lengths()
-    batches = [np.empty((0, global_batch), dtype=np.int64)]
-    for start in range(0, full_length, SORT_WINDOW_BATCHES * global_batch):
-        window = order[start : min(start + SORT_WINDOW_BATCHES * global_batch, full_length)]
-        batches.append(window[np.argsort(lengths[window], kind="stable")].reshape(-1, global_batch))
-    full_batches = np.concatenate(batches)
-    return np.concatenate([full_batches[_permutation(len(full_batches), seed, epoch, 1)].ravel(), order[full_length:]])
+    full_length = n - n % global_batch
+    windows = np.arange(full_length) // (SORT_WINDOW_BATCHES * global_batch)
+    by_length = order[np.lexsort((dataset.lengths()[order[:full_length]], windows))]  # stable, window by window
+    batches = by_length.reshape(-1, global_batch)
+    return np.concatenate([batches[_permutation(len(batches), seed, epoch, 1)].ravel(), order[full_length:]])
 
 
 def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int | None = None) -> MicroBatch:

@@ -1,6 +1,5 @@
 """Tokenizers: found without a network where that is possible, checked, and applied to batches of texts."""
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ def resolve_model_path(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder, of a hub id or of `demo-base`; a local copy is taken before the hub is asked.
+    """The tokenizer of a folder, of a hub id or of `demo-base`; a local copy does where the hub cannot be reached.
 
     UserError where there is none, where it is broken, or where it has no end-of-text token.
     """
@@ -34,40 +33,27 @@ def load_tokenizer(model: str) -> Any:
 
     path = resolve_model_path(model)
     folder = Path(path).expanduser()
-    tokenizer, problem = None, "no such folder"
-    if folder.is_dir():
-        # GPT-2's two files alone say nothing of their class
-        is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
-        try:
-            kind = GPT2TokenizerFast if is_bare else AutoTokenizer
-            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # broken files raise many kinds, down to those of the Rust library
-            problem = f"no usable tokenizer in the folder ({first_line(error)})"
-    elif not path.startswith((".", "/", "~")) and path.count("/") < 2:
-        with contextlib.suppress(Exception):
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if tokenizer is None or _is_empty(tokenizer):  # it is where the configuration is here already and nothing else
-            tokenizer, problem = None, "no such folder, no local copy, and the hub cannot be reached"
-            if hf_hub.is_reachable():
-                try:
-                    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-                except Exception as error:
-                    problem = f"no such folder, and the hub has no tokenizer of that name ({first_line(error)})"
-    if tokenizer is not None and _is_empty(tokenizer):
-        problem = "its tokenizer turns text into nothing"
-    elif tokenizer is not None and tokenizer.eos_token_id is None:
-        problem = "its tokenizer has no end-of-text token, which ends every text"
-    elif tokenizer is not None:
+    # GPT-2's two files alone say nothing of their class
+    is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
+    is_local = folder.is_dir() or not hf_hub.is_reachable()
+    try:
+        kind = GPT2TokenizerFast if is_bare else AutoTokenizer
+        tokenizer = kind.from_pretrained(
+            str(folder) if folder.is_dir() else path, local_files_only=is_local, trust_remote_code=False
+        )
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # made where files of it are missing
+            raise ValueError("it turns text into nothing")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-text token, which ends every text")
         return tokenizer
-    raise UserError(
-        f"--model {model}: {problem}; pass --model FOLDER, a folder with the model and its tokenizer (tokenizer.json, "
-        "or vocab.json and merges.txt, with an end-of-text token), or a hub id"
-    )
-
-
-def _is_empty(tokenizer: Any) -> bool:
-    """Whether it turns text into nothing: transformers makes such a one where the files of a tokenizer are missing."""
-    return not tokenizer("a", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # broken files raise many kinds, down to those of the Rust library
+        problem = "no usable tokenizer in the folder"
+        if not folder.is_dir():
+            problem = f"no such folder, and {'the hub cannot be reached' if is_local else 'no tokenizer on the hub'}"
+        raise UserError(
+            f"--model {model}: {problem} ({first_line(error)}); pass --model FOLDER, with the model "
+            "and its tokenizer (tokenizer.json, or vocab.json and merges.txt), or a hub id"
+        ) from None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

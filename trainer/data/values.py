@@ -3,7 +3,6 @@
 import datetime
 import decimal
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,8 +65,3 @@ def require_valid_unicode(value: str, column: str) -> str:
         half = value[error.start]
         raise RecordError(f"column {column!r} holds half a character ({half!r}); write it as a whole one") from None
     return value
-
-
-def shorten(value: Any) -> str:
-    """A value in a message: on one line, and not longer than one."""
-    return reprlib.repr(value)

@@ -15,13 +15,13 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def prepare_file(tmp_path, model):
+def prepare_file(tmp_path, model, monkeypatch):
     """Prepare a file with the cache in the folder of the test."""
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
 
     def prepare_with_cache(data, model=model, global_batch=2, log=lambda line: None, **settings):
         options = {"data": str(data), "block_size": 32, **settings}
-        cache = tmp_path / "cache"
-        return prepare(DataSettings(**options), model=model, global_batch=global_batch, cache=cache, log=log)
+        return prepare(DataSettings(**options), model=model, global_batch=global_batch, log=log)
 
     return prepare_with_cache
 

@@ -19,19 +19,22 @@ from trainer.data.sampler import (
 EOS = PAD_ID  # these rows end with the id that pads them, as with GPT-2
 
 
-def make_dataset(lengths, first=None):
+def make_dataset(lengths, first=()):
     """Rows of the given lengths with distinct ids (from 10), each ending with EOS; `first` counts from position 1."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(10, 10 + offsets[-1], dtype=np.uint16)
     ids[offsets[1:] - 1] = EOS
-    masks = [np.arange(length) >= start for length, start in zip(lengths, first or [], strict=False)]
+    masks = [np.arange(length) >= start for length, start in zip(lengths, first, strict=False)]
     return TokenDataset(ids=ids, offsets=offsets, target_mask=np.concatenate(masks).astype(np.uint8) if first else None)
 
 
+def make_batch(micro, accumulation, ranks):
+    return BatchConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, world_size=ranks)
+
+
 def make_order(dataset, **overrides):
-    return epoch_order(
-        dataset, **{"seed": 1, "epoch": 0, "global_batch": 4, "shuffle": True, "group_by_length": False, **overrides}
-    )
+    options = {"seed": 1, "epoch": 0, "global_batch": 4, "shuffle": True, "group_by_length": False, **overrides}
+    return epoch_order(dataset, **options)
 
 
 def target_rows(micro_batches):
@@ -56,6 +59,8 @@ def test_the_epoch_order_depends_on_seed_and_epoch_and_nothing_else():
     assert (first != make_order(rows, seed=2)).any()
     # frozen on purpose: another order would change every committed loss curve (numpy keeps raw streams stable)
     assert make_order(make_dataset([4] * 8)).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
+    grouped = make_order(make_dataset([5, 3, 9, 4, 7, 2, 8, 6, 3]), global_batch=2, group_by_length=True)
+    assert grouped.tolist() == [6, 2, 8, 0, 7, 4, 5, 1, 3]
     for by_length in (False, True):
         assert make_order(rows, shuffle=False, group_by_length=by_length).tolist() == list(range(50))
 
@@ -66,9 +71,8 @@ def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
     lengths = rows.lengths()
 
     def padding(order):
-        return sum(
-            4 * lengths[order[i : i + 4]].max() - lengths[order[i : i + 4]].sum() for i in range(0, len(order), 4)
-        )
+        batches = [lengths[order[i : i + 4]] for i in range(0, len(order), 4)]
+        return sum(4 * batch.max() - batch.sum() for batch in batches)
 
     grouped = make_order(rows, group_by_length=True)
     assert padding(grouped) < padding(make_order(rows)) / 5
@@ -80,67 +84,52 @@ def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
 @pytest.mark.parametrize(
     ("ranks", "micro", "accumulation"), [(1, 6, 1), (1, 1, 6), (2, 3, 1), (2, 1, 3), (3, 2, 1), (3, 1, 2)]
 )
-@pytest.mark.parametrize("n", [6, 12, 13, 17, 5])
-def test_the_ranks_share_out_every_step_exactly(n, ranks, micro, accumulation):
-    rows = make_dataset([3 + i % 4 for i in range(n)])
-    batch = BatchConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, world_size=ranks)
-    order = make_order(rows, global_batch=6)
-    seen = []
-    for step in range(-(-n // 6)):
-        shares = [step_batches(rows, order, step, batch, rank) for rank in range(ranks)]
-        assert {len(share) for share in shares} == {accumulation}
-        in_order = [shares[rank][j] for j in range(accumulation) for rank in range(ranks)]
-        seen += target_rows(in_order)
-        tokens, counted = step_counts(rows, order, step, 6)
-        assert tokens == sum(actual.tokens for actual in in_order)
-        assert counted == sum(int((actual.labels != IGNORE_INDEX).sum()) for actual in in_order)
-    # the global batch is the same list of rows in the same order, however it is cut
-    assert seen == [rows.row(i)[1:].tolist() for i in order]
+@pytest.mark.parametrize(("n", "by_length"), [(6, False), (12, True), (13, False), (17, True), (5, False)])
+def test_the_ranks_share_out_every_step_of_every_epoch_exactly(n, by_length, ranks, micro, accumulation):
+    rows, batch = make_dataset([3 + i % 4 for i in range(n)]), make_batch(micro, accumulation, ranks)
+    options = {"dataset": rows, "batch_config": batch, "seed": 1, "shuffle": True, "by_length": by_length}
+    num_steps = -(-n // 6)
+    shares = [list(TrainBatches(**options, rank=rank)(0, 2 * num_steps)) for rank in range(ranks)]
+    for epoch in (0, 1):
+        order = make_order(rows, epoch=epoch, global_batch=6, group_by_length=by_length)
+        seen, ids = [], []
+        for step_in_epoch in range(num_steps):
+            step = [share[epoch * num_steps + step_in_epoch] for share in shares]
+            assert {(b.step, b.epoch, b.step_in_epoch) for b in step} == {
+                (epoch * num_steps + step_in_epoch, epoch, step_in_epoch)
+            }
+            assert {len(b.micro_batches) for b in step} == {accumulation}
+            in_order = [b.micro_batches[j] for j in range(accumulation) for b in step]
+            seen, ids = seen + target_rows(in_order), ids + step[0].example_ids
+            counted = sum(int((m.labels != IGNORE_INDEX).sum()) for m in in_order)
+            assert {(b.num_tokens, b.num_target_tokens) for b in step} == {(sum(m.tokens for m in in_order), counted)}
+            assert step_counts(rows, order, step_in_epoch, 6) == (step[0].num_tokens, counted)
+        # the global batch is the same list of rows in the same order, however it is cut
+        assert seen == [rows.row(i)[1:].tolist() for i in order]
+        assert ids == order.tolist()
+    resumed = next(TrainBatches(**options, rank=0)(num_steps, 2 * num_steps))  # without what came before it
+    assert resumed.example_ids == shares[0][num_steps].example_ids
 
 
 def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
-    rows = make_dataset([5, 3], first=[2, 1])
-    batch = BatchConfig(micro_batch_size=2, gradient_accumulation_steps=1, world_size=1)
-    (trial,) = step_batches(rows, np.arange(2), 0, batch, 0)
-    assert trial.input_ids.tolist() == [[10, 11, 12, 13, EOS], [15, 16, EOS, EOS, EOS]]
-    assert trial.labels.tolist() == [
+    (micro_batch,) = step_batches(make_dataset([5, 3], first=[2, 1]), np.arange(2), 0, make_batch(2, 1, 1), 0)
+    assert micro_batch.input_ids.tolist() == [[10, 11, 12, 13, EOS], [15, 16, EOS, EOS, EOS]]
+    assert micro_batch.labels.tolist() == [
         [IGNORE_INDEX, IGNORE_INDEX, 12, 13, EOS],
         [IGNORE_INDEX, 16, EOS, IGNORE_INDEX, IGNORE_INDEX],  # the same token counts at position 2 and not behind it
     ]
-    assert trial.input_ids.dtype == trial.labels.dtype == np.int64
-    assert trial.tokens == 8
+    assert micro_batch.input_ids.dtype == micro_batch.labels.dtype == np.int64
+    assert micro_batch.tokens == 8
 
 
 def test_a_micro_batch_knows_the_place_of_its_first_row_and_an_empty_one_is_a_masked_row():
-    rows = make_dataset([3] * 10)
-    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
+    rows, batch = make_dataset([3] * 10), make_batch(1, 2, 2)
     actual = [micro_batch.index for rank in (0, 1) for micro_batch in step_batches(rows, np.arange(10), 1, batch, rank)]
     assert actual == [4, 6, 5, 7]
     empty = step_batches(rows, np.arange(10), 2, batch, 1)[1]  # the last step has two rows for four places
     assert empty.input_ids.shape == empty.labels.shape == (1, 2)
     assert (empty.labels == IGNORE_INDEX).all()
     assert empty.tokens == 0
-
-
-@pytest.mark.parametrize("by_length", [False, True])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_train_batches_draw_every_step_of_every_epoch_in_the_sampler_s_order(rank, by_length):
-    dataset = make_dataset([2 + i % 7 for i in range(11)])
-    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
-    batches = TrainBatches(dataset=dataset, batch_config=batch, seed=1, rank=rank, shuffle=True, by_length=by_length)
-    steps = list(batches(0, 7))  # two epochs of three steps, the last of each with three examples, and a step more
-    assert [(b.step, b.epoch, b.step_in_epoch) for b in steps] == [(step, step // 3, step % 3) for step in range(7)]
-    for epoch in (0, 1):
-        order = make_order(dataset, epoch=epoch, group_by_length=by_length)
-        assert [i for b in steps if b.epoch == epoch for i in b.example_ids] == order.tolist()
-        for b in steps[3 * epoch : 3 * epoch + 3]:
-            expected = step_batches(dataset, order, b.step_in_epoch, batch, rank)
-            assert [(m.input_ids.tolist(), m.labels.tolist(), m.index) for m in b.micro_batches] == [
-                (m.input_ids.tolist(), m.labels.tolist(), m.index) for m in expected
-            ]
-            assert (b.num_tokens, b.num_target_tokens) == step_counts(dataset, order, b.step_in_epoch, 4)
-    resumed = next(iter(batches(5, 6)))  # drawn backwards in the same object, and without what came before it
-    assert resumed.example_ids == steps[5].example_ids
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
