@@ -8,7 +8,7 @@ SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <s> </s> [INST] [/INST] <|begin_of_text|> <|start_header_id|> "
     "<|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
     "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
-).split()  # noqa: SIM905
+)
 
 #: {family: (template, what ends an assistant's turn)}
 TEMPLATES = {
@@ -75,4 +75,4 @@ TEMPLATES = {
 def make_chat_tokenizer(folder: Path, template: str | None = None) -> Path:
     """A byte-level BPE that knows the marks of every template above."""
     texts = ["Hello there, how are you? I am fine. The answer is 42.\n\nassistant user system tool model"] * 20
-    return make_tokenizer(folder, texts, vocab_size=360, special_tokens=SPECIAL_TOKENS, template=template)
+    return make_tokenizer(folder, texts, vocab_size=360, special_tokens=SPECIAL_TOKENS.split(), template=template)
