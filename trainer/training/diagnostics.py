@@ -29,16 +29,9 @@ MIN_RUN_SECONDS = 60.0  # a shorter run need not be faster
 MAX_DATA_SHARE, MAX_LOGGING_SHARE, MAX_EVALUATION_SHARE = 0.2, 0.1, 0.4
 #: every code and what it means for the user; codes of one meaning are different ways to see it
 TOPICS = {
-    "flat_loss": "not learning",
-    "no_gradient": "not learning",
-    "adapter_still_zero": "not learning",
-    "masked_labels": "not learning",
-    "diverging": "diverging",
-    "overfitting": "overfitting",
-    "overflow": "overflow",
-    "waiting_for_data": "too slow",
-    "slow_logging": "too slow",
-    "much_evaluation": "too slow",
+    **dict.fromkeys(("flat_loss", "no_gradient", "adapter_still_zero", "masked_labels"), "not learning"),
+    **{code: code for code in ("diverging", "overfitting", "overflow")},
+    **dict.fromkeys(("waiting_for_data", "slow_logging", "much_evaluation"), "too slow"),
 }
 
 
