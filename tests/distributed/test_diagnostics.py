@@ -112,6 +112,11 @@ def worse_run() -> Iterator[Record]:
     return make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50)
 
 
+def jumping_run(loss: float) -> Iterator[Record]:
+    """Of six steps: the first has the loss of the weights before training."""
+    return make_run_records(steps=6, loss=lambda step: 4.0 if step == 1 else loss)
+
+
 def nan_loss_run() -> list[Record]:
     message = "step 10: loss nan; the weights are those after step 9"
     return [*make_run_records(steps=9), EventRecord(event="not_finite", step=10, message=message, time=1.0)]
@@ -125,6 +130,7 @@ def slow_run(**options: Any) -> Iterator[Record]:
     return make_run_records(seconds=1.0, **options)
 
 
+PRETRAINED = {"model__init": "pretrained", "data__vocabulary": 97}  # a guess costs ln 97 = 4.57
 FP16 = {"resolved__precision": "fp16"}
 EVERY_10 = {"eval_every": 10, "eval_seconds": 30}
 #: {fault: (code, a word of the remedy, rows, facts of the run, on what seconds are spent before each row)}
@@ -135,6 +141,8 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "underflow": ("no_gradient", "--precision bf16", make_run_records(norm=0.0), FP16),
     "masked": ("masked_labels", "--prompt", make_run_records(), {"data__train__num_target_tokens": 2_000}),
     "rising": ("diverging", "--lr 0.0002", make_run_records(loss=exploding_loss), {}),
+    "jump": ("diverging", "--lr 5e-05", jumping_run(9.0), {}),
+    "above a guess": ("diverging", "--lr 5e-05", jumping_run(4.75), PRETRAINED),
     "worse than before": ("diverging", "--lr 0.0002", worse_run(), {"settings__train__lr": 5e-4}),
     "not finite": ("diverging", "--lr 0.0002", nan_loss_run(), {"resolved__precision": "bf16"}),
     "by heart": ("overfitting", "--early-stop 1 --export best", memorizing_run(), {}),

@@ -73,7 +73,10 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
         engine: Any = SimpleNamespace(dist_context=SimpleNamespace(rank=0), run=run_steps)
         manager: Any = SimpleNamespace(save=lambda _, at: saved.append(at), update_train_state=saved.append)
         for record in loop.train(engine, load(data_dir), schedule, state or TrainState(), manager, should_stop):
-            records.append(record)
+            if isinstance(record, EventRecord) and record.event == "checkpoint":
+                assert record.step == saved[-1].step, "a row for each, after it was saved"
+            else:
+                records.append(record)
         return records, saved
 
     return run
@@ -168,7 +171,9 @@ def test_early_stopping_ends_at_the_same_step_under_every_number_of_ranks(argv, 
         parts = [{**job, "name": f"{ranks}-from-{step}", "resume": [f"{ranks}", step]} for step in (3, 4)]
         launch_jobs(ranks, [job, *parts])
         whole, resumed, stopped = (read_job_result(tmp_path, each["name"])[0] for each in (job, *parts))
-        assert [(row["kind"], row["step"]) for row in whole[-3:]] == [("eval", 4), ("epoch", 4), ("event", 4)]
+        assert [(row.get("event", row["kind"]), row["step"]) for row in whole[-4:]] == [
+            (name, 4) for name in ("eval", "epoch", "early_stop", "checkpoint")
+        ]
         assert [row.get("loss") for row in resumed] == [row.get("loss") for row in whole if row["step"] > 3]
         assert stopped == []
 

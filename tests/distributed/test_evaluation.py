@@ -8,14 +8,18 @@ width or stands among other rows, another kernel may add its products in another
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from helpers.engines import prepare_data
+import torch
+from helpers.engines import context_of_hosts, prepare_data
 from helpers.matrix import evaluate_jobs, launch_by_ranks, launch_jobs, make_job, read_job_result, train_plain_loop
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import EVAL_TOLERANCE
 
 from trainer.data.dataset import load
+from trainer.training.evaluation import evaluate
 
 OBJECTIVES = ("blocks", "completion")
 BATCHES = (1, 2, 3, 4, 5, 8, 9, 64)  # of 9 rows or 8 blocks: most leave a ragged or a missing batch on some rank
@@ -58,6 +62,16 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
         print(f"{objective}: largest relative difference {worst:.1e}; values", {b: len(v) for b, v in actual.items()})
         assert worst <= EVAL_TOLERANCE, actual
         assert len(actual[1]) == 1, "rows fed alone: bitwise one number on any ranks, in any order"
+
+
+def test_an_evaluation_waits_for_the_other_ranks_at_most_every_eighth_batch(tiny_model, data_files):
+    """25 rows in batches of one: 4 questions whether to stop, and the losses; it was a question for each batch."""
+    questions: list[object] = []
+    context = context_of_hosts("a", gather=lambda value: questions.append(value) or [value])
+    engine: Any = SimpleNamespace(dist_context=context, evaluate=lambda batch: torch.ones(len(batch.input_ids)))
+    rows = load(prepare_data(make_argv(tiny_model, data_files, "full", "completion"))).train
+    assert evaluate(engine, rows, 1).row_nll == [1.0] * 25
+    assert questions[:-1] == [False] * 4
 
 
 def test_evaluating_more_often_changes_no_training_step(dropout_model, data_files, tmp_path):

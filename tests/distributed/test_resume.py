@@ -288,6 +288,54 @@ def test_a_setting_that_may_not_change_on_resume_is_refused_in_one_line(
     assert list_checkpoint_steps(folder) == list_checkpoint_steps(finished_run)
 
 
+def resume_each(folders: list[str], *flags: str) -> int:
+    """Resume these runs one after another in this process; the lowest exit code."""
+    return min(run_train_script(["--mode", "lora", "--resume", *flags, "--output-dir", folder]) for folder in folders)
+
+
+@pytest.mark.slow
+def test_settings_that_were_edited_in_run_json_since_the_checkpoint_are_refused(finished_run, tmp_path):
+    edits = {"lr": ("train", 0.005), "seed": ("train", 7), "weight_decay": ("train", 0.5), "alpha": ("lora", 64.0)}
+    for name, (group, value) in edits.items():
+        folder = Path(shutil.copytree(finished_run, tmp_path / name))
+        metadata = read_metadata(folder)
+        metadata["settings"][group][name] = value
+        (folder / "run.json").write_text(json.dumps(metadata))
+    folders, log = [str(tmp_path / name) for name in edits], tmp_path / "log"
+    assert run_on_ranks(1, resume_each, folders, log=log) == 2, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == len(edits)
+    for line, (name, (_, value)) in zip(lines, edits.items(), strict=True):
+        assert f"--resume: {name} is {value} and was " in line
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_run, folder, tmp_path):
+    """Not even under --resume auto, which a requeued job passes; one that never had a checkpoint does begin again."""
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    rows, log = (folder / "metrics.jsonl").read_bytes(), tmp_path / "log"
+    for flags in (["--resume"], ["--resume", "auto"]):
+        argv = ["--mode", "lora", *flags, "--output-dir", str(folder)]
+        assert run_on_ranks(1, run_train_script, argv, log=log) == 2, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert ["by its rows it saved one after step 1;" in line for line in lines] == [True, True]
+    assert "--allow-change records to begin again" in lines[0]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    output = train(["--mode", "lora", "--resume", "--allow-change", "records"], out=folder, world_size=2)
+    assert "resumed from the start: the run had no checkpoint; its rows are kept in metrics.jsonl.1" in output
+    assert (folder / "metrics.jsonl.1").read_bytes() == rows
+    assert read_reproducible_records(folder) == read_reproducible_records(finished_run)
+    assert [event["step"] for event in read_events(folder, "checkpoint")] == list(range(1, STEPS + 1))
+
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.jsonl").write_bytes(b"".join(rows.splitlines(keepends=True)[:2]))  # killed in the first step
+    train(["--mode", "lora", "--resume", "auto"], out=folder, world_size=2)
+    assert len((folder / "metrics.jsonl.2").read_bytes().splitlines()) == 2
+    assert read_reproducible_records(folder) == read_reproducible_records(finished_run)
+
+
 def test_allow_change_without_resume_is_refused(argv, tmp_path):
     request = cli.parse_args(["--mode", "full", *argv, "--allow-change", "lr", "--output-dir", str(tmp_path / "new")])
     with pytest.raises(UserError, match="--allow-change lr: goes with --resume"):

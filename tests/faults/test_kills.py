@@ -325,9 +325,10 @@ def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(
     assert RankProcesses(argv, out=out, fault=stop).wait() == [143, 143]
     state = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
     assert state["progress"]["eval_pending"], "step 3 has an evaluation due"
-    assert record_names_at_step(out, 3) == ["step", "interrupted"]
+    assert record_names_at_step(out, 3) == ["step", "checkpoint", "interrupted"]
     kill = fault_at("trainer.training.checkpoint:CheckpointManager.update_train_state", 1)
     RankProcesses([*argv, "--resume"], out=out, fault=kill).wait()
-    assert record_names_at_step(out, 3) == ["step", "interrupted", "resumed", "eval", "samples"]
+    names = ["step", "checkpoint", "interrupted", "resumed", "eval", "samples"]
+    assert record_names_at_step(out, 3) == names
     train([*argv, "--resume"], out=out, world_size=2)
     assert read_reproducible_records(out) == uninterrupted_records

@@ -56,7 +56,7 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
         return {"test/loss": record.facts["loss"], "test/bits_per_byte": record.facts["bits_per_byte"]}
     if record.event == "retain_evaluation":
         return {RETAIN_KEYS[record.step > 0]: record.facts["loss"]}
-    return {f"event/{record.event}": record.message}
+    return {f"event/{record.event}": record.message} if record.message else {}
 
 
 def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,37 +13,74 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from trainer.config.choices import Mode, Precision
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.fields import Float, NonNegativeInt, RunId, Text
 from trainer.config.files import new_folder, read_json_object, write_atomically
 from trainer.data.sampler import MicroBatch
+from trainer.model import optimizer
 from trainer.training.schedule import TrainState
 
 if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
     from trainer.distributed.engine import Engine
     from trainer.distributed.process_group import DistContext
 
-FORMAT_VERSION = 3  # 2: without the data, precision and device of the run
+FORMAT_VERSION = 3  # 2: without the settings, precision and device of the run
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
+TensorLayout = tuple[
+    tuple[int, ...], torch.dtype | str
+]  # shape, and what it holds: a type that is none of ours by name
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
+NO_RECORDS = {"records": {"num_rows": 0, "sha256": ""}, "evaluations": {"num_evaluations": 0, "sha256": ""}}
+SCALE_BLOCK = 256  # elements of 8-bit moments that share a scale
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 
 # --- which checkpoints there are -------------------------------------------------------------------------------------
+
+
+class _RowsDigest(BaseModel):
+    num_rows: NonNegativeInt
+    sha256: Text
+
+
+class _EvaluationsDigest(BaseModel):
+    num_evaluations: NonNegativeInt
+    sha256: Text
+
+
+class _StateJson(BaseModel):
+    """The content of state.json, beside its own checksum."""
+
+    format: Literal[3]
+    run_id: RunId
+    mode: Mode
+    base: Text | None
+    data: Text
+    fixed: dict[str, Any]  #: the settings that may not change when the run is resumed
+    precision: Precision
+    device: Text
+    bytes: NonNegativeInt
+    sha256: Text
+    loss_scale: dict[Literal["cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"], Float] | None = None
+    progress: TrainState
+    records: _RowsDigest
+    evaluations: _EvaluationsDigest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,31 +103,32 @@ class Checkpoint:
 
     @property
     def train_state(self) -> TrainState:
-        return TrainState.from_dict(self.metadata["progress"])
+        return TypeAdapter(TrainState).validate_python(self.metadata["progress"])
 
     def find_damage(self) -> str | None:
         """What is wrong with its tensors; None where they are whole."""
-        name = f"checkpoint {self.folder}"
+        name, path = f"checkpoint {self.folder}", self.folder / STATE_FILE
         try:
-            with open(self.folder / STATE_FILE, "rb") as file:
-                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            if path.exists() and not path.is_file():  # a named pipe would be waited for, a device has no end
+                return f"{name}: {STATE_FILE} is not a regular file"
+            if (size := path.stat().st_size) != self.metadata["bytes"]:
+                return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"{name}: cannot read {STATE_FILE}: {error.strerror}"
-        if size != self.metadata["bytes"]:
-            return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
-        if digest != self.metadata["sha256"]:
-            return f"{name}: {STATE_FILE} was changed since it was written (checksum)"
-        return None
+        return None if digest == self.metadata["sha256"] else f"{name}: {STATE_FILE} was changed since it was written"
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those under `folder` with a whole state.json, oldest first. Half-written ones have other names."""
     checkpoints = []
     for step, path in _numbered_folders(folder):
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(UserError, ValidationError, RecursionError):
             metadata = read_json_object(path / METADATA_FILE)
-            is_intact = metadata["self"] == _metadata_digest(metadata) and metadata["format"] == FORMAT_VERSION
-            if is_intact and metadata["progress"]["step"] == step:
+            progress = _StateJson.model_validate(metadata).progress
+            is_whole = metadata.get("self") == _metadata_digest(metadata) and progress.as_dict() == metadata["progress"]
+            if is_whole and progress.step == step:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
     return checkpoints
 
@@ -156,8 +194,8 @@ def _metadata_digest(metadata: Mapping[str, Any]) -> str:
 class CheckpointManager:
     """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
 
-    `identity`: of which run, model and data this is the state, written into each; `record_digests`: "records" and
-    "evaluations" of state.json at the moment, called on rank 0.
+    `identity`: of which run, model and settings this is the state, written into each (`RunPlan.checkpoint_identity`);
+    `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0.
     """
 
     def __init__(
@@ -167,7 +205,7 @@ class CheckpointManager:
         *,
         save_total_limit: int,
         identity: Mapping[str, Any],
-        record_digests: Callable[[], Mapping[str, Any]] = dict,
+        record_digests: Callable[[], Mapping[str, Any]] = lambda: NO_RECORDS,
     ):
         self.folder, self.dist_context = folder, dist_context
         self.save_total_limit, self.identity, self.record_digests = save_total_limit, identity, record_digests
@@ -299,15 +337,27 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContex
     `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
     """
     layout, read_tensor = _open_tensors(checkpoint, torch.device("cpu"), context)
-    parameters = {f"weight/{name}": p for name, p in module.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    saved_shapes = {name: shape for name, (shape, _) in layout.items() if name.startswith("weight/")}
-    if different := sorted(n for n in shapes | saved_shapes if shapes.get(n) != saved_shapes.get(n)):
-        name, num_more = different[0].removeprefix("weight/"), len(different) - 1
-        raise UserError(f"checkpoint {checkpoint.folder} is of another model: {name} and {num_more} more differ")
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    expected: dict[str, TensorLayout] = {}
+    for name, parameter in parameters.items():
+        expected[f"weight/{name}"] = (shape := tuple(parameter.shape), torch.float32)
+        for moment in optimizer.MOMENTS:
+            is_8bit = layout.get(f"{moment}/{name}", (shape, torch.float32))[1] == torch.uint8
+            expected[f"{moment}/{name}"] = (shape, torch.uint8 if is_8bit else torch.float32)
+            if is_8bit:
+                expected[f"{moment}.absmax/{name}"] = ((-(-parameter.numel() // SCALE_BLOCK),), torch.float32)
+    if different := sorted(n for n in expected | layout if expected.get(n) != layout.get(n)):
+        found, wanted = (
+            "missing" if entry is None else f"{entry[1]} {list(entry[0])}"
+            for entry in (layout.get(different[0]), expected.get(different[0]))
+        )
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is of another model or damaged: {different[0]} is {found}, expected "
+            f"{wanted.replace('missing', 'none')}, and {len(different) - 1} more differ"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(read_tensor(name))
+            parameter.copy_(read_tensor(f"weight/{name}"))
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:
@@ -324,7 +374,7 @@ def load_for_evaluation(checkpoint: Checkpoint, engine: "Engine") -> None:
 
 def _open_tensors(
     checkpoint: Checkpoint, device: torch.device, context: "DistContext | None"
-) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor]]:
+) -> tuple[dict[str, TensorLayout], Callable[[str], Tensor]]:
     """({name: shape and dtype}, a function from a name to its tensor); all ranks must read the same names in one order.
 
     On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
@@ -332,10 +382,13 @@ def _open_tensors(
     """
     path, dtypes = checkpoint.folder / STATE_FILE, {name: dtype for dtype, name in DTYPES.items()}
 
-    def read_layout() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
-        return {name: (tuple(entry["shape"]), dtypes[entry["dtype"]]) for name, entry in header.items()}
+    def read_layout() -> dict[str, TensorLayout]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                return {n: (tuple(p.get_shape()), dtypes.get(p.get_dtype(), p.get_dtype())) for n, p in parts.items()}
+        except SafetensorError as error:
+            raise UserError(f"checkpoint {checkpoint.folder}: {STATE_FILE} cannot be read ({error})") from None
 
     if context is None or context.num_nodes == 1:
         return read_layout(), safe_open(path, framework="pt", device=str(device)).get_tensor

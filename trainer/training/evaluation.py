@@ -21,6 +21,9 @@ from trainer.training.schedule import TrainState
 OTHER_SPLITS: dict[Literal["test", "retain"], str] = {"test": "test loss", "retain": "loss of retained text"}
 
 
+BATCHES_BETWEEN_STOPS = 8  # batches between two questions whether a rank should stop, for which all wait
+
+
 class StopRequested(Exception):
     """An evaluation was given up because the run is to stop."""
 
@@ -49,8 +52,8 @@ def evaluate(
     """
     context, order = engine.dist_context, eval_order(dataset)
     batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
-    for micro_batch in eval_batches(dataset, eval_batch_size, context.rank, context.world_size):
-        if any(context.all_gather_object(should_stop())):
+    for number, micro_batch in enumerate(eval_batches(dataset, eval_batch_size, context.rank, context.world_size)):
+        if number % BATCHES_BETWEEN_STOPS == 0 and any(context.all_gather_object(should_stop())):
             raise StopRequested
         indices = order[micro_batch.index : micro_batch.index + eval_batch_size]
         batch_losses.append(engine.evaluate(micro_batch)[: len(indices)])  # a rank without rows is fed a masked one

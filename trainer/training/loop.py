@@ -57,7 +57,7 @@ def train(
             step, rows = state.step + 1, error.batch.example_ids if error.batch else []
             dump_name = checkpoints.dump_batch(step, error.batch.micro_batches if error.batch else [])
             if state.step > last_saved_step:
-                checkpoints.save(engine, state)
+                yield _save(checkpoints, engine, state)
             message = (
                 f"step {step}: {error}; the weights are those after step {state.step}, the rows are in {dump_name}"
             )
@@ -67,12 +67,18 @@ def train(
             state = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
         if schedule.is_save_due(state):
             state = replace(state, elapsed_seconds=stopwatch())
-            checkpoints.save(engine, state)
+            yield _save(checkpoints, engine, state)
             last_saved_step = state.step
     if state.stop_requested:
         message = f"stopped by a signal after step {state.step}; --resume goes on from there"
         yield EventRecord(event="interrupted", step=state.step, message=message, time=stopwatch())
     return state
+
+
+def _save(checkpoints: CheckpointManager, engine: Engine, state: TrainState) -> EventRecord:
+    """Save a checkpoint; its row comes after it, so that no row names one that is not there."""
+    checkpoints.save(engine, state)
+    return EventRecord(event="checkpoint", step=state.step, message="", time=state.elapsed_seconds)
 
 
 def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch, result: StepResult) -> Record:

@@ -89,6 +89,8 @@ class Recorder:
             message = f"resumed from {origin}"
             message += f", {self.num_truncated} rows after it cut off" if self.num_truncated else ""
             message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
+            if set_aside := self.metadata["resumed"]["set_aside"]:
+                message += f"; its rows are kept in {' and '.join(set_aside)}"
             changes = self.metadata["resumed"]["changed"]
             message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
             facts = {

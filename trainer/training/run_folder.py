@@ -1,5 +1,6 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
+import itertools
 import json
 import re
 from collections import deque
@@ -17,7 +18,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations
 from trainer.tracking.jsonl import METRICS_FILE, find_changed_rows
-from trainer.tracking.records import read_records
+from trainer.tracking.records import EventRecord, read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, resolve_checkpoint
@@ -77,32 +78,30 @@ def begin_run(
 ) -> tuple[Checkpoint | None, dict[str, Any]]:
     """(the checkpoint to go on from, the content of run.json, which is written); on rank 0.
 
-    None for a new run, and where the run ended before its first checkpoint. `previous`: run.json of the run that goes
-    on; `resume`, `allowed_changes`: the flags. UserError for what a resume may not change, or where the disk is full.
+    None for a new run, and where the run ended before its first checkpoint: its rows are then set aside. `previous`:
+    run.json of the run that goes on; `resume`, `allowed_changes`: the flags. UserError for what a resume may not
+    change, or where the disk is full.
     """
-    folder, source = Path(plan.settings.run_folder), None
+    folder, source, changes = Path(plan.settings.run_folder), None, {}
     if previous is not None:
-        which = "latest" if resume in (None, "auto") else resume
-        if which != "latest" or any((folder / "checkpoints").glob("step-*")):
-            source = resolve_checkpoint(folder / "checkpoints", which)
-            if source.metadata["base"] != plan.model_info["fingerprint"]:
-                raise UserError(
-                    f"checkpoint {source.folder} is of a run on another base model ({source.metadata['base']}, "
-                    f"here {plan.model_info['fingerprint']})"
-                )
-    refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * plan.model_info["trainable"])
-    if previous is None:
-        wandb = wandb_block(plan.settings.output, plan.data_info["source"])
-        metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
-    else:  # `settings` stay those it began with; the next resume takes these
+        which = "latest" if resume in (None, "auto") else str(resume)
+        base, allows_records = plan.model_info["fingerprint"], "records" in allowed_changes
+        source, changed_records = find_resume_source(folder, which, base=base, allows_records=allows_records)
         changes = _allowed_changes(previous, plan, source, allowed_changes)
-        entry = plan.execution_entry(source.step if source is not None else 0)
-        is_new = entry["path"] != previous["execution"][-1]["path"]
-        resumed = {"settings": plan.settings.as_dict(), "changed": changes}
-        metadata = {**previous, "resumed": resumed, "execution": [*previous["execution"], *[entry] * is_new]}
+        changes |= {"records": ["as written", changed_records]} if changed_records else {}
+    refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * plan.model_info["trainable"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REQUEUE_FILE).unlink(missing_ok=True)
+        if previous is None:
+            wandb = wandb_block(plan.settings.output, plan.data_info["source"])
+            metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
+        else:  # `settings` stay those it began with; the next resume takes these
+            entry = plan.execution_entry(source.step if source is not None else 0)
+            is_new = entry["path"] != previous["execution"][-1]["path"]
+            set_aside = _set_aside_records(folder) if source is None else []
+            resumed = {"settings": plan.settings.as_dict(), "changed": changes, "set_aside": set_aside}
+            metadata = {**previous, "resumed": resumed, "execution": [*previous["execution"], *[entry] * is_new]}
         write_run_json(folder, metadata)
         if plan.settings.mode == "lora" and plan.settings.model.init == "random":
             save_base_model(plan.settings, folder / "base")  # again on resume: a kill may have cut it off
@@ -118,50 +117,55 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
-def _allowed_changes(
-    previous: Mapping[str, Any], plan: RunPlan, source: Checkpoint | None, allowed_names: tuple[str, ...]
-) -> dict[str, list[Any]]:
-    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume; `records` are the
-    rows and evaluations written until `source` was saved. UserError for the first change that was not allowed."""
+def find_resume_source(folder: Path, which: str, *, base: str, allows_records: bool) -> tuple[Checkpoint | None, str]:
+    """(the checkpoint that --resume goes on from, how rows and evaluations differ from when it was saved).
 
-    def fixed_values(settings: Settings, data: str, precision: str) -> dict[str, Any]:
-        return {**settings.fixed_on_resume(), "data": data, "precision": precision}
-
-    data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
-    initial = fixed_values(Settings.from_dict(previous["settings"]), data, precision)
-    last = previous.get("resumed", {"settings": previous["settings"], "changed": {}})
-    data, precision = (last["changed"].get(name, [initial[name]])[-1] for name in ("data", "precision"))
-    before = fixed_values(Settings.from_dict(last["settings"]), data, precision)
-    current = fixed_values(plan.settings, plan.data_info["fingerprint"], plan.precision)
-    for name in allowed_names:
-        if name not in (*current, "records"):
-            raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
-    for name in current:
-        if current[name] != before[name] and name not in allowed_names:
-            raise UserError(
-                f"--resume: {name} is {current[name]} and was {before[name]} in this run; "
-                f"restore it, or pass --allow-change {name} as well"
-            )
-    changes = {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
-    folder = Path(plan.settings.run_folder)
-    if source is None:
-        return changes
-    changed_records = find_changed_records(folder, source)
-    for name, difference in changed_records.items():
-        if unreadable := _find_unreadable(folder / name):
-            raise UserError(
-                f"--resume: {folder / name}: {unreadable}; restore it, or have `python launch/doctor.py --check-run "
-                f"{folder} --move-aside` put aside what cannot be read"
-            )
-        if "records" not in allowed_names:
+    None for a run that ended before its first checkpoint. UserError where none is whole, the one found is of another
+    model than `base`, its fingerprint, or rows cannot be read; or, unless `allows_records` (--allow-change records),
+    where rows differ, or name a checkpoint and none is there.
+    """
+    rows = folder / METRICS_FILE
+    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
+        refuse_unreadable(rows)
+        for record in read_records(rows, with_steps=False) if rows.exists() else ():
+            is_end_or_save = isinstance(record, EventRecord) and record.event in ("checkpoint", "finished")
+            if is_end_or_save and not allows_records:
+                raise UserError(
+                    f"--resume: {folder} has no checkpoint, and by its rows it saved one after step {record.step}; "
+                    "restore it, or pass --allow-change records to begin again with these rows set aside"
+                )
+        return None, ""
+    source = resolve_checkpoint(folder / "checkpoints", which)
+    if source.metadata["base"] != base:
+        raise UserError(
+            f"checkpoint {source.folder} is of a run on another base model ({source.metadata['base']}, here {base})"
+        )
+    changes = find_changed_records(folder, source)
+    for name, difference in changes.items():
+        refuse_unreadable(folder / name)
+        if not allows_records:
             raise UserError(
                 f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {difference}; "
                 "restore it, or pass --allow-change records to go on with the rows that are there"
             )
-    if changed_records:
-        differences = "; ".join(f"{name}: {difference}" for name, difference in changed_records.items())
-        changes["records"] = ["as written", differences]
-    return changes
+    return source, "; ".join(f"{name}: {difference}" for name, difference in changes.items())
+
+
+def refuse_unreadable(path: Path) -> None:
+    """UserError where metrics.jsonl or eval_records/ cannot be read."""
+    problem = None
+    try:
+        if path.name == EVAL_RECORDS_FOLDER:
+            problem = next((f"{file.name}: {what}" for file, what in find_damaged_evaluations(path).items()), None)
+        elif path.exists():
+            deque(read_records(path), maxlen=0)
+    except (OSError, ValueError) as error:
+        problem = str(error).removeprefix(str(path)).lstrip(":, ")
+    if problem:
+        raise UserError(
+            f"--resume: {path}: {problem}; restore it, or have `python launch/doctor.py --check-run {path.parent} "
+            "--move-aside` put aside what cannot be read"
+        )
 
 
 def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
@@ -175,13 +179,46 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
     return {name: change for name, change in changes.items() if change is not None}
 
 
-def _find_unreadable(path: Path) -> str | None:
-    """What in metrics.jsonl or eval_records/ cannot be read; None where all can, or nothing is there."""
-    try:
-        if path.name == EVAL_RECORDS_FOLDER:
-            return next((f"{file.name}: {what}" for file, what in find_damaged_evaluations(path).items()), None)
-        if path.exists():
-            deque(read_records(path), maxlen=0)
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(str(path)).lstrip(":, ")
-    return None
+def _set_aside_records(folder: Path) -> list[str]:
+    """Give the rows and evaluations of a run that begins again other names; returns these."""
+    names = []
+    for name in (METRICS_FILE, EVAL_RECORDS_FOLDER):
+        if (folder / name).exists():
+            names.append(next(f"{name}.{n}" for n in itertools.count(1) if not (folder / f"{name}.{n}").exists()))
+            (folder / name).rename(folder / names[-1])
+    return names
+
+
+def _allowed_changes(
+    previous: Mapping[str, Any], plan: RunPlan, source: Checkpoint | None, allowed_names: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
+
+    UserError for the first other difference from the checkpoint: run.json may have been edited since it was saved.
+    """
+
+    def fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(json.dumps({**settings, "data": data, "precision": precision}))
+        return values  # as JSON gives them back
+
+    current = fixed_values(plan.settings.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
+    for name in allowed_names:
+        if name not in (*current, "records"):
+            raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
+    initial_settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
+    initial = fixed_values(initial_settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
+    earlier = {name: now for name, (_, now) in previous.get("resumed", {}).get("changed", {}).items()}
+    saved = {**initial, **earlier}
+    if source is not None:
+        saved = fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
+    changes = {}
+    for name, value in current.items():
+        is_allowed = name in allowed_names or (name in earlier and earlier[name] == value)
+        if value != saved.get(name) and not is_allowed:
+            raise UserError(
+                f"--resume: {name} is {value} and was {saved.get(name)} in this run; "
+                f"restore it, or pass --allow-change {name} as well"
+            )
+        if value != (old := initial[name]) or value != (old := saved.get(name)):
+            changes[name] = [old, value]
+    return changes

@@ -132,12 +132,13 @@ class RunPlan:
         }
 
     def checkpoint_identity(self, run_id: str) -> dict[str, Any]:
-        """Of which run, model and data a checkpoint is the state, and on what its validation loss was computed."""
+        """Of which run, model, data and settings a checkpoint is the state, and on what its loss was computed."""
         return {
             "run_id": run_id,
             "mode": self.settings.mode,
             "base": self.model_info["fingerprint"],
             "data": self.data_info["fingerprint"],
+            "fixed": self.settings.fixed_on_resume(),
             "precision": self.precision,
             "device": self.dist_context.device.type,
         }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import Schedule
+from trainer.config.fields import Float, Int, NonNegativeFloat, NonNegativeInt, Switch
 from trainer.config.settings import Settings
 from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import GlobalBatch, TrainBatches
@@ -20,28 +21,28 @@ WSD_DECAY_SHARE = 0.1  # of the steps after the warm-up; MiniCPM (arXiv 2404.063
 class BestCheckpoint:
     """The lowest validation loss so far and where it was."""
 
-    step: int
-    epoch: float
-    loss: float
+    step: NonNegativeInt
+    epoch: Float
+    loss: Float
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """What a checkpoint keeps of the run beside weights and optimizer state: what no setting and no step decides."""
 
-    step: int = 0  #: optimizer steps done
-    examples_seen: int = 0
-    tokens_seen: int = 0  #: padding left out
-    epoch_loss_sum: float = 0.0  #: summed training loss of the epoch so far, nats
-    epoch_target_tokens: int = 0  #: target tokens it is the sum over
-    elapsed_seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
-    skipped_steps: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
-    eval_pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
-    val_loss: float | None = None  #: of the newest evaluation
-    val_step: int = -1  #: the step of that evaluation
+    step: NonNegativeInt = 0  #: optimizer steps done
+    examples_seen: NonNegativeInt = 0
+    tokens_seen: NonNegativeInt = 0  #: padding left out
+    epoch_loss_sum: Float = 0.0  #: summed training loss of the epoch so far, nats
+    epoch_target_tokens: NonNegativeInt = 0  #: target tokens it is the sum over
+    elapsed_seconds: NonNegativeFloat = 0.0  #: since the run began, pauses between stop and resume left out
+    skipped_steps: NonNegativeInt = 0  #: steps whose update fp16 left out; AdamW has not counted them
+    eval_pending: Switch = True  #: the evaluation and the epoch's row that may be due after this step are still to come
+    val_loss: Float | None = None  #: of the newest evaluation
+    val_step: Int = -1  #: the step of that evaluation
     best: BestCheckpoint | None = None
-    best_for_patience: float | None = None  #: validation loss to beat, by --early-stop's MIN_DELTA
-    evals_without_improvement: int = 0  #: evaluations in a row that did not
+    best_for_patience: Float | None = None  #: validation loss to beat, by --early-stop's MIN_DELTA
+    evals_without_improvement: NonNegativeInt = 0  #: evaluations in a row that did not
     stop_requested: bool = False  #: a rank wants the run to stop; of this process only, not kept
 
     def after(self, batch: GlobalBatch, result: "StepResult", elapsed_seconds: float) -> "TrainState":
@@ -75,11 +76,6 @@ class TrainState:
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "stop_requested"}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
-        best = values["best"]
-        return cls(**{**values, "best": BestCheckpoint(**best) if best else None})
 
 
 @dataclass(frozen=True, kw_only=True)

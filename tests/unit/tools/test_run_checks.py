@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.any_inputs import check_inputs, many_inputs
+from helpers.engines import STUB_IDENTITY
 from helpers.fake_runs import make_metadata
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -32,6 +33,8 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
     save_file({"weight/w": torch.full((4,), float(step))}, target / checkpoint.STATE_FILE)
     content = (target / checkpoint.STATE_FILE).read_bytes()
     metadata = {
+        **STUB_IDENTITY,
+        "base": make_metadata()["model"]["fingerprint"],
         "format": checkpoint.FORMAT_VERSION,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -71,6 +74,7 @@ def whole_run(tmp_path_factory) -> Path:
         if step % 3 == 0:
             add_evaluation(folder, step)
             write_checkpoint(folder, step, logger)
+            logger.log(EventRecord(event="checkpoint", step=step, message="", time=1.0))
     logger.close(0)
     (folder / "model").mkdir()
     save_file({"w": torch.zeros(3)}, folder / "model" / "model.safetensors")
@@ -117,7 +121,7 @@ def break_row(run: Path) -> None:
             "missing or damaged",
             "from step-000003",
         ),
-        (break_row, "metrics.jsonl", "line 5: ", "not possible: metrics.jsonl has lines that are not records"),
+        (break_row, "metrics.jsonl", "line 5: ", "metrics.jsonl: line 5"),
         (
             lambda run: (run / "metrics.jsonl").unlink(),
             "metrics.jsonl",
@@ -130,7 +134,7 @@ def break_row(run: Path) -> None:
             "not a JSON object",
             "not possible: run.json cannot be read",
         ),
-        (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "not possible: no whole checkpoint"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "from the start with --allow-change records"),
         (
             lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)),
             "model/model.safetensors",
@@ -141,7 +145,7 @@ def break_row(run: Path) -> None:
             lambda run: (run / "eval_records/step-000003-val.parquet").write_bytes(b"PAR1"),
             "eval_records/step-000003-val.parquet",
             "not whole records of an evaluation",
-            "not possible: eval_records is damaged",
+            "eval_records: step-000003-val.parquet: not whole records of an evaluation",
         ),
         (
             lambda run: shutil.rmtree(run / "eval_records"),
@@ -156,7 +160,7 @@ def test_damage_is_named_with_what_is_still_possible(run, damage, name, message,
     if name:
         assert message in errors(run)[name]
         assert run_check(run) == 1
-    assert uses(run)["resume"] == resume
+    assert resume in uses(run)["resume"]
 
 
 def test_whether_a_run_came_to_its_end_is_said(run, capsys):
@@ -179,7 +183,7 @@ def test_what_is_damaged_is_moved_aside_and_never_deleted(run):
     assert (run / "damaged/metrics.jsonl.1").read_bytes() == content
     assert (run / "damaged/step-000006.1/state.safetensors").read_bytes() == state
     assert (run / "damaged/model.77.tmp.1").is_dir()
-    assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 5
+    assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 7
     assert uses(run)["resume"] == "from step-000003"
     assert errors(run) == {}
     break_row(run)

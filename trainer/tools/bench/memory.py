@@ -93,7 +93,9 @@ def measure_method(job: dict[str, Any], dist_context: DistContext) -> Iterator[d
             rows.append((rng.integers(vocab_size) + strides.cumsum()) % min(vocab_size, MAX_TOKEN_ID))
         data = wrap_rows(rows[:num_rows], rows[num_rows:], vocab_size=vocab_size)
         plan, engine = start_trial(settings, data, dist_context)
-        checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
+        checkpoints = CheckpointManager(
+            scratch / "checkpoints", dist_context, save_total_limit=1, identity=plan.checkpoint_identity("bench")
+        )
         records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
         speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
         losses = [record.loss for record in records if isinstance(record, EvalRecord)]

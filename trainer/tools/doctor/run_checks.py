@@ -17,7 +17,7 @@ from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import EventRecord, from_line, iter_lines
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
-from trainer.training.run_folder import find_changed_records
+from trainer.training.run_folder import find_changed_records, find_resume_source
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
 LEFTOVERS = (".*.tmp", "checkpoints/.*.tmp", "eval_records/.*.tmp")
@@ -53,9 +53,11 @@ def inspect_run(folder: Path) -> Inspection:
             blockers["running"] = "it is running"
         finally:
             lock.release()
+    base = ""
     try:
         metadata = read_run_metadata(folder / "run.json")
         found.add("run.json", None, f"run {metadata['name']}, --mode {metadata['mode']}")
+        base = metadata["model"]["fingerprint"]
     except UserError as error:
         found.add("run.json", f"{error}; restore it: without it nothing can be done with the run", "")
         blockers["metadata"] = "run.json cannot be read"
@@ -105,17 +107,28 @@ def inspect_run(folder: Path) -> Inspection:
             message = "left by a process that was killed; the next save or export removes it"
             found.add(path.name, message, "", path, WARNING)
 
-    source = newest.folder.name if newest else ""
-    damaged = blockers["rows"] or (f"{EVAL_RECORDS_FOLDER} is damaged" if damaged_evaluations else "")
-    to_resume = blockers["metadata"] or blockers["running"] or blockers["checkpoint"] or damaged
+    no_resume, origin = _check_resume(folder, base)
     to_compare = blockers["metadata"] or blockers["rows"] or ("" if num_rows else "no rows")
     for use, blocker, message in (
-        ("resume", to_resume, f"from {source}" + " with --allow-change records" * bool(changes)),
-        ("export", blockers["metadata"] or blockers["checkpoint"], f"of {source}"),
+        ("resume", blockers["metadata"] or blockers["running"] or no_resume, f"from {origin}"),
+        ("export", blockers["metadata"] or blockers["checkpoint"], f"of {newest.folder.name if newest else ''}"),
         ("compare", to_compare, "yes"),
     ):
         found.uses.append(Check(ERROR, use, f"not possible: {blocker}") if blocker else Check(OK, use, message))
     return found
+
+
+def _check_resume(folder: Path, base: str) -> tuple[str, str]:
+    """(why --resume would refuse the run, from where it would go on), by the function that --resume asks."""
+    problem = ""
+    for allows_records in (False, True):
+        try:
+            source, _ = find_resume_source(folder, "latest", base=base, allows_records=allows_records)
+            origin = source.folder.name if source else "the start"
+            return "", origin + " with --allow-change records" * allows_records
+        except UserError as error:
+            problem = str(error).removeprefix("--resume: ")
+    return problem, ""
 
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:

@@ -1,0 +1,122 @@
+"""A checkpoint whose content was edited, with every checksum made right again, is refused in one line."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.engines import save_stub_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.config.errors import UserError
+from trainer.training.checkpoint import (
+    _metadata_digest,
+    best_checkpoint,
+    list_checkpoints,
+    load_weights,
+    resolve_checkpoint,
+)
+
+VALUES: list[Any] = ["x", None, True, -1, 0.5, 2**70, math.nan, [], {}, [1], {"x": 1}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_stub_checkpoint(tmp_path, 3, loss=1.5)
+    return tmp_path / "step-000003"
+
+
+def write_state_json(folder: Path, metadata: dict[str, Any]) -> None:
+    """With its own checksum made right, so that only the content lies."""
+    (folder / "state.json").write_text(json.dumps({**metadata, "self": _metadata_digest(metadata)}))
+
+
+def leaves(content: dict[str, Any], *path: str) -> list[tuple[str, ...]]:
+    found = []
+    for key, value in content.items():
+        found += [(*path, key), *(leaves(value, *path, key) if isinstance(value, dict) else [])]
+    return found
+
+
+def test_no_edit_of_state_json_ends_in_a_traceback(folder):
+    whole = json.loads((folder / "state.json").read_text())
+    num_refused = 0
+    for path in leaves(whole):
+        for value in (*VALUES, "missing"):
+            metadata = json.loads(json.dumps(whole))
+            block = metadata
+            for key in path[:-1]:
+                block = block[key]
+            block[path[-1]] = value
+            if value == "missing":
+                del block[path[-1]]
+            write_state_json(folder, metadata)
+            best_checkpoint(list_checkpoints(folder.parent))
+            with contextlib.suppress(UserError):
+                assert resolve_checkpoint(folder.parent, "latest").train_state.step == 3
+                continue
+            num_refused += 1
+    assert num_refused > 200, "most of these values are of another type"
+    write_state_json(folder, whole)
+    assert resolve_checkpoint(folder.parent, "latest").val_loss == 1.5
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors["exp_avg/v"] = tensors.pop("exp_avg/w")
+
+
+EDITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "exp_avg/w is missing": lambda tensors: tensors.pop("exp_avg/w"),
+    "exp_avg/v is torch.float32 [3]": rename,
+    "exp_avg_sq/w is torch.float32 [3, 1]": lambda tensors: tensors.update({"exp_avg_sq/w": torch.ones(3, 1)}),
+    "weight/w is BF16 [3]": lambda tensors: tensors.update({"weight/w": torch.ones(3, dtype=torch.bfloat16)}),
+    "exp_avg/w is F64 [3]": lambda tensors: tensors.update({"exp_avg/w": torch.ones(3, dtype=torch.float64)}),
+    "exp_avg.absmax/w is missing": lambda tensors: tensors.update({"exp_avg/w": torch.ones(3, dtype=torch.uint8)}),
+    "weight/extra is torch.float32 [1]": lambda tensors: tensors.update({"weight/extra": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("message", [*EDITS, "cannot be read"])
+def test_tensors_of_another_name_shape_or_type_are_refused(message, folder):
+    path = folder / "state.safetensors"
+    if message in EDITS:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        EDITS[message](tensors)
+        save_file(tensors, path)
+    else:
+        path.write_bytes(b"\xff" * 40)
+    content = path.read_bytes()
+    metadata = json.loads((folder / "state.json").read_text())
+    write_state_json(folder, metadata | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError) as caught:
+        load_weights(resolve_checkpoint(folder.parent, "latest"), module)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(module.w, torch.zeros(3)), "nothing is loaded before all is checked"
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero"])
+def test_what_is_no_plain_file_is_passed_over_at_once(name, kind, folder):
+    save_stub_checkpoint(folder.parent, 2)
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to(kind)
+    source = resolve_checkpoint(folder.parent, "latest")
+    assert source.step == 2
+    assert name in source.skipped_reasons[0]
+    with contextlib.suppress(UserError):
+        resolve_checkpoint(folder.parent, "best")
