@@ -61,7 +61,8 @@ def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
     launch_jobs(1, jobs)
     columns = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")
     for name, flags in RUNS.items():
-        records = [{key: row[key] for key in columns if key in row} for row in read_job_result(out, name)[0]]
+        rows = [row for row in read_job_result(out, name)[0] if row["kind"] != "event"]
+        records = [{key: row[key] for key in columns if key in row} for row in rows]
         results[name] = {"flags": f"{flags} {COMMON_FLAGS}", "rows": records}
     return results
 
