@@ -109,6 +109,9 @@ class Margin:
         return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
 
 
+DEFAULT_MARGIN = Margin()
+
+
 def parse_margin(text: str) -> Margin:
     """A number above 0 with its unit, as `2%`, `0.01nats` or `0.005bpb`; UserError otherwise."""
     kinds: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
@@ -142,7 +145,6 @@ class RateCurve:
     mode: str
     losses: Mapping[float, float]
     num_steps: int = 0
-    run_ids: tuple[str, ...] = ()  #: of whole runs, as W&B knows them
 
 
 @dataclass(frozen=True, kw_only=True)

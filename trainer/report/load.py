@@ -16,7 +16,7 @@ from typing import Any
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
 from trainer.config.text import shorten
-from trainer.report.run_data import RunData, RunRows, build_run, escape_control, read_folder, to_float
+from trainer.report.run_data import RunData, RunRows, build_run, escape_control, read_folder
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
@@ -142,15 +142,11 @@ def read_online(path: str) -> RunData:
 
 def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
     """Rows of W&B by kind; `train/*` and `val/*` of one step may share a row or have their own."""
-    rows, start_time = RunRows(), math.inf
-    axes = {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
+    rows, axes = RunRows(), {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
     for row in history:
-        timestamp = to_float(row.get("_timestamp"))
-        start_time = min(start_time, timestamp) if math.isfinite(timestamp) else start_time
         for kind, columns in COLUMNS.items():
             if any(row.get(key) is not None for key in columns):
                 rows.add(kind, {column: row.get(key) for key, column in (axes | columns).items()})
-    rows.start_time = start_time
     return rows
 
 

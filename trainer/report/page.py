@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.config import reference
@@ -38,7 +39,7 @@ from trainer.report.comparable import (
     group_by_seed,
     reference_blockers,
 )
-from trainer.report.judge import Margin, StudyContext, difference_to_reference
+from trainer.report.judge import DEFAULT_MARGIN, Margin, StudyContext, difference_to_reference
 from trainer.report.load import LoadProblem
 from trainer.report.run_data import RunData
 from trainer.report.sentence import Verdict, build_verdict, to_answer
@@ -110,20 +111,15 @@ def compare(
     runs: Sequence[RunData],
     problems: Sequence[LoadProblem] = (),
     with_reference: bool = True,
-    margin: Margin | None = None,
-) -> Comparison:
-    """The comparison of `runs` with one another and, with `with_reference`, with the card."""
-    return compare_run_groups(group_by_seed(runs), problems, with_reference, margin or Margin())
-
-
-def compare_run_groups(
-    groups: Sequence[SeedGroup],
-    problems: Sequence[LoadProblem],
-    with_reference: bool,
-    margin: Margin,
+    margin: Margin = DEFAULT_MARGIN,
     study: StudyContext | None = None,
+    groups: Sequence[SeedGroup] | None = None,
 ) -> Comparison:
-    """The same of runs whose groups are known; with `study` by its rule: its first LoRA group is the primary one."""
+    """The comparison of `runs` with one another and, with `with_reference`, with the card.
+
+    With `study` by its rule, which knows the groups: its first LoRA group is the primary one.
+    """
+    groups = group_by_seed(runs) if groups is None else groups
     runs = [run for group in groups for run in group.runs]
     differing_settings, shared_settings = build_settings_tables(groups, with_reference)
     optional_tables = (_build_diagnostics_table(runs), _build_score_table(runs), _build_samples_table(groups))
@@ -296,21 +292,19 @@ def _build_score_table(runs: Sequence[RunData]) -> Table:
 
 def _build_samples_table(groups: Sequence[SeedGroup]) -> Table:
     """What each base and the first run of each group, at its last evaluation, made of the validation prompts."""
-    headings = {"prompt": "prompt", "reference": "reference"}
-    rows: dict[str, dict[str, str]] = {}
+    texts: list[dict[str, str]] = []
     for run in filter(None, (next((run for run in group.runs if run.samples), None) for group in groups)):
         assert run.samples is not None
+        base, name = f"base ({PurePosixPath(run.get('model.name')).name})", f"{run.name}, epoch {run.samples.epoch:.4g}"
         for text in run.samples.texts:
-            row = rows.setdefault(text.prompt, {"prompt": text.prompt, "reference": text.reference})
-            if text.base is not None:
-                base = f"base {run.get('model.fingerprint')}"
-                headings.setdefault(base, f"base ({PurePosixPath(run.get('model.name')).name})")
-                row.setdefault(base, text.base)
-            headings[run.run_id] = f"{run.name}, epoch {run.samples.epoch:.4g}"
-            row[run.run_id] = text.completion
-    cells = [[shorten(row.get(key, NO_VALUE), MAX_TEXT_CHARS) for key in headings] for row in rows.values()]
+            completions = ({base: text.base} if text.base is not None else {}) | {name: text.completion}
+            texts.append({"prompt": text.prompt, "reference": text.reference, **completions})
+    if not texts:
+        return Table(title="Samples", headings=(), rows=())
+    frame = pd.DataFrame(texts).groupby("prompt", sort=False, as_index=False).first().fillna(NO_VALUE)
+    rows = [[shorten(cell, MAX_TEXT_CHARS) for cell in row] for row in frame.itertuples(index=False)]
     notes = ["Completed greedily, the likeliest token each time; base: before the first step."]
-    return Table(title="Samples", headings=list(headings.values()), rows=cells, notes=notes)
+    return Table(title="Samples", headings=list(frame), rows=rows, notes=notes)
 
 
 def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
@@ -323,30 +317,28 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
         section = name.split(".", 1)[0]
         return len(_SECTIONS) + 1 if name.startswith("settings.output.") else [*_SECTIONS, section].index(section)
 
-    columns = []
+    columns: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         facts_of_runs = [dict(flatten(run.metadata, ".", ignored=IGNORED_METADATA)) for run in group.runs]
         for facts in facts_of_runs if group.mode == "full" else ():
             facts |= dict.fromkeys(filter(is_of_lora, facts), NOT_USED)
-        columns.append((group.label, facts_of_runs))
-    names = sorted(dict.fromkeys(name for _, runs in columns for facts in runs for name in facts), key=order)
+        columns[group.label] = facts_of_runs
+    names = sorted(dict.fromkeys(name for runs in columns.values() for facts in runs for name in facts), key=order)
     if with_reference:
         not_used = dict.fromkeys(filter(is_of_lora, names), NOT_USED)
-        columns.insert(0, (REFERENCE_LABEL, [{**REFERENCE_METADATA, **not_used}]))
+        columns = {REFERENCE_LABEL: [{**REFERENCE_METADATA, **not_used}], **columns}
     differing, shared = [], []
     for name in names:
-        values = [[facts[name] for facts in runs if name in facts] for _, runs in columns]
-        known = [value for values_of_column in values for value in values_of_column]
-        if all(value == known[0] for value in known):
-            shared.append([name, _format_fact(name, known[0])])
-            continue
-        cells = []
-        for (label, _), members in zip(columns, values, strict=True):
-            shown = members[:1] if all(value == members[0] for value in members) else members
-            unknown = NOT_STATED if label == REFERENCE_LABEL else "unknown"
-            cells.append(" | ".join(_format_fact(name, value) for value in shown) if shown else unknown)
-        differing.append([name, *cells])
-    headings = ["setting or fact", *(label for label, _ in columns)]
+        cells = {}
+        for label, runs in columns.items():
+            known = dict.fromkeys(_format_fact(name, facts[name]) for facts in runs if name in facts)
+            cells[label] = " | ".join(known) or (NOT_STATED if label == REFERENCE_LABEL else "unknown")
+        values = set(cells.values()) - {NOT_STATED, "unknown"}
+        if len(values) == 1:
+            shared.append([name, *values])
+        else:
+            differing.append([name, *cells.values()])
+    headings = ["setting or fact", *columns]
     return (
         Table(title="Different", headings=headings, rows=differing),
         Table(title="Same, where known", headings=["setting or fact", "value"], rows=shared),
@@ -384,18 +376,8 @@ def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
 
 
 def json_text(content: Any) -> str:
-    """Indented JSON in UTF-8: NaN and infinity as null, bytes of a path that are not UTF-8 as `\\udcff`."""
-
-    def to_json_value(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): to_json_value(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [to_json_value(item) for item in value]
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else None
-        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-    return json.dumps(to_json_value(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """Indented JSON, as the files and the page hold it."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def render_markdown(comparison: Comparison) -> str:
@@ -455,6 +437,5 @@ def render_html(comparison: Comparison) -> str:
         downloads={name: base64.b64encode(json_text(content).encode()).decode() for name, content in files.items()},
         picture=plots.render_picture(groups, verdict, with_reference),
         plots=plots.render_svgs(groups, with_reference),
-        legend=plots.describe_lines(groups, with_reference),
         modes=modes | {REFERENCE_LABEL: "card"},
     )

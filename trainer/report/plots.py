@@ -66,22 +66,19 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 class PlotSpec(NamedTuple):
-    """One plot by epoch: which column of which rows, and how it reads."""
+    """One plot by epoch: which column of which rows of a run (steps or evals), and how it reads."""
 
     name: str
     title: str
     y_label: str
-    series: str  #: rows of a run: steps or evals; "" for its best loss by trainable parameters
+    series: str
     y: str
     reference_column: str = ""  #: of the card's curve
 
     def curve(self, run: RunData) -> Curve:
         """x and y of a run; a line of many points as means of equal bins, without what is not finite."""
-        if not self.series:
-            x, y = np.array([float(run.get("model.trainable"))]), np.array([(run.best_eval or {}).get("loss", np.nan)])
-        else:
-            rows = getattr(run, self.series)
-            x, y = rows["epoch"], rows[self.y]
+        rows = getattr(run, self.series)
+        x, y = rows["epoch"], rows[self.y]
         is_finite = np.isfinite(x) & np.isfinite(y)
         x, y = x[is_finite], y[is_finite]
         if len(x) <= MAX_POINTS:
@@ -98,7 +95,6 @@ PLOTS = (
     PlotSpec("lr", "Learning rate", "learning rate", "steps", "lr"),
     PlotSpec("grad_norm", "Gradient norm before clipping", "L2 norm of the gradient", "steps", "grad_norm"),
     PlotSpec("tokens_per_second", "Speed", "tokens per second", "steps", "tokens_per_second"),
-    PlotSpec("parameters", "Best validation loss by trainable parameters", "best loss (nats per token)", "", ""),
 )
 
 
@@ -107,11 +103,12 @@ PLOTS = (
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
     """Write curves.png and curves.svg: all plots on one page, on white."""
-    num_rows = -(-len(PLOTS) // 2)
-    with styled_figure((2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])) as figure:
-        axes = figure.subplots(num_rows, 2).ravel()
-        for axis, plot in zip(axes, PLOTS, strict=True):
+    with styled_figure((2 * PLOT_SIZE_INCHES[0], 3 * PLOT_SIZE_INCHES[1])) as figure:
+        axes = figure.subplots(3, 2).ravel()
+        for axis, plot in zip(axes, PLOTS, strict=False):
             draw_plot(axis, plot, groups, with_reference)
+        for axis in axes[len(PLOTS) :]:
+            axis.set_axis_off()
         add_legend(figure, axes)
         for file_format in ("svg", "png"):
             write_atomically(output_dir / f"curves.{file_format}", render(figure, file_format))
@@ -137,14 +134,6 @@ def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         drawings.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
     return drawings
-
-
-def describe_lines(groups: Sequence[SeedGroup], with_reference: bool) -> str:
-    """What to say above the plots of a page."""
-    card = ", the card grey" if with_reference and is_reference_comparable(groups) else ""
-    return (
-        f"Full is blue, LoRA orange{card}. Of more than {MAX_POINTS} steps, a line's points are means of several each."
-    )
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
@@ -205,45 +194,39 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
 
     Groups of a mode differ by their dashes; many of them share one name in the legend, at the first.
     """
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    is_scatter, is_loss_plot = not plot.series, plot.name == LOSS_PLOT.name
     num_runs = sum(len(group.runs) for group in groups)
-    style: dict[str, Any] = {"linewidth": 1.6, "markersize": 3} if num_runs <= 6 else {"linewidth": 0.8, "alpha": 0.6}
+    width, alpha = (1.6, 1.0) if num_runs <= 6 else (0.8, 0.6)
+    style: dict[str, Any] = {"linewidth": width, "alpha": alpha, "markersize": 3}
     for mode in MODE_NAMES:
         members = [group for group in groups if group.mode == mode]
-        dashes = [DASHES[mode], *(MORE_DASHES if len(members) <= MAX_LINES_NAMED else ())]
+        are_named = len(members) <= MAX_LINES_NAMED
         for number, group in enumerate(members):
             curves = [(x, y) for x, y in map(plot.curve, group.runs) if len(x)]
             name: str | None = group.label + (f", n = {len(curves)}" if len(curves) > 1 else "")
-            if len(members) > MAX_LINES_NAMED:
-                num_mode_runs = sum(len(group.runs) for group in members)
-                name = f"{MODE_NAMES[mode]}, {num_mode_runs} runs" if number == 0 else None
-            elif is_loss_plot and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
+            if not are_named:
+                name = f"{MODE_NAMES[mode]}, {sum(len(group.runs) for group in members)} runs" if number == 0 else None
+            elif plot is LOSS_PLOT and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
                 name = f"{name}: {np.mean([y[-1] for _, y in curves]):.4f}"
             for x, y in curves:
-                style["marker"] = MARKERS[mode] if is_scatter or (is_loss_plot and len(x) <= 30) else None
-                style["linestyle"] = "none" if is_scatter else dashes[number % len(dashes)]
+                style["marker"] = MARKERS[mode] if plot is LOSS_PLOT and len(x) <= 30 else None
+                style["linestyle"] = [DASHES[mode], *MORE_DASHES][number if are_named else 0]
                 axis.plot(x, y, color=COLOURS[mode], label=name, **style)
                 name = None
     if with_reference and plot.reference_column and is_reference_comparable(groups):
         losses = [getattr(row, plot.reference_column) for row in reference.CURVE]
-        label = f"card: {losses[-1]:.4f}" if is_loss_plot else "card"
+        label = f"card: {losses[-1]:.4f}" if plot is LOSS_PLOT else "card"
         style |= {"linestyle": DASHES["card"], "marker": MARKERS["card"]}
         axis.plot([row.epoch for row in reference.CURVE], losses, color=COLOURS["card"], label=label, **style)
     if plot.name == "grad_norm":
         values = np.concatenate([np.zeros(0), *(np.asarray(line.get_ydata(), float) for line in axis.get_lines())])
         if len(values) and 0 < values.min() < values.max() / 20:  # a linear scale would flatten most of them
             axis.set_yscale("log")
-    if is_scatter:
-        axis.set_xscale("log")
-        axis.margins(x=0.15, y=0.15)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    else:  # few ticks, whole epochs where there are several
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis.get_xlim()[1] > 1.5))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    # few ticks, whole epochs where there are several
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis.get_xlim()[1] > 1.5))
     axis.yaxis.set_major_formatter(EngFormatter(sep="") if plot.name == "tokens_per_second" else "{x:g}")
-    axis.set(title=plot.title, xlabel="trainable parameters" if is_scatter else "epoch", ylabel=plot.y_label)
+    axis.set(title=plot.title, xlabel="epoch", ylabel=plot.y_label)
 
 
 def is_reference_comparable(groups: Sequence[SeedGroup]) -> bool:

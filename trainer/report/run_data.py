@@ -1,6 +1,7 @@
 """One run as the report sees it, read back from its folder row by row, in bounded memory."""
 
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -128,36 +129,32 @@ class RunRows:
     def __init__(self) -> None:
         self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
-        self.start_time = 0.0  #: what the times of the rows begin with
         self.step_stride = 1
         self._num_steps = 0
-        self._last_step: list[tuple[float, ...]] = []
-        self._rows: dict[type, list[tuple[float, ...]]] = {kind: [] for kind in COLUMN_NAMES}
+        self._last_step: list[float] = []
+        self._rows = {kind: array("d") for kind in COLUMN_NAMES}  # row after row
 
     def add(self, kind: type, row: Mapping[str, Any]) -> None:
         """Take the next row of a kind; what it lacks, or is no number, becomes NaN."""
-        rows, values = self._rows[kind], tuple(to_float(row.get(name)) for name in COLUMN_NAMES[kind])
+        values = [to_float(row.get(name)) for name in COLUMN_NAMES[kind]]
         if kind is StepRecord:
             self._num_steps += 1
-            if self._num_steps % self.step_stride:
-                self._last_step = [values]
+            self._last_step = values if self._num_steps % self.step_stride else []
+            if self._last_step:
                 return
-            self._last_step = []
-        rows.append(values)
-        if kind is StepRecord and len(rows) >= MAX_STEP_ROWS:
-            del rows[::2]
+        self._rows[kind].extend(values)
+        if kind is StepRecord and len(self._rows[kind]) >= MAX_STEP_ROWS * len(values):
+            self._rows[kind] = array("d", np.array(self._rows[kind]).reshape(-1, len(values))[1::2].tobytes())
             self.step_stride *= 2
 
     def series(self, kind: type) -> Series:
         """The columns of the rows, without those that a later row steps back behind: done again after a resume."""
-        rows = self._rows[kind] + (self._last_step if kind is StepRecord else [])
-        columns = np.array(rows).reshape(-1, len(COLUMN_NAMES[kind])).T
+        values = np.append(self._rows[kind], self._last_step if kind is StepRecord else [])
+        columns = values.reshape(-1, len(COLUMN_NAMES[kind])).T
         step = columns[COLUMN_NAMES[kind].index("step")]
         columns, step = columns[:, np.isfinite(step)], step[np.isfinite(step)]
         min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
-        series = dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
-        series["time"] -= self.start_time
-        return series
+        return dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
 
 
 def to_float(value: Any) -> float:

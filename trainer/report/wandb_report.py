@@ -3,14 +3,12 @@
 import contextlib
 import io
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.text import shorten
 from trainer.data.dataset import resolve_cache_dir
-from trainer.report.judge import RateCurve
 from trainer.report.page import Comparison, markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
 from trainer.tracking.wandb_keys import AXES, METRICS, data_name, reference_row
@@ -91,83 +89,31 @@ def _import_workspaces() -> Any:
     return workspaces
 
 
-def report_title(comparison: Comparison) -> str:
-    """The title, which is the same each time the same data are compared."""
-    sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
-    kind = "Full against LoRA" if comparison.verdict.study is None else "Study of full against LoRA"
-    return (kind + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
-
-
-def run_filter(comparison: Comparison) -> str:
-    """Which runs of the project the panels show: both modes, new ones too; of a study, those that it answers from."""
-    if comparison.verdict.study is not None:
-        return f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
-    return f"Config('mode') in {['full', 'lora'] + ['card'] * comparison.with_reference}"
-
-
 def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
-    """The report; `place`: entity and project of its runs."""
-    wr, verdict = _import_workspaces(), comparison.verdict
-    colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
-    if comparison.with_reference:
-        colours[REFERENCE_RUN_ID] = COLOURS["card"]
+    """The text of report.md, and the curves of the runs as W&B knows them; `place`: their entity and project.
+
+    The panels show both modes of the project, new runs too; of a study those that it answers from. The title is the
+    same each time the same data are compared.
+    """
+    wr, verdict, with_reference = _import_workspaces(), comparison.verdict, comparison.with_reference
+    sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
+    title = "Full against LoRA" if verdict.study is None else "Study of full against LoRA"
+    title += f", {sources.pop()}" if len(sources) == 1 else ""
+    filters = f"Config('mode') in {['full', 'lora'] + ['card'] * with_reference}"
+    if verdict.study is not None:
+        filters = f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
+    modes = {run.run_id: run.mode for run in comparison.runs}
+    if with_reference:
+        modes[REFERENCE_RUN_ID] = "card"
     runset = wr.Runset(
         **place,
-        name="full / lora" + " / card" * comparison.with_reference,
-        filters=run_filter(comparison),
-        run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
+        name="full / lora" + " / card" * with_reference,
+        filters=filters,
+        run_settings={run_id: wr.RunSettings(color=COLOURS[mode]) for run_id, mode in modes.items()},
     )
-    blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown_verdict(comparison))]
-    if verdict.study is not None:
-        blocks.append(_build_rate_grid(wr, verdict.study.rate_curves, place))
-    if comparison.problems:
-        blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
-    notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
-    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, comparison.by_run)]
-    sections.append(("Same and different", f"{notes}\n\n{differing}"))
-    sections += [(table.title, markdown_section(table)) for table in comparison.optional_tables]
-    for title, text in sections:
-        blocks += [wr.H1(title), wr.MarkdownBlock(text)]
-    blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_build_panels(wr, comparison))]
-    return wr.Report(
-        **{"entity": "entity", "project": "project", **place},
-        title=report_title(comparison),
-        width="fluid",
-        description=verdict.sentence[:500],
-        blocks=blocks,
-    )
-
-
-def _build_rate_grid(wr: Any, curves: Sequence[RateCurve], place: dict[str, str]) -> Any:
-    """Loss against rate of each mode's searches: of their whole runs, whatever else the project holds."""
-    num_steps = max(curve.num_steps for curve in curves)
-    runsets = [
-        wr.Runset(
-            **place,
-            name=f"{curve.mode}, whole runs of the search",
-            filters=f"Metric('ID') in {list(curve.run_ids)}",
-            run_settings={run_id: wr.RunSettings(color=COLOURS[curve.mode]) for run_id in curve.run_ids},
-        )
-        for curve in curves
-        if curve.num_steps == num_steps
-    ]
-    panel = wr.ScatterPlot(
-        title=f"Validation loss against learning rate, runs of {num_steps:,} steps",
-        x=wr.Config("lr"),
-        y=wr.SummaryMetric("val/loss.last"),
-        log_x=True,
-        layout=wr.Layout(x=0, y=0, w=2 * PANEL_WIDTH, h=PANEL_HEIGHT),
-    )
-    return wr.PanelGrid(runsets=runsets, panels=[panel])
-
-
-def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
-    """The panels two abreast, the comparison of configs below them; LoRA and the card are dashed."""
-    reference_ids = [REFERENCE_RUN_ID] if comparison.with_reference else []
-    dashed_ids = [run.run_id for run in comparison.runs if run.mode == "lora"] + reference_ids
     panels = [
         wr.LinePlot(
-            title=title,
+            title=panel_title,
             x=x if x.startswith("_") else wr.Metric(x),
             y=[wr.Metric(metric)],
             title_x="seconds" if x == "_runtime" else x,
@@ -176,17 +122,29 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
             smoothing_type="none",
             smoothing_factor=0,
             max_runs_to_show=MAX_RUNS_PER_PANEL,
-            line_marks={f"{run_id}:{metric}": "dashed" for run_id in dashed_ids},
-            line_colors={f"{run_id}:{metric}": COLOURS["card"] for run_id in reference_ids},
+            line_marks={f"{run_id}:{metric}": "dashed" for run_id, mode in modes.items() if mode != "full"},
+            layout=wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT),
         )
-        for title, x, metric, y_label in LINE_PANELS
+        for i, (panel_title, x, metric, y_label) in enumerate(LINE_PANELS)
     ]
-    memory = [wr.SummaryMetric("peak_memory_bytes")]
-    panels.append(wr.BarPlot(title="Peak memory (bytes)", metrics=memory, max_runs_to_show=MAX_RUNS_PER_PANEL))
-    for i, panel in enumerate(panels):
-        panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
     bottom = wr.Layout(x=0, y=PANEL_HEIGHT * ((len(panels) + 1) // 2), w=2 * PANEL_WIDTH, h=12)
-    return [*panels, wr.RunComparer(diff_only="split", layout=bottom)]
+    panels.append(wr.RunComparer(diff_only="split", layout=bottom))
+    blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown_verdict(comparison))]
+    if comparison.problems:
+        blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
+    notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
+    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, comparison.by_run)]
+    sections.append(("Same and different", f"{notes}\n\n{differing}"))
+    sections += [(table.title, markdown_section(table)) for table in comparison.optional_tables]
+    for heading, text in sections:
+        blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
+    return wr.Report(
+        **{"entity": "entity", "project": "project", **place},
+        title=title[:128],
+        width="fluid",
+        description=verdict.sentence[:500],
+        blocks=[*blocks, wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=panels)],
+    )
 
 
 # --- the card as a run ---

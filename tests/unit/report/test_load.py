@@ -11,9 +11,9 @@ from helpers.fake_runs import make_metadata, make_records, make_run_folder, synt
 
 from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
-from trainer.report.load import collect_wandb_rows, load_runs
+from trainer.report.load import load_runs
 from trainer.report.run_data import read_folder
-from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
+from trainer.tracking.records import EventRecord, StepRecord
 
 
 def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Path) -> None:
@@ -150,14 +150,3 @@ def test_runs_of_one_name_are_told_apart_by_their_seed_or_id(
         make_run_folder(tmp_path / str(n), metadata=make_metadata(**content)) for n, content in enumerate(contents)
     ]
     assert [run.name for run in load_runs(list(map(str, folders)))[0]] == names
-
-
-def test_the_time_of_a_wandb_run_begins_with_its_first_row_that_has_one():
-    rows = [
-        {"_step": 0, "val/loss": 2.0},
-        {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
-        {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0},
-    ]
-    times = collect_wandb_rows(rows).series(EvalRecord)["time"]
-    assert np.isnan(times[0])
-    assert times[1:].tolist() == [7.0, 0.0]

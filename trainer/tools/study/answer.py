@@ -18,7 +18,7 @@ from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_groups
-from trainer.report.page import Comparison, compare_run_groups
+from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
 from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
@@ -96,32 +96,30 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     study = StudyContext(
         choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
-        rate_curves=rate_curves(study_folder, rule, results),
+        rate_curves=rate_curves(rule, results),
         views=study_views(study_folder, rule, results, timing),
         step_time=timing.cost,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
         facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes},
     )
-    return compare_run_groups(list(groups.values()), (), with_reference=False, margin=rule.margin, study=study)
+    runs = [run for group in groups.values() for run in group.runs]
+    return compare(runs, with_reference=False, margin=rule.margin, study=study, groups=list(groups.values()))
 
 
-def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, ...]:
+def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
     """Both methods' validation losses by rate, a curve a rung: means over search seeds, of the best LoRA rank."""
     curves = []
     for method in PRIMARY:
         search = MethodSearch(rule, method, results)
         for rung, num_steps in enumerate(rule.rungs):
             losses: dict[float, float] = {}
-            run_ids: list[str] = []
             for candidate in {spec.candidate for spec in search.trials if spec.num_steps == num_steps}:
                 trials = search.specs_at(candidate, rung)
                 loss = sum(results[spec.name] for spec in trials) / len(trials)
                 if math.isfinite(loss):
                     losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
-                    if num_steps == rule.total_steps:
-                        run_ids += [_read_run(folder, spec).run_id for spec in trials]
             ordered = dict(sorted(losses.items()))
-            curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps, run_ids=tuple(sorted(run_ids))))
+            curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps))
     return tuple(curves)
 
 
