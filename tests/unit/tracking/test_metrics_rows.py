@@ -239,7 +239,7 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path, monkeypatch):
     """A resume reads it in the first five ways."""
-    monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 1_000)
+    monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 500)
     source, digest = long_file
     (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))
