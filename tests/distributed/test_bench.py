@@ -64,7 +64,7 @@ def test_a_wrong_bench_argument_is_one_line(argv, message, capsys):
 def test_rounds_are_compared_one_by_one_and_what_failed_says_so_and_is_not_tried_again(monkeypatch, tmp_path, capsys):
     """A machine that slows down for a round slows both; each mode has a baseline of its own."""
     facts = {"ran_by": "eager", "hardware": "h", "threads": 1, "tokens": 4.0, "flops": 1, "ceiling_flops": 1e9}
-    facts |= {"peak_memory_bytes": 1, "device_memory": 0, "versions": {}}
+    facts |= {"peak_memory_bytes": 1, "versions": {}}
     seconds = {("ours", "full"): [1.0, 3.0], ("hf", "full"): [2.0, 12.0], ("ours", "lora"): [7.0, 9.0]}
     speeds = []
 

@@ -60,7 +60,9 @@ def test_the_search_finds_a_planted_optimum_of_either_method_outside_the_grid_to
 def test_the_order_in_which_trials_finish_changes_nothing(batch):
     at_once, results = run_study(make_rule(), bowl(noise=0.01))
     one_by_one, other_results = run_study(make_rule(), bowl(noise=0.01), batch=batch)
-    assert at_once == one_by_one
+    assert at_once.answers == one_by_one.answers
+    lines = [[search.describe() for search in state.outcomes.values()] for state in (at_once, one_by_one)]
+    assert lines[0] == lines[1]
     assert results == other_results
 
 
@@ -102,14 +104,14 @@ def test_a_study_that_cannot_be_answered_is_refused_and_names_the_method_or_the_
     ("objective", "problem"),
     [
         (valley("dora", 9), "dora is under-tuned"),
-        (lambda spec: math.inf if (spec.candidate.method, spec.seed) == ("dora", 102) else bowl()(spec), "None"),
+        (lambda spec: math.inf if (spec.candidate.method, spec.seed) == ("dora", 102) else bowl()(spec), ""),
     ],
 )
 def test_a_method_beside_the_primary_ones_that_fails_is_left_out_and_refuses_nothing(objective, problem):
     state, _ = run_study(make_rule(methods=("full", "lora", "dora")), objective)
     assert state.refusal is None
     assert {spec.candidate.method for spec in state.answers} == {"full", "lora"}
-    assert str(state.outcomes["dora"].problem).startswith(problem)
+    assert state.outcomes["dora"].problem.startswith(problem)
 
 
 def test_grids_are_absolute_and_both_methods_get_the_same_budget_with_one_rank_and_with_several():

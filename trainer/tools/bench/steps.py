@@ -42,13 +42,12 @@ WORKER_COMMAND = ("-m", "trainer.tools.bench.steps")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
 MEAN_LENGTH_SHARE = 0.3  # of ragged rows, of the longest
-HEADINGS = ("mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "FLOP share", "peak GiB", "GPU GiB")
+HEADINGS = ("mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "FLOP share", "peak GiB")
 EXPLANATION = (
     "program: in brackets how its steps really ran; ms/step: median over all windows; spread: of the rounds' medians, "
     "of one round its windows; speed: tokens/s over the first line of the same mode and batch, median (least-most) of "
     "the rounds, so that a line without X at 0.80 says that X makes steps 1.25 times as fast; FLOP share: of {:.3g} "
-    "TFLOP/s, one large {} matrix product in the same process; peak GiB: in use at most; GPU GiB: taken of the GPU, as "
-    "nvidia-smi says."
+    "TFLOP/s, one large {} matrix product in the same process; peak GiB: in use at most."
 )
 
 #: A line of the table: what is run (`program`: ours, plain or hf; `without`: of ours, the faster path that is turned
@@ -148,7 +147,6 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> Row:
         "flop_share": last["flops"] / step_seconds / ceiling_flops,
         "ceiling_flops": ceiling_flops,
         "peak_memory": max(result["peak_memory_bytes"] for result in results),
-        "device_memory": max(result["device_memory"] for result in results),
     }
 
 
@@ -178,7 +176,6 @@ def format_markdown(rows: Sequence[Row], rounds: int) -> str:
             "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
             f"{100 * row['flop_share']:.0f}%",
             f"{row['peak_memory'] / 2**30:.2f}",
-            f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
         ]
     table = markdown_table(HEADINGS, cells) + "\n"
     row = next((row for row in rows if "step" in row), {})
@@ -243,13 +240,11 @@ def measure_program(job: Row, dist_context: DistContext) -> Iterator[dict[str, A
             model = lora.add_adapters(model, settings.lora, lora.resolve_target_modules(model, settings.lora))
         run_peer = _run_plain if job["program"] == "plain" else _run_hf_trainer
         run_peer(job, settings, data, model, after_step)
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     yield {
         "ran_by": ran_by,
         "windows": (
             np.diff(times[job["warmup_steps"] - 1 :: job["steps_per_window"]]) / job["steps_per_window"]
         ).tolist(),
-        "device_memory": total - free,
         "hardware": describe_hardware(device),
         "threads": dist_context.num_threads,
         "versions": package_versions(),

@@ -1,4 +1,4 @@
-"""What the doctor looks at before anything runs: this machine, the prepared rows, the steps, and the memory.
+"""What the doctor looks at before anything runs: this machine, the prepared rows, and the memory.
 
 What launch/train.py refuses or notes by itself stands in its plan, which the doctor prints, and is not checked here.
 """
@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -34,11 +33,6 @@ MIN_VAL_EXAMPLES, MIN_VAL_TOKENS = 30, 5_000  # of validation; fewer, and chance
 MAX_SHARED_SHARE = 0.01  # of the validation records, that also stand in the training data
 MAX_REPEATED_SHARE = 0.1  # of the training texts
 MIN_TARGET_SHARE = 0.1  # of the training tokens
-MAX_UNSEEN_SHARE = 0.01  # of the validation tokens, whose id the training data never show
-MAX_TOKENS_SCANNED = 5 * 10**7  # enough to tell, and seconds
-
-MIN_STEPS = 20  # in all; fewer say nothing of a learning rate
-MANY_ACCUMULATION_STEPS = 8  # of one or two rows each: the device has little to do at a time
 TIGHT_SHARE = 0.9  # of the memory; above it the allocator's gaps may not fit
 
 
@@ -113,7 +107,7 @@ def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[C
 
 
 def check_data(data: PreparedDataset) -> Iterator[Check]:
-    """Whether there is enough to validate on, what is there twice, what is masked, what training never shows."""
+    """Whether there is enough to validate on, what is there twice, and what is masked."""
     train, val = data.metadata["train"], data.metadata["val"]
     is_small = val["examples"] < MIN_VAL_EXAMPLES or val["num_target_tokens"] < MIN_VAL_TOKENS
     message = "{records:,} records, {examples:,} examples, {num_target_tokens:,} target tokens".format(**val)
@@ -135,30 +129,6 @@ def check_data(data: PreparedDataset) -> Iterator[Check]:
     if num_empty := int((target_counts <= 0).sum()):
         message = f"{num_empty:,} training rows have no target token"
         yield Check(ERROR, "masked", message, "drop records with an empty completion")
-    is_seen = np.zeros(data.metadata["vocabulary"], dtype=bool)
-    is_seen[data.train.ids[:MAX_TOKENS_SCANNED]] = True
-    val_ids = data.val.ids[:MAX_TOKENS_SCANNED]
-    unseen_share = float((~is_seen[val_ids]).mean()) if len(val_ids) else 0.0
-    message = f"{unseen_share:.2%} of the validation tokens never occur in training, which shows "
-    message += f"{int(is_seen.sum()):,} of {len(is_seen):,} token ids"
-    remedy = "more training data, or a split that holds the same kinds of text on both sides"
-    yield judge(unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage", message, remedy)
-
-
-def check_steps(plan: RunPlan) -> Iterator[Check]:
-    """The global batch, the number of steps, and whether the warm-up ends before they do."""
-    schedule, train, total_steps = plan.schedule, plan.settings.train, plan.schedule.total_steps
-    batch = schedule.batch
-    is_slow = batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS
-    remedy = "a larger --micro-batch is faster where it fits: try --find-batch"
-    yield judge(is_slow, WARNING, "batch", str(batch), remedy)
-    remedy = "more --epochs, more data or a smaller --global-batch"
-    message = f"{schedule.steps_per_epoch:,} per epoch, {total_steps:,} in all"
-    yield judge(total_steps < MIN_STEPS, WARNING, "steps", message, remedy)
-    warmup_steps = train.num_warmup_steps(total_steps)
-    message = f"{train.lr:g} at its peak, after {warmup_steps:,} warm-up steps"
-    remedy = "the peak is never reached: lower --warmup-steps or --warmup-ratio"
-    yield judge(warmup_steps >= total_steps, WARNING, "learning rate", message, remedy)
 
 
 def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:

@@ -74,7 +74,6 @@ def run_doctor(
     if run:
         plan, data = run["plan"], run["data"]
         add_section("data", checks.check_data(data))
-        add_section("steps", checks.check_steps(plan))
         memory_table = checks.build_memory_table(plan, int(data.train.lengths().max()))
         add_section("memory, counted", checks.check_memory(plan, memory_table))
         print_line("\n  per rank       " + " ".join(f"{name:>11}" for name in MEMORY_COLUMNS))

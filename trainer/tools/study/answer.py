@@ -22,7 +22,7 @@ from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
 from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
-from trainer.tools.study.search import MethodSearch, Results, StudyState, TrialSpec
+from trainer.tools.study.search import Results, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
 
@@ -91,13 +91,14 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         facts: dict[str, Any] = {"winner": None, "lr": None, "loss": None}  # JSON has no infinity
         if outcome.winner is not None:
             facts = {"winner": vars(outcome.winner), "lr": outcome.winner.lr, "loss": outcome.loss}
-        searches[method] = vars(outcome) | facts
-    num_full, num_lora = (outcomes[method].num_trials for method in PRIMARY)
+        facts |= {"problem": outcome.problem or None, "num_trials": len(outcome.trials), "num_steps": outcome.num_steps}
+        searches[method] = {"method": method, **facts}
+    num_full, num_lora = (len(outcomes[method].trials) for method in PRIMARY)
     study = StudyContext(
         choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
-        rate_curves=rate_curves(rule, results),
-        views=study_views(study_folder, rule, results, timing),
+        rate_curves=rate_curves(rule, state, results),
+        views=study_views(study_folder, rule, state, results, timing),
         step_time=timing.cost,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
         facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes},
@@ -106,11 +107,11 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     return compare(runs, with_reference=False, margin=rule.margin, study=study, groups=list(groups.values()))
 
 
-def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
+def rate_curves(rule: Rule, state: StudyState, results: Results) -> tuple[RateCurve, ...]:
     """Both methods' validation losses by rate, a curve a rung: means over search seeds, of the best LoRA rank."""
     curves = []
     for method in PRIMARY:
-        search = MethodSearch(rule, method, results)
+        search = state.outcomes[method]
         for rung, num_steps in enumerate(rule.rungs):
             losses: dict[float, float] = {}
             for candidate in {spec.candidate for spec in search.trials if spec.num_steps == num_steps}:
@@ -123,7 +124,7 @@ def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
     return tuple(curves)
 
 
-def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> tuple[View, ...]:
+def study_views(folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> tuple[View, ...]:
     """Full against LoRA at equal tokens, FLOPs, seconds and peak memory, one curve for each search seed.
 
     A curve has a point for each rung: the run with the lowest validation loss over the rates, a whole run of its own
@@ -131,7 +132,7 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
     """
 
     def curve(method: str, seed: int) -> pd.DataFrame:
-        specs = [spec for spec in MethodSearch(rule, method, results).trials if spec.seed == seed]
+        specs = [spec for spec in state.outcomes[method].trials if spec.seed == seed]
         step_seconds, points = step_costs.get(method), []
         for num_steps in rule.rungs:
             of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]

@@ -62,29 +62,8 @@ class TrialSpec:
         return f"{self.phase}-{self.candidate.label}-t{self.num_steps}-s{self.seed}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchOutcome:
-    """What the search of one method came to."""
-
-    method: str
-    winner: Candidate | None  #: None where every trial of a rung failed
-    loss: float
-    problem: str | None = None  #: why the method cannot be ranked
-    num_trials: int
-    num_steps: int
-
-    def describe(self) -> str:
-        if self.winner is None or self.problem is not None:
-            return str(self.problem)
-        rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""
-        return (
-            f"{self.method}: best rate {self.winner.lr:g}{rank} (validation loss {self.loss:.4f}) of "
-            f"{self.num_trials} trials, {self.num_steps:,} steps"
-        )
-
-
 class MethodSearch:
-    """The search of one method under a rule, as far as these results go."""
+    """The search of one method under a rule, as far as these results go; it is over where none is missing."""
 
     def __init__(self, rule: Rule, method: str, results: Results) -> None:
         self.rule, self.method, self._results = rule, method, results
@@ -99,10 +78,27 @@ class MethodSearch:
         ]
         self.bounds = ((low - EXTENSION_DECADES) * per_decade, (high + EXTENSION_DECADES) * per_decade)
         self.trials: list[TrialSpec] = []  #: all that were needed so far
-        self.missing: list[TrialSpec] = []  #: those without a result; none where the search is over
-        self.outcome = self._walk()  #: None where the search is not over
+        self.missing: list[TrialSpec] = []  #: those without a result
+        self.winner: Candidate | None = None  #: None where every trial of a rung failed, too
+        self.loss = math.inf  #: of the winner
+        self.problem = ""  #: why the method cannot be ranked
+        self._walk()
 
-    def _walk(self) -> SearchOutcome | None:
+    @property
+    def num_steps(self) -> int:
+        return sum(spec.num_steps for spec in self.trials)
+
+    def describe(self) -> str:
+        """What it came to, in one line."""
+        if self.winner is None or self.problem:
+            return self.problem
+        rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""
+        return (
+            f"{self.method}: best rate {self.winner.lr:g}{rank} (validation loss {self.loss:.4f}) of "
+            f"{len(self.trials)} trials, {self.num_steps:,} steps"
+        )
+
+    def _walk(self) -> None:
         """Note what is needed, rung by rung, until results are missing or nothing can be trained."""
         candidates = [c for c in self.grid if (c.rate_index - self.grid[0].rate_index) % FIRST_RUNG_STRIDE == 0]
         last_rung = len(self.rule.rungs) - 1
@@ -113,10 +109,11 @@ class MethodSearch:
                 self.trials += new_trials
                 self.missing = [spec for spec in new_trials if spec.name not in self._results]
                 if self.missing:
-                    return None
+                    return
                 loss, leader = self._leader(candidates, rung)
                 if math.isinf(loss):  # longer runs will not change that
-                    return self._conclude(None, loss, f"{self.method}: every trial failed")
+                    self.problem = f"{self.method}: every trial failed"
+                    return
                 pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
             if rung < last_rung:
@@ -125,25 +122,19 @@ class MethodSearch:
                 ranked = sorted((self._loss(candidate, rung), candidate) for candidate in candidates)
                 best = [candidate for loss, candidate in ranked[:num_best] if not math.isinf(loss)]
                 candidates = list(dict.fromkeys([*best, *self._neighbours(ranked[0][1])]))
-        problem = None
+        self.winner, self.loss = leader, loss
         beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, last_rung)]
         if leader.rate_index in self.bounds:
             side = "lowest" if leader.rate_index == self.bounds[0] else "highest"
-            problem = (
+            self.problem = (
                 f"{self.method} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
                 "a better one may lie beyond it"
             )
         elif unknown := [name for name in beside if math.isnan(self._results[name])]:
-            problem = (
+            self.problem = (
                 f"{self.method}: {unknown[0]} failed without diverging, and stands beside the best rate, "
                 f"{leader.lr:g}: it may be the better one (see trials/{unknown[0]}/log)"
             )
-        return self._conclude(leader, loss, problem)
-
-    def _conclude(self, winner: Candidate | None, loss: float, problem: str | None) -> SearchOutcome:
-        num_steps = sum(spec.num_steps for spec in self.trials)
-        counts = {"num_trials": len(self.trials), "num_steps": num_steps}
-        return SearchOutcome(method=self.method, winner=winner, loss=loss, problem=problem, **counts)
 
     def _neighbours(self, leader: Candidate) -> list[Candidate]:
         low, high = self.bounds
@@ -170,7 +161,7 @@ class StudyState:
     """Where a study stands: a pure function of its rule and the results."""
 
     needed: tuple[TrialSpec, ...]  #: to be run now; none where the study is over
-    outcomes: Mapping[str, SearchOutcome]  #: of the methods whose search is over
+    outcomes: Mapping[str, MethodSearch]  #: those that are over, by method
     answers: tuple[TrialSpec, ...] = ()  #: the runs that the answer is drawn from, once they are known
     refusal: str | None = None  #: why the study will not rank its primary methods
 
@@ -178,7 +169,7 @@ class StudyState:
 def study_state(rule: Rule, results: Results) -> StudyState:
     """What comes next: the searches of all methods side by side, then the answer's runs."""
     searches = [MethodSearch(rule, method, results) for method in rule.methods]
-    outcomes = {search.method: search.outcome for search in searches if search.outcome is not None}
+    outcomes = {search.method: search for search in searches if not search.missing}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
     if refusal is not None:
         return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
@@ -193,7 +184,7 @@ def study_state(rule: Rule, results: Results) -> StudyState:
         TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
         for seed in rule.answer_seeds
         for outcome in outcomes.values()
-        if outcome.winner is not None and outcome.problem is None
+        if outcome.winner is not None and not outcome.problem
     ]
     failed = {s.candidate.method: s.name for s in answers if not math.isfinite(results.get(s.name, 0.0))}
     if name := next((failed[method] for method in PRIMARY if method in failed), None):

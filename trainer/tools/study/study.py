@@ -125,7 +125,7 @@ def run_study(args: argparse.Namespace) -> int:
     state = study_state(study.rule, results)
     if not (state.needed or should_stop.is_set()):
         for outcome in state.outcomes.values():
-            if outcome.problem is None or outcome.problem != state.refusal:
+            if not outcome.problem or outcome.problem != state.refusal:
                 print(outcome.describe())
         failures = [f"{name}: {trial.failure}" for name, trial in read_trials(study.folder).items() if trial.failure]
         if failures:
