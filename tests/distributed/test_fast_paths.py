@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,41 +19,6 @@ from helpers.process_groups import reproducible_records
 
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.model.cpu_attention import Dropout
-
-EXACT = "exact"  # the same operations in the same order
-ROUNDED = "rounded"  # another order of the sums
-#: name: (flags, of both modes unless they name one; fields of the plan that make it plain; bound; ranks: all on two and
-#: three ranks with small buckets)
-PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
-    "buckets": ("--ds-config zero0", {"overlaps_reduction": False}, EXACT, (2,)),
-    "buckets, another order of three": (
-        "--mode full --ds-config zero0 --max-steps 9",
-        {"overlaps_reduction": False},
-        ROUNDED,
-        (3,),
-    ),
-    "finite check on the device": ("--mode full --ds-config zero0", {"finite_check": "host"}, ROUNDED, (1, 2)),
-    "two steps in flight": ("--mode lora --ds-config zero0", {"steps_in_flight": 2}, EXACT, (1, 2)),
-    "frozen base in bfloat16": ("--mode lora --precision bf16", {"frozen_dtype": "float32"}, EXACT, (2,)),
-    "frozen base in bfloat16, zero2": (
-        "--mode lora --precision bf16 --ds-config zero2",
-        {"frozen_dtype": "float32"},
-        EXACT,
-        (2,),
-    ),
-    "graphs, by a stand-in": (
-        "--ds-config zero0 --max-steps 9",
-        {"cuda_graphs": True, "overlaps_reduction": False},
-        ROUNDED,
-        (1, 2),
-    ),
-    "a recording that fails on one rank": (
-        "--mode lora --ds-config zero0 --max-steps 9",
-        {"cuda_graphs": True, "overlaps_reduction": False},
-        ROUNDED,
-        (2,),
-    ),
-}
 
 
 def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
@@ -68,15 +33,19 @@ def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
 
 def run_with_a_failed_recording(jobs: list[dict[str, Any]]) -> int:
     """The same with a recording that fails on rank 1 alone: its steps are eager beside recorded ones."""
+    if os.environ["RANK"] == "0":
+        return run_with_stand_in_graphs(jobs)
+    fail_to_record("out of memory")
+    return run_jobs(jobs)
+
+
+def fail_to_record(reason: str) -> None:
     from trainer.distributed import cuda_graphs
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError(reason)
 
-    if os.environ["RANK"] == "0":
-        return run_with_stand_in_graphs(jobs)
     cuda_graphs.CapturedGraph = fail  # type: ignore[misc, assignment]
-    return run_jobs(jobs)
 
 
 def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
@@ -106,17 +75,46 @@ def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
     return code or int(not launched["in the backward"] > max(50, 5 * launched["after it"]))
 
 
-def target_of(name: str, ranks: int) -> Callable[..., int]:
-    """What runs the jobs of a path, on so many ranks."""
-    special = {
-        "graphs": run_with_stand_in_graphs,
-        "a recording that fails on one rank": run_with_a_failed_recording,
-    }
-    return special.get(name.partition(",")[0], run_with_small_buckets if ranks > 1 else run_jobs)
+class FastPath(NamedTuple):
+    """A way to compute a step that is faster than the plain one."""
+
+    flags: str  #: of both modes unless they name one
+    plain: dict[str, Any]  #: fields of the execution plan that make it plain
+    is_exact: bool  #: the same operations in the same order; else another order of the sums
+    ranks: tuple[int, ...]  #: all on two and three ranks with small buckets
+    target: Callable[..., int] | None = None  #: what runs the jobs
+
+    @property
+    def modes(self) -> list[str]:
+        return [self.flags.split()[1]] if self.flags.startswith("--mode") else ["full", "lora"]
+
+    def job_name(self, mode: str, fields: dict[str, Any]) -> str:
+        return re.sub(r"[^\w.-]+", "_", f"{mode} {self.flags} {fields}")
+
+    def runner(self, ranks: int) -> Callable[..., int]:
+        return self.target or (run_with_small_buckets if ranks > 1 else run_jobs)
 
 
-def job_name(flags: str, mode: str, fields: dict[str, Any]) -> str:
-    return re.sub(r"[^\w.-]+", "_", f"{mode} {flags} {fields}")
+NO_OVERLAP, GRAPHS = {"overlaps_reduction": False}, {"cuda_graphs": True, "overlaps_reduction": False}
+LONG = "--ds-config zero0 --max-steps 9"
+BF16, FLOAT32_BASE = "--mode lora --precision bf16", {"frozen_dtype": "float32"}
+PATHS = {
+    "buckets": FastPath("--ds-config zero0", NO_OVERLAP, True, (2,)),
+    "buckets, another order of three": FastPath(f"--mode full {LONG}", NO_OVERLAP, False, (3,)),
+    "finite check on the device": FastPath("--mode full --ds-config zero0", {"finite_check": "host"}, False, (1, 2)),
+    "two steps in flight": FastPath("--mode lora --ds-config zero0", {"steps_in_flight": 2}, True, (1, 2)),
+    "frozen base in bfloat16": FastPath(BF16, FLOAT32_BASE, True, (2,)),
+    "frozen base in bfloat16, zero2": FastPath(f"{BF16} --ds-config zero2", FLOAT32_BASE, True, (2,)),
+    "graphs, by a stand-in": FastPath(LONG, GRAPHS, False, (1, 2), run_with_stand_in_graphs),
+    "a recording that fails on one rank": FastPath(
+        f"--mode lora {LONG}", GRAPHS, False, (2,), run_with_a_failed_recording
+    ),
+}
+CASES = [
+    pytest.param(path, ranks, id=f"{name}, {ranks} rank{'s' * (ranks > 1)}")
+    for name, path in PATHS.items()
+    for ranks in path.ranks
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,50 +122,36 @@ def results(tiny_model: str, data_files: tuple[str, str], data_dir: Path, tmp_pa
     """The folder of results of a path's jobs: all that share its ranks and target run together, each once."""
     folders: dict[Any, Path] = {}
 
-    def run(name: str, ranks: int) -> Path:
-        target = target_of(name, ranks)
-        key = (target.__name__, ranks)
-        if key not in folders:
-            folders[key] = out = tmp_path_factory.mktemp("paths")
+    def run(path: FastPath, ranks: int) -> Path:
+        target = path.runner(ranks)
+        if (target, ranks) not in folders:
+            folders[target, ranks] = out = tmp_path_factory.mktemp("paths")
             jobs = {}
-            for other, (flags, fields, _, numbers) in PATHS.items():
-                if ranks in numbers and target_of(other, ranks) is target:
-                    for mode, changed in itertools.product(modes_of(flags), ({}, fields)):
+            for other in PATHS.values():
+                for mode, fields in itertools.product(other.modes, ({}, other.plain)):
+                    if ranks in other.ranks and other.runner(ranks) is target:
                         argv = [*make_argv(tiny_model, data_files, mode, "completion"), "--micro-batch", "1"]
-                        job = job_name(flags, mode, changed)
-                        jobs[job] = make_job(out, job, [*argv, *flags.split()], data=data_dir, execution=changed)
+                        flags, name = [*argv, *other.flags.split()], other.job_name(mode, fields)
+                        jobs[name] = make_job(out, name, flags, data=data_dir, execution=fields)
             launch_jobs(ranks, list(jobs.values()), out / "log", target)
-        return folders[key]
+        return folders[target, ranks]
 
     return run
 
 
-def modes_of(flags: str) -> list[str]:
-    return [flags.split()[1]] if flags.startswith("--mode") else ["full", "lora"]
-
-
-def cases() -> list[Any]:
-    return [
-        pytest.param(name, ranks, id=f"{name}, {ranks} rank{'s' * (ranks > 1)}")
-        for name in PATHS
-        for ranks in PATHS[name][3]
-    ]
-
-
-@pytest.mark.parametrize(("name", "ranks"), cases())
-def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(name, ranks, results):
-    flags, fields, bound, _ = PATHS[name]
-    out = results(name, ranks)
-    for mode in modes_of(flags):
-        planned, weights = read_job_result(out, job_name(flags, mode, {}))
-        other, other_weights = read_job_result(out, job_name(flags, mode, fields))
+@pytest.mark.parametrize(("path", "ranks"), CASES)
+def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(path, ranks, results):
+    out = results(path, ranks)
+    for mode in path.modes:
+        planned, weights = read_job_result(out, path.job_name(mode, {}))
+        other, other_weights = read_job_result(out, path.job_name(mode, path.plain))
         assert len([row for row in planned if row["kind"] == "step"]) >= NUM_STEPS
-        if bound == EXACT:
+        if path.is_exact:
             assert reproducible_records(planned) == reproducible_records(other)
             assert all(np.array_equal(weights[key], other_weights[key]) for key in weights)
-            continue
-        difference = RunDifference.between((planned, weights), (other, other_weights))
-        assert difference.is_rounding(lr_ratio=4), difference  # LoRA+'s rate of B
+        else:
+            difference = RunDifference.between((planned, weights), (other, other_weights))
+            assert difference.is_rounding(lr_ratio=4), difference  # LoRA+'s rate of B
 
 
 def check_engines(jobs: list[dict[str, Any]]) -> int:
@@ -188,10 +172,9 @@ def check_engines(jobs: list[dict[str, Any]]) -> int:
 def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, tmp_path):
     """Also where only the adapters have a dropout (`--dropout 0 --lora-dropout 0.1`)."""
     blockwise = ("--mode full --dropout 0.1", "--mode lora --dropout 0.1", "--mode lora --dropout 0 --lora-dropout 0.1")
-    others = ("--ds-config zero1", "--ds-config zero2", "--ds-config zero3", "--adapter rslora", "--adapter pissa")
-    others += ("--adapter dora", "--quant nf4", "--precision bf16")
+    others = ("--ds-config zero1", "--ds-config zero2", "--ds-config zero3", "--adapter dora", "--quant nf4")
     jobs = []
-    for flags in (*blockwise, "--mode full", *(f"--mode lora {other}" for other in others)):
+    for flags in (*blockwise, "--mode full", *(f"--mode lora {other}" for other in (*others, "--precision bf16"))):
         argv = [*make_argv(tiny_model, data_files, "full", "completion"), *flags.split()]
         jobs.append(make_job(tmp_path, "engine", argv, data=data_dir, expected=flags in blockwise))
     launch_jobs(1, jobs, tmp_path / "log", check_engines)
@@ -201,14 +184,10 @@ def train_with_failing_capture(argv: list[str]) -> int:
     """A whole run whose plan records graphs, on a device that cannot."""
     from helpers.launch_ranks import run_train_script
 
-    from trainer.distributed import cuda_graphs
     from trainer.training import run_plan
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     original = run_plan.make_execution_plan
-    cuda_graphs.CapturedGraph = fail  # type: ignore[misc, assignment]
+    fail_to_record("operation not permitted when stream is capturing")
     run_plan.make_execution_plan = lambda *args, **kwargs: replace(original(*args, **kwargs), cuda_graphs=True)
     return run_train_script(argv)
 

@@ -1,22 +1,38 @@
-"""Every adapter on every base with every optimizer: it learns, resumes bitwise, and its export is what was trained.
+"""Every adapter on every base with every optimizer, and every family of models: it learns, resumes bitwise, and its
+export is what was trained.
 
 The default run takes each adapter, each packing and each optimizer once; all their combinations are in the sweep.
 """
 
 import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks
-from helpers.matrix import launch_jobs, make_job, read_job_result, run_jobs
-from helpers.method_matrix import STOP_STEP, assert_promises, launch_whole_and_resumed
+from helpers.matrix import assert_resumed_bitwise, launch_jobs, make_job, read_job_result, run_jobs
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
+from trainer.config.errors import UserError
+from trainer.distributed.process_group import simulated_context
+from trainer.export import export_cli
+from trainer.export.verify import LOGITS_BOUND
+from trainer.model.build import build_model
+from trainer.training.run_plan import validate_early
 
-STEPS = 4
+LONG = pytest.mark.timeout(3600)
+STOP_STEP = 2  # the step after which a run is stopped
 ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
@@ -30,24 +46,42 @@ EACH_ONCE = [
 
 
 @pytest.fixture(scope="module")
-def wide_model(session_dir: Path) -> str:
-    """The tiny model four times as wide."""
-    return make_tiny_gpt2(session_dir / "wide", dropout=0.0, hidden_size=64)
-
-
-@pytest.fixture(scope="module")
-def argv(wide_model: str, data_files: tuple[str, str]) -> list[str]:
+def argv(session_dir: Path, data_files: tuple[str, str]) -> list[str]:
+    """Flags of a run of the tiny model, four times as wide."""
     text = f"--mode lora --block-size 16 --lr 0.003 --lora-rank {LORA_RANK} --global-batch 6 --eval-batch 4"
-    text += f" --max-steps {STEPS} --eval-every 2 --save-every 1 --save-total-limit 99"
-    return tiny_argv(wide_model, data_files, text)
+    text += " --max-steps 4 --eval-every 2 --save-every 1 --save-total-limit 99"
+    return tiny_argv(make_tiny_gpt2(session_dir / "wide", dropout=0.0, hidden_size=64), data_files, text)
 
 
-def method_flags(adapter: str, quant: str | None, optim: str) -> list[str]:
-    return ["--adapter", adapter, "--optim", optim, *(["--quant", quant] if quant else [])]
+def launch_whole_and_resumed(world_size: int, jobs: Iterable[dict[str, Any]]) -> None:
+    """Each job, and once more from STOP_STEP."""
+    again = ({**job, "name": f"{job['name']}-again", "resume": [job["name"], STOP_STEP]} for job in jobs)
+    launch_jobs(world_size, [*jobs, *again], jobs_per_launch=8)
+
+
+def assert_promises(job: dict[str, Any], *, loss_tolerance: float = 1e-6, merges: bool = False) -> dict[str, Any]:
+    """Assert all three of a job that was launched, `merges`: of its merged folder too; returns its run.json."""
+    out, name = Path(job["out"]), job["name"]
+    losses = [record["loss"] for record in read_job_result(out, name)[0] if record["kind"] == "eval"]
+    assert losses[-1] < losses[0], (name, losses)
+    assert_resumed_bitwise(out, name, f"{name}-again", STOP_STEP)
+    for merge in (False, True) if merges else (False,):
+        result = export_cli.export_checkpoint(out / name, data_folder=job["data"], merge=merge)
+        pattern = r"differ by at most (\S+?)(?: \(the largest is (\S+)\))?, validation loss (\S+) \(recorded (\S+)\)"
+        numbers = re.search(pattern, result["summary"])
+        assert numbers is not None, (name, result)
+        difference, largest, loss, recorded = (float(number or 1) for number in numbers.groups())
+        assert difference <= LOGITS_BOUND * max(1.0, largest) * (10 if merge else 1), (name, result)
+        assert loss == pytest.approx(recorded, rel=loss_tolerance), (name, result)
+        assert all(p.startswith(("validation loss", "logits differ")) for p in result["problems"]), (name, result)
+    return json.loads((out / name / "run.json").read_text())
 
 
 def assert_all_promises(out: Path, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
-    jobs = [make_job(out, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
+    jobs = []
+    for adapter, quant, optim in methods:
+        flags = ["--adapter", adapter, "--optim", optim, *(["--quant", quant] if quant else [])]
+        jobs.append(make_job(out, f"{adapter}-{quant}-{optim}", [*argv, *flags]))
     launch_whole_and_resumed(1, jobs)
     for job in jobs:
         assert_promises(job)
@@ -61,6 +95,15 @@ def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, t
     assert "the checkpoint holds the moments of another kind of --optim" in (tmp_path / "other.log").read_text()
 
 
+@pytest.mark.sweep
+@LONG
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_every_combination_of_adapter_quantization_and_optimizer_keeps_the_promises(optim, argv, tmp_path):
+    refused = {("pissa", "nf4"), ("pissa", "fp4"), ("pissa", "int8"), ("dora", "int8")}
+    methods = [(a, q, optim) for a, q in itertools.product(ADAPTERS, QUANTS) if (a, q) not in refused]
+    assert_all_promises(tmp_path, argv, methods)
+
+
 # --- on several ranks, under every ZeRO stage ---
 
 METHOD_FLAGS = {
@@ -71,65 +114,129 @@ METHOD_FLAGS = {
     "again": "--activation-checkpointing --adapter pissa --modules-to-save lm_head --lora-dropout 0.1",
     "codes": "--optim adamw8bit --lora-plus-ratio 8 --modules-to-save wte",
 }
-SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict")]
+REFUSED = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}
+ALL_CASES = {
+    name: [(name, zero) for zero in (*DS_CONFIG_NAMES, "strict") if zero not in REFUSED.get(name, ())]
+    for name in METHOD_FLAGS
+}
 
 
-def assert_methods_agree(
-    out: Path, argv: list[str], strict_zero_files: dict[str, str], cases: list[tuple[str, str]]
-) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([("plus", "zero2"), ("plus", "strict"), ("packed", "strict")], id="a sample"),
+        *(pytest.param(cases, id=name, marks=[pytest.mark.sweep, LONG]) for name, cases in ALL_CASES.items()),
+    ],
+)
+def test_methods_on_two_ranks_learn_resume_and_export_alike_under_every_zero_stage(
+    cases, argv, strict_zero_files, tmp_path
+):
     """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
 
     Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
     """
     jobs = []
     for method, zero in cases:
-        zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_files["zero3"] if zero == "strict" else zero]
-        flags = [*argv, *METHOD_FLAGS[method].split(), *zero_flags]
-        jobs.append(make_job(out, f"{method}-{zero}", flags))
+        file = strict_zero_files["zero3"] if zero == "strict" else zero
+        flags = [*argv, *METHOD_FLAGS[method].split(), "--micro-batch", "1", "--ds-config", file]
+        jobs.append(make_job(tmp_path, f"{method}-{zero}", flags))
     launch_whole_and_resumed(2, jobs)
     first_losses: dict[str, list[float]] = {}
     for (method, _), job in zip(cases, jobs, strict=True):
         assert_promises(job)
-        losses = [row["loss"] for row in read_job_result(out, job["name"])[0] if "loss" in row]
+        losses = [row["loss"] for row in read_job_result(tmp_path, job["name"])[0] if "loss" in row]
         tolerance = INT8_TOLERANCE if method == "int8" else LOSS_TOLERANCE
         assert losses == pytest.approx(first_losses.setdefault(method, losses), rel=tolerance), job["name"]
-
-
-def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, strict_zero_files, tmp_path):
-    assert_methods_agree(tmp_path, argv, strict_zero_files, SAMPLE_METHODS)
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("method", sorted(METHOD_FLAGS))
-def test_every_method_learns_resumes_and_exports_under_every_zero_stage(method, argv, strict_zero_files, tmp_path):
-    refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(method, ())
-    cases = [(method, zero) for zero in (*DS_CONFIG_NAMES, "strict") if zero not in refused]
-    assert_methods_agree(tmp_path, argv, strict_zero_files, cases)
 
 
 def test_lora_plus_moves_only_the_b_matrices_faster(argv, tmp_path):
     """The first update of AdamW is lr * sign(gradient), and B begins at zero: the ratio is read off the weights."""
     flags = [*argv, "--max-steps", "1", "--max-grad-norm", "0", "--lora-plus-ratio"]
-    jobs = [
-        make_job(tmp_path, name, [*flags, *more])
-        for name, more in (("one", ["1"]), ("eight", ["8"]), ("divided", ["8", "--ds-config", "zero2"]))
-    ]
-    launch_jobs(1, jobs)
-    ratio_one, eight, divided = (read_job_result(tmp_path, job["name"])[1] for job in jobs)
+    names = {"one": ["1"], "eight": ["8"], "divided": ["8", "--ds-config", "zero2"]}
+    launch_jobs(1, [make_job(tmp_path, name, [*flags, *more]) for name, more in names.items()])
+    ratio_one, eight, divided = (read_job_result(tmp_path, name)[1] for name in names)
     for name, weight in ratio_one.items():
         assert np.allclose(eight[name], weight * 8 if ".lora_B." in name else weight, rtol=1e-5), name
         assert np.allclose(divided[name], eight[name], rtol=1e-6), name
     assert any(".lora_B." in name and weight.any() for name, weight in ratio_one.items())
 
 
-# --- all combinations ---
+# --- families of models ---
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"max_position_embeddings": 32, "pad_token_id": 0}
+GROUPED = {"num_key_value_heads": 1}
+LLAMA_LAYERS = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+NEOX_LAYERS = "dense dense_4h_to_h dense_h_to_4h query_key_value"
+#: {model_type: (fields of its configuration beside SHAPE, the layers that get adapters)}
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "gpt2": ({"n_inner": 64}, "c_attn c_fc c_proj"),
+    "gpt_neox": ({}, NEOX_LAYERS),
+    "llama": ({}, LLAMA_LAYERS),
+    "qwen3": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "opt": ({"ffn_dim": 32, "word_embed_proj_dim": 16}, "fc1 fc2 k_proj out_proj q_proj v_proj"),
+    "mistral": (GROUPED, LLAMA_LAYERS),
+    "qwen2": (GROUPED, LLAMA_LAYERS),
+    "gemma2": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "gemma3_text": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "phi3": ({}, "down_proj gate_up_proj o_proj qkv_proj"),
+    "falcon": ({}, NEOX_LAYERS),
+    "bloom": ({"n_layer": 2, "n_head": 2}, NEOX_LAYERS),
+    "mamba": ({"state_size": 4}, ""),  # full only
+    "mixtral": (GROUPED | {"num_local_experts": 2}, "k_proj o_proj q_proj v_proj"),
+}
+FIRST = ("gpt2", "gpt_neox", "llama", "qwen3")
 
 
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("optim", OPTIMS)
-def test_every_combination_of_adapter_quantization_and_optimizer_keeps_the_promises(optim, argv, tmp_path):
-    refused = {("pissa", "nf4"), ("pissa", "fp4"), ("pissa", "int8"), ("dora", "int8")}
-    methods = [(a, q, optim) for a, q in itertools.product(ADAPTERS, QUANTS) if (a, q) not in refused]
-    assert_all_promises(tmp_path, argv, methods)
+def save_family(family: str, folder: Path, tokenizer_folder: str) -> str:
+    """A folder with a random model of the family and the tiny tokenizer."""
+    config = CONFIG_MAPPING[family](**SHAPE, vocab_size=97, bos_token_id=0, eos_token_id=0, **FAMILIES[family][0])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer_folder) / name, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "families",
+    [FIRST, pytest.param(tuple(f for f in FAMILIES if f not in FIRST), marks=pytest.mark.slow)],
+    ids=["first", "others"],
+)
+def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, data_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_cli, "save_tokenizer", lambda *_: None)  # qwen2 would read the tiny one as its own kind
+    text = "--block-size 16 --lr 3e-3 --global-batch 6 --eval-batch 4 --max-steps 3 --lora-rank 2 --eval-every 3"
+    text += " --save-every 1 --save-total-limit 99 --mode"
+    data = prepare_data(tiny_argv(tiny_model, data_files, f"{text} full"))  # families have tokenizers of their own
+    jobs = []
+    for family in families:
+        model = save_family(family, tmp_path / family, tiny_model)
+        for mode in ("full", "lora") if FAMILIES[family][1] else ("full",):
+            argv = tiny_argv(model, data_files, f"{text} {mode}")
+            jobs.append(make_job(tmp_path, f"{family}-{mode}", argv, data=data))
+    launch_whole_and_resumed(2, jobs)
+    for job in jobs:
+        family, _, mode = job["name"].rpartition("-")
+        metadata = assert_promises(job, loss_tolerance=2e-6, merges=mode == "lora")
+        assert metadata["model"]["lora_targets"] == (FAMILIES[family][1].split() if mode == "lora" else []), family
+
+
+def test_weights_that_get_no_adapter_are_noted_or_refused(tiny_model, tmp_path):
+    def build_lora(family: str) -> dict[str, Any]:
+        model = save_family(family, tmp_path / family, tiny_model)
+        return build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True).metadata
+
+    assert build_lora("mixtral")["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert build_lora("gpt2")["not_adapted"] == []
+    message = r"MambaMixer reads its weights past an adapter \(mamba\); expected --mode full"
+    with pytest.raises(UserError, match=message):
+        build_lora("mamba")
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "bart", "clip"])
+def test_what_is_no_causal_model_is_refused_in_one_line_before_data_are_read(family, tmp_path):
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path / family)
+    flags = f"--mode lora --model {tmp_path / family} --data nowhere.csv --output-dir {tmp_path / 'run'}"
+    with pytest.raises(UserError, match=rf"{family} .*causal language model") as refused:
+        validate_early(cli.parse_args(flags.split()).settings, simulated_context(1))
+    assert "\n" not in str(refused.value)
