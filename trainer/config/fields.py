@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -15,14 +16,24 @@ T = TypeVar("T")
 
 
 class Accepts:
-    """In an Annotated type: pydantic's constraints, and the words for the values that pass."""
+    """In an Annotated type: pydantic's constraints, or a check that returns the value or raises ValueError, and the
+    words for the values that pass."""
 
-    def __init__(self, words: str, **constraints: Any) -> None:
-        self.words, self.constraints = words, {"strict": True, **constraints}
+    def __init__(self, words: str, check: Callable[[Any], Any] | None = None, **constraints: Any) -> None:
+        self.words, self.check, self.constraints = words, check, {"strict": True, **constraints}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         schema: Any = {**handler(source), **self.constraints}
+        if self.check is not None:
+            schema = core_schema.no_info_after_validator_function(self.check, schema)
         return core_schema.custom_error_schema(schema, "expected", custom_error_message=self.words)
+
+
+def _refuse_null_byte(text: str) -> str:
+    """Not a pattern of pydantic, which refuses names of files that are not UTF-8."""
+    if "\0" in text:
+        raise ValueError("a null byte")
+    return text
 
 
 MAX_INT = 2**63 - 1
@@ -35,8 +46,8 @@ NonNegativeFloat = Annotated[float, Accepts("0 or a number above it", ge=0, allo
 PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
-Text = Annotated[str, Accepts("a text without a null byte", pattern=r"^[^\x00]*$")]
-Name = Annotated[str, Accepts("a name, a file or a folder", pattern=r"^[^\x00]+$")]
+Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
+Name = Annotated[str, Accepts("a name, a file or a folder", lambda text: _refuse_null_byte(text or "\0"))]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
 #: Part of names of files and of W&B's paths.
 RunId = Annotated[str, Accepts("1 to 64 letters, digits, _ and -", pattern=r"^[A-Za-z0-9_-]{1,64}$")]
