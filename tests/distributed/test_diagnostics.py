@@ -4,6 +4,7 @@ The faults are real where a small model can have them; what needs a GPU or minut
 """
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -274,24 +275,40 @@ Job = tuple[str, str, str]  # data (many rows, few, or long prompts before short
 
 
 @pytest.fixture(scope="module")
-def diagnose_real_runs(tiny_model: str, session_dir: Path) -> Callable[[Path, dict[str, Job]], dict[str, set[str]]]:
-    """A function: {name: codes of the findings} of real runs on one rank."""
+def diagnose_real_runs(
+    tiny_model: str, session_dir: Path
+) -> Callable[[Path, dict[str, Job]], dict[str, dict[str, int]]]:
+    """A function: {name: {code of a finding: its step}} of real runs on one rank."""
     paths = {
         name: write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=seed)
         for name, count, seed in (("many", 200, 3), ("few", 25, 3), ("val", 40, 4))
     }
-    masked = [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)]
-    paths["masked"] = str(session_dir / "diagnosed-masked.jsonl")
-    Path(paths["masked"]).write_text("".join(json.dumps(row) + "\n" for row in masked))
+    rng = random.Random(5)
+    pairs = [(f"w{n}", f" w{n + 1} w{n + 2}") for n in (rng.randrange(1, 90) for _ in range(200))]
+    rows = {
+        "masked": [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)],
+        "short": [{"prompt": prompt, "completion": completion} for prompt, completion in pairs],
+        "chat": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs],
+    }
+    for name, content in rows.items():
+        paths[name] = str(session_dir / f"diagnosed-{name}.jsonl")
+        Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in content))
+    template = session_dir / "diagnosed.jinja"
+    end = "{% if m.role == 'assistant' %} w95{% endif %}"
+    template.write_text("{% for m in messages %}{{ m.content }}" + end + " {% endfor %}")
     text = "--objective blocks --block-size 24 --eval-batch 20 --global-batch 8 --save-every never --num-samples 0"
 
-    def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, set[str]]:
+    def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, dict[str, int]]:
         rank_jobs = []
         for name, (data, flags, fault) in jobs.items():
-            argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags} --output-dir {out / name}")
+            flags = f"{text} {flags.format(template=template)} --output-dir {out / name}"
+            argv = tiny_argv(tiny_model, (paths[data], paths[data if data in ("chat", "short") else "val"]), flags)
+            if data == "chat":
+                argv = argv[: argv.index("--prompt")]
             rank_jobs.append(make_job(out, name, argv, fault=fault))
         launch_jobs(1, rank_jobs, target=diagnose_jobs)
-        return {name: {event["facts"]["code"] for event in read_events(out / name, "diagnosis")} for name in jobs}
+        events = {name: read_events(out / name, "diagnosis") for name in jobs}
+        return {name: {row["facts"]["code"]: row["step"] for row in events[name]} for name in jobs}
 
     return diagnose_runs
 
@@ -308,19 +325,38 @@ ALSO_VALID_CODES = {"no_gradient": {"flat_loss"}, "diverging": {"flat_loss"}}  #
 
 
 def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
-    for code, codes in diagnose_real_runs(tmp_path, REAL_FAULTS).items():
-        assert {code} <= codes <= {code, *ALSO_VALID_CODES.get(code, ())}
+    findings = diagnose_real_runs(tmp_path, REAL_FAULTS)
+    for code, steps in findings.items():
+        assert {code} <= set(steps) <= {code, *ALSO_VALID_CODES.get(code, ())}
+    assert findings["diverging"]["diverging"] <= 10, "at once"
 
 
-@pytest.mark.parametrize("seeds", [(0, 3), pytest.param(range(20), marks=pytest.mark.sweep)], ids=["two", "twenty"])
-def test_healthy_real_runs_give_no_diagnostic(seeds, diagnose_real_runs, tmp_path):
-    """Two of the twenty: every weight on blocks, and adapters on completions."""
+HEALTHY_DATA = {  # data and flags: of the first two a step has eight rows
+    "blocks": ("many", ""),
+    "completions": ("many", "--objective completion --warmup-steps 5 --micro-batch 4"),
+    "chat": ("chat", "--objective completion --chat-template {template}"),
+    "short, one a step": ("short", "--objective completion --global-batch 1 --init random"),
+    "short, two a step": ("short", "--objective completion --global-batch 2"),
+}
+HEALTHY_RATES = {"full": (0.001, 0.003, 0.006), "lora": (0.005, 0.01, 0.02)}
+HEALTHY_RUNS = list(itertools.product(HEALTHY_DATA, HEALTHY_RATES, range(3)))
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [("blocks", "full", 1), ("short, one a step", "lora", 2)],
+        pytest.param(HEALTHY_RUNS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)]),
+    ],
+    ids=["two", "thirty"],
+)
+def test_healthy_real_runs_give_no_diagnostic(runs, diagnose_real_runs, tmp_path):
     jobs = {}
-    for seed in seeds:
-        mode, objective = ("full", "lora")[seed % 2], ("blocks", "completion")[seed // 2 % 2]
-        flags = f"--objective {objective} --mode {mode} --seed {seed} --lr {(0.003, 0.02)[seed % 2]} --max-steps 60"
-        flags += f" --eval-every epoch --micro-batch {(8, 4, 2)[seed % 3]} --warmup-steps {(0, 5)[seed % 5 == 0]}"
-        jobs[f"healthy-{seed}"] = ("many", flags, "")
+    for seed, (kind, mode, rate) in enumerate(runs):
+        data, flags = HEALTHY_DATA[kind]
+        steps = 60 if data == "many" else 200
+        flags += f" --mode {mode} --seed {seed} --lr {HEALTHY_RATES[mode][rate]} --max-steps {steps} --eval-every epoch"
+        jobs[f"{kind}-{mode}-{rate}".replace(" ", "-")] = (data, flags, "")
     assert not {name: codes for name, codes in diagnose_real_runs(tmp_path, jobs).items() if codes}
 
 

@@ -19,6 +19,7 @@ from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 WINDOW_STEPS = 20  # steps whose mean stands for the loss "now"
 FLAT_STEPS, FLAT_SHARE = 50, 0.1  # a trend is looked for after so many steps, and this share of the run
 FLAT_MAX_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
+FLAT_VISIBLE_FALL = 0.1  # of the loss; where the noise would hide even this, as of batches of one, nothing is said
 MIN_VAL_DROP = 0.01  # a validation loss that fell by this share shows that the run learns
 TINY_STEPS = 10  # steps over which the gradient must be next to nothing
 MAX_MASKED_SHARE = 0.9
@@ -246,8 +247,9 @@ class DiagnosticsMonitor:
         first_loss, *later_losses = [row.loss for row in self.evals] or [math.inf]
         has_fallen = min(later_losses, default=math.inf) < first_loss * (1 - MIN_VAL_DROP)
         if (is_doubled or (record.step >= total_steps and n >= WINDOW_STEPS)) and not has_fallen:
-            slope, _, t = fit_line(self.steps, self.losses)
-            if t > FLAT_MAX_T:
+            slope, variance, t = fit_line(self.steps, self.losses)
+            is_visible = FLAT_VISIBLE_FALL * fmean(self.losses) >= 4 * math.sqrt(12 * variance / n)
+            if t > FLAT_MAX_T and is_visible:
                 has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
                 mean, new_lr = fmean(self.losses), self.lr / 10 if has_risen else self.lr * 10
                 seen = f"in {n} steps the training loss has no fall that stands out of its noise (slope {slope:+.1e} a "
