@@ -14,9 +14,12 @@ from pathlib import Path
 from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
+from trainer.config.files import read_text_file
 from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
 from trainer.tools.program import program
 
+#: Options of sbatch by which the job works; all others may be given by --sbatch.
+OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "signal", "open-mode", "export", "requeue", "no-requeue")
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
 
@@ -25,6 +28,16 @@ def slurm_word(text: str) -> str:
     if not re.fullmatch(r"[\w:,.+-]+", text):
         raise argparse.ArgumentTypeError(f"{text}: expected letters, digits and :,.+-_ only")
     return text
+
+
+def sbatch_option(text: str) -> tuple[str, str]:
+    """The `type` of --sbatch: (name, value), "" for an option without one."""
+    name, _, value = text.removeprefix("--").partition("=")
+    if name in OWN_OPTIONS:
+        raise argparse.ArgumentTypeError(f"{text}: cluster.py sets {name} itself; expected another option")
+    if not re.fullmatch(r"[a-z][a-z-]*", name) or not re.fullmatch(r"[!-~]*", value):
+        raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE or KEY as sbatch takes them, without blanks")
+    return name, value
 
 
 def build_parser() -> ArgumentParser:
@@ -49,6 +62,10 @@ def build_parser() -> ArgumentParser:
     add("--account", type=slurm_word, metavar="A", help="account")
     add("--cpus-per-task", type=whole_number, metavar="N", help="processor cores of each node")
     add("--cpu", action="store_true", help="ask for no GPUs")
+    sbatch_help = "any other option of sbatch, such as qos=high, gres=gpu:h100:8 or exclusive; may be repeated"
+    add("--sbatch", type=sbatch_option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
+    setup_help = "shell lines for each host before the ranks start, such as `module load cuda`"
+    parser.add_argument("--setup", type=Path, metavar="FILE", help=setup_help)
     folder_help = "where the files go (default: cluster)"
     parser.add_argument("--folder", type=Path, default=Path("cluster"), metavar="DIR", help=folder_help)
     return parser
@@ -65,6 +82,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{flag} {value}: goes with --slurm")
         if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
             raise UserError(f"--slurm without {flag}: expected a whole number from 1")
+    if args.hosts and args.sbatch:
+        raise UserError(f"--sbatch {'='.join(args.sbatch[0])}: goes with --slurm")
+    args.sbatch, setup = dict(args.sbatch), ""
+    if args.setup is not None:
+        setup = read_text_file(args.setup, f"--setup {args.setup}", "a file of shell lines").rstrip() + "\n"
     cli_args = parse_args(run_argv, companion=parser)
     settings, folder = cli_args.settings, args.folder.absolute()
     if cli_args.dry_run or cli_args.runs_finder:
@@ -77,9 +99,9 @@ def main(argv: Sequence[str]) -> int:
     is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
     command = [script, *run_argv, *([] if is_resumed else ["--resume", "auto"])]
     if args.slurm:
-        files = slurm_files(command, settings, args)
+        files = slurm_files(command, settings, args, folder)
     else:
-        files = ssh_files(command, settings, args.hosts, folder, os.environ)
+        files = ssh_files(command, settings, args.hosts, folder, os.environ, setup)
     try:
         write_files(folder, files)
     except OSError as error:

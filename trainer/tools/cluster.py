@@ -19,6 +19,8 @@ from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to start the next one
 MAX_NOTICE_SECONDS = 65535  # sbatch(1)
 MIN_STRAGGLER_SECONDS = 60  # that a host gets to end by itself when another has ended: to close W&B, to upload
+MAX_ATTEMPTS = 3  # that a job is queued again without a new checkpoint
+MARK = "# Written by launch/cluster.py, which writes it anew."  # in each file: no other one is replaced
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
 #: The line of a shell script that puts this virtual environment in front.
 PATH_EXPORT = f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
@@ -26,11 +28,11 @@ PATH_EXPORT = f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
 LaunchFiles = dict[str, tuple[str, int]]
 
 
-def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace) -> LaunchFiles:
+def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace, folder: Path) -> LaunchFiles:
     """One batch script: a task on each node, torchrun in it, SLURM's notice handed on, and the job queued again after.
 
     `command`: launch/train.py and its flags, from this folder; `settings`: what they mean; `args`: cluster.py's own
-    flags, None where the cluster's default holds.
+    flags, None where the cluster's default holds; `folder`: where the file goes.
     Options are those of sbatch(1) and srun(1); since 22.05 srun does not inherit --cpus-per-task from sbatch.
     """
     options = {
@@ -47,18 +49,22 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
         "export": "ALL",
         "signal": f"USR1@{min(settings.engine.grace + NOTICE_MARGIN_SECONDS, MAX_NOTICE_SECONDS):.0f}",
         "requeue": "",
+        **args.sbatch,
     }
     lines = [
         f"#SBATCH --{name}{f'={value}' if value != '' else ''}" for name, value in options.items() if value is not None
     ]
-    marker = shlex.quote(str(Path(settings.run_folder) / "requeue"))
+    marker, checkpoints = (shlex.quote(f"{settings.run_folder}/{name}") for name in ("requeue", "checkpoints"))
+    attempts = f"{shlex.quote(str(folder))}/attempts-$SLURM_JOB_ID"
     torchrun = (
         f"torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node={args.ranks_per_node} --node-rank=$SLURM_NODEID "
         "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT"
     )
+    # Named, not copied: others may read this script.
+    setup = f". {shlex.quote(str(args.setup.absolute()))} || exit 1\n" if args.setup else ""
     body = f"""
 cd {shlex.quote(str(Path.cwd()))} || exit 1
-{PATH_EXPORT}
+{setup}{PATH_EXPORT}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
 NOTICE=$(mktemp) || exit 1
@@ -78,12 +84,21 @@ srun --export=ALL --wait={_straggler_seconds(settings)} $cores bash -c "$task" t
 code=$?
 # The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
 if [ $code -ne 0 ] && grep -qs SIGUSR1 {marker} "$NOTICE"; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # Not for ever: a job whose ranks never come to a new checkpoint ends.
+    step=$(ls {checkpoints} 2>/dev/null | grep -E '^step-[0-9]+$' | sort -V | tail -n 1)
+    {{ read -r last_step num_attempts <{attempts}; }} 2>/dev/null
+    [ "$last_step" = "${{step:-none}}" ] || num_attempts=0
+    if [ "$num_attempts" -lt {MAX_ATTEMPTS} ]; then
+        echo "${{step:-none}} $((num_attempts + 1))" >{attempts}
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "error: queued again {MAX_ATTEMPTS} times without a new checkpoint (last: ${{step:-none}}); it ends" >&2
+    fi
 fi
 rm -f "$NOTICE"
 exit $code
 """
-    return {"job.sbatch": ("\n".join(["#!/bin/bash", *lines]) + "\n" + body, 0o644)}
+    return {"job.sbatch": ("\n".join(["#!/bin/bash", MARK, *lines]) + "\n" + body, 0o644)}
 
 
 def ssh_files(
@@ -92,10 +107,12 @@ def ssh_files(
     ranks_of_hosts: Mapping[str, int],
     folder: Path,
     environ: Mapping[str, str],
+    setup: str,
 ) -> LaunchFiles:
     """The host list and the command for `deepspeed --hostfile`, and a file with the variables, for its owner only.
 
-    `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.
+    `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts;
+    `setup`: shell lines that come first.
     """
     environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
 
@@ -110,8 +127,9 @@ def ssh_files(
     hosts, quiet = shlex.join(ranks_of_hosts), "" if "--verbose" in command else " --quiet"
     max_seconds = _straggler_seconds(settings)
     names = forwarded_names(environ)
-    exports = [PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
+    exports = [MARK, setup + PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
     script = f"""#!/bin/bash
+{MARK}
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 {PATH_EXPORT}
 # Without these deepspeed waits for ever for a host that is gone.
@@ -148,7 +166,7 @@ done
 kill %sleep 2>/dev/null
 wait $launcher
 """
-    hostfile_content = "".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())
+    hostfile_content = f"{MARK}\n" + "".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())
     return {
         "hostfile": (hostfile_content, 0o644),
         "environment": ("\n".join(exports) + "\n", 0o600),
@@ -178,8 +196,12 @@ def forwarded_names(environ: Mapping[str, str]) -> list[str]:
 
 
 def write_files(folder: Path, files: LaunchFiles) -> None:
-    """Write them; each is made with its mode, so that a key is never readable for a moment. OSError."""
+    """Write them; each is made with its mode, so that a key is never readable for a moment. OSError; UserError for
+    a file there that this program did not write."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in files):
+        if os.path.lexists(path) and not (path.is_file() and MARK in path.read_text("utf-8", errors="replace")):
+            raise UserError(f"--folder {folder}: {path.name} there is not cluster.py's; expected another folder")
     for name, (content, mode) in files.items():
         path = folder / name
         path.unlink(missing_ok=True)

@@ -48,6 +48,30 @@ def test_every_option_is_in_the_manual_pages(tmp_path):
     (srun,) = re.findall(r"^srun (.*) bash -c", script, re.MULTILINE)
     assert set(re.findall(r"--[a-z-]+", srun)) <= set(SLURM_OPTIONS["srun"].split())
     assert "--gpus-per-node" not in slurm_script(tmp_path, "--cpu")
+    more = ["--sbatch", "gres=gpu:h100:8", "--sbatch", "exclusive", "--sbatch", "time=5", "--time", "9"]
+    lines = slurm_script(tmp_path, *more).splitlines()
+    assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=5"} <= set(lines)
+    assert "#SBATCH --time=9" not in lines
+
+
+def test_lines_of_a_setup_file_run_before_the_ranks_under_slurm_and_over_ssh(tmp_path):
+    (tmp_path / "setup.sh").write_text("export MODULE=loaded\n")
+    script = slurm_script(tmp_path, "--setup", str(tmp_path / "setup.sh"), "--output-dir", str(tmp_path / "run"))
+    rank = f"#!/bin/bash\necho $MODULE >>{tmp_path}/seen\n"
+    job = start_job(tmp_path, script, rank=rank, torchrun=TORCHRUN)
+    assert job.communicate(timeout=20)[0] == ""
+    assert (tmp_path / "seen").read_text().split() == ["loaded", "loaded"]
+    assert write(tmp_path, *SSH_FLAGS, "--setup", str(tmp_path / "setup.sh")) == 0
+    shell = ["bash", "-c", f"source {tmp_path}/environment; echo $MODULE"]
+    assert subprocess.run(shell, capture_output=True, text=True).stdout == "loaded\n"
+
+
+def test_no_file_of_somebody_else_is_replaced(tmp_path, capsys):
+    (tmp_path / "run.sh").write_text("echo mine\n")
+    assert write(tmp_path, *SSH_FLAGS) == 2
+    assert "run.sh there is not cluster.py's; expected another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.sh"]
+    assert (tmp_path / "run.sh").read_text() == "echo mine\n"
 
 
 def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
@@ -116,6 +140,10 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         (["--hosts", "a:1,a:2", "--mode", "lora"], ["--hosts a:1,a:2", "each host once"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SSH_FLAGS, "--lr", "-1"], ["--lr -1"]),
+        ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
+        ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch: comment=a b", "without blanks"]),
+        ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch qos=high: goes with --slurm"]),
+        ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
         ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
         ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
         ([*SSH_FLAGS, "--ranks-per-nod", "1"], ["--ranks-per-node"]),
@@ -167,6 +195,22 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, 
     assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=localhost --master-port=15007 ")
     assert "--data my events.csv --resume auto" in first
     assert "--node-rank=1 --master-addr=localhost" in second
+
+
+def test_a_job_is_queued_again_three_times_without_a_new_checkpoint(tmp_path, capfd):
+    """Then it ends; a new checkpoint begins the count anew."""
+    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"))
+    rank = "#!/bin/bash\necho SIGUSR1 >{marker}; [ $SLURM_NODEID != 0 ] && sleep 0.3; exit 138\n"
+    num_requeues, outputs = [], []
+    for new_step in (0, 0, 0, 0, 7, 7, 7, 7):
+        if new_step:
+            (tmp_path / f"run/checkpoints/step-{new_step:06d}").mkdir(parents=True, exist_ok=True)
+        job = start_job(tmp_path, script, rank=rank, torchrun=TORCHRUN)
+        outputs.append(job.communicate(timeout=20)[0])
+        num_requeues.append((tmp_path / "scontrol").read_text().count("requeue 7"))
+    assert num_requeues == [1, 2, 3, 3, 4, 5, 6, 6]
+    for output, step in ((outputs[3], "none"), (outputs[7], "step-000007")):
+        assert f"error: queued again 3 times without a new checkpoint (last: {step}); it ends" in output
 
 
 @pytest.mark.parametrize(("rank", "code"), [("#!/bin/bash\nexit 0\n", 0), ("#!/bin/bash\nexit 3\n", 1)])
