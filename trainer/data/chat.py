@@ -8,6 +8,9 @@ the ids that a model is given when it is to write that turn.
 
 import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,16 @@ from trainer.data.tokenizer import encode
 from trainer.data.values import RecordError, require_valid_unicode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MAX_SECONDS = 10  # for one conversation by its template, which takes well under a millisecond
 Span = tuple[int, int]  # from and to, in characters
+
+
+class _RenderTimeout(BaseException):  # which no template can catch
+    pass
+
+
+def _stop_rendering(*_: Any) -> None:
+    raise _RenderTimeout
 
 
 class MaskError(RecordError):
@@ -46,30 +58,39 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str):
         self.tokenizer, self.template = tokenizer, template
 
-    def encode(self, conversation: Conversation) -> Row:
-        """Ids and mask of a conversation; MaskError where the mask cannot be proven."""
+    def encode(self, conversation: Conversation, max_tokens: int | None = None) -> Row:
+        """Ids and mask of a conversation; MaskError where the mask cannot be proven.
+
+        `max_tokens`: turns that begin behind so many tokens, which nobody trains on, are neither located nor marked.
+        """
         messages, tools, turns = conversation.messages, conversation.tools, conversation.target_turns()
         if _GENERATION_MARK.search(self.template):
-            text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+            text, marked = self._render(messages, tools, return_assistant_tokens_mask=True)
             all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(spans) != len(all_turns):
-                raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
-            spans = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
+            if len(marked) != len(all_turns):
+                raise MaskError(f"the template marks {len(marked)} of {len(all_turns)} assistant turns as generated")
+            spans: Iterable[Span] = [
+                (a, b) for i, (a, b) in zip(all_turns, marked, strict=True) if i in turns and a < b
+            ]
             if not spans:
                 raise MaskError("the template marks no character of the assistant's turns as generated")
         else:
             text, _ = self._render(messages, tools)
-            spans = [self._locate_turn(text, conversation, i) for i in turns]
-        ids, *prefixes = encode(self.tokenizer, [text, *(text[:end] for span in spans for end in span)])
+            spans = (self._locate_turn(text, conversation, i) for i in turns)  # one by one: each renders all before it
+        (ids,) = encode(self.tokenizer, [text])
         is_target = np.zeros(len(ids), dtype=bool)
-        for number, (before, through) in enumerate(zip(prefixes[::2], prefixes[1::2], strict=True), start=1):
+        start = end = 0
+        for number, span in enumerate(spans, start=1):
+            start, end = span
+            before, through = encode(self.tokenizer, [text[:start], text[:end]])
+            if max_tokens is not None and len(before) >= max_tokens:
+                break
             if not all(np.array_equal(ids[: len(prefix)], prefix) for prefix in (before, through)):
                 raise MaskError(
                     f"assistant turn {number}: a token reaches over its edge, so the mask cannot be proven; pass a "
                     "--chat-template that sets turns apart by special tokens"
                 )
             is_target[len(before) : len(through)] = True
-        start, end = spans[-1]
         return Row(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
 
     def prompt_text(self, conversation: Conversation) -> str:
@@ -101,7 +122,7 @@ class ChatTemplate:
         if text.startswith(through):
             return len(through)
         for i in range(start, len(through)):  # the template leaves the beginning out: an earlier turn's thinking
-            if text.startswith(through[i:], start):
+            if text.startswith(through[i : i + 64], start) and text.startswith(through[i:], start):
                 return start + len(through) - i if content in through[i:] and through[i:].strip() else None
         # the template writes more behind the last turn: what both texts begin with, up to an end mark
         ours, theirs = encode(self.tokenizer, [text[start : len(through)], through[start:]])
@@ -115,6 +136,9 @@ class ChatTemplate:
         """(the text, the characters from and to that the template marks as generated where that is asked for)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        is_main_thread = threading.current_thread() is threading.main_thread()  # which alone can be interrupted
+        if is_main_thread:
+            previous = signal.signal(signal.SIGALRM, _stop_rendering), signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
@@ -123,8 +147,17 @@ class ChatTemplate:
                 **options,
                 **self.tokenizer.special_tokens_map,
             )  # type: ignore[misc, unused-ignore]
+        except (_RenderTimeout, MemoryError) as error:  # as it would on the next record
+            limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_SECONDS} s"
+            raise UserError(
+                f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
+            ) from None
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
+        finally:
+            if is_main_thread:
+                signal.setitimer(signal.ITIMER_REAL, *previous[1])  # somebody's own, as a test's time limit
+                signal.signal(signal.SIGALRM, previous[0])
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
 
 

@@ -52,6 +52,10 @@ class Example:
     where: str = ""  #: its file and place, for a user
     split: str = ""
 
+    def split_key(self) -> str | bytes:
+        """What decides its split."""
+        return self.group if self.group is not None else self.content(separator="")
+
     def content(self, separator: str = "\0") -> str | bytes:
         """What makes a record equal to another."""
         if self.ids is not None:

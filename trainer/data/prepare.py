@@ -24,7 +24,7 @@ from trainer.data.formats import Example, choose_format, content_hash
 from trainer.data.readers import read_error
 from trainer.data.sources import Source, find_sources
 from trainer.data.split_writer import SPLIT_NAMES, SplitWriter
-from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint
+from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.values import RecordError, list_columns, value_text
 
 LogFn = Callable[[str], None]
@@ -55,8 +55,7 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
             continue
         example.where, example.split = where, source.split
         if example.split == "train":  # by its content alone, whatever stands beside it
-            key = example.group if example.group is not None else example.content(separator="")
-            example.split = split_of(key, *source.fractions)
+            example.split = split_of(example.split_key(), *source.fractions)
         yield example
 
 
@@ -104,7 +103,9 @@ def prepare(
     chat = ChatTemplate(tokenizer, template) if first.is_chat else None
     try:
         if not settings.block_size:
-            batches = (_encode_batch(batch, tokenizer, chat, is_joined=False) for batch in _iter_batches(sources[0]))
+            batches = (
+                _encode_batch(batch, tokenizer, chat, False, BLOCK_SIZES[-1]) for batch in _iter_batches(sources[0])
+            )
             rows = (row for batch in batches for row in batch if isinstance(row, Row))  # not what is unusable
             lengths = [len(row.ids) for row in islice(rows, NUM_SAMPLED_RECORDS)]
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
@@ -204,6 +205,7 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     token id of records that are ids).
     """
     hashes = {split: array("Q") for split in (*SPLITS, "joined train")}
+    split_keys: set[int] = set()  # some of those by which training records are split
     notices: list[str] = []
     max_token_id = 0
     for source in sources:
@@ -214,6 +216,8 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 continue
             counts["records"] += 1
             hashes[example.split].append(content_hash(example.content("" if example.split == "retain" else "\0")))
+            if source.split == "train" and len(split_keys) < 2:
+                split_keys.add(content_hash(example.split_key()))
             if example.split == "train" and settings.retain_data is not None:  # a text that is a pair's, joined
                 hashes["joined train"].append(content_hash(example.content("")))
             if example.ids is not None:
@@ -222,6 +226,12 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 counts["unseparated"] += 1
         if not counts["records"]:
             raise UserError(f"{source.where()}: holds blank lines only; expected at least one record")
+        if any(source.fractions) and len(split_keys) == 1 and counts["records"] > 1:
+            raise UserError(
+                f"{source.where()}: all {counts['records']} records are equal or have one prompt"
+                + f" or value of {source.split_by}" * (source.split_by is not None)
+                + ", so none can be split off; give other records, or --val-data"
+            )
         notices += source.notices
         if counts["blank"]:
             notices.append(f"{source.spec}: {counts['blank']} blank records are left out")
@@ -259,7 +269,7 @@ def write_rows(
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
     checked, shared_hashes, max_token_id = check_records(settings, sources)
-    vocabulary = len(tokenizer) if tokenizer is not None else 1 + max_token_id
+    vocabulary = vocabulary_size(tokenizer) if tokenizer is not None else 1 + max_token_id
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat, "shared_hashes": shared_hashes}
     writers = {split: SplitWriter(folder, split, settings, **options) for split in SPLITS}
@@ -267,7 +277,9 @@ def write_rows(
         for source in sources:
             is_joined = settings.objective == "blocks" or source.split == "retain"
             for batch in _iter_batches(source, log):
-                for example, row in zip(batch, _encode_batch(batch, tokenizer, chat, is_joined), strict=True):
+                for example, row in zip(
+                    batch, _encode_batch(batch, tokenizer, chat, is_joined, settings.block_size), strict=True
+                ):
                     writers[example.split].add(example, row)
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
@@ -322,7 +334,7 @@ def _iter_batches(source: Source, log: LogFn = lambda line: None) -> Iterator[li
 
 
 def _encode_batch(
-    batch: list[Example], tokenizer: Any, chat: ChatTemplate | None, is_joined: bool
+    batch: list[Example], tokenizer: Any, chat: ChatTemplate | None, is_joined: bool, max_tokens: int
 ) -> Iterator[Row | MaskError]:
     """Each record as tokens: a pair with its end, encoded apart unless `is_joined`, so that the boundary is exact; ids
     that came as ids have their end already."""
@@ -337,7 +349,7 @@ def _encode_batch(
             yield Row(np.asarray(example.ids, dtype=np.uint32), np.ones(len(example.ids), dtype=bool), "", "")
         elif example.conversation is not None and chat is not None:
             try:
-                yield chat.encode(example.conversation)
+                yield chat.encode(example.conversation, max_tokens)
             except MaskError as error:
                 yield error
         else:

@@ -7,6 +7,7 @@ with file, place and remedy; `where` is how it names the file.
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -62,18 +63,24 @@ def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> I
     try:
         if kind in ("Parquet", "Arrow"):
             yield from _read_arrow(file, str(kind), where, columns)
-        elif kind == "JSON":
-            yield from _read_json(file, where)
-        elif kind == "text":
-            for number, line in enumerate(_iter_lines(file, where), start=1):
-                yield f"line {number}", {"text": line.rstrip("\r\n")}
-        else:
-            yield from _read_csv(file, str(kind), where)
-    except (ValueError, OSError, TypeError, NotImplementedError) as error:  # Arrow's are ValueErrors
+            return
+        with open_bytes(file) as stream:
+            if kind == "JSON":
+                yield from _read_json(stream, where)
+            elif kind == "text":
+                for number, line in enumerate(_iter_lines(stream, where), start=1):
+                    yield f"line {number}", {"text": line.rstrip("\r\n")}
+            else:
+                yield from _read_csv(stream, str(kind), where)
+    except UserError:
+        raise
+    except Exception as error:  # Arrow raises many kinds, OverflowError for a date beyond Python's years
         raise read_error(file, where, error) from error
 
 
 def _decode(content: bytes, where: str, line: int = 1) -> str:
+    if b"\0" in content:  # UTF-16 has one in every letter of English
+        raise UserError(f"{where}, line {line}: holds a NUL byte (UTF-16?); save the file as UTF-8")
     try:
         return content.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -82,15 +89,12 @@ def _decode(content: bytes, where: str, line: int = 1) -> str:
         raise UserError(f"{where}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
 
 
-def _iter_lines(file: Path, where: str) -> Iterator[str]:
-    with open_bytes(file) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), start=1):
-            if len(line) == MAX_LINE_BYTES:
-                limit = f"{MAX_LINE_BYTES // 2**20} MB"
-                raise UserError(
-                    f"{where}, line {number}: longer than {limit}, and read line by line: break it into lines"
-                )
-            yield _decode(line, where, number)
+def _iter_lines(stream: BinaryIO, where: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), start=1):
+        if len(line) == MAX_LINE_BYTES:
+            limit = f"{MAX_LINE_BYTES // 2**20} MB"
+            raise UserError(f"{where}, line {number}: longer than {limit}, and read line by line: break it into lines")
+        yield _decode(line, where, number)
 
 
 def _refuse_doubled_columns(names: Sequence[str], where: str) -> None:
@@ -99,10 +103,10 @@ def _refuse_doubled_columns(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: names column {name!r} twice; rename one")
 
 
-def _read_csv(file: Path, kind: str, where: str) -> Iterator[PlacedRecord]:
+def _read_csv(stream: BinaryIO, kind: str, where: str) -> Iterator[PlacedRecord]:
     """`NA` may be Namibia and `007` is no number; an empty cell is None, a nameless column is called by its place."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(_iter_lines(file, where), delimiter="\t" if kind == "TSV" else ",", strict=True)
+    reader = csv.reader(_iter_lines(stream, where), delimiter="\t" if kind == "TSV" else ",", strict=True)
     names: list[str] = []
     row, line = 0, 1  # of the row that is read next; the header is row 0
     try:
@@ -136,8 +140,14 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-#: Of one value without duplicate keys; NaN is taken, by which pandas spells null.
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+def _make_number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text:.40} is larger than any float")
+    return value
+
+
+#: Of one value without duplicate keys and infinite numbers; NaN is taken, by which pandas spells null.
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=_make_number)
 
 
 def explain_json(error: ValueError | RecursionError) -> str:
@@ -148,15 +158,11 @@ def explain_json(error: ValueError | RecursionError) -> str:
     return reason.partition("; use sys.")[0]  # Python's own advice on numbers of more than 4,300 digits
 
 
-def _read_json(file: Path, where: str) -> Iterator[PlacedRecord]:
+def _read_json(stream: BinaryIO, where: str) -> Iterator[PlacedRecord]:
     """One object a line, or one list of objects, which is read as a whole."""
-    with open_bytes(file) as stream:
-        is_list = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    if is_list:
-        with open_bytes(file) as stream:
-            texts: Iterable[str] = [_decode(stream.read(), where)]
-    else:
-        texts = _iter_lines(file, where)
+    beginning = cast(io.BufferedReader, stream).peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_list = beginning[:1] == b"["
+    texts: Iterable[str] = [_decode(stream.read(), where)] if is_list else _iter_lines(stream, where)
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue

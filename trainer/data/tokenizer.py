@@ -16,6 +16,7 @@ from trainer.data.dataset import TokenDataset, TokenIds
 
 DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
+MAX_VOCABULARY = 2**24  # a table of ids is that long; the largest vocabulary in use has a million
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
 
 
@@ -43,6 +44,8 @@ def load_tokenizer(model: str) -> Any:
         )
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # made where files of it are missing
             raise ValueError("it turns text into nothing")
+        if vocabulary_size(tokenizer) > MAX_VOCABULARY:
+            raise ValueError(f"its largest token id is {vocabulary_size(tokenizer) - 1:,}; expected under 2^24")
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token, which ends every text")
         return tokenizer
@@ -54,6 +57,11 @@ def load_tokenizer(model: str) -> Any:
             f"--model {model}: {problem} ({first_line(error)}); pass --model FOLDER, with the model "
             "and its tokenizer (tokenizer.json, or vocab.json and merges.txt), or a hub id"
         ) from None
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest token id."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -82,12 +90,18 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    else:  # what the call above comes to, without the lists that we do not use: they take a third of its time
-        backend.no_truncation(), backend.no_padding()
-        all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-    return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
+    try:
+        if backend is None:
+            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        else:  # what the call above comes to, without the lists that we do not use: they take a third of its time
+            backend.no_truncation(), backend.no_padding()
+            all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+        return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
+    except Exception as error:  # the Rust library raises plain ones, for a word without an id for instance
+        raise UserError(
+            f"--model {tokenizer.name_or_path}: its tokenizer cannot encode a text of the data ({first_line(error)}); "
+            "pass a model whose tokenizer takes any text"
+        ) from None
 
 
 def split_long(text: str) -> list[str]:
@@ -131,7 +145,7 @@ def _byte_level_lengths(tokenizer: Any) -> NDArray[np.int64] | None:
     if type(decoder).__name__ != "ByteLevel":
         return None
     vocabulary, added_tokens = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
-    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
+    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token, token_id in vocabulary.items():
         if token not in special_tokens:  # each character of a token stands for one byte; added tokens are plain text

@@ -17,7 +17,9 @@ class RecordError(Exception):
 def list_columns(columns: Sequence[str]) -> str:
     """Column names for a message, on one line whatever they hold."""
     names = [name if name.isprintable() else repr(name) for name in columns[:MAX_COLUMNS_NAMED]]
-    return ", ".join(names) + (f" and {len(columns) - len(names)} more" if len(columns) > len(names) else "")
+    separator = next((mark for mark in ";|\t" if len(columns) == 1 and mark in columns[0]), None)
+    hint = f" (separated by {separator!r}? save the file with commas, or as .tsv with tabs)" if separator else ""
+    return ", ".join(names) + (f" and {len(columns) - len(names)} more" if len(columns) > len(names) else "") + hint
 
 
 def is_missing(value: Any) -> bool:

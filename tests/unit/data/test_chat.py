@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import signal
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
 from helpers.data_helpers import write_records
 
 from trainer.config.errors import UserError
+from trainer.data import chat
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.conversations import Conversation, from_messages, from_sharegpt
 from trainer.data.sampler import IGNORE_INDEX, collate
@@ -291,3 +293,32 @@ def test_keys_that_arrow_fills_with_null_are_dropped(as_column):
         assert (conversation.messages, conversation.tools) == (kept, None)
     assert from_messages({"messages": as_column([message]), "tools": as_column(TOOLS)}).tools == TOOLS
     assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
+
+
+NESTED = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [(NESTED, "0.2 s"), ("{% for i in range(9**5) %}" * 3 + "{{ i }}" + "{% endfor %}" * 3, "0.2 s")],
+)
+def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch, template, limit):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.2)
+    with pytest.raises(UserError, match=f"takes more than {limit} for one conversation; pass another --chat-template"):
+        ChatTemplate(tokenizer, template).encode(Conversation(messages=TURNS))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "the alarm that was set before: pytest's own limit of a test"
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_cost_of_a_conversation_is_that_of_its_block(tokenizer, monkeypatch, family):
+    """A thousand turns end in the same first block as its first forty, and are rendered for that block only."""
+    renders, whole = [], ChatTemplate._render
+    monkeypatch.setattr(ChatTemplate, "_render", lambda *args, **options: renders.append(1) or whole(*args, **options))
+    template, size = ChatTemplate(tokenizer, TEMPLATES[family][0]), 200
+    rows = [template.encode(Conversation(messages=TURNS * number), size) for number in (10, 250)]
+    assert len(rows[1].ids) > 20 * size
+    if family != "qwen3":  # which writes the last turns of the shorter one otherwise
+        assert rows[1].ids[:size].tolist() == rows[0].ids[:size].tolist()
+        assert rows[1].is_target[:size].tolist() == rows[0].is_target[:size].tolist()
+    assert rows[1].is_target[:size].sum() > 20
+    assert len(renders) < 60

@@ -112,6 +112,22 @@ def test_data_metadata_have_the_fields_that_run_json_promises(prepare_file):
 # --- what leaves no row ---
 
 
+@pytest.mark.parametrize(
+    ("records", "settings"),
+    [
+        (PAIRS[:1] * 60, {}),
+        ([{"mr": "Town", "ref": f"On {i} January."} for i in range(60)], {}),
+        ([{"text": "same"}] * 60, {"prompt": None, "completion": None}),
+        ([{"input_ids": [1, 2]}] * 60, {"prompt": None, "completion": None}),
+        (PAIRS, {"split_by": "doc", "test_fraction": 0.1}),
+    ],
+)
+def test_records_that_all_go_to_one_split_are_refused_as_equal(refusal_message, records, settings):
+    records = [{**record, "doc": "one"} for record in records]
+    problem = "a.jsonl: all 60 records are equal or have one prompt"
+    assert problem in refusal_message("a.jsonl", {"a.jsonl": records}, **{**TEMPLATES, **settings})
+
+
 def test_examples_that_are_too_long_are_dropped_counted_and_the_first_is_named(tmp_path, prepare_file):
     pairs = [*PAIRS, {"mr": "x", "ref": "long " * 50}, {"mr": "x", "ref": "longer " * 50}]
     prepared = prepare_file(write_records(tmp_path / "a.csv", pairs), **COMPLETION)

@@ -19,6 +19,7 @@ from trainer.data.dataset import sha256
 DATES = [{"d": "2022-01-05", "n": 1}, {"d": 5, "x": [1]}, {"n": None}]
 LONG = [{"i": i, "text": "[{]}" * 50_000} for i in range(12)]
 BIG, DEEP = "1" * 5000, "[" * 200_000 + "]" * 200_000
+KINDS = ("csv", "tsv", "txt", "jsonl")
 FIRST = '{"mr": "1", "ref": "2"}'
 AS_TEXT = {"prompt": None, "completion": None}  # without templates
 
@@ -145,6 +146,14 @@ def test_a_source_that_cannot_be_used_is_one_line(refusal_message, spec, files, 
         ("a.jsonl", f"{FIRST}\n[1]\n", ", line 2: holds a list; expected a JSON object"),
         ("a.jsonl", f"{FIRST} {FIRST}\n", ", line 1, character 25: not JSON (Extra"),
         ("a.jsonl", '{"mr": "1", "ref": {"a": 1, "a": 2}}\n', ", line 1: not JSON (the key 'a' stands twice in an obj"),
+        ("a.jsonl", '{"mr": "1", "ref": 1e999}\n', ", line 1: not JSON (the number 1e999 is larger than any float"),
+        ("a.jsonl", '{"mr": "1", "ref": -Infinity}\n', ", line 1: not JSON (the number -Infinity is larger than any"),
+        ("a.json", f"[{FIRST}][{FIRST}]", ", line 1, character 26: not JSON (Extra data)"),
+        ("a.json", f"[{FIRST}] rubbish {{", ", line 1, character 27: not JSON (Extra data)"),
+        *((f"a.{kind}", "mr,ref\n1,2\n".encode("utf-16-le"), ", line 1: holds a NUL byte (UTF-16?)") for kind in KINDS),
+        *((f"a.{kind}", "mr,ref\n1,2\n".encode("utf-16"), ", line 1: holds a NUL byte (UTF-16?)") for kind in KINDS),
+        ("a.csv", "mr;ref\n1;2\n", " has no column 'mr'; its columns are mr;ref (separated by ';'? save the file with"),
+        ("a.csv", "mr|ref\n1|2\n", " has no column 'mr'; its columns are mr|ref (separated by '|'?"),
         ("a.jsonl", f'{FIRST}\n{{"n": {BIG}}}\n', ", line 2: not JSON (Exceeds the limit (4300 digits)"),
         ("a.jsonl", f'{{"n": {DEEP}}}\n', ", line 1: not JSON (nested too deeply)"),
         ("a.json", DEEP, ": not JSON (nested too deeply)"),
@@ -163,6 +172,20 @@ def test_a_table_of_arrow_without_a_row_or_with_a_name_twice_is_refused(refusal_
     assert "c.parquet: holds no record" in refusal_message("c.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], ["mr", "mr"]), tmp_path / "d.parquet")
     assert "d.parquet: names column 'mr' twice; rename one" in refusal_message("d.parquet")
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"), [([2**30], pyarrow.date32()), ([2**62], pyarrow.timestamp("us")), ([-(2**62)], pyarrow.date64())]
+)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_date_beyond_python_s_years_is_refused(refusal_message, tmp_path, array, kind, name):
+    table = pyarrow.table({"mr": pyarrow.array(array, type=kind), "ref": ["x"]})
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    assert f"--data {name}: not a whole {name[2:].capitalize()} file (" in refusal_message(name)
 
 
 def test_other_flags_are_named_and_an_unknown_column_with_those_that_there_are(refusal_message):

@@ -40,6 +40,45 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(model, tmp_path):
             load_tokenizer(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "x"},
+            "no usable tokenizer in the folder .*not supported between",
+        ),
+        ("tokenizer_config.json", {"eos_token": {"a": 1}}, "no usable tokenizer in the folder"),
+        ("tokenizer.json", {"vocab": {"a": 0, "b": 10**9}}, "its largest token id is 1,000,000,000; expected under"),
+        (
+            "tokenizer.json",
+            {"vocab": {"a": 0, "b": 2**32 - 1}},
+            "its largest token id is 4,294,967,295; expected under",
+        ),
+        (
+            "tokenizer.json",
+            {"vocab": {"a": 0, "b": 1}, "unk_token": "[UNK]"},
+            "its tokenizer cannot encode a text of the ",
+        ),
+    ],
+)
+def test_tokenizer_files_that_cannot_be_used_are_one_line(model, tmp_path, file, change, problem):
+    whole = load_tokenizer(model)
+    whole.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    if file == "tokenizer.json":
+        word_level = {
+            "model": {"type": "WordLevel", "unk_token": "a", **change},
+            "pre_tokenizer": {"type": "Whitespace"},
+        }
+        content |= {**word_level, "added_tokens": [], "decoder": None, "post_processor": None}
+    (tmp_path / file).write_text(json.dumps({**content, **({} if "vocab" in change else change)}))
+    with pytest.raises(UserError, match=problem) as error_info:
+        encode(load_tokenizer(str(tmp_path)), ["a b other"])
+    assert str(error_info.value).startswith("--model ")
+    assert "\n" not in str(error_info.value)
+
+
 def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_flag():
     began = time.monotonic()
     with pytest.raises(
