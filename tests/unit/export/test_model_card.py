@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers.fake_runs import make_metadata
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
@@ -19,39 +19,24 @@ from trainer.tracking.records import EventRecord
 HOSTILE = "t<b>|`x``\x1b[2J\n# big\n[a](javascript:1)\udcff.jsonl"
 
 
-def render(name: str, *, message: str = "", mode: str = "full") -> str:
+@settings(max_examples=100, deadline=None)
+@given(name=st.text(st.characters(codec=None), min_size=1, max_size=20).filter(lambda text: "/" not in text))
+@example(name=HOSTILE)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_names_in_a_model_card_are_no_markup_and_its_front_matter_is_yaml(mode, name):
     metadata: dict[str, Any] = {**make_metadata(), "mode": mode, "not_comparable_with_card": [f"data: {name}"]}
     metadata["model"] = {**metadata["model"], "name": f"folder/{name}", "lora_targets": [name]}
     metadata["data"] = {**metadata["data"], "source": f"folder/{name}"}
     metadata["resolved"] = {**metadata["resolved"], "ds_config": name}
-    events = [EventRecord(event="diagnosis", step=1, message=message or name, time=1.0)]
-    return render_model_card(metadata, events, VerificationResult(loss=1.0, summary=name), step=1, answer=name)
-
-
-def without_code_spans(text: str) -> str:
-    """The Markdown with its code spans taken out, as CommonMark finds them: from a fence to the next of its length."""
-    return re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", text)
-
-
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_names_in_a_model_card_are_no_markup(mode):
-    text = render(HOSTILE, mode=mode)
-    assert text.replace("\n", "").isprintable()
-    body = without_code_spans(text.split("---\n", 2)[2])
-    assert not re.search(r"(?<!\\)[<>\[\]]", body)
-    assert "\n# big" not in body
-    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
-
-
-@settings(max_examples=200, deadline=None)
-@given(name=st.text(st.characters(codec=None), min_size=1, max_size=20).filter(lambda text: "/" not in text))
-def test_the_front_matter_is_yaml_whatever_the_names(name):
-    text = render(name)
-    front_matter = yaml.safe_load(text.split("---\n")[1])
-    assert front_matter["library_name"] == "transformers"
+    events = [EventRecord(event="diagnosis", step=1, message=name, time=1.0)]
+    text = render_model_card(metadata, events, VerificationResult(loss=1.0, summary=name), step=1, answer=name)
+    assert text.replace("\n", "").replace("\N{NO-BREAK SPACE}", "").isprintable()
     assert len(text.split("\n---\n")) == 2
-    body = without_code_spans(text.split("---\n", 2)[2])
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == ("peft" if mode == "lora" else "transformers")
+    body = text.split("---\n", 2)[2]
+    body = re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", body)  # code spans, as CommonMark finds them
     assert not re.search(r"(?<!\\)[<>\[\]]", body)
+    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
 
 
 def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(tmp_path):
@@ -61,7 +46,6 @@ def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(t
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "its sentence is None"),
-        ('{"sentence": ""}', "its sentence is ''"),
         ('{"sentence": [1]}', r"its sentence is \[1\]"),
     ):
         if content is not None:
@@ -72,12 +56,14 @@ def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(t
     assert read_answer_sentence(path) == "LoRA is good enough."
 
 
-def test_the_model_card_names_a_base_of_the_hub():
-    metadata: dict[str, Any] = make_metadata(not_comparable_with_card=["data: another"])
+def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
+    metadata: dict[str, Any] = {**make_metadata(not_comparable_with_card=["data: another"]), "preset": "card"}
     metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = render_model_card({**metadata, "preset": "card"}, [], VerificationResult(), step=6)
+    text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6)
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
+    line = 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("openai-community/gpt2"), ADAPTER)'
+    assert f"`{line}`" in text
     metadata["model"]["init"] = "random"
     assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
 

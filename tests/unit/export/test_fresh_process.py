@@ -1,0 +1,18 @@
+"""The process that exports ends with the run that started it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):
+    """At once: not only when it has imported what it needs, which can take minutes on a busy machine."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
+    place = [str(tmp_path), str(Path(__file__).parents[3])]
+    line = [sys.executable, "-m", "trainer.export.fresh_process", "{}"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(place)}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=tmp_path, env=environ) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
