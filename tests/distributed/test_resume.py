@@ -14,13 +14,15 @@ import json
 import os
 import shutil
 import struct
+import unittest.mock
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.engines import save_stub_checkpoint
+from helpers.engines import joined_ranks, save_stub_checkpoint
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.matrix import (
     GLOBAL_BATCH,
@@ -42,6 +44,7 @@ from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import folder_size
 from trainer.export.export_cli import export_checkpoint
+from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training import checkpoint, run_plan
 from trainer.training.run_folder import resolve_output_dir
 
@@ -407,6 +410,37 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert names_by_limit == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
     assert checkpoint.resolve_checkpoint(folder, "best").step == 2, "the earlier of equals"
     assert checkpoint.resolve_checkpoint(folder, "latest").step == 6
+
+
+def load_on_three_hosts(folder: Path) -> int:
+    """Of ranks 0 to 4 two are on host a, two on b and one on c; only a and c see the folder. Counts what is sent."""
+    sent: list[list[int]] = []
+    with joined_ranks() as context, unittest.mock.patch.object(torch.distributed, "broadcast") as broadcast:
+        original, broadcast.side_effect = torch.distributed.distributed_c10d.broadcast, None
+
+        def count(tensor: torch.Tensor, source: int, group: Any) -> None:
+            sent.append(torch.distributed.get_process_group_ranks(group))
+            original(tensor, source, group=group)
+
+        broadcast.side_effect = count
+        context = replace(context, hosts=("a", "a", "b", "b", "c"))
+        source = checkpoint.resolve_checkpoint(folder / "checkpoints", "latest")
+        if context.hosts[context.rank] == "b":
+            source = replace(source, folder=Path("/nowhere/checkpoints") / source.folder.name)
+        module = torch.nn.Module()
+        module.w = torch.nn.Parameter(torch.zeros(3))
+        checkpoint.load_weights(source, module, context)
+        assert torch.equal(module.w, torch.full((3,), 2.0))
+        all_sent = context.all_gather_object(sent)
+    assert all_sent == [[[0, 2]], [], [[0, 2], [2, 3]], [[2, 3]], []], all_sent
+    return 0
+
+
+def test_a_checkpoint_is_read_where_its_folder_is_shared_and_sent_once_to_each_other_host(tmp_path):
+    for step in (1, 2):
+        save_stub_checkpoint(tmp_path / "checkpoints", step)
+    (tmp_path / LOCK_FILE).write_text("process 1 on a")
+    assert run_on_ranks(5, load_on_three_hosts, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, monkeypatch):

@@ -115,10 +115,24 @@ class DistContext:
             raise failure
         return results[leader][0]  # type: ignore[return-value]
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everybody's tensor of that shape, on the CPU; all ranks must call."""
-        if self.cpu_group is not None:
-            dist.broadcast(tensor, 0, group=self.cpu_group)
+    def open_streams(self, has_values: bool) -> Callable[[torch.Tensor], None]:
+        """A function that puts rank 0's values into a tensor on the CPU of each rank without `has_values`: over the
+        network once a host, then within it. All ranks must call both, with tensors of the same shapes."""
+        ranks_of_host: dict[str, list[int]] = {}
+        for rank, rank_has_values in enumerate(self.all_gather_object(has_values or self.rank == 0)):
+            if not rank_has_values:
+                ranks_of_host.setdefault(self.hosts[rank], []).append(rank)
+        streams = [[0, *(ranks[0] for ranks in ranks_of_host.values())], *ranks_of_host.values()]
+        groups = [  # every rank must make every group
+            (ranks, dist.new_group(ranks, backend="gloo", timeout=PREPARE_TIMEOUT)) for ranks in streams if ranks[1:]
+        ]
+
+        def receive(tensor: torch.Tensor) -> None:
+            for ranks, group in groups:
+                if self.rank in ranks:
+                    dist.broadcast(tensor, ranks[0], group=group)
+
+        return receive
 
     def describe_hosts(self) -> str:
         """The hosts, the ranks of each, and what they talk over, for people."""

@@ -33,6 +33,7 @@ from trainer.config.fields import Float, NonNegativeInt, RunId, Text
 from trainer.config.files import new_folder, read_json_object, write_atomically
 from trainer.data.sampler import MicroBatch
 from trainer.model import optimizer
+from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training.schedule import TrainState
 
 if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
@@ -377,8 +378,8 @@ def _open_tensors(
 ) -> tuple[dict[str, TensorLayout], Callable[[str], Tensor]]:
     """({name: shape and dtype}, a function from a name to its tensor); all ranks must read the same names in one order.
 
-    On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
-    not see its folder, and what may lie under that name on their disks is not looked at.
+    Each rank opens the file where its host sees the lock that rank 0 holds in the run folder. To other hosts rank 0
+    sends one tensor at a time: what may lie under that name on their disks is not looked at.
     """
     path, dtypes = checkpoint.folder / STATE_FILE, {name: dtype for dtype, name in DTYPES.items()}
 
@@ -392,13 +393,18 @@ def _open_tensors(
 
     if context is None or context.num_nodes == 1:
         return read_layout(), safe_open(path, framework="pt", device=str(device)).get_tensor
-    layout = context.on_rank_zero(read_layout)
-    read_from_disk = safe_open(path, framework="pt").get_tensor if context.rank == 0 else None
+    layout, lock = context.on_rank_zero(read_layout), None
+    with contextlib.suppress(OSError):
+        lock = (checkpoint.folder.parents[1] / LOCK_FILE).read_text()
+    sees_lock = context.all_gather_object(lock)[0] == lock is not None
+    is_reader = sees_lock or context.hosts[context.rank] == context.hosts[0]
+    read_from_disk = safe_open(path, framework="pt").get_tensor if is_reader else None
+    receive = context.open_streams(is_reader)
 
     def read(name: str) -> Tensor:
         shape, dtype = layout[name]
         tensor = torch.empty(shape, dtype=dtype) if read_from_disk is None else read_from_disk(name)
-        context.broadcast(tensor)
+        receive(tensor)
         return tensor.to(device)
 
     return layout, read
