@@ -24,9 +24,10 @@ from trainer.config.errors import UserError
 from trainer.report import run_data
 from trainer.report.comparable import comparison_blockers, reference_blockers
 from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline
-from trainer.report.run_data import RunData, read_folder
+from trainer.report.run_data import read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
+from trainer.tracking.wandb_keys import wandb_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
 #: writes the rows of a run as a training process does; arguments: run.json's content, folder, last step or 0, mode
@@ -68,16 +69,6 @@ def log_wandb_run(
     return folder
 
 
-def assert_same_records(a: RunData, b: RunData) -> None:
-    for kind, names in (
-        ("steps", ("step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm")),
-        ("evals", ("step", "epoch", "loss", "perplexity")),
-        ("epochs", ("step", "epoch", "train_loss")),
-    ):
-        for name in names:
-            np.testing.assert_array_equal(getattr(a, kind)[name], getattr(b, kind)[name], err_msg=f"{kind} {name}")
-
-
 @pytest.fixture(scope="module")
 def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished LoRA run as an offline W&B folder, moved away from its run folder."""
@@ -87,12 +78,33 @@ def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return moved
 
 
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    """On loopback."""
+    with FakeWandb() as fake:
+        yield fake
+    assert not fake.unknown_requests
+
+
+@pytest.fixture
+def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Runs launch/compare.py in `tmp_path`: `run_compare(argument, ..., server=, VARIABLE=)`."""
+    return partial(run_python, tmp_path, SCRIPT, python=fast_python)
+
+
+# --- runs read back ---
+
+
 def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: Path, tmp_path: Path) -> None:
     content = make_metadata("lora")
     ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content, retained=(1.0, 1.25))))
     (theirs,), problems = load_runs([str(offline_run_dir)])
     assert problems == []
-    assert_same_records(ours, theirs)
+    axes = ("step", "epoch", "loss")
+    columns = {"steps": (*axes, "samples", "tokens", "lr", "grad_norm"), "evals": (*axes, "perplexity")}
+    for kind, names in (columns | {"epochs": ("step", "epoch", "train_loss")}).items():
+        for name in names:
+            np.testing.assert_array_equal(getattr(ours, kind)[name], getattr(theirs, kind)[name], f"{kind} {name}")
     assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
     assert theirs.summary == ours.summary
     assert theirs.forgetting == ours.forgetting == 0.25
@@ -117,34 +129,29 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     assert len(read_offline("x", [file]).steps["step"]) <= 30
 
 
-def test_a_killed_offline_run_reads_up_to_its_last_record(tmp_path: Path) -> None:
+def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_reported(
+    offline_run_dir: Path, tmp_path: Path
+) -> None:
     folder = log_wandb_run(tmp_path / "run", make_metadata("full"), last_step=40)
     (run,), problems = load_runs([str(folder / "wandb")])
     assert run.evals["step"].tolist() == [0, 30]
-    assert run.steps["step"][-1] == 40 or run.steps["step"][-1] == 39  # the last row may still be open
+    assert run.steps["step"][-1] in (39, 40)  # the last row may still be open
     assert "still going" in problems[0].text
-
-
-def test_a_truncated_or_foreign_wandb_file_is_reported(offline_run_dir: Path, tmp_path: Path) -> None:
     whole = next(offline_run_dir.glob("*.wandb")).read_bytes()
     torn = tmp_path / "run-lora0042.wandb"
     torn.write_bytes(whole[: len(whole) * 2 // 3])
     run = read_offline("x", [torn])
     assert "cut off" in run.notes[0]
     assert 0 < len(run.steps["step"]) < 90
-    torn.write_bytes(b"something else")
-    with pytest.raises(UserError, match="is not a W&B run file"):
-        read_offline("x", [torn])
-    torn.write_bytes(whole[:7])
-    with pytest.raises(UserError, match="holds no run"):
-        read_offline("x", [torn])
+    for content, message in ((b"something else", "is not a W&B run file"), (whole[:7], "holds no run")):
+        torn.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_offline("x", [torn])
     with pytest.raises(UserError, match="holds 2 W&B runs"):
         read_offline("x", [tmp_path / "run-a.wandb", tmp_path / "run-b.wandb"])
 
 
 def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
-    from trainer.tracking.wandb_keys import wandb_config
-
     content = json.loads(json.dumps(make_metadata("lora")))
     config = json.loads(json.dumps(wandb_config(content)))
     assert metadata_from_config(config) == content
@@ -153,27 +160,8 @@ def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
         metadata_from_config({"lr": 1e-3})
     with pytest.raises(UserError, match="the card itself"):
         metadata_from_config({"mode": "card"})
-
-
-def test_wandb_paths_are_recognised() -> None:
     assert is_wandb_path("entity/project/abcd1234")
     assert not any(map(is_wandb_path, ("runs/full", "a/b/c/d", "/abs/a/b", "./a/b", "../a/b")))
-
-
-# the server, on loopback
-
-
-@pytest.fixture
-def server() -> Iterator[FakeWandb]:
-    with FakeWandb() as fake:
-        yield fake
-    assert not fake.unknown_requests
-
-
-@pytest.fixture
-def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs launch/compare.py in `tmp_path`: `run_compare(argument, ..., server=, VARIABLE=)`."""
-    return partial(run_python, tmp_path, SCRIPT, python=fast_python)
 
 
 def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWandb, tmp_path: Path) -> None:
@@ -195,24 +183,20 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
     assert end["wall_seconds"] == 100.0
 
 
-def test_a_run_that_the_server_does_not_have_is_one_line(server: FakeWandb, run_compare: Any) -> None:
-    process = run_compare(f"{ENTITY}/p/gone0000", server=server)
-    assert process.returncode == 2
-    assert "W&B does not give it: Could not find run" in process.stderr
-    assert "Traceback" not in process.stderr
+def test_a_run_that_the_server_does_not_have_or_no_login_is_one_line(server: FakeWandb, run_compare: Any) -> None:
+    for place, message in ((server, "W&B does not give it: Could not find run"), (None, "to read it from W&B, run")):
+        process = run_compare(f"{ENTITY}/p/gone0000", server=place)
+        assert process.returncode == 2
+        assert message in process.stderr
+        assert "Traceback" not in process.stderr
 
 
-def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(run_compare: Any) -> None:
-    process = run_compare("entity/project/abcd1234")
-    assert process.returncode == 2
-    assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in process.stderr
-
+# --- the Report ---
 
 SAVE_REPORT_CODE = """
 import sys
-from trainer.report.page import compare
-from trainer.report.comparable import comparison_blockers, reference_blockers
 from trainer.report.load import load_runs
+from trainer.report.page import compare
 from trainer.report.wandb_report import save_report
 found = compare(*load_runs(["full", "lora"]))
 for _ in range(2):  # the second is found by its title
@@ -231,6 +215,47 @@ def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp
     (view,) = server.views.values()
     assert (view["displayName"], view["type"], view["projectName"]) == ("Full against LoRA, acled-demo", "runs", "p")
     check_spec(view["spec"])
+
+
+def test_the_wandb_report_spec_is_written_without_any_network(
+    server: FakeWandb, run_compare: Any, tmp_path: Path
+) -> None:
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
+    for name in ("full", "lora"):
+        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {name}."}]
+        event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
+        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+            file.write(to_line(event) + "\n")
+    process = run_compare("full", "lora", "--wandb-report-json", "specs/report.json", server=server)
+    assert process.returncode == 0, process.stderr
+    assert (server.operations, server.connections) == ([], 0)
+    spec = json.loads((tmp_path / "specs" / "report.json").read_text())
+    check_spec(spec)
+    row = next(line for line in json.dumps(spec, ensure_ascii=False).split("\\n") if line.startswith("| Where?"))
+    assert [cell.strip() for cell in row.split("|")[1:6]] == ["Where?", "Here.", "a a a", "By full.", "By lora."]
+
+
+def check_spec(spec: dict[str, Any]) -> None:
+    """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
+    text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
+    assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)" in text
+    assert re.search(r"\| +1 \| card +\| +6,621 \|", text)
+    assert "unknown of the card" in text.lower()
+    (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
+    (runs,) = grid["metadata"]["runSets"]
+    (mode,) = (row for row in runs["filters"]["filters"] if row["key"] == {"section": "config", "name": "mode"})
+    assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "card"])
+    panels = grid["metadata"]["panelBankSectionConfig"]["panels"]
+    plots = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    train = [("epoch", f"train/{name}") for name in ("loss", "lr", "grad_norm", "tokens_per_second")]
+    losses = [("epoch", "val/loss"), ("_runtime", "val/loss"), ("tokens", "train/loss")]
+    assert {(plot["xAxis"], *plot["metrics"]) for plot in plots} == {*train, *losses}
+    assert Counter(panel["viewType"] for panel in panels)["Run Comparer"] == 1
+    assert plots[0]["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
+    assert "#767676" in str(grid["metadata"]["customRunColors"][REFERENCE_RUN_ID])
+    positions = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in panels]
+    assert len(set(positions)) == len(positions), "panels on top of one another"
 
 
 def test_real_runs_are_synced_compared_and_reported(
@@ -268,59 +293,6 @@ def test_real_runs_are_synced_compared_and_reported(
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
 
 
-def test_the_wandb_report_spec_is_written_without_any_network(
-    server: FakeWandb, run_compare: Any, tmp_path: Path
-) -> None:
-    make_run_folder(tmp_path / "full")
-    make_run_folder(tmp_path / "lora", "lora")
-    for name in ("full", "lora"):
-        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {name}."}]
-        event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
-        with open(tmp_path / name / "metrics.jsonl", "a") as file:
-            file.write(to_line(event) + "\n")
-    process = run_compare("full", "lora", "--wandb-report-json", "specs/report.json", server=server)
-    assert process.returncode == 0, process.stderr
-    assert server.operations == []
-    assert server.connections == 0
-    spec = json.loads((tmp_path / "specs" / "report.json").read_text())
-    check_spec(spec)
-    row = next(line for line in json.dumps(spec, ensure_ascii=False).split("\\n") if line.startswith("| Where?"))
-    assert [cell.strip() for cell in row.split("|")[1:6]] == ["Where?", "Here.", "a a a", "By full.", "By lora."]
-
-
-def check_spec(spec: dict[str, Any]) -> None:
-    """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
-    text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
-    assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)" in text
-    assert re.search(r"\| +1 \| card +\| +6,621 \|", text)
-    assert "unknown of the card" in text.lower()
-    (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
-    (runs,) = grid["metadata"]["runSets"]
-    (mode,) = (row for row in runs["filters"]["filters"] if row["key"] == {"section": "config", "name": "mode"})
-    assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "card"])
-    panels = grid["metadata"]["panelBankSectionConfig"]["panels"]
-    lines = {
-        (panel["config"]["xAxis"], *panel["config"]["metrics"])
-        for panel in panels
-        if panel["viewType"] == "Run History Line Plot"
-    }
-    assert lines == {
-        ("epoch", "val/loss"),
-        ("epoch", "train/loss"),
-        ("tokens", "train/loss"),
-        ("_runtime", "val/loss"),
-        ("epoch", "train/lr"),
-        ("epoch", "train/grad_norm"),
-        ("epoch", "train/tokens_per_second"),
-    }
-    view_types = Counter(panel["viewType"] for panel in panels)
-    assert view_types["Run Comparer"] == 1
-    first_plot = next(panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot")
-    assert first_plot["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
-    positions = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in panels]
-    assert len(set(positions)) == len(positions), "panels on top of one another"
-
-
 def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Path) -> None:
     with FakeWandb() as fake:
         env = fake.env(tmp_path)  # and then it is closed
@@ -334,37 +306,30 @@ def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Pat
     assert "Traceback" not in process.stderr
 
 
-def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, run_compare: Any, tmp_path: Path) -> None:
-    caches = ("cache", "cache", "elsewhere")  # from there it is found on the server
-    processes = [
-        run_compare("--log-card", f"{ENTITY}/p", server=server, TRAINER_CACHE=str(tmp_path / cache)) for cache in caches
-    ]
-    assert [process.returncode for process in processes] == [0, 0, 0], processes[0].stderr
-    assert "the card is logged in" in processes[0].stdout
-    assert all("already logged" in process.stdout for process in processes[1:])
-    check_reference_run(server)
+# --- the card ---
 
 
 def check_reference_run(server: FakeWandb) -> None:
     run = server.runs[REFERENCE_RUN_ID]
-    assert [(row["_step"], row["epoch"], row["val/loss"]) for row in run.history] == [
-        (6_621, 1, 1.2262),
-        (13_242, 2, 1.0048),
-        (19_863, 3, 0.9414),
-    ]
+    rows = [(row["_step"], row["epoch"], row["val/loss"]) for row in run.history]
+    assert rows == [(6_621, 1, 1.2262), (13_242, 2, 1.0048), (19_863, 3, 0.9414)]
     assert run.fields["jobType"] == "reference"
     assert run.metric_definitions()["val/*"]["axis"] == "epoch"
     assert run.config_values()["mode"] == "card"
     assert run.config_values()["unknown"] == list(reference.UNKNOWN_DATA)
 
 
-def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path, fast_python: str) -> None:
-    (tmp_path / "other").mkdir()
-    home = {"TRAINER_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-    first, again = (
-        run_python(tmp_path / place, SCRIPT, "--log-card", "p", python=fast_python, **home) for place in ("", "other")
-    )
+def test_the_reference_run_is_logged_to_wandb_once(server: FakeWandb, run_compare: Any, tmp_path: Path) -> None:
+    caches = ("cache", "cache", "elsewhere")  # from there it is found on the server
+    online = [
+        run_compare("--log-card", f"{ENTITY}/p", server=server, TRAINER_CACHE=str(tmp_path / cache)) for cache in caches
+    ]
+    assert [process.returncode for process in online] == [0, 0, 0], online[0].stderr
+    assert "the card is logged in" in online[0].stdout
+    assert all("already logged" in process.stdout for process in online[1:])
+    check_reference_run(server)
+    first, again = (run_compare("--log-card", "p", TRAINER_CACHE=str(tmp_path / "offline")) for _ in range(2))
     assert [process.returncode for process in (first, again)] == [0, 0], first.stderr
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
-    assert len(list((tmp_path / "cache" / "card").glob("p/wandb/offline-run-*"))) == 1
+    assert len(list((tmp_path / "offline" / "card").glob("p/wandb/offline-run-*"))) == 1

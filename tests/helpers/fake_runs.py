@@ -1,4 +1,4 @@
-"""Makes run folders as a training run leaves them, from formulas instead of training, for the tests of the report."""
+"""Makes run folders as a training run leaves them, from formulas instead of training."""
 
 import copy
 import json
@@ -16,22 +16,11 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalSplit, write_
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.schedule import learning_rate
 
-NUM_EXAMPLES = 240
-NUM_PARAMS = 2_000_000
-BLOCK_SIZE = 256
-#: where the invented validation loss starts, and the floor it falls to by mode
-INITIAL_LOSS = 4.0
-LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
-
-
-def count_split(num_records: int, num_examples: int) -> dict[str, int]:
-    """The counts of a split of joined texts."""
-    return {
-        "records": num_records,
-        "examples": num_examples,
-        "tokens": num_examples * BLOCK_SIZE,
-        "num_target_tokens": num_examples * (BLOCK_SIZE - 1),
-    }
+NUM_EXAMPLES, NUM_PARAMS, BLOCK_SIZE = 240, 2_000_000, 256
+INITIAL_LOSS, LOSS_FLOOR = (
+    4.0,
+    {"full": 2.0, "lora": 2.1},
+)  # of the invented validation loss
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
@@ -39,6 +28,11 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
     settings = resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_trainable = NUM_PARAMS if mode == "full" else 19_000
+
+    def count_split(num_records: int, num_examples: int) -> dict[str, int]:
+        tokens = {"tokens": num_examples * BLOCK_SIZE, "num_target_tokens": num_examples * (BLOCK_SIZE - 1)}
+        return {"records": num_records, "examples": num_examples, **tokens}
+
     metadata = {
         "schema_version": SCHEMA_VERSION,
         "run_id": f"{mode}{seed:04d}",
@@ -51,57 +45,30 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
         "overridden": ["--seed"],
         "not_comparable_with_card": [],
         "resolved": {
-            "lr": settings.train.lr,
-            "precision": "fp32",
-            "ds_config": "zero0",
-            "ds_reason": "one rank",
-            "ranks": 1,
-            "nodes": 1,
-            "device": "cpu",
-            "backend": "gloo",
-            "threads_per_rank": 2,
-            "micro_batch": 8,
-            "accumulation": 1,
-            "global_batch": 8,
-            "steps_per_epoch": steps_per_epoch,
-            "total_steps": 3 * steps_per_epoch,
-            "warmup_steps": 0,
-            "dropout": 0.1,
+            **{"lr": settings.train.lr, "precision": "fp32", "ds_config": "zero0", "ds_reason": "one rank"},
+            **{"ranks": 1, "nodes": 1, "device": "cpu", "backend": "gloo", "threads_per_rank": 2},
+            **{"micro_batch": 8, "accumulation": 1, "global_batch": 8, "warmup_steps": 0, "dropout": 0.1},
+            **{"steps_per_epoch": steps_per_epoch, "total_steps": 3 * steps_per_epoch},
         },
         "execution": [{"step": 0, "reason": "as planned"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
-            "source": "acled-demo",
-            "fingerprint": "d1" * 8,
-            "train_fingerprint": "a1" * 8,
-            "val_fingerprint": "b1" * 8,
-            "split": "hash 0.1",
-            "tokenizer": "c1" * 8,
-            "vocabulary": 4096,
-            "objective": "blocks",
-            "block_size": BLOCK_SIZE,
-            "train": count_split(900, NUM_EXAMPLES),
-            "val": count_split(100, 27),
-            "notices": ["41 tail tokens dropped"],
+            **{"source": "acled-demo", "split": "hash 0.1", "vocabulary": 4096, "objective": "blocks"},
+            **{"fingerprint": "d1" * 8, "train_fingerprint": "a1" * 8, "val_fingerprint": "b1" * 8},
+            **{"tokenizer": "c1" * 8, "block_size": BLOCK_SIZE, "notices": ["41 tail tokens dropped"]},
+            **{"train": count_split(900, NUM_EXAMPLES), "val": count_split(100, 27)},
         },
         "model": {
-            "name": "demo-base",
-            "init": "pretrained",
-            "class": "GPT2LMHeadModel",
-            "parameters": NUM_PARAMS,
-            "trainable": num_trainable,
-            "share": num_trainable / NUM_PARAMS,
-            "fingerprint": "e1" * 8,
+            **{"name": "demo-base", "init": "pretrained", "class": "GPT2LMHeadModel", "fingerprint": "e1" * 8},
+            **{"parameters": NUM_PARAMS, "trainable": num_trainable, "share": num_trainable / NUM_PARAMS},
             "lora_targets": ["c_attn", "c_fc"] if mode == "lora" else [],
         },
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "git": {"commit": "0" * 40, "dirty": False},
         "hardware": {"cpu": "some cpu", "cores": 2, "memory_gb": 8.0, "gpu": None, "gpus": 0},
         "wandb": {
-            "id": f"{mode}{seed:04d}",
-            "project": "gpt2-full-vs-lora",
-            "group": "full-vs-lora-acled-demo",
-            "mode": "offline",
+            **{"id": f"{mode}{seed:04d}", "mode": "offline"},
+            **{"project": "gpt2-full-vs-lora", "group": "full-vs-lora-acled-demo"},
         },
     }
     for path, value in overrides.items():
@@ -115,20 +82,14 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
 
 def make_reference_like_metadata(mode: str = "full", **overrides: Any) -> dict[str, Any]:
     """A run of which all that is known of the card agrees: 13,242 blocks of 1,024, GPT-2, its vocabulary, 3 epochs."""
+    num_parameters = 124_439_808
     reference_values = {
-        "data__source": "export.csv",
-        "data__vocabulary": 50_257,
-        "data__block_size": 1024,
-        "model__name": "gpt2",
-        "model__parameters": 124_439_808,
-        "model__trainable": 124_439_808 if mode == "full" else 1_179_648,
-        "resolved__steps_per_epoch": 6_621,
-        "resolved__total_steps": 19_863,
-        "resolved__global_batch": 2,
+        **{"data__source": "export.csv", "data__vocabulary": 50_257, "data__block_size": 1024},
+        **{"model__name": "gpt2", "model__parameters": num_parameters, "data__train__examples": 13_242},
+        "model__trainable": num_parameters if mode == "full" else 1_179_648,
+        **{"resolved__steps_per_epoch": 6_621, "resolved__total_steps": 19_863, "resolved__global_batch": 2},
     }
-    metadata = make_metadata(mode, preset="card", **{**reference_values, **overrides})
-    metadata["data"]["train"]["examples"] = overrides.get("data__train__examples", 13_242)
-    return metadata
+    return make_metadata(mode, preset="card", **{**reference_values, **overrides})
 
 
 def synthetic_val_loss(epoch: float, floor: float) -> float:
@@ -153,48 +114,26 @@ def make_records(
     floor = LOSS_FLOOR[metadata["mode"]] if floor is None else floor
     total_steps = steps_per_epoch * epochs
     step_seconds, step_tokens = wall_seconds / total_steps, global_batch * metadata["data"]["block_size"]
-
-    def record_axes(step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "epoch": step / steps_per_epoch,
-            "samples": step * global_batch,
-            "tokens": step * step_tokens,
-            "time": step * step_seconds,
-        }
-
-    def loss_at(epoch: float) -> float:
-        return synthetic_val_loss(epoch, floor)
-
-    def make_evals(step: int) -> list[Record]:
-        epoch, num_targets = step / steps_per_epoch, metadata["data"]["val"]["num_target_tokens"]
-        if losses is not None and epoch not in losses:
-            return []
-        loss = loss_at(epoch) if losses is None else losses[epoch]
-        return [EvalRecord(**record_axes(step), loss=loss, perplexity=perplexity(loss), eval_tokens=num_targets)]
-
-    records = make_evals(0)
-    records += [
-        EventRecord(event="retain_evaluation", step=n * total_steps, message="", time=0.0, facts={"loss": loss})
-        for n, loss in enumerate(retained)
-    ]
-    for step in range(1, total_steps + 1):
-        if step % every == 0 or step == total_steps:
-            loss = loss_at(step / steps_per_epoch) + 0.05 * math.sin(step)
-            lr = learning_rate(step - 1, peak_lr=metadata["resolved"]["lr"], warmup_steps=0, total_steps=total_steps)
-            records.append(
-                StepRecord(
-                    **record_axes(step),
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=1 + 0.2 * math.cos(step),
-                    tokens_per_second=step_tokens / step_seconds,
-                )
-            )
-        if step % steps_per_epoch == 0:
-            epoch = step // steps_per_epoch
-            axes = {**record_axes(step), "epoch": epoch}
-            records += [EpochRecord(**axes, train_loss=loss_at(epoch - 0.5)), *make_evals(step)]
+    peak_lr, num_targets = metadata["resolved"]["lr"], metadata["data"]["val"]["num_target_tokens"]
+    records: list[Record] = []
+    for step in range(total_steps + 1):
+        epoch = step / steps_per_epoch
+        axes: dict[str, Any] = {"step": step, "epoch": epoch, "samples": step * global_batch}
+        axes |= {"tokens": step * step_tokens, "time": step * step_seconds}
+        if step and (step % every == 0 or step == total_steps):
+            lr = learning_rate(step - 1, peak_lr=peak_lr, warmup_steps=0, total_steps=total_steps)
+            values = {"lr": lr, "grad_norm": 1 + 0.2 * math.cos(step), "tokens_per_second": step_tokens / step_seconds}
+            loss = synthetic_val_loss(epoch, floor) + 0.05 * math.sin(step)
+            records.append(StepRecord(**axes, loss=loss, **values))
+        if step and step % steps_per_epoch == 0:
+            records.append(EpochRecord(**axes, train_loss=synthetic_val_loss(epoch - 0.5, floor)))
+        if step % steps_per_epoch == 0 and (losses is None or epoch in losses):
+            loss = synthetic_val_loss(epoch, floor) if losses is None else losses[epoch]
+            records.append(EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=num_targets))
+        if step == 0:
+            for n, loss in enumerate(retained):
+                event = {"event": "retain_evaluation", "step": n * total_steps, "message": "", "time": 0.0}
+                records.append(EventRecord(**event, facts={"loss": loss}))
     if not finished:
         return [record for record in records if record.step < total_steps]
     evals = [
@@ -203,16 +142,11 @@ def make_records(
         if isinstance(record, EvalRecord)
     ]
     summary = {
-        "wall_seconds": wall_seconds,
-        "device_hours": wall_seconds / 3600,
-        "peak_memory_bytes": peak_memory_bytes,
-        "checkpoint_bytes": 24_000_000,
-        "export_bytes": 8_000_000,
+        **{"wall_seconds": wall_seconds, "device_hours": wall_seconds / 3600, "peak_memory_bytes": peak_memory_bytes},
+        **{"checkpoint_bytes": 24_000_000, "export_bytes": 8_000_000, "final": evals[-1] if evals else None},
         "best": min(evals, key=lambda row: row["loss"], default=None),
-        "final": evals[-1] if evals else None,
     }
-    end = EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
-    return [*records, end]
+    return [*records, EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)]
 
 
 def write_eval_records(
@@ -241,7 +175,7 @@ def write_eval_records(
     return folder
 
 
-def write_run_folder(folder: Path, metadata: Mapping[str, Any], records: list[Record]) -> Path:
+def write_run_folder(folder: Path, metadata: Mapping[str, Any], records: Sequence[Record]) -> Path:
     """The run folder with both files; returns it."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(metadata))

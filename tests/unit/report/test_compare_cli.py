@@ -20,19 +20,20 @@ def leave():
     used = resource.getrusage(resource.RUSAGE_SELF)  # its ru_maxrss begins with that of the process that started this
     peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
     heavy = sorted({"torch", "transformers", "deepspeed", "datasets", "matplotlib", "wandb"} & set(sys.modules))
-    json.dump({"seconds": used.ru_utime + used.ru_stime, "kib": int(peak), "heavy": heavy}, open(place, "w"))
-place, script = sys.argv[1:3]
-del sys.argv[:2]
+    json.dump({"seconds": used.ru_utime + used.ru_stime, "kib": int(peak), "heavy": heavy}, open("usage.json", "w"))
+script = sys.argv[1]
+del sys.argv[:1]
 atexit.register(leave)
 runpy.run_path(script, run_name="__main__")
 """
 
 
-def run_compare_script(folder: Path, *args: object, usage: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """A process of its own, as people start it; what it used is left in `usage`."""
+def run_measured(folder: Path, *args: object) -> tuple["subprocess.CompletedProcess[str]", dict[str, object]]:
+    """The script in a process of its own, as people start it, and what that used."""
     env = child_env(HOME=str(folder), MPLCONFIGDIR=str(folder / "mpl"))
-    command = [sys.executable, *(["-c", MEASURE_USAGE_CODE, usage] if usage else []), SCRIPT, *args]
-    return subprocess.run(list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", MEASURE_USAGE_CODE, str(SCRIPT), *map(str, args)]
+    process = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return process, json.loads((folder / "usage.json").read_text())
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The script's main in this process, started in `tmp_path` by nobody who is logged in to W&B."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for variable in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
     script = runpy.run_path(str(SCRIPT))
-    return lambda *arguments: script["main"]([str(argument) for argument in arguments])
+    return lambda *arguments: script["main"](list(arguments))
 
 
 def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Callable[..., int]) -> None:
@@ -54,10 +55,9 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     (tmp_path / "precious").write_text("precious")
     for name in names:  # links of somebody else are replaced, not written through
         (tmp_path / "comparison" / name).symlink_to(tmp_path / "precious")
-    process = run_compare_script(tmp_path, "full", "lora", usage=tmp_path / "usage.json")
+    process, used = run_measured(tmp_path, "full", "lora")
     assert (tmp_path / "precious").read_text() == "precious"
-    heavy = json.loads((tmp_path / "usage.json").read_text())["heavy"]
-    assert heavy == ["matplotlib"], "a whole comparison needs no torch"
+    assert used["heavy"] == ["matplotlib"], "a whole comparison needs no torch"
     assert (process.returncode, process.stderr) == (0, "")
     for text in (
         "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
@@ -71,27 +71,31 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     assert {path.name for path in (tmp_path / "comparison").iterdir()} == names
     assert main("full", "lora", "--output-dir", "x/y") == 0
     for name in names - {"curves.png"}:
-        assert (tmp_path / "x" / "y" / name).read_text() == (tmp_path / "comparison" / name).read_text(), (
-            "the same runs, another report"
-        )
+        texts = [(tmp_path / folder / name).read_text() for folder in ("x/y", "comparison")]
+        assert texts[0] == texts[1], "the same runs, another report"
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_compare_checks_decide_the_exit_code(
+def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run_folder(tmp_path / "demo", losses={0: 4.0, 1: 3.0, 2: 2.0, 3: 1.5})
     for name, loss in (("card", 1.0), ("over", 1.01)):
         losses = {0: 4.0, 1: 1.2, 2: loss, 3: 0.9}
         make_run_folder(tmp_path / name, metadata=make_reference_like_metadata(), losses=losses, every=5000)
-    assert main("card", "--check", "card", "--check", "val_loss<=1.0048@epoch 2") == 0
-    assert capsys.readouterr().out.count(": passed (") == 2
-    assert main("over", "--check", "card") == 1
-    assert "failed (over at epoch 2" in capsys.readouterr().out
-    assert main("over", "--check", "card", "--tolerance", "0.01") == 0
-    capsys.readouterr()
-    assert main("demo", "--check", "card") == 3
-    assert "check card: full-s42: not comparable (other data" in capsys.readouterr().out
+    (make_run_folder(tmp_path / "lora", "lora") / "metrics.jsonl").write_text("")
+    for arguments, exit_code, said in (
+        (("card", "--check", "card", "--check", "val_loss<=1.0048@epoch 2"), 0, ": passed ("),
+        (("over", "--check", "card"), 1, "failed (over at epoch 2"),
+        (("over", "--check", "card", "--tolerance", "0.01"), 0, "check card: full-s42: passed"),
+        (("demo", "--check", "card"), 3, "check card: full-s42: not comparable (other data"),
+        (("demo", "lora"), 0, "Full improved on its base (4.0000 -> 1.5000 at best)"),
+        (("demo", "lora", "--check", "val_loss<9"), 1, "check val_loss<9: lora: failed (no metrics"),
+    ):
+        assert main(*arguments) == exit_code
+        output = capsys.readouterr()
+        assert said in output.out
+    assert output.err == "note: lora: no metrics: neither a step nor an evaluation was written; left out\n"
 
 
 @pytest.mark.parametrize(
@@ -121,23 +125,8 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_broken_run_is_reported_and_fails_a_check_while_the_others_are_compared(
-    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run_folder(tmp_path / "full")
-    make_run_folder(tmp_path / "lora", "lora")
-    (tmp_path / "lora" / "metrics.jsonl").write_text("")
-    assert main("full", "lora") == 0
-    output = capsys.readouterr()
-    assert output.err == "note: lora: no metrics: neither a step nor an evaluation was written; left out\n"
-    assert "Full improved on its base (4.0000 -> 2.0222 at best)" in output.out
-    assert main("full", "lora", "--check", "val_loss<9") == 1
-
-
 def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
-    process = run_compare_script(tmp_path, "gone", usage=tmp_path / "usage.json")
-    used = json.loads((tmp_path / "usage.json").read_text())
+    process, used = run_measured(tmp_path, "gone")
     assert (process.returncode, used["heavy"]) == (2, [])
     assert used["seconds"] < 2.0  # of the processor
 
@@ -156,9 +145,8 @@ def test_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(
         content = make_metadata(("full", "lora")[n % 2], seed=n // 2, run_id=f"run{n:05d}", **length)
         (folder / "run.json").write_text(json.dumps(content))
         os.link(rows, folder / "metrics.jsonl")
-    process = run_compare_script(tmp_path, *(f"run{n}" for n in range(num_runs)), usage=tmp_path / "usage.json")
+    process, used = run_measured(tmp_path, *(f"run{n}" for n in range(num_runs)))
     assert process.returncode == 0, process.stderr
-    used = json.loads((tmp_path / "usage.json").read_text())
     assert used["seconds"] < max_seconds  # of the processor
     assert used["kib"] < 1_000_000
     assert (tmp_path / "comparison" / "report.html").stat().st_size < 3_000_000

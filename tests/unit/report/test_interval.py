@@ -1,19 +1,23 @@
-"""The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known.
+"""The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known; and what
+rests on it, losses within equal budgets.
 
 The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from trainer.report import interval as interval_module
 from trainer.report.interval import (
     VarianceComponents,
+    holm,
     paired_interval,
     plan_sample_size,
     predict_half_width,
@@ -21,6 +25,7 @@ from trainer.report.interval import (
     sum_by_unit,
 )
 from trainer.report.judge import Margin
+from trainer.report.views import build_views, describe_views
 
 FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
 MIN_COVERAGE, MAX_SIZE, MAX_FALSE_DIFFERENCES = 0.93, 0.065, 0.06
@@ -28,6 +33,8 @@ MIN_COVERAGE, MAX_SIZE, MAX_FALSE_DIFFERENCES = 0.93, 0.065, 0.06
 CASES = [(0.01, 0.1, 0.05), (0.0, 0.1, 0.05), (0.03, 0.1, 0.05), (0.01, 0.0, 0.2), (0.002, 0.05, 0.1)]
 NUM_UNITS = 200
 each_size = pytest.mark.parametrize("num_studies", [FAST_STUDIES, pytest.param(SWEEP_STUDIES, marks=pytest.mark.sweep)])
+each_number_of_seeds = pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
+Study = tuple[np.ndarray, np.ndarray]  # differences (seeds, units) and targets (units,)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -46,20 +53,16 @@ def simulate(
     num_seeds: int,
     num_units: int = NUM_UNITS,
     excess: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Differences (seeds, units) and targets (units,) of one study whose true excess is `excess`."""
+) -> Study:
+    """One study whose true excess is `excess`."""
     seed_sd, unit_sd, rest_sd = case
     targets = rng.integers(5, 61, num_units).astype(float)
-    per_token = (
-        excess
-        + seed_sd * draw(rng, num_seeds, 1)
-        + unit_sd * draw(rng, 1, num_units)
-        + rest_sd * draw(rng, num_seeds, num_units)
-    )
+    per_token = excess + seed_sd * draw(rng, num_seeds, 1) + unit_sd * draw(rng, 1, num_units)
+    per_token = per_token + rest_sd * draw(rng, num_seeds, num_units)
     return per_token * targets, targets
 
 
-def simulate_studies(num_studies: int, *args: object, **kwargs: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def simulate_studies(num_studies: int, *args: object, **kwargs: object) -> Iterator[Study]:
     rng = np.random.default_rng([20261125, kwargs["num_seeds"]])
     for _ in range(num_studies):
         yield simulate(rng, *args, **kwargs)
@@ -94,25 +97,23 @@ def test_the_estimate_weighs_units_by_their_targets_and_equal_models_differ_by_n
     assert paired_interval(np.array([[1.0, 9.0]]), np.array([10.0, 30.0])).estimate == pytest.approx(10 / 40)
     same = paired_interval(np.zeros((3, 5)), np.ones(5))
     assert (same.low, same.high, same.excludes_zero) == (0.0, 0.0, False)
+    sums = sum_by_unit(np.array([[1.0, 2.0, 4.0, 8.0]]), ["b", "a", "b", "a"])  # records of one group are one unit
+    np.testing.assert_array_equal(sums, [[10.0, 5.0]])
 
 
-def test_the_interval_is_never_narrower_than_that_of_the_seeds_means():
+def test_the_interval_is_never_narrower_than_that_of_the_seeds_means_and_p_is_the_level_at_which_it_reaches_zero(
+    monkeypatch,
+):
     rng = np.random.default_rng(5)
     for case in CASES:
-        differences, targets = simulate(rng, normal, case, num_seeds=3)
+        differences, targets = simulate(rng, normal, case, num_seeds=3, excess=0.02)
         interval = paired_interval(differences, targets)
         seed_means = ((differences - interval.estimate * targets) / targets.mean()).mean(axis=1)
         alone = stats.t.ppf(0.975, 2) * seed_means.std(ddof=1) / np.sqrt(3)
         assert interval.high - interval.estimate >= alone * (1 - 1e-12)
-
-
-def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero(monkeypatch):
-    rng = np.random.default_rng(6)
-    for case in CASES:
-        differences, targets = simulate(rng, normal, case, num_seeds=4, excess=0.02)
-        p_value = paired_interval(differences, targets).p_value
-        monkeypatch.setattr(interval_module, "TWO_SIDED", 1 - p_value / 2)
-        at_level = paired_interval(differences, targets)
+        with monkeypatch.context() as patch:
+            patch.setattr(interval_module, "TWO_SIDED", 1 - interval.p_value / 2)
+            at_level = paired_interval(differences, targets)
         assert min(abs(at_level.low), abs(at_level.high)) == pytest.approx(0, abs=1e-9)
 
 
@@ -123,15 +124,15 @@ def test_an_interval_over_seeds_alone_is_the_paired_t_interval():
     assert (interval.low, interval.high) == pytest.approx((low, high))
 
 
-def test_records_of_one_group_are_summed_into_one_unit():
-    sums = sum_by_unit(np.array([[1.0, 2.0, 4.0, 8.0]]), ["b", "a", "b", "a"])
-    np.testing.assert_array_equal(sums, [[10.0, 5.0]])
-
-
 def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_gain():
     base, full = np.full((1, 4), 4.0), np.full((1, 4), 2.0)
     losses = SimpleNamespace(lora=full + 0.02 * (base - full), full=full, base=base, targets=np.ones(4))
     np.testing.assert_allclose(Margin().contrast(losses), 0, atol=1e-12)
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 # --- simulated studies ---
@@ -146,9 +147,6 @@ def print_share(label: str, outcomes: Iterable[bool]) -> float:
 def covers(differences: np.ndarray, targets: np.ndarray, truth: float = 0.02) -> bool:
     interval = paired_interval(differences, targets)
     return interval.low <= truth <= interval.high
-
-
-each_number_of_seeds = pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
 
 
 @each_size
@@ -217,13 +215,57 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
 
 def test_plan_sample_size_counts_the_seeds_or_says_that_records_are_the_floor():
     rng = np.random.default_rng(11)
-    by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
-    advice = plan_sample_size(dataclasses.replace(by_seeds, estimate=0.03))
+    by_seeds = dataclasses.replace(
+        paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3)), estimate=0.03
+    )
+    advice = plan_sample_size(by_seeds)
     assert advice.floor < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
-    by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
-    advice = plan_sample_size(dataclasses.replace(by_records, estimate=0.02))
+    by_records = dataclasses.replace(
+        paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5)), estimate=0.02
+    )
+    advice = plan_sample_size(by_records)
     assert advice.floor >= 0.02
     assert advice.num_seeds is None
     assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02
+
+
+# --- equal budgets ---
+
+
+def curve(losses: list[float], *, flops: float, seconds: float | None = None, memory: float = 1e9) -> pd.DataFrame:
+    """Points at 100, 200, ... tokens; `flops` and `seconds` a token."""
+    tokens = 100 * np.arange(1, len(losses) + 1)
+    spent = {"tokens": tokens, "flops": tokens * flops, "seconds": seconds and tokens * seconds}
+    return pd.DataFrame({"loss": losses, **spent, "peak_memory_bytes": memory})
+
+
+def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_ends() -> None:
+    full, lora = curve([3.0, 2.0, 1.8], flops=3, memory=2e9), curve([3.1, 2.1, 1.9], flops=2)
+    tokens, flops, seconds, memory = build_views([full], [lora], no_seconds="not timed in alternation")
+    assert (tokens.budget, tokens.full_loss, tokens.lora_loss, tokens.favours) == (300, 1.8, 1.9, "full")
+    assert (flops.budget, flops.full_loss, flops.lora_loss) == (600, 2.0, 1.9)  # full's second evaluation: 200 x 3
+    assert memory.describe() == "at equal peak memory (1.00 GB): only LoRA fits, with loss 1.9000"
+    assert build_views([full], [curve([1.9], flops=2, memory=1.99e9)])[3].full_loss == 1.8, "1 % less is no advantage"
+    lines = describe_views([tokens, flops, seconds, memory])
+    assert lines[0].startswith("Exploratory: LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
+    assert lines[0].endswith("where at equal tokens full is ahead.")
+    assert lines[1].startswith("Exploratory: LoRA is ahead at equal peak memory")
+    assert lines[2] == "Exploratory: at equal seconds: not known (not timed in alternation)."
+
+
+def test_between_two_evaluations_the_loss_is_linear_in_the_logarithm_of_what_was_spent() -> None:
+    full, lora = curve([3.0, 2.0], flops=1, seconds=1.0), curve([2.9], flops=1, seconds=math.sqrt(2))
+    seconds = build_views([full], [lora])[2]
+    assert seconds.budget == pytest.approx(100 * math.sqrt(2))  # half the way from 100 to 200 in its logarithm
+    assert seconds.full_loss == pytest.approx(2.5)
+    assert "141.4 s): LoRA 2.9000" in seconds.describe()
+
+
+def test_with_two_seeds_a_view_favours_a_mode_by_its_interval_only() -> None:
+    full = [curve([2.0], flops=1), curve([2.0], flops=1)]
+    certain = build_views(full, [curve([2.1], flops=1), curve([2.1001], flops=1)])[0]
+    unsure = build_views(full, [curve([2.1], flops=1), curve([1.95], flops=1)])[0]
+    assert (certain.favours, unsure.favours) == ("full", "")
+    assert "over seeds" in certain.describe()

@@ -1,19 +1,24 @@
-"""Reading runs back: what a run folder says is what the report sees, and what is broken is said for that run alone."""
+"""Reading runs back: the report sees what a run folder says, and what is broken is said for that run alone."""
 
+import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
+from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
 from trainer.report.load import load_runs
+from trainer.report.page import compare, render_markdown
 from trainer.report.run_data import read_folder
-from trainer.tracking.records import EventRecord, StepRecord
+from trainer.tracking.records import EventRecord, StepRecord, to_line
 
 
 def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Path) -> None:
@@ -28,30 +33,21 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
     assert run_data.initial_loss == 4.0
     assert run_data.best_eval == run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": synthetic_val_loss(3, 2.1)}
     assert run_data.summary["wall_seconds"] == 100.0
+    uneven = read_folder(make_run_folder(tmp_path / "uneven", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
+    assert uneven.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}, "the lowest after step 0, not the last"
+    assert uneven.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
 
 
-def test_of_a_very_long_run_every_so_many_th_step_is_read_and_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_very_long_run_is_read_by_every_so_many_th_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run_folder(tmp_path / "run")
     whole = read_folder(folder)
     monkeypatch.setattr(run_data_module, "MAX_STEP_ROWS", 25)
     thinned = read_folder(folder)
     assert thinned.notes == ("every 4th of its steps is read",)
-    assert len(thinned.steps["step"]) <= 30
-    assert [thinned.steps[name][-1] for name in ("step", "tokens", "time")] == [
-        whole.steps[name][-1] for name in ("step", "tokens", "time")
-    ]
-    assert thinned.steps["loss"][0] == whole.steps["loss"][3]
-    assert thinned.steps["step"][:2].tolist() == [4, 8]
+    assert thinned.steps["step"].tolist() == [*range(4, 90, 4), 90]
+    assert thinned.steps["loss"].tolist() == [*whole.steps["loss"][3::4], whole.steps["loss"][-1]]
     for kind in ("evals", "epochs"):
         np.testing.assert_equal(getattr(thinned, kind), getattr(whole, kind))
-
-
-def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last(tmp_path: Path) -> None:
-    run_data = read_folder(make_run_folder(tmp_path / "run", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
-    assert run_data.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}
-    assert run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
 
 
 def test_truncated_and_broken_records_are_ignored_and_reported(tmp_path: Path) -> None:
@@ -62,12 +58,10 @@ def test_truncated_and_broken_records_are_ignored_and_reported(tmp_path: Path) -
     run_data = read_folder(path.parent)
     assert run_data.notes == ("its last row was cut off and is left out", "3 rows could not be read and are left out")
     assert run_data.steps["step"].tolist() == list(range(1, 91))
-    assert run_data.best_eval is not None
 
 
 def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
-    run = make_metadata()
-    # killed at 40, saved at 30
+    run = make_metadata()  # killed at 40, saved at 30
     first = [record for record in make_records(run, floor=9.0, finished=False) if record.step <= 40]
     again = [record for record in make_records(run) if record.step > 30]
     run_data = read_folder(write_run_folder(tmp_path / "run", run, [*first, *again]))
@@ -76,25 +70,19 @@ def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_p
     assert run_data.evals["step"].tolist() == [0, 30, 60, 90]
 
 
-def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_says_no_end(tmp_path: Path) -> None:
+def test_what_a_run_lacks_is_noted_and_an_unfinished_one_is_going_while_its_records_are_fresh(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "run", finished=False)
     assert read_folder(folder).notes == ("still going (step 89 of 90); left out of the verdict",)
     os.utime(folder / "metrics.jsonl", (0, 0))
-    run_data = read_folder(folder)
-    assert run_data.state == "stopped"
-    assert run_data.notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
+    assert read_folder(folder).notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
     for event in ("interrupted", "not_finite"):
         run = make_metadata()
         before = [record for record in make_records(run, finished=False) if record.step <= 40]
         last = EventRecord(event=event, step=40, message="what happened", time=40.0)
         notes = read_folder(write_run_folder(tmp_path / event, run, [*before, last])).notes
         assert notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
-
-
-def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
-    assert read_folder(make_run_folder(tmp_path / "none", losses={})).notes == (
-        "no evaluation after step 0: no validation loss to compare",
-    )
+    no_evaluations = read_folder(make_run_folder(tmp_path / "none", losses={}))
+    assert no_evaluations.notes == ("no evaluation after step 0: no validation loss to compare",)
     no_base = read_folder(make_run_folder(tmp_path / "base", losses={1: 3.0}))
     assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
 
@@ -120,11 +108,12 @@ def test_a_run_that_cannot_be_read_is_refused_with_the_reason(
 
 
 def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: Path) -> None:
-    good, copy = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "copy")
+    good, same_run = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "copy")
     empty = make_run_folder(tmp_path / "empty", "lora")
     (empty / "metrics.jsonl").unlink()
     (tmp_path / "nothing").mkdir()
-    runs, problems = load_runs(list(map(str, (good, copy, empty, tmp_path / "nothing", tmp_path / "a b" / "gone"))))
+    folders = (good, same_run, empty, tmp_path / "nothing", tmp_path / "a b" / "gone")
+    runs, problems = load_runs(list(map(str, folders)))
     assert [run.name for run in runs] == ["full-s42"]
     assert all(problem.is_excluded for problem in problems)
     texts = (
@@ -146,7 +135,60 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
 def test_runs_of_one_name_are_told_apart_by_their_seed_or_id(
     tmp_path: Path, contents: list[dict[str, Any]], names: list[str]
 ) -> None:
-    folders = [
-        make_run_folder(tmp_path / str(n), metadata=make_metadata(**content)) for n, content in enumerate(contents)
-    ]
+    folders = [make_run_folder(tmp_path / str(n), metadata=make_metadata(**c)) for n, c in enumerate(contents)]
     assert [run.name for run in load_runs(list(map(str, folders)))[0]] == names
+
+
+# --- whatever the files hold: a comparison of what can be read of them, or the run is left out by name ---
+
+TEXTS = [{"prompt": "a", "completion": "b", "reference": "c"}]
+SAMPLES = {"epoch": 1.0, "scored": 3, "scores": {"date": 0.5}, "texts": TEXTS}
+METADATA = make_metadata("lora")
+ROWS = [json.loads(to_line(row)) for row in make_records(METADATA)][-60:]
+for name, facts in (("samples", SAMPLES), ("retain_evaluation", {"loss": 2.0})):
+    ROWS.insert(-1, json.loads(to_line(EventRecord(event=name, step=9, message="", time=1.0, facts=facts))))
+
+
+def list_places(value, place=()):
+    """The path of every value inside a JSON value."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*place, key)
+            yield from list_places(inner, (*place, key))
+
+
+def write_edited(folder, metadata_edits=(), row_edits=()):
+    folder.mkdir(exist_ok=True)
+    contents = copy.deepcopy([METADATA, ROWS])
+    for content, edits in zip(contents, (metadata_edits, row_edits), strict=True):
+        for (*parents, last), value in edits:
+            try:  # a place may be gone with an edit before
+                target = content
+                for key in parents:
+                    target = target[key]
+                target[last] = value
+            except (LookupError, TypeError):
+                continue
+    (folder / "run.json").write_text(json.dumps(contents[0]))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contents[1]))
+    return str(folder)
+
+
+@many_inputs(40)
+def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_inputs):
+    whole = str(make_run_folder(tmp_path / "whole", "full"))
+
+    def check(metadata_edits, row_edits):
+        runs, problems = load_runs([whole, write_edited(tmp_path / "damaged", metadata_edits, row_edits)])
+        assert len(runs) == 2 or any(problem.is_excluded for problem in problems)
+        assert all("\n" not in str(problem) for problem in problems)
+        assert render_markdown(compare(runs, problems))
+
+    places = [st.sampled_from(list(list_places(content))) for content in (METADATA, ROWS)]
+    check_inputs(num_inputs, check, *(st.lists(st.tuples(place, JSON_VALUES), max_size=2) for place in places))
+
+
+def test_the_samples_of_a_whole_run_are_shown(tmp_path):
+    comparison = compare(*load_runs([write_edited(tmp_path / "samples")]))
+    assert re.search(r"\| a +\| c +\| b +\|", render_markdown(comparison))
+    assert [len(table.rows) for table in comparison.optional_tables] == [1, 1]

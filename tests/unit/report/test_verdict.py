@@ -1,0 +1,484 @@
+"""What may be held against what, and the verdict: its interval, its words, no number where there may be none."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
+
+from trainer.config.errors import UserError
+from trainer.report.comparable import (
+    COMPARABILITY_KEYS,
+    comparable_sets,
+    comparison_blockers,
+    group_by_seed,
+    reference_blockers,
+)
+from trainer.report.interval import paired_interval
+from trainer.report.judge import DEFAULT_MARGIN, CostRatio, Margin, StudyContext, parse_margin
+from trainer.report.page import build_settings_tables
+from trainer.report.run_data import RunData, read_folder
+from trainer.report.sentence import Verdict, build_verdict, to_answer
+from trainer.tracking.eval_records import read_evaluations
+
+TARGETS = np.random.default_rng(1).integers(5, 60, 120)
+GPU = {"resolved__device": "cuda", "hardware__gpu": "H100", "hardware__gpus": 1}
+MakeRun = Callable[..., RunData]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Makes runs, one after the other: `make_run(mode, losses, ...)`."""
+    numbers = itertools.count()
+
+    def make_run(
+        mode: str = "full",
+        losses: Sequence[float] = (4.0, 2.0),
+        *,
+        like_card: bool = False,
+        record_losses: Mapping[int, Sequence[float]] | None = None,
+        record_options: Mapping[str, Any] | None = None,
+        how: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> RunData:
+        """A run with these validation losses at epoch 0, 1, ...; `record_losses` of each record by step."""
+        content = (make_reference_like_metadata if like_card else make_metadata)(mode, **overrides)
+        content["resolved"]["total_steps"] = content["resolved"]["steps_per_epoch"] * (len(losses) - 1)
+        by_epoch = {float(i): loss for i, loss in enumerate(losses)}
+        options = {"losses": by_epoch, "every": 500, "epochs": len(losses) - 1, **(how or {})}
+        folder = make_run_folder(tmp_path / str(next(numbers)), metadata=content, **options)
+        if record_losses is not None:
+            write_eval_records(folder, record_losses, targets=TARGETS.tolist(), **(record_options or {}))
+        return read_folder(folder)
+
+    return make_run
+
+
+def make_study(
+    make_run: MakeRun,
+    *,
+    num_seeds: int,
+    excess: float,
+    unit_sd: float = 0.05,
+    seed_sd: float = 0.002,
+    **record_options: Any,
+) -> list[RunData]:
+    """Full and LoRA of each seed, LoRA `excess` nats per token worse; full gains 2 nats over the base."""
+    rng = np.random.default_rng(3)
+    base = 4.0 + 0.3 * rng.standard_normal(len(TARGETS))
+    unit = unit_sd * rng.standard_normal(len(TARGETS))
+    runs = []
+    for seed in range(num_seeds):
+        full = base - 2.0 + 0.1 * rng.standard_normal(len(TARGETS))
+        lora = full + excess + seed_sd * rng.standard_normal() + unit + 0.02 * rng.standard_normal(len(TARGETS))
+        for mode, losses in (("full", full), ("lora", lora)):
+            mean_loss = float(np.average(losses, weights=TARGETS))
+            records = {"record_losses": {0: base, 30: losses}, "record_options": record_options}
+            runs.append(make_run(mode, [4.0, mean_loss], seed=seed, **records))
+    return runs
+
+
+def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin = DEFAULT_MARGIN) -> Verdict:
+    return build_verdict(group_by_seed(runs), with_card, margin)
+
+
+# --- what may be compared, and groups of seeds ---
+
+
+@pytest.mark.parametrize(("name", "path"), COMPARABILITY_KEYS.items())
+def test_each_difference_in_data_or_model_makes_two_runs_incomparable(make_run: MakeRun, name: str, path: str) -> None:
+    full, other = make_run(), make_run("lora", **{path.replace(".", "__"): 9 if name == "block length" else "another"})
+    assert comparison_blockers(full, make_run("lora")) == []
+    assert [reason.startswith(f"other {name} (") for reason in comparison_blockers(full, other)] == [True]
+    assert comparable_sets([full, other], lambda run: run) == [[full], [other]]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("data__vocabulary", 50_258, "other tokenizer ("),
+        ("data__block_size", 512, "other rows ("),
+        ("data__objective", "completion", "other rows ("),
+        ("model__name", "gpt2-medium", "other base model ("),
+        ("model__parameters", 124_000_000, "other base model ("),
+        ("model__init", "random", "other base model ("),
+        ("data__train__examples", 13_243, "other data ("),
+    ],
+)
+def test_each_known_difference_from_the_reference_is_a_reason(
+    make_run: MakeRun, path: str, value: Any, reason: str
+) -> None:
+    assert reference_blockers(make_run(like_card=True)) == reference_blockers(make_run("lora", like_card=True)) == []
+    actual = reference_blockers(make_run(like_card=True, **{path: value}))
+    assert len(actual) == 1
+    assert actual[0].startswith(reason)
+
+
+def test_a_run_whose_data_changed_on_resume_or_came_as_token_ids_is_incomparable(make_run: MakeRun) -> None:
+    def resumed(*, like_card: bool = False, **changed: list[Any]) -> Any:
+        settings = make_metadata("lora", preset="card" if like_card else "demo")["settings"]
+        return make_run("lora", like_card=like_card, resumed={"settings": settings, "changed": changed})
+
+    mixed = resumed(data=["aa", "bb"], lr=[3e-4, 1e-4])
+    assert comparison_blockers(make_run(), mixed) == [f"data of {mixed.name} changed on resume"]
+    assert reference_blockers(resumed(like_card=True, data=["aa", "bb"])) == ["data changed on resume"]
+    assert "lr was changed on resume, from 0.0003 to 0.0001" in mixed.notes
+    assert comparison_blockers(make_run(), resumed(lr=[3e-4, 1e-4])) == []
+    token_ids = make_run("lora", data__tokenizer=None)
+    assert comparison_blockers(make_run(), token_ids) == ["other tokenizer (one came as token ids)"]
+
+
+def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
+    runs = [make_run(seed=1), make_run(seed=2), make_run("lora")]
+    differing, shared = build_settings_tables(group_by_seed(runs), with_reference=True)
+    assert differing.headings == ["setting or fact", "card", "full", "LoRA"]
+    rows = {name: cells for name, *cells in (*differing.rows, *shared.rows)}
+    assert len(rows) == len(differing.rows) + len(shared.rows)
+    content = make_metadata("full")
+    groups = {group: values for group, values in content["settings"].items() if isinstance(values, dict)}
+    assert {f"settings.{group}.{name}" for group, values in groups.items() for name in values} <= set(rows)
+    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(rows)
+    assert rows["settings.train.lr"] == ["3e-05", "0.0005", "0.005"]
+    assert rows["settings.train.seed"] == ["42", "1 | 2", "42"]
+    assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
+    assert rows["settings.lora.rank"] == ["not used", "not used", "8"], "run.json of a full run has it, too"
+
+
+OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
+COMPLETIONS = {"settings__data__objective": "completion", "data__objective": "completion"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        (
+            [("lora", {"seed": 1}), ("full", {"seed": 1}), ("full", {"seed": 2}), ("lora", {"resolved__lr": 1e-3})],
+            ["full: 2", "LoRA (lr 0.005): 1", "LoRA (lr 0.001): 1"],
+        ),
+        (
+            [("lora", {"settings__train__max_steps": n}) for n in (16, 48)],  # as of a study's rungs
+            ["LoRA (16 steps): 1", "LoRA (48 steps): 1"],
+        ),
+        # what the name of the data says is left out
+        ([("full", {}), ("full", OTHER_DATA | COMPLETIONS)], ["full (acled-demo): 1", "full (e2e.csv): 1"]),
+        (
+            [("full", {}), ("full", COMPLETIONS), ("full", OTHER_DATA)],
+            ["full (acled-demo, blocks): 1", "full (acled-demo, completion): 1", "full (e2e.csv, blocks): 1"],
+        ),
+    ],
+)
+def test_runs_that_differ_in_the_seed_alone_are_one_group_with_a_label_that_tells_it_apart(
+    make_run: MakeRun, runs: list[tuple[str, dict[str, Any]]], labels: list[str]
+) -> None:
+    groups = group_by_seed([make_run(mode, **overrides) for mode, overrides in runs])
+    assert [f"{group.label}: {len(group.runs)}" for group in groups] == labels
+
+
+# --- the answer ---
+
+
+def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    pair = judge_runs(*reversed(runs)).primary
+
+    def losses_of(mode: str, step: int) -> np.ndarray:
+        paths = [run.eval_records_path for run in runs if run.mode == mode]
+        frames = [read_evaluations(path).query(f"step == {step}").sort_values("id") for path in paths if path]
+        return np.stack([frame["nll"] for frame in frames])
+
+    full, lora, base = losses_of("full", 30), losses_of("lora", 30), losses_of("full", 0)
+    assert pair.excess == paired_interval(lora - full, TARGETS.astype(float))
+    assert pair.contrast == paired_interval(lora - full - 0.02 * (base - full), TARGETS.astype(float))
+    answer = json.loads(json.dumps(to_answer(judge_runs(*runs))))  # for machines
+    (comparison,) = answer["comparisons"]
+    assert (answer["answer"], comparison["seeds"], comparison["lora"]["lr"]) == ("worse", [0, 1, 2], 0.005)
+    assert comparison["excess"]["low"] == pair.excess.low > 0
+    assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
+
+
+def worse(**options: Any) -> dict[str, Any]:
+    """Arguments of a study of three seeds whose LoRA is worse by 0.2, with these records."""
+    return {"num_seeds": 3, "excess": 0.2, **options}
+
+
+LORA, FULL = "LoRA (lr 0.005) is", "full (lr 0.0005)"
+FEW = {"num_seeds": 3, "unit_sd": 0.02}
+BY_SEEDS = {"num_seeds": 3, "excess": 0.05, "unit_sd": 0.01, "seed_sd": 0.06}
+BY_RECORDS = {"num_seeds": 3, "excess": 0.01, "unit_sd": 0.6, "seed_sd": 0.0}
+RECORDS = "on 120 validation blocks, seeds 0, 1 and 2, 30 steps"
+CLUSTERS = worse(groups=[f"meaning{i // 4}" for i in range(len(TARGETS))])
+BYTES = worse(bytes_per_target=3)  # 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 bits per byte
+SHARED = "records also stand in the training data, over 5%"
+UNRESOLVED = "validation blocks no number of seeds resolves less than ±0."
+
+
+@pytest.mark.parametrize(
+    ("study", "margin", "answer", "start", "said"),
+    [
+        ({**FEW, "excess": 0.2}, "2%", "worse", f"{LORA} worse than {FULL} by 0.2", RECORDS),
+        ({**FEW, "excess": -0.2}, "2%", "better", f"{LORA} better than {FULL} by 0.", RECORDS),
+        ({**FEW, "excess": 0.01}, "2%", "good enough", f"{LORA} good enough beside {FULL}: worse by 0.0", RECORDS),
+        ({**FEW, "excess": 0.01}, "2%", "good enough", LORA, "within the margin of 2 % of what full gained (0.0"),
+        (BY_SEEDS, "2%", "cannot tell", "Cannot tell yet whether LoRA (lr 0.005) is good enough", "seeds are needed"),
+        (BY_RECORDS, "1e-4nats", "cannot tell", "Cannot", UNRESOLVED),
+        ({"num_seeds": 1, "excess": 0.2}, "2%", "worse", f"Of these two models, {LORA}", "says nothing of the methods"),
+        ({"num_seeds": 2, "excess": 0.2}, "2%", "worse", "Provisionally, with 2 seeds, ", "seeds 0 and 1"),
+        (BYTES, "0.5nats", "good enough", LORA, "within the margin of 0.5 nats per token"),
+        (BYTES, "0.1nats", "worse", LORA, "more than the margin of 0.1 nats per token"),
+        (BYTES, "0.24bpb", "good enough", LORA, "within the margin of 0.24 bits per byte"),
+        (BYTES, "0.048bpb", "worse", LORA, "more than the margin of 0.048 bits per byte"),
+        (worse(bytes_per_target=0), "0.24bpb", "worse", LORA, "the bytes of these records are not known"),
+        (CLUSTERS, "2%", "worse", LORA, "on 30 clusters of validation records"),
+        (worse(num_in_train=4), "2%", "worse", LORA, "on 116 validation blocks"),
+        (worse(num_in_train=6), "2%", "worse", LORA, "6 records that equal a training record are left out"),
+        (worse(num_in_train=7), "2%", "not ranked", "LoRA", f"not ranked: 7 of 120 validation {SHARED}"),
+    ],
+)
+def test_the_sentence_and_what_follows_it_say_the_answer_and_what_it_rests_on(
+    make_run: MakeRun, study: dict[str, Any], margin: str, answer: str, start: str, said: str
+) -> None:
+    verdict = judge_runs(*make_study(make_run, **study), margin=parse_margin(margin))
+    assert verdict.primary.answer == answer
+    assert verdict.sentence.startswith(start)
+    assert said in "\n".join([verdict.sentence, *verdict.details])
+    if answer == "not ranked":
+        assert verdict.headlines[0].value == "-"
+    else:
+        interval = verdict.primary.excess
+        assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
+        assert verdict.sentence.endswith("; one rate each was tried.")
+
+
+def test_a_margin_is_a_number_with_its_unit() -> None:
+    assert parse_margin("2%") == Margin()
+    assert parse_margin("1e-2nats") == Margin(kind="nats", value=0.01)
+    assert parse_margin(".005 bpb") == Margin(kind="bits_per_byte", value=0.005)
+    for text in ("0%", "-1nats", "100%", "a", "%", "nannats", "0.01", "2"):
+        with pytest.raises(UserError, match=r"--margin .*: expected a number above 0 and its unit"):
+            parse_margin(text)
+
+
+def test_blocks_of_one_source_are_said_to_be_taken_for_independent(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    said = "records of one mr may stand in several blocks, which the interval takes for independent"
+    assert not any(said in line for line in judge_runs(*runs).details)
+    for run in runs:
+        run.metadata["data"]["split_by"] = "mr"  # type: ignore[index]
+    assert any(said in line for line in judge_runs(*runs).details)
+
+
+def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    for run in runs:
+        losses = [3.0 if run.mode == "full" else 2.5] * len(TARGETS)
+        write_eval_records(Path(run.source), {30: losses}, targets=TARGETS, split="test")
+    verdict = judge_runs(*(read_folder(Path(run.source)) for run in runs))
+    assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
+    assert "on 120 test blocks" in verdict.sentence
+    assert any("the base's losses of these records are not there" in line for line in verdict.details)
+
+
+def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
+    full, lora = make_study(make_run, num_seeds=1, excess=0.2)
+    ids, folder = [f"other{i}" for i in range(len(TARGETS))], Path(lora.source)
+    shutil.rmtree(folder / "eval_records")
+    write_eval_records(folder, {30: [2.0] * len(TARGETS)}, targets=TARGETS, ids=ids)
+    reason = "other evaluation records (240 are not in both runs), and there is one seed"
+    assert f"without an interval ({reason})" in judge_runs(full, read_folder(folder)).sentence
+    (folder / "eval_records/step-000030-val.parquet").write_bytes(b"PAR1 torn")
+    said = judge_runs(full, read_folder(folder)).sentence
+    assert "step-000030-val.parquet: not whole records of an evaluation" in said
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_records_of_one_meaning_alone_give_no_interval_over_records(make_run: MakeRun, num_seeds: int) -> None:
+    """A single record, block or group: three seeds still have an interval over seeds."""
+    runs = make_study(make_run, num_seeds=num_seeds, excess=0.2, groups=["one meaning"] * 120)
+    pair = judge_runs(*runs).primary
+    assert "the validation records are one, or share one meaning" in pair.no_losses
+    assert (pair.excess is None) == (num_seeds == 1)
+
+
+def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRun) -> None:
+    runs = [
+        make_run(mode, [4.0, loss], seed=seed)
+        for mode, values in (("full", (2.00, 2.02, 2.04)), ("lora", (2.51, 2.53, 2.56)))
+        for seed, loss in enumerate(values)
+    ]
+    verdict = judge_runs(*runs)
+    # differences 0.51, 0.51, 0.52: mean 0.5133, sd 0.00577, t(2) = 4.303
+    assert "is worse than full (lr 0.0005) by 0.5133 nats per token [+0.4990, +0.5277], on this" in verdict.sentence
+    assert "on this validation set alone" in verdict.sentence
+    assert any("an interval over seeds alone holds for this validation set only" in line for line in verdict.details)
+    again = [dataclasses.replace(run, run_id=f"{run.run_id}-again") for run in runs[::3]]
+    verdict = judge_runs(*runs[::3], *again)
+    assert len(verdict.primary.pairs) == 1, "the same seed twice is not a second sample"
+    assert verdict.sentence.startswith("Cannot tell whether")
+
+
+# --- what may not be ranked ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"model__fingerprint": "ff"}, "other base weights (ff against e1e1e1e1e1e1e1e1)"),
+        ({"model__name": "gpt2"}, "other base model (gpt2 against demo-base)"),
+        ({"settings__model__init": "random"}, "other init (random against pretrained)"),
+        ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
+        ({"settings__data__shuffle": False}, "other data order (as in the data against seed 42)"),
+        ({"settings__data__packing": True}, "other data order (seed 42, packed against seed 42)"),
+        ({"seed": 43}, "other data order (seeds 43 against 42)"),
+        ({"losses": [4.0, 3.0, 2.5]}, "other tokens seen (122,880 against 61,440)"),
+        ({"data__equal_to_train": {"val": 90}}, "90 of 100 validation records also stand in the training data"),
+    ],
+)
+def test_runs_that_started_or_saw_something_else_are_not_ranked(
+    make_run: MakeRun, overrides: dict[str, Any], reason: str
+) -> None:
+    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", **{"losses": [4.0, 2.5], **overrides}))
+    assert verdict.sentence.startswith("LoRA (lr 0.005) and full (lr 0.0005) are not ranked: ")
+    assert reason in verdict.sentence
+    assert to_answer(verdict)["comparisons"][0]["excess"] is None
+    assert "2.5" not in verdict.sentence
+
+
+def test_base_weights_that_a_run_does_not_tell_are_no_agreement(make_run: MakeRun) -> None:
+    full, lora = make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5])
+    lora.metadata["model"]["fingerprint"] = None
+    assert "are not ranked: base weights unknown" in judge_runs(full, lora).sentence
+
+
+def test_each_lora_setting_is_compared_with_the_best_full_one_it_may_be_ranked_with(make_run: MakeRun) -> None:
+    longer = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4)
+    verdict = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
+    assert (verdict.primary.full.lr, verdict.primary.blockers) == (5e-4, ())
+
+
+def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    runs += [make_run("lora", [4.0, 3.5], seed=seed, resolved__lr=1e-3) for seed in range(3)]
+    verdict = judge_runs(*runs)
+    assert verdict.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
+    assert verdict.sentence.endswith(
+        "; exploratory, for the settings were chosen on these records; one rate of full was tried; LoRA's best rate is "
+        "the largest of 2, so a better one may lie beyond."
+    )
+    assert [comparison.lora.lr for comparison in verdict.comparisons] == [0.005, 0.001]
+
+
+def test_the_verdict_gives_no_number_for_incomparable_runs_and_says_that_only_one_mode_was_run(
+    make_run: MakeRun,
+) -> None:
+    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [5.0, 2.5], data__fingerprint="other"))
+    assert verdict.sentence == (
+        "LoRA and full are not comparable with one another (other data): "
+        "full improved on its base (4.0000 -> 2.0000 at best); "
+        "LoRA improved on its base (5.0000 -> 2.5000 at best)."
+    )
+    assert (verdict.comparisons, verdict.headlines) == ((), ())
+    assert judge_runs(make_run("lora", [4.0, 4.5])).sentence == (
+        "LoRA did not improve on its base (4.0000 -> 4.0000 at best); there is no finished full run to compare with."
+    ).replace("-> 4.0000", "-> 4.5000")
+
+
+def test_two_data_sets_are_two_verdicts(make_run: MakeRun) -> None:
+    runs = [
+        make_run(mode, losses, **other)
+        for mode, losses in (("full", [4.0, 2.0]), ("lora", [4.0, 2.5]))
+        for other in ({}, OTHER_DATA)
+    ]
+    verdict = judge_runs(*runs, with_card=True)
+    assert "LoRA (acled-demo, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in verdict.sentence
+    assert "LoRA (e2e.csv, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in verdict.sentence
+    labels = [(pair.full.label, pair.lora.label) for pair in verdict.comparisons]
+    assert labels == [("full (acled-demo)", "LoRA (acled-demo)"), ("full (e2e.csv)", "LoRA (e2e.csv)")]
+
+
+def test_unfinished_runs_are_left_out_of_the_verdict(make_run: MakeRun) -> None:
+    going = make_run("lora", [4.0, 3.0, 2.5], how={"finished": False})
+    assert judge_runs(going).sentence == "No run is finished and evaluated, so there is nothing to compare yet."
+    sentence = judge_runs(make_run("full", [4.0, 2.0]), going).sentence
+    assert sentence.endswith(" 1 run without an end or an evaluation not counted.")
+
+
+def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run: MakeRun) -> None:
+    full, lora = make_study(make_run, num_seeds=1, excess=0.2)
+    path = Path(lora.source) / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"finished"' not in line))
+    ended = read_folder(Path(lora.source))
+    assert ended.is_finished
+    assert "evaluated to its end but not closed: its time and memory are unknown" in ended.notes
+    pair = judge_runs(full, ended).primary
+    assert (pair.answer, pair.memory.reason) == ("worse", "not measured")
+
+
+def test_the_verdict_compares_with_the_reference_only_where_comparable(make_run: MakeRun) -> None:
+    full = make_run("full", [4.0, 1.2, 1.0, 0.93], like_card=True)
+    verdict = judge_runs(full, make_run("lora", [4.0, 1.3, 1.1, 1.0], like_card=True), with_card=True)
+    assert "full ended 0.0114 below the card's 0.9414 at epoch 3." in verdict.details
+    assert "LoRA ended 0.0586 above the card's 0.9414 at epoch 3." in verdict.details
+    assert not any("card" in line for line in judge_runs(full).details)
+
+
+# --- what it cost, and equal budgets ---
+
+
+def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRun) -> None:
+    """Of the very same runs 0.98 and 1.14 were said by their own clocks."""
+    full = make_run("full", [4.0, 2.0], how={"wall_seconds": 200.0, "peak_memory_bytes": 1000}, **GPU)
+    lora = make_run("lora", [4.0, 2.5], how={"wall_seconds": 8.0, "peak_memory_bytes": 430}, **GPU)
+    own_clocks = judge_runs(full, lora)
+    pair = own_clocks.primary
+    assert (pair.time.ratio, pair.memory.ratio, pair.parameters) == (None, 0.43, 0.0095)  # 19,000 / 2,000,000
+    note = "not compared: not timed in alternation on one machine (8.0 s against 3.3 min)"
+    assert own_clocks.headlines[1] == ("Time", "-", note)
+    step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
+    study = StudyContext(choice="", lines=(), rate_curves=(), views=(), step_time=step_time, rule={}, facts={})
+    timed = build_verdict(group_by_seed([full, lora]), False, DEFAULT_MARGIN, study).headlines[1]
+    assert timed == ("Time", "0.50x", "0.4 s a step against 0.8 s, in alternation")
+
+
+RESUMED = {"settings": make_metadata("lora")["settings"], "changed": {}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "is_withheld"),
+    [
+        ({"hardware__gpu": "H100"}, "time and memory not compared (other hardware)", True),
+        ({"resolved__ranks": 2}, "time and memory not compared (other number of ranks)", True),
+        # the recorded peak is the last process's: 1.23x was said where 0.52x was true
+        ({"resumed": RESUMED}, "time and memory not compared (lora-s42 was resumed and measured in parts)", True),
+        ({"resolved__ds_config": "zero2"}, "measured with different settings: ZeRO file zero2 against zero0", False),
+        ({"resolved__threads_per_rank": 1}, "different settings: threads per rank 1 against 2", False),
+    ],
+)
+def test_costs_that_were_not_measured_alike_are_withheld_and_what_they_depend_on_is_said(
+    make_run: MakeRun, overrides: dict[str, Any], said: str, is_withheld: bool
+) -> None:
+    verdict = judge_runs(make_run("full"), make_run("lora", **overrides))
+    assert any(said in line for line in verdict.details)
+    assert verdict.primary.time.ratio is None
+    assert (verdict.primary.memory.ratio is None) == is_withheld
+
+
+def test_forgetting_and_equal_budgets_are_said_beside_the_answer(make_run: MakeRun) -> None:
+    """LoRA does two thirds of full's work a step and ends worse by 0.1: at equal FLOPs it is ahead."""
+    runs = [
+        make_run(mode, losses, seed=seed, model__step_flops=flops, how={"retained": retained})
+        for mode, losses, flops, retained in (
+            ("full", [4.0, 3.0, 2.5, 2.0], 3_000, (1.0, 1.5)),
+            ("lora", [4.0, 3.1, 2.6, 2.1], 1_500, (1.0, 1.1)),
+        )
+        for seed in (0, 1)
+    ]
+    details = "\n".join(judge_runs(*runs).details)
+    assert "LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in details
+    assert "none beats: full (lr 0.0005) 2.0000 for +0.5000; LoRA (lr 0.005) 1.9000 for +0.1000" in details
+    assert "at equal forgetting (at most +0.1000) LoRA gains 1.9000, no full setting" in details
