@@ -1,18 +1,24 @@
 """launch/generate.py: base, full and LoRA complete the same prompts; what it shows is what the runs themselves made."""
 
+import importlib
 import json
 import os
 import pty
 import re
 import runpy
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import save_stub_checkpoint
 from helpers.launch_ranks import train
 from helpers.process_groups import read_events
 from helpers.tiny_inputs import make_tiny_gpt2
+
+from trainer.config.errors import UserError
+from trainer.training.checkpoint import Checkpoint, hold_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"^(.*?)  +(.*)$", re.M)  # of what is shown: a label and its text
@@ -109,6 +115,42 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
         code, message = generate(*arguments)
         assert (code, message.splitlines()[-1].startswith("error: ")) == (2, True), message
         assert expected in message
+
+
+@pytest.mark.parametrize("program", ["generate", "export"])
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_read_all_the_same(
+    runs, program, generate, run_export_script, tmp_path, monkeypatch
+):
+    """It is chosen, then the base is built for seconds."""
+    run = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    module = importlib.import_module("trainer.tools.generate" if program == "generate" else "trainer.export.export_cli")
+    build_model = module.build_model
+
+    def build_slowly(*args, **options):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return build_model(*args, **options)
+
+    monkeypatch.setattr(module, "build_model", build_slowly)
+    if program == "generate":
+        assert generate(run, "--prompt", "w5") == generate(runs[1], "--prompt", "w5")
+    else:
+        code, output = run_export_script(run, "--output-dir", tmp_path / "folder")
+        assert (code, "differs" in output) == (0, False), output
+
+
+def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_chosen_again(tmp_path, monkeypatch):
+    save_stub_checkpoint(tmp_path, 1, limit=1)
+    find_damage = Checkpoint.find_damage
+
+    def find_damage_late(checkpoint):
+        if checkpoint.step == 1:
+            save_stub_checkpoint(tmp_path, 2, limit=1)
+        return find_damage(checkpoint)
+
+    monkeypatch.setattr(Checkpoint, "find_damage", find_damage_late)
+    assert hold_checkpoint(tmp_path, "latest", flag="--checkpoint").step == 2
+    with pytest.raises(UserError, match=r"--checkpoint step-1: not in .*; whole checkpoints there: step-000002"):
+        hold_checkpoint(tmp_path, "step-1", flag="--checkpoint")
 
 
 def test_a_dialogue_on_a_terminal_answers_line_after_line(runs, fast_python):

@@ -36,7 +36,7 @@ from trainer.export.model_card import render_model_card
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model
 from trainer.tracking.records import read_records
-from trainer.training.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_weights, resolve_checkpoint
+from trainer.training.checkpoint import Checkpoint, best_checkpoint, hold_checkpoint, list_checkpoints, load_weights
 
 
 def run_export_command(*, push: str | None, private: bool, **options: Any) -> int:
@@ -83,7 +83,7 @@ def export_checkpoint(
     answer_sentence = read_answer_sentence(answer) if answer else ""
     if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":
         raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
-    source = resolve_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
+    source = hold_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
     default_name = f"{'merged' if merge else 'export'}-{source.folder.name}" + f"-{dtype}" * (dtype != "fp32")
     destination = Path(output_dir).absolute() if output_dir is not None else run_folder / default_name
     is_empty = destination.is_dir() and not any(destination.iterdir())

@@ -24,7 +24,7 @@ from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_plan
-from trainer.training.checkpoint import resolve_checkpoint
+from trainer.training.checkpoint import hold_checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts, text_scores
 
 BATCH_SIZE = 16  # prompts in one batch
@@ -52,7 +52,7 @@ def generate(args: argparse.Namespace) -> int:
             fingerprints.add(base["fingerprint"])
             label = f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"
             loaders[label] = partial(_load_base, folder, settings, base["fingerprint"])
-        checkpoint = resolve_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
+        checkpoint = hold_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
     completer = _Completer(args, all_metadata[0])

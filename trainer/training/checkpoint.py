@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -91,6 +92,7 @@ class Checkpoint:
     folder: Path
     metadata: dict[str, Any]
     skipped_reasons: tuple[str, ...] = ()  #: why newer ones were not taken
+    held_file: Path | None = None  #: its tensors, to be read though the folder be gone
 
     @property
     def step(self) -> int:
@@ -176,6 +178,19 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     if damage := selected.find_damage():
         raise UserError(f"{damage}; pass {flag} step-N to take another of {available}")
     return selected
+
+
+def hold_checkpoint(folder: Path, which: str, *, flag: str) -> Checkpoint:
+    """`resolve_checkpoint` beside a run that may remove what it finds: chosen again, then held open by this process."""
+    while True:
+        paths = _numbered_folders(folder)
+        try:
+            checkpoint = resolve_checkpoint(folder, which, flag=flag)
+            descriptor = os.open(checkpoint.folder / STATE_FILE, os.O_RDONLY)
+            return replace(checkpoint, held_file=Path(f"/proc/self/fd/{descriptor}"))
+        except (UserError, FileNotFoundError):
+            if _numbered_folders(folder) == paths:
+                raise
 
 
 def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -381,7 +396,8 @@ def _open_tensors(
     Each rank opens the file where its host sees the lock that rank 0 holds in the run folder. To other hosts rank 0
     sends one tensor at a time: what may lie under that name on their disks is not looked at.
     """
-    path, dtypes = checkpoint.folder / STATE_FILE, {name: dtype for dtype, name in DTYPES.items()}
+    path = checkpoint.held_file or checkpoint.folder / STATE_FILE
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
 
     def read_layout() -> dict[str, TensorLayout]:
         try:
