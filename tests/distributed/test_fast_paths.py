@@ -18,7 +18,7 @@ from helpers.matrix import NUM_STEPS, RunDifference, launch_jobs, make_argv, mak
 from helpers.process_groups import reproducible_records
 
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.model.cpu_attention import Dropout
+from trainer.model.attention import Dropout
 
 
 def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:

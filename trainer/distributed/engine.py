@@ -23,7 +23,7 @@ from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
 from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
-from trainer.model import cpu_attention, optimizer, quantization
+from trainer.model import attention, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
 from trainer.model.loss import CausalLMLoss
 
@@ -68,7 +68,7 @@ class Engine:
         if plan.packed_rows:  # our own attention reads a row as one example
             model.causal.set_attn_implementation("sdpa")
         if plan.blockwise_attention:
-            cpu_attention.install(model.module, model.causal)
+            attention.install_on_cpu(model.module, model.causal)
         quantization.set_compute_dtype(model.module, self._autocast_dtype or torch.float32)
         if plan.frozen_dtype == "bfloat16":  # before a GPU has to hold them in float32
             cast_frozen_weights(model)

@@ -23,7 +23,7 @@ class ExecutionPlan:
     precision: str  #: fp32, or the type that autocast gives to products: bf16, fp16
     cuda_graphs: bool  #: forward and backward of shapes that come again are recorded and replayed
     eager_reason: str  #: why they are not; empty where they are
-    blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.model.cpu_attention`
+    blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.model.attention`
     packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
     frozen_dtype: Literal["float32", "bfloat16"]  #: in which the frozen base is held
     chunked_loss: bool  #: logits are made and dropped in pieces; else all at once, by the model itself

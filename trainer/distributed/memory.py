@@ -23,7 +23,7 @@ from trainer.config.settings import Settings
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
 from trainer.distributed.execution import cast_frozen_weights, find_frozen_layers, holds_frozen_in_bf16
 from trainer.distributed.process_group import DistContext
-from trainer.model import attention, cpu_attention, torch_internals
+from trainer.model import attention, torch_internals
 from trainer.model.build import TrainableModel, build_model
 from trainer.model.loss import CausalLMLoss, simulate_gpu
 
@@ -272,13 +272,13 @@ def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss,
                 packed = _PackedLinear(layer, autocast_dtype or torch.float32, is_int8=is_int8)
                 model.module.set_submodule(name, packed)
     config: Any = model.causal.config
-    if config._attn_implementation in ("sdpa", attention.ATTENTION_NAME):
+    if config._attn_implementation in ("sdpa", attention.CAUSAL_NAME):
         # Without a mask: for fake tensors transformers would make one, which a run on whole rows does not.
         name, forward = ("count_gpu", _flash_attention) if setup.is_gpu else ("count_cpu", _cpu_attention)
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, lambda *_, **__: None)
         model.causal.set_attn_implementation(name)
-    cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else cpu_attention.Dropout)
+    attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else attention.Dropout)
     loss_module = CausalLMLoss(model.causal, autocast_dtype).train()
     loss_module.is_head_sharded = setup.is_zero3
     return loss_module, num_cast
@@ -334,7 +334,7 @@ def _cpu_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     is_blockwise = getattr(getattr(module, "config", None), "model_type", "") == "gpt2"
-    forward = cpu_attention.blockwise_attention_forward if is_blockwise else sdpa_attention_forward
+    forward = attention.blockwise_attention_forward if is_blockwise else sdpa_attention_forward
     return forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -18,7 +18,7 @@ from trainer.distributed.memory import (
     count_pass_memory,
     estimate_memory,
 )
-from trainer.model import cpu_attention
+from trainer.model import attention
 from trainer.model.build import TrainableModel, build_model
 from trainer.model.loss import CausalLMLoss
 from trainer.model.quantization import set_compute_dtype
@@ -141,7 +141,7 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
     """What the same pass holds in real tensors, run as the engine runs it on a CPU."""
     is_bf16 = setup.precision == "bf16"
     cast_layers = cast_frozen_weights(model) if setup.casts_frozen_weights else []
-    cpu_attention.install(model.module, model.causal)
+    attention.install_on_cpu(model.module, model.causal)
     set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
     ids = torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long)

@@ -12,14 +12,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
 from trainer.config.settings import LoraSettings
-from trainer.model import attention, cpu_attention
-from trainer.model.cpu_attention import (
+from trainer.model import attention
+from trainer.model.attention import (
     BLOCK_SIZE,
     NUM_LEVELS,
     BlockwiseAttention,
     Dropout,
     dropout_scale,
-    install,
+    install_on_cpu,
     sample_keep_mask,
 )
 from trainer.model.lora import add_adapters
@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers_own_attention_also_with_padding_and_sl
         for kwargs in ({}, {"attention_mask": mask}):
             assert torch.equal(causal(input_ids=ids, **kwargs).logits, plain(input_ids=ids, **kwargs).logits)
     causal.save_pretrained(tmp_path)
-    assert attention.ATTENTION_NAME not in (tmp_path / "config.json").read_text()
+    assert attention.CAUSAL_NAME not in (tmp_path / "config.json").read_text()
 
 
 # --- dropout on a processor ---
@@ -124,9 +124,7 @@ def test_the_dropout_layer_scales_and_passes_gradients_through_the_same_mask():
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The masks that the blocks of an attention draw, in order."""
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        cpu_attention, "sample_keep_mask", lambda *args: drawn.append(sample_keep_mask(*args)) or drawn[-1]
-    )
+    monkeypatch.setattr(attention, "sample_keep_mask", lambda *args: drawn.append(sample_keep_mask(*args)) or drawn[-1])
     return drawn
 
 
@@ -205,7 +203,7 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
         return torch.stack([torch.cat([g.flatten()[:40] for g in each]) for each in gradients]).double()
 
     theirs = sample()
-    install(causal, causal)
+    install_on_cpu(causal, causal)
     layers = [layer for layer in causal.modules() if isinstance(layer, nn.Dropout)]
     assert [type(layer) for layer in layers] == [Dropout] * (1 + 3 * 2)
     ours = sample()
@@ -221,7 +219,7 @@ def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal,
     causal.eval()
     with torch.no_grad():
         before = causal(ids).logits
-        install(causal, causal)
+        install_on_cpu(causal, causal)
         assert torch.equal(causal(ids).logits, before)
         ones = torch.ones(2, 5, dtype=torch.long)
         short = causal.generate(input_ids=ids[:, :5], attention_mask=ones, max_new_tokens=3, do_sample=False)
@@ -232,7 +230,7 @@ def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal,
 
 
 def test_activation_checkpointing_draws_the_same_dropout_masks(causal):
-    install(causal, causal)
+    install_on_cpu(causal, causal)
     once = compute_gradients(causal, 3)
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for actual, other in zip(once, compute_gradients(causal, 3), strict=True):
@@ -242,20 +240,20 @@ def test_activation_checkpointing_draws_the_same_dropout_masks(causal):
 def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_was(causal, tmp_path):
     module = add_adapters(causal, LoraSettings(dropout=0.2), ["c_attn"])
     names, config_before = set(module.state_dict()), causal.config.to_dict()
-    install(module, causal)
+    install_on_cpu(module, causal)
     assert {layer.p for layer in module.modules() if type(layer) is Dropout} == {0.1, 0.2}
     assert not [layer for layer in module.modules() if type(layer) is nn.Dropout]
     assert set(module.state_dict()) == names
     assert causal.config.to_dict() == config_before
     module.save_pretrained(tmp_path)
     causal.config.save_pretrained(tmp_path)
-    assert cpu_attention.ATTENTION_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    assert attention.BLOCKWISE_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
 
 
 def test_other_models_and_models_without_dropout_keep_their_attention(tiny_model):
     llama = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=0.1))
     none = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
     for causal in (llama, none):
-        install(causal, causal)
+        install_on_cpu(causal, causal)
         assert causal.config._attn_implementation == "sdpa"
         assert not [layer for layer in causal.modules() if type(layer) is Dropout]

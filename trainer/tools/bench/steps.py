@@ -28,7 +28,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import markdown_table
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.distributed.process_group import DistContext
-from trainer.model import cpu_attention, lora, loss
+from trainer.model import attention, lora, loss
 from trainer.model.build import load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.processes import run_job
@@ -224,7 +224,7 @@ def measure_program(job: Row, dist_context: DistContext) -> Iterator[dict[str, A
         if job["without"] == "chunked-loss":  # what no flag turns off
             loss.find_output_head = lambda causal: None
         elif job["without"] == "cpu-attention":
-            cpu_attention.install = lambda module, causal: None
+            attention.install_on_cpu = lambda module, causal: None
         plan, engine = start_trial(settings, data, dist_context)
         nothing_saved: Any = SimpleNamespace(save=lambda *_: None)
         state = TrainState(eval_pending=False)  # nothing is evaluated before the first step
