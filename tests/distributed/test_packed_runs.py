@@ -40,6 +40,17 @@ def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path
         np.testing.assert_allclose(*both, atol=5e-4, err_msg=name)
 
 
+def test_a_validation_set_that_was_trained_on_is_a_warning_of_the_plan_and_no_groups(argv, data_files):
+    leaked = [*argv, "--val-data", data_files[0], "--allow-leakage"]
+    lines = plan_run(leaked, simulated_context(1), on_meta=True).plan.summary_lines()
+    validation = dict(lines)["validation"]
+    assert validation.startswith("25 rows (0 groups of records that are not in the training data), ")
+    warning = "25 of 25 validation records also stand in the training data, so their loss says little of new ones"
+    assert lines[-1] == ("warning", warning)
+    with pytest.raises(UserError, match="25 of 25 validation records .* expected under 50%, or --allow-leakage"):
+        plan_run(leaked[:-1], simulated_context(1), on_meta=True)
+
+
 def test_the_plan_says_the_padding_before_and_after(argv):
     lines = dict(plan_run([*argv, "--packing"], simulated_context(1), on_meta=True).plan.summary_lines())
     assert lines["batch"].endswith("packed into rows of at most 32 tokens")

@@ -26,4 +26,6 @@ DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo/acled-demo
 LORA_LR_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
 MAX_HANG_TIMEOUT_SECONDS = 1800  # the process groups that DeepSpeed creates for itself give up then
 MAX_NUM_SAMPLES = 32  # validation texts that prepared data keep, and that --score-samples scores
+WARN_SHARED_FRACTION = 0.01  # of validation records that are training records too, from which on a warning says so
+LEAKAGE_FRACTION = 0.5  # of them from which on a run is refused without --allow-leakage
 MAX_SHARED_FRACTION = 0.05  # of evaluation records that may equal training records before an answer is refused

@@ -97,6 +97,7 @@ class DataSettings:
     test_data: Text | None = option("test records, evaluated once, at the weights that are exported", None)
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
     retain_data: Text | None = option("text of the base's kind (demo-base: the embedded one's): shows forgetting", None)
+    allow_leakage: Switch = option("train although half of the validation records are training records too", False)
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
     completion: Text | None = option("template of the text to train on, for instance '{ref}'", None)
@@ -353,7 +354,8 @@ class Settings:
 
     def fixed_on_resume(self) -> dict[str, Any]:
         """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
-        mutable = {"data", "val_data", "test_data", "retain_data", "micro_batch", "eval_batch"}  # data: by fingerprint
+        mutable = {"micro_batch", "eval_batch", "allow_leakage"}
+        mutable |= {"data", "val_data", "test_data", "retain_data"}  # by fingerprint
         values: dict[str, Any] = {}
         for group in ("model", "data", "train", *(("lora",) if self.mode == "lora" else ())):
             for name, value in dataclasses.asdict(getattr(self, group)).items():

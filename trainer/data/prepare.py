@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.choices import MAX_SHARED_FRACTION, Objective
+from trainer.config.choices import LEAKAGE_FRACTION, MAX_SHARED_FRACTION, WARN_SHARED_FRACTION, Objective
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data import dataset as store
@@ -254,7 +254,11 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             if split != "retain":
                 remedy += ", or split by a column that they share (--split-by): a test says nothing of new records else"
             raise UserError(f"--data {settings.data}: {shared}; expected at most {MAX_SHARED_FRACTION:.0%}, {remedy}")
-        if number:
+        if split == "val":
+            refuse_leakage(settings, number, num_records)
+        if number >= WARN_SHARED_FRACTION * num_records > 0:
+            notices.append(f"warning: {shared}, so their loss says little of new ones")
+        elif number:
             notices.append(shared)
     num_repeated = len(hashes["train"]) - len(np.unique(hashes["train"]))
     facts = {"equal_to_train": num_shared, "repeated_in_train": num_repeated, "notices": notices}
@@ -358,8 +362,19 @@ def _encode_batch(
             yield Row(ids, np.arange(len(ids)) >= len(prompt_ids), example.prompt, example.completion)
 
 
+def refuse_leakage(settings: DataSettings, num_shared: int, num_records: int) -> None:
+    """UserError where too many validation records are training records, unless --allow-leakage."""
+    if num_shared >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
+        raise UserError(
+            f"--val-data {settings.val_data or settings.data}: {num_shared} of {num_records} validation records also "
+            f"stand in the training data; expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
+        )
+
+
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
-    """UserError where a split that is asked for has no row, or training less than a global batch of them."""
+    """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
+    `check_records` refuses, of rows that were prepared with --allow-leakage."""
+    refuse_leakage(settings, dataset.metadata["equal_to_train"]["val"], dataset.metadata["val"]["records"])
     has_given_val = settings.val_data is not None
     for split, is_expected, least, remedy in (
         ("train", True, global_batch, "lower --global-batch, or give more data"),

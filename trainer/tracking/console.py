@@ -178,7 +178,7 @@ def show_plan(lines: Sequence[tuple[str, str]]) -> None:
     grid = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for key, value in lines:
         value = escape_controls(value)
-        grid.add_row(Text(key), Text(value))
+        grid.add_row(Text(key), Text(value), style="bold yellow" if key == "warning" else "")
         if not is_terminal():
             print(f"{key:<{width}}  {value}")
     if is_terminal():

@@ -34,6 +34,7 @@ from trainer.training.schedule import TrainSchedule, describe_schedule
 
 #: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
 PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
+WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
 
@@ -67,6 +68,8 @@ class RunPlan:
         def describe_split(split: str) -> str:
             counts = data_info[split]
             groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
+            if data_info["equal_to_train"].get(split):  # which are no groups of an interval
+                groups = f" ({counts['units']:,} groups of records that are not in the training data)"
             return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
 
         trained = "every weight"
@@ -101,7 +104,8 @@ class RunPlan:
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
-        return lines + [("note", note) for note in notes]
+        lines += [("note", note) for note in notes if not note.startswith(WARNING)]
+        return lines + [("warning", note.removeprefix(WARNING)) for note in notes if note.startswith(WARNING)]
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         return self.execution.as_entry(step, "as planned")

@@ -24,6 +24,7 @@ SETTINGS = """
 --lora-rank=4 --lora-alpha=3 --lora-dropout=0.5 --lora-target-modules=a,b --lora-plus-ratio=16 --adapter=dora
 --modules-to-save=wte,bias
 --data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
+--allow-leakage
 --prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
 --block-size=77 --packing --no-shuffle
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine

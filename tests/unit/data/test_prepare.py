@@ -275,10 +275,30 @@ def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refus
     assert prepare_file(twice, **options).metadata["repeated_in_train"] == 7
     blocks = prepare_file(twice, **{**options, "objective": "blocks"}).metadata
     assert (blocks["equal_to_train"]["val"], blocks["repeated_in_train"]) == (1, 7), "of records, which blocks cut"
-    for notice in ("1 of 41 validation records", "2 of 42 test records"):
-        assert f"{notice} also stand in the training data" in prepared.metadata["notices"]
+    for split in ("1 of 41 validation records", "2 of 42 test records"):
+        notice = f"warning: {split} also stand in the training data, so their loss says little of new ones"
+        assert notice in prepared.metadata["notices"]
     with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
         prepare_file(pairs_csv, test_data=str(many), **options)
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, prepare_file, objective):
+    pairs = [{"mr": f"Town {i}", "ref": f"People met {i} times."} for i in range(400)]
+    file, options = write_records(tmp_path / "a.csv", pairs[:200]), {**COMPLETION, "objective": objective}
+    for num_shared, start in ((1, ""), (2, "warning: "), (99, "warning: ")):
+        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
+        notices = prepare_file(file, val_data=str(val), **options).metadata["notices"]
+        shared = f"{start}{num_shared} of 200 validation records also stand in the training data"
+        assert sum(notice.startswith(shared) for notice in notices) == 1
+    for num_shared in (100, 200):
+        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
+        problem = f"--val-data .*v.csv: {num_shared} of 200 validation records also .* under 50%, or --allow-leakage"
+        with pytest.raises(UserError, match=problem):
+            prepare_file(file, val_data=str(val), **options)
+        assert prepare_file(file, val_data=str(val), allow_leakage=True, **options).metadata["val"]["records"] == 200
+        with pytest.raises(UserError, match=problem):  # what was prepared with the flag
+            prepare_file(file, val_data=str(val), **options)
 
 
 def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on(pairs_csv, tmp_path, prepare_file):

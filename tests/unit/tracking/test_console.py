@@ -172,6 +172,15 @@ def test_the_printed_plan_is_aligned(capsys):
     assert capsys.readouterr().out == "model      demo-base [tiny]\nbatch      8\nZeRO file  zero1: two ranks\n"
 
 
+def test_a_warning_of_the_plan_is_coloured_on_a_terminal_only(capsys, monkeypatch):
+    for is_terminal in (False, True):
+        monkeypatch.setattr("trainer.tracking.console.is_terminal", lambda: is_terminal)  # noqa: B023
+        show_plan([("note", "a"), ("warning", "b")])
+        output = capsys.readouterr().out
+        assert ("\x1b[1;33m" in output) == is_terminal
+        assert "warning" in output
+
+
 def test_silencing_drops_the_known_noise_and_keeps_the_rest_and_tracking_imports_neither_torch_nor_wandb():
     code = """
 import logging, os, sys, warnings
