@@ -30,7 +30,7 @@ def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path
     assert [record["kind"] for record in packed_records] == [record["kind"] for record in single_records]
     for single, packed in zip(single_records, packed_records, strict=True):
         for key in ("step", "samples", "tokens"):
-            assert packed[key] == single[key]
+            assert packed.get(key) == single.get(key)
         if single["kind"] in ("step", "eval"):
             assert packed["loss"] == pytest.approx(single["loss"], abs=TOLERANCE)
         if single["kind"] == "step":
@@ -47,7 +47,7 @@ def test_a_validation_set_that_was_trained_on_is_a_warning_of_the_plan_and_no_gr
     assert validation.startswith("25 rows (0 groups of records that are not in the training data), ")
     warning = "25 of 25 validation records also stand in the training data, so their loss says little of new ones"
     assert lines[-1] == ("warning", warning)
-    with pytest.raises(UserError, match="25 of 25 validation records .* expected under 50%, or --allow-leakage"):
+    with pytest.raises(UserError, match=r"25 of 25 validation records .* expected under 50%, or --allow-leakage"):
         plan_run(leaked[:-1], simulated_context(1), on_meta=True)
 
 
