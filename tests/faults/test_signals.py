@@ -162,9 +162,6 @@ def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
     assert not (out / "stacks").exists()
 
 
-MORE_FAILURES = ((1, "failure"), (0, "bug"))  # of the sweep
-
-
 def raise_failure(kind: str) -> None:
     from trainer.config.errors import TrainingError
 
@@ -173,14 +170,37 @@ def raise_failure(kind: str) -> None:
     raise TrainingError("the disk of this machine is full")
 
 
+FAILING = {  # place: (the so-maniest call, the last step whose row is then there)
+    FORWARD: (4, 3),
+    "trainer.distributed.engine:Engine.evaluate": (3, 6),
+    "trainer.distributed.engine:Engine.generate": (2, 3),
+    "trainer.training.checkpoint:CheckpointManager.save": (2, 4),
+    "trainer.training.recorder:Recorder.log": (8, 3),
+    "trainer.distributed.engine:Engine.measure_memory": (1, 8),
+}
+
+
 @pytest.mark.parametrize(
-    ("rank", "kind"),
-    [(0, "failure"), (1, "bug"), *(pytest.param(*case, marks=pytest.mark.sweep) for case in MORE_FAILURES)],
+    ("rank", "kind", "place"),
+    [
+        (0, "failure", FORWARD),
+        (1, "bug", FORWARD),
+        (0, "bug", "trainer.training.recorder:Recorder.log"),
+        (1, "failure", "trainer.distributed.engine:Engine.measure_memory"),
+        *(
+            pytest.param(rank, kind, place, marks=pytest.mark.sweep)
+            for rank, kind in ((0, "bug"), (1, "failure"))
+            for place in FAILING
+        ),
+    ],
 )
-def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, argv, out):
-    fault = fault_at(FORWARD, 4, partial(raise_failure, kind), rank=rank)
+def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, place, argv, out):
+    """Everything that was written stays: whole rows, up to the last step."""
+    call_number, last_step = FAILING[place]
+    fault = fault_at(place, call_number, partial(raise_failure, kind), rank=rank)
     group = RankProcesses(argv, out=out, world_size=3, fault=fault)
     assert group.wait() == [1, 1, 1], group.output
+    assert last_logged_step(out) in (last_step, last_step + (rank > 0))  # another rank may be a step ahead
     if kind == "bug":  # a mistake of ours: its traceback, from where it happened and nowhere else
         assert group.output.count("Traceback") == 1, group.output
         assert "ZeroDivisionError: of ours" in group.output
