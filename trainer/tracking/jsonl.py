@@ -10,12 +10,19 @@ from typing import Any
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import replace_atomically
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, iter_lines, to_line
+from trainer.tracking.records import (
+    FINAL_EVALUATIONS,
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    Record,
+    iter_lines,
+    iter_records,
+    to_line,
+)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
-# After the first step they are made at a run's end, and again when it is resumed.
-FINAL_EVALUATIONS = ("test_evaluation", "retain_evaluation")
 
 
 class JsonlLogger:
@@ -68,20 +75,33 @@ class JsonlLogger:
                 os.close(file)
 
 
-def find_changed_rows(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """How the rows differ from when a checkpoint kept their digest, in half a sentence; None where they do not."""
+def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eval_pending: bool = False) -> str | None:
+    """How the rows differ from when the checkpoint of `step` kept their digest, in half a sentence; None where they do
+    not.
+
+    Behind those rows there can be events, rows of later steps and, with `eval_pending`, what is due after this one.
+    """
     num_rows, rows_hash = 0, hashlib.sha256()
     try:
         for line in islice(iter_lines(path), expected["num_rows"]):
             rows_hash.update(line)
             num_rows += line.endswith(b"\n")
+        if num_rows < expected["num_rows"]:
+            return f"it has {num_rows} of the {expected['num_rows']} rows that were written"
+        if rows_hash.hexdigest() != expected["sha256"]:
+            return f"one of its first {num_rows} rows was changed"
+        for number, _, record in iter_records(path):
+            if isinstance(record, ValueError):
+                return f"line {number}: {record}"
+            if number > num_rows and record is not None and not isinstance(record, EventRecord):
+                is_pending = eval_pending and record.step == step and isinstance(record, EvalRecord | EpochRecord)
+                if record.step <= step and not is_pending:
+                    return f"line {number}: a row of step {record.step} behind the {num_rows} rows that were written"
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     except ValueError as error:
         return str(error).removeprefix(f"{path}, ")
-    if num_rows < expected["num_rows"]:
-        return f"it has {num_rows} of the {expected['num_rows']} rows that were written"
-    return None if rows_hash.hexdigest() == expected["sha256"] else f"one of its first {num_rows} rows was changed"
+    return None
 
 
 def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
@@ -95,14 +115,12 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     num_dropped = 0
     try:
         with replace_atomically(path) as file:
-            for number, line in enumerate(iter_lines(path), start=1):
-                if not line.endswith(b"\n"):  # the last one, cut off by a kill
+            for number, line, record in iter_records(path):
+                if isinstance(record, ValueError):
+                    raise ValueError(f"{path}, line {number}: {record}")
+                if record is None:
                     num_dropped += 1
-                    break
-                try:
-                    record = from_line(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+                    continue
                 event = record.event if isinstance(record, EventRecord) else None
                 is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
                 follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or event in EVALUATION_EVENTS

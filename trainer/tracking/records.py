@@ -19,6 +19,8 @@ from trainer.config.fields import Accepts, Float, Int, first_problem
 from trainer.config.files import parse_json
 
 MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
+# After the first step they are made at a run's end, and again when it is resumed; they name the step of the weights.
+FINAL_EVALUATIONS = ("test_evaluation", "retain_evaluation")
 _STEP_PREFIX = b'{"kind": "step"'
 
 
@@ -146,15 +148,35 @@ def iter_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
-    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one is a
-    ValueError that names it.
+def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, bytes, Record | ValueError | None]]:
+    """(number, line, its record or what is wrong with it) of every line; None for a last one that a kill cut off.
 
-    `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
+    The rows of a run never step back, and only events repeat a step: a row that does is wrong, as where a file was
+    appended to itself. `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
     """
+    last_steps: dict[str, int] = {}
     for number, line in enumerate(iter_lines(path), start=1):
-        if line.endswith(b"\n") and (with_steps or not line.startswith(_STEP_PREFIX)):
+        if not line.endswith(b"\n"):  # rows are written newline last: this one was not finished
+            yield number, line, None
+        elif with_steps or not line.startswith(_STEP_PREFIX):
             try:
-                yield from_line(line)
+                record = from_line(line)
+                if not isinstance(record, EventRecord) or record.event not in FINAL_EVALUATIONS:
+                    last_step = max(last_steps.values(), default=-1)
+                    is_second = record.kind != "event" and record.step == last_steps.get(record.kind)
+                    if record.step < last_step or is_second:
+                        raise ValueError(f"a row of step {record.step} after one of step {last_step}")
+                    last_steps[record.kind] = record.step
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                yield number, line, error
+            else:
+                yield number, line, record
+
+
+def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
+    """The records of `iter_records`; a ValueError that names file and line for one that is wrong."""
+    for number, _, record in iter_records(path, with_steps=with_steps):
+        if isinstance(record, ValueError):
+            raise ValueError(f"{path}, line {number}: {record}") from record
+        if record is not None:
+            yield record

@@ -173,7 +173,7 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
     rows, evaluations = source.metadata["records"], source.metadata["evaluations"]
     is_pending, folder = source.train_state.eval_pending, run_folder / EVAL_RECORDS_FOLDER
     changes = {
-        METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, rows),
+        METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, rows, source.step, eval_pending=is_pending),
         EVAL_RECORDS_FOLDER: find_changed_evaluations(folder, evaluations, source.step, eval_pending=is_pending),
     }
     return {name: change for name, change in changes.items() if change is not None}

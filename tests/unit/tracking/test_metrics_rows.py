@@ -173,6 +173,7 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, 
     assert rewind(path, step) == 0
 
 
+ROW_20 = to_line(replace(EVAL, step=20)).encode() + b"\n"
 CHANGED = "one of its first 20 rows was changed"
 
 
@@ -180,7 +181,12 @@ CHANGED = "one of its first 20 rows was changed"
     ("change", "message"),
     [
         (lambda lines: lines.__delitem__(slice(20, None)), None),
-        (lambda lines: lines.append(lines[0]), None),
+        (lambda lines: lines.append(b'{"kind": "st'), None),
+        (lambda lines: lines.append(to_line(replace(EVENT, step=30)).encode() + b"\n"), None),
+        (lambda lines: lines.append(lines[0]), "line 31: a row of step 1 after one of step 30"),
+        (lambda lines: lines.append(lines[29]), "line 31: a row of step 30 after one of step 30"),
+        (lambda lines: lines.extend(lines), "line 31: a row of step 1 after one of step 30"),
+        (lambda lines: lines.insert(20, ROW_20), "line 21: a row of step 20 behind the 20 rows that were written"),
         (lambda lines: lines.__setitem__(19, lines[19].replace(b"e", b"E", 1)), CHANGED),
         (lambda lines: lines.pop(14), CHANGED),
         (lambda lines: lines.insert(14, lines[14]), CHANGED),
@@ -199,7 +205,29 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_known_whatever_came_later
     if change:
         change(lines)
         path.write_bytes(b"".join(lines))
-    assert find_changed_rows(path, digest) == message
+    assert find_changed_rows(path, digest, 20) == message
+
+
+def test_what_was_due_after_a_checkpoint_may_stand_behind_its_rows(written):
+    path, digest = written
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:20], ROW_20, *lines[20:]]))
+    assert find_changed_rows(path, digest, 20, eval_pending=True) is None
+    assert rewind(path, 20, eval_pending=True) == 11
+
+
+def test_a_file_that_was_appended_to_itself_is_one_line_for_each_of_its_readers(tmp_path):
+    folder = make_run_folder(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    whole, run = path.read_bytes(), read_folder(folder)
+    path.write_bytes(whole * 2)
+    message = "line 99: a row of step 0 after one of step 90"
+    for read in (lambda: list(read_records(path)), lambda: rewind(path, 90)):
+        with pytest.raises((ValueError, UserError), match=message):
+            read()
+    (check,) = [check for check in inspect_run(folder).checks if check.name == "metrics.jsonl"]
+    assert check.message == f"{message} and 96 lines more"
+    assert read_folder(folder).evals["loss"].tolist() == run.evals["loss"].tolist(), "of repeated rows the last count"
 
 
 def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
@@ -212,7 +240,7 @@ def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
     logger.log(replace(STEP, step=NUM_STEPS + 1))
     logger.close(0)
     assert [record.step for record in read_records(path)] == list(range(1, NUM_STEPS + 2))
-    assert find_changed_rows(path, logger.digest()) is None
+    assert find_changed_rows(path, logger.digest(), NUM_STEPS + 1) is None
 
 
 # reading whatever a file holds
@@ -226,7 +254,7 @@ def long_file(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 
 READERS = {
-    "checked against its checkpoint": lambda path, digest: find_changed_rows(path, digest),
+    "checked against its checkpoint": lambda path, digest: find_changed_rows(path, digest, 5_000),
     "cut": lambda path, digest: rewind(path, 4_900),
     "gone on with": lambda path, digest: JsonlLogger(path, resume=True).close(0),
     "replayed": lambda path, digest: DiagnosticsMonitor(make_metadata("full")).replay(read_records(path)),

@@ -14,7 +14,7 @@ from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_damaged_evaluations
 from trainer.tracking.jsonl import METRICS_FILE
-from trainer.tracking.records import EventRecord, from_line, iter_lines
+from trainer.tracking.records import EventRecord, from_line, iter_records
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_resume_source
@@ -88,7 +88,7 @@ def inspect_run(folder: Path) -> Inspection:
             found.add("end", unfinished, f"finished after step {last.step}", level=WARNING)
     found.add(METRICS_FILE, problem, f"{num_rows} rows", path if path.exists() else None)
     if problem and path.exists():
-        blockers["rows"] = f"{METRICS_FILE} has lines that are not records"
+        blockers["rows"] = f"{METRICS_FILE} is damaged"
 
     damaged_evaluations = find_damaged_evaluations(folder / EVAL_RECORDS_FOLDER)
     for path, damage in damaged_evaluations.items():
@@ -133,13 +133,9 @@ def _check_resume(folder: Path, base: str) -> tuple[str, str]:
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
     """(number, line, what is wrong with it or "") of every whole line; one cut off by a kill is none."""
-    for number, line in enumerate(iter_lines(path), start=1):
-        if line.endswith(b"\n"):
-            try:
-                from_line(line)
-                yield number, line, ""
-            except ValueError as error:
-                yield number, line, str(error)
+    for number, line, record in iter_records(path):
+        if record is not None:
+            yield number, line, str(record) if isinstance(record, ValueError) else ""
 
 
 def move_aside(folder: Path, damaged: Iterable[Path]) -> list[str]:
