@@ -14,9 +14,10 @@ from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.config.files import folder_size, write_atomically
 from trainer.config.settings import Settings
+from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
-from trainer.data.tokenizer import load_tokenizer, show_examples
+from trainer.data.tokenizer import load_tokenizer, resolve_model_path, show_examples
 from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
@@ -83,16 +84,20 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
 
     def prepare_folder() -> Path:
-        """Tokenised once by one rank of each node, then mapped by all."""
+        """Downloaded, hashed and tokenised by one rank of each host, then read by all of it."""
+        max_positions = get_max_positions(load_config(settings.model))
+        with_weights = settings.model.init == "pretrained"
+        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights)
         return prepare(
             settings.data,
             model=settings.model.model,
             global_batch=settings.train.global_batch,
-            max_positions=get_max_positions(load_config(settings.model)),
+            max_positions=max_positions,
             log=lambda line: print(line, flush=True) if context.rank == 0 else None,
         ).folder
 
     data = load(context.on_rank_zero(prepare_folder, per_node=True))
+    hf_hub.go_offline()
     if args.show_example and context.rank == 0:
         if data.metadata["tokenizer"] is None:
             raise UserError("--show-example: the data are token ids; expected data with text")

@@ -14,9 +14,10 @@ from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
 from trainer.data.sources import find_splits
+from trainer.distributed.process_group import find_free_port
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-RUN_TWICE_CODE = """
+RUN_CODE = """
 import json, sys, train
 for sys.argv[1:] in json.loads(sys.argv[1]):
     code = train.main()
@@ -24,14 +25,42 @@ for sys.argv[1:] in json.loads(sys.argv[1]):
 """
 
 
-def train_in_fresh_process(*argvs: list[str], **variables: str) -> list[str]:
-    """Output with each argv, in one fresh process: the hub's library reads its variables when it is imported."""
-    environ = {name: value for name, value in {**os.environ, **make_environ(0, 1, 0)}.items() if name not in CHANGED}
-    paths = os.pathsep.join(str(path) for path in (Path(TRAIN_SCRIPT).parent, Path(TRAIN_SCRIPT).parents[1]))
-    environ |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": paths, **variables}
-    line = [sys.executable, "-c", RUN_TWICE_CODE, json.dumps(argvs)]
-    done = subprocess.run(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
-    return re.split(r"(?<=exit code \d\n)", done.stdout)
+def train_in_fresh_process(*argvs: list[str], num_ranks: int = 1, **variables: str) -> list[str]:
+    """Rank 0's output with each argv, in fresh processes: the hub's library reads its variables when it is imported."""
+    port, processes = find_free_port(), []
+    for rank in range(num_ranks):
+        places = make_environ(rank, num_ranks, port)
+        environ = {k: v for k, v in {**os.environ, **places}.items() if k not in CHANGED}
+        environ |= {name: places[name] for name in CHANGED if num_ranks > 1 and name != "HF_HUB_OFFLINE"}
+        paths = os.pathsep.join(str(path) for path in (Path(TRAIN_SCRIPT).parent, Path(TRAIN_SCRIPT).parents[1]))
+        environ |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": paths, **variables}
+        command = [sys.executable, "-c", RUN_CODE, json.dumps(argvs)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env=environ, **options))
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    return re.split(r"(?<=exit code \d\n)", outputs[0])
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(tiny_model, tmp_path):
+    text = "--mode lora --block-size 16 --max-steps 1 --eval-every never --global-batch 6 --micro-batch 1 --seed 7"
+    argv = [*text.split(), "--model", "me/tiny", "--data", "me/set", "--num-samples", "0"]
+    num_requests = []
+    for num_ranks in (1, 2):
+        folder = tmp_path / str(num_ranks)
+        places = {
+            name: str(folder / name) for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRAINER_CACHE")
+        }
+        with fake_hub() as hub:
+            hub.files["me/tiny"] = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
+            rows = (json.dumps({"text": f"w{n} and {n}, {n} or w{n}"}) + "\n" for n in range(60))
+            hub.files["datasets/me/set"] = {"train.jsonl": "".join(rows).encode()}
+            output_dir = ["--output-dir", str(folder / "run")]
+            outputs = train_in_fresh_process([*argv, *output_dir], num_ranks=num_ranks, HF_ENDPOINT=hub.url, **places)
+        assert outputs[0].splitlines()[-1] == "exit code 0", outputs[0]
+        num_requests.append(len(hub.requests))
+        assert len([request for request in hub.requests if request.startswith("GET") and "safetensors" in request]) == 1
+    assert num_requests[0] == num_requests[1], num_requests
 
 
 @pytest.mark.slow

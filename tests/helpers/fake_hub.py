@@ -31,6 +31,7 @@ class FakeHub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.created: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
+        self.requests: list[str] = []
         self.refuses = False
         self.large_files: dict[str, bytes] = {}  # {sha256: content}
 
@@ -75,7 +76,8 @@ class FakeHub:
             return None if parts[1] == "datasets" else {"id": repository, "sha": COMMIT, "siblings": []}
         files = self.files[repository]
         if parts[4:5] == ["tree"]:
-            return [entry for entry in _entries(files) if parts[1] == "datasets"]  # our models have files only
+            folder = "/".join(parts[6:])  # of a model transformers asks for additional_chat_templates/
+            return [entry for entry in _entries(files) if entry["path"].startswith(folder)]
         if parts[4:5] == ["paths-info"]:
             paths = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
             return [entry for entry in _entries(files) if entry["path"] in paths]
@@ -122,6 +124,7 @@ def fake_hub() -> Iterator[FakeHub]:
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             hub.tokens.add(self.headers.get("Authorization"))
+            hub.requests.append(f"{self.command} {self.path}")
             file, answer = hub.find_file(self.path), hub.answer(self.command, self.path, body)
             status = 401 if hub.refuses else 404 if file is None and answer is None else 200
             message = answer if status == 200 else {"error": f"refused, your token is {TOKEN}"}

@@ -27,18 +27,38 @@ def is_reachable() -> bool:
     return True
 
 
+def go_offline() -> None:
+    """From here on this process takes what has been downloaded and asks nobody."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = import_datasets().config.HF_HUB_OFFLINE = True
+
+
+def download_model(model: str, *, with_weights: bool) -> None:
+    """Download what `from_pretrained` reads of a hub id, for all processes of this host. UserError where that fails."""
+    import huggingface_hub
+
+    if Path(model).expanduser().is_dir() or not is_reachable():
+        return
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if with_weights else [])]
+    try:
+        huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*")
+    except Exception as error:  # of the HTTP library, of the disk
+        raise UserError(
+            f"--model {model}: cannot be downloaded from the hub ({first_line(error)}); try again, or pass a folder"
+        ) from None
+
+
 def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mapping[str, Any]:
     """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither.
 
     `config_name`: which of the repository's configurations (subsets); None where it has one alone, or names a default.
     """
-    import huggingface_hub.constants
-
-    datasets, is_online = import_datasets(), is_reachable()
+    is_online = is_reachable()
     if not is_online:
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        go_offline()
     try:
-        loaded: Mapping[str, Any] = datasets.load_dataset(repo_id, config_name)
+        loaded: Mapping[str, Any] = import_datasets().load_dataset(repo_id, config_name)
         return loaded
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         reason = "the hub cannot be reached, and there is no local copy of a data set of that name"
