@@ -20,8 +20,9 @@ from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path, show_examples
 from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
-from trainer.distributed.launch_environment import read_launch_environment
-from trainer.distributed.preflight import program_facts, refuse_differences
+from trainer.distributed.launch_environment import find_launch_warning, read_launch_environment
+from trainer.distributed.machine import find_gpu_problem
+from trainer.distributed.preflight import config_digest, program_facts, refuse_differences, short_digest
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
@@ -48,7 +49,11 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
     launch = read_launch_environment(os.environ)
     if args.dry_run and launch.rank > 0:  # a plan is made by one, without joining anybody
         return 0
+    if launch.rank == 0 and (warning := find_launch_warning(os.environ)):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
+        if problem := find_gpu_problem(os.environ):
+            raise UserError("; ".join(problem))
         context = process_group.simulated_context(launch.world_size)
     else:
         context = process_group.init_distributed(join_timeout_seconds=args.settings.engine.hang_timeout)
@@ -71,7 +76,9 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
-    refuse_differences(context, program_facts(args.settings.as_dict()))
+    request: dict[str, Any] = {"--resume": args.resume, "--allow-change": args.allow_change}
+    request |= {"--show-example": args.show_example, "--find-lr": args.find_lr, "--find-batch": args.find_batch}
+    refuse_differences(context, program_facts(args.settings.as_dict(), request))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
@@ -107,12 +114,14 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
     model = build_model(settings, on_meta=on_meta, with_fingerprint=context.local_rank == 0, device=context.device)
-    fingerprints = {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
+    fingerprints = {"the data": data.metadata["fingerprint"][:12], "the base model": model.metadata["fingerprint"]}
+    fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
     refuse_differences(context, fingerprints)
     lengths, global_batch = data.train.lengths(), settings.train.global_batch
     step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
     model_info = {**model.metadata, "step_flops": step_flops}
     plan = make_plan(settings, context, data, model_info, load_config(settings.model))
+    refuse_differences(context, {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())})
 
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         show_plan(plan.summary_lines())

@@ -21,8 +21,8 @@ from trainer.config.errors import UserError
 from trainer.distributed import deepspeed_config as zero_file
 from trainer.distributed.deepspeed_config import DS_CONFIG_DIR, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.engine import place_model
+from trainer.distributed.machine import peak_memory_bytes
 from trainer.distributed.memory import PassMemory, choose_deepspeed_file, count_frozen, estimate_memory
-from trainer.distributed.process_group import peak_memory_bytes
 from trainer.model.loss import CausalLMLoss
 
 GIB = 2**30
@@ -258,7 +258,7 @@ def test_cpu_ranks_get_zero_0_and_zero_3_places_each_weight_in_parts_before_the_
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():
     ballast = torch.ones(5 * 2**26)  # 1.25 GiB
-    ask = "import torch; from trainer.distributed.process_group import *; print(peak_memory_bytes(torch.device('cpu')))"
+    ask = "import torch; from trainer.distributed.machine import *; print(peak_memory_bytes(torch.device('cpu')))"
     process = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
     assert 2**26 < int(process.stdout) < 2**30
     assert peak_memory_bytes(torch.device("cpu")) > ballast.nbytes

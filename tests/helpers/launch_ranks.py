@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from helpers.gpu_visibility import gpu_environ
-from trainer.distributed.process_group import find_free_port
+from trainer.distributed.machine import find_free_port
 
 MP_CONTEXT = multiprocessing.get_context("forkserver")
 MP_CONTEXT.set_forkserver_preload(["helpers.preload"])

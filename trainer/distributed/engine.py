@@ -20,7 +20,8 @@ from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
 from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
-from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
+from trainer.distributed.machine import peak_memory_bytes, tune_malloc
+from trainer.distributed.process_group import DistContext
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
 from trainer.model import attention, optimizer, quantization

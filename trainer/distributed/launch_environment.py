@@ -1,5 +1,6 @@
 """Which rank of how many this process is, from the variables that its launcher set; needs no torch."""
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from typing import NamedTuple
 from trainer.config.errors import UserError
 
 DEFAULT_PORT = 29500  # of torchrun and `deepspeed` too
-_JOB_PORTS = range(15000, 35000)  # SLURM jobs that share a host get different ports, by their number
+#: SLURM jobs that share a host get different ports, by their number; from 32768 on Linux hands ports out by itself.
+_JOB_PORTS = range(15000, 32000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +51,33 @@ _LAUNCHERS = (
     _Launcher(
         "PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
     ),
+    _Launcher(
+        "MVAPICH2",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        ("MV2_COMM_WORLD_LOCAL_RANK",),
+        ("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _Launcher("PALS", "PALS_RANKID", "PMI_SIZE", ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE",)),
+    _Launcher("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",)),
     _Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
     _Launcher("Kubeflow Trainer", "PET_NODE_RANK", "PET_NNODES"),
     _Launcher("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
 )
-_MAY_RUN_INSIDE = ("Open MPI", "PMI", "SLURM")  #: whose tasks a script may give RANK and WORLD_SIZE
+_SLURM_TASKS = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES")  #: of an allocation
+_MAY_RUN_INSIDE = (
+    "Open MPI",
+    "MVAPICH2",
+    "PMI",
+    "PALS",
+    "Flux",
+    "SLURM",
+)  #: whose tasks a script may give RANK and WORLD_SIZE
 #: Without a launcher each of these says that there are other processes, unless it has this value.
 _SIGNS_OF_OTHERS = {
     **{"RANK": "0", "WORLD_SIZE": "1", "PET_NNODES": "1"},
     **dict.fromkeys(("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK")),
-    **dict.fromkeys(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES"), "1"),
+    **dict.fromkeys(_SLURM_TASKS, "1"),
 }
 
 #: Beginnings of variables that change what a run does: a run on another machine needs them too.
@@ -164,6 +183,40 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in names}
 
 
+def expand_nodelist(nodelist: str) -> list[str]:
+    """The hosts of a list as SLURM writes it: `gpu[003-004,9],login1` is gpu003, gpu004, gpu9, login1."""
+    hosts = []
+    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", nodelist):
+        pieces = [[text] for text in re.split(r"\[([^\]]*)\]", part)]  # between brackets every second one
+        for ranges in pieces[1::2]:
+            ends = [item.partition("-") for item in ranges.pop().split(",")]
+            for first, _, last in ends:
+                numbers = range(int(first), int(last or first) + 1) if (first + last).isdecimal() else ()
+                ranges += [f"{number:0{len(first)}d}" for number in numbers] or [first]
+        hosts += ["".join(words) for words in itertools.product(*pieces)]
+    return hosts
+
+
+def hosts_of_ranks(environ: Mapping[str, str], world_size: int) -> list[str]:
+    """The host on which each rank was to start; empty where the launcher does not say."""
+    pairs = [item.rpartition(":") for item in environ.get("TRAINER_HOSTS", "").split(",") if item]
+    hosts = [host for host, _, number in pairs for _ in range(int(number) if number.isdecimal() else 0)]
+    nodes = expand_nodelist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
+    if not hosts and nodes and world_size % len(nodes) == 0:
+        hosts = [node for node in nodes for _ in range(world_size // len(nodes))]
+    return hosts if len(hosts) == world_size else []
+
+
+def find_launch_warning(environ: Mapping[str, str]) -> str:
+    """What is right as it stands and may not be meant: one process where an allocation has room for more."""
+    launcher = _find_launcher(environ)
+    is_alone = launcher is not None and launcher.name == "SLURM" and environ[launcher.world_size] == "1"
+    num_tasks = next((environ[n] for n in _SLURM_TASKS if n in environ and environ[n] != "1"), "") if is_alone else ""
+    return (
+        f"one rank in an allocation of {num_tasks}: `srun python launch/train.py` starts them all" if num_tasks else ""
+    )
+
+
 def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
     names = set(environ)
     return next((other for other in _LAUNCHERS if {other.rank, other.world_size, other.marker} - {""} <= names), None)
@@ -175,13 +228,18 @@ def _master_address(environ: Mapping[str, str], launcher: _Launcher, world_size:
     if address := environ.get(name):
         return address
     local_world_sizes = (_number(environ, other) for other in launcher.local_world_size if other in environ)
-    if world_size in (1, next(local_world_sizes, None)) or environ.get("SLURM_STEP_NUM_NODES") == "1":
+    if world_size in (1, next(local_world_sizes, None)) or "1" in (
+        environ.get("SLURM_STEP_NUM_NODES"),
+        environ.get("FLUX_JOB_NNODES"),
+    ):
         return "127.0.0.1"
     if launcher.name == "SkyPilot" and environ.get("SKYPILOT_NODE_IPS"):
         return environ["SKYPILOT_NODE_IPS"].split()[0]
+    if azure_address := environ.get("AZ_BATCH_MASTER_NODE"):  # AzureML's Open MPI: address and port of another service
+        return azure_address.rpartition(":")[0] or azure_address
     nodelist = environ.get("SLURM_STEP_NODELIST") if launcher.name == "SLURM" else None
-    if nodelist := nodelist or environ.get("SLURM_JOB_NODELIST"):  # `gpu[003-005,9],login1` begins with gpu003
-        return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+    if nodes := expand_nodelist(nodelist or environ.get("SLURM_JOB_NODELIST", "")):
+        return nodes[0]
     raise UserError(
         f"{launcher.world_size}={world_size} without {name}: expected the host of rank 0 in {name} (and a free port in "
         "MASTER_PORT) on every rank; mpirun sends variables with -x"

@@ -4,6 +4,7 @@ A rank with other data, another base model, other flags or another version would
 """
 
 import hashlib
+import json
 import platform
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from trainer.distributed.process_group import DistContext
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "safetensors", "tokenizers")
 MAX_DIFFERENCES_SHOWN = 5
+_NAMES_IN_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
@@ -37,8 +39,9 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
         raise UserError(f"{'; '.join(shown)}: all ranks must have the same")
 
 
-def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known before anything is read: the program's own files, what is installed, and every setting."""
+def program_facts(settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known before anything is read: the program's own files, what is installed, every setting, what was asked
+    for beside them (`request`, by flag), and the content of the files that settings name."""
     facts = {name: package_version(name) or "missing" for name in PACKAGES} | {"Python": platform.python_version()}
     package_dir, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package_dir.rglob("*.py")):  # a checkout may have been changed since its commit
@@ -49,7 +52,24 @@ def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
             facts |= {f"the setting {group}.{name}": repr(value) for name, value in fields.items()}
         elif isinstance(fields, str):
             facts[f"the setting {group}"] = fields
+    facts |= {f"the flag {flag}": repr(value) for flag, value in request.items()}
+    named = {"--ds-config": settings.get("engine", {}).get("ds_config")}
+    named["--chat-template"] = settings.get("data", {}).get("chat_template")
+    for flag, name in named.items():
+        if name and Path(name).is_file():
+            facts[f"the content of {flag} {name}"] = short_digest(Path(name).read_bytes())
     return facts
+
+
+def config_digest(config: Any) -> str:
+    """Of a model's configuration, as transformers has it: what changes its numbers, not where it lies."""
+    content = {key: value for key, value in config.to_dict().items() if key not in _NAMES_IN_CONFIG}
+    return short_digest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def short_digest(content: bytes) -> str:
+    """Enough of a hash to tell two contents apart."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def package_version(package: str) -> str | None:

@@ -4,7 +4,6 @@ torch's own `env://` waits for late ranks without naming them, and for ever wher
 """
 
 import contextlib
-import ctypes
 import ipaddress
 import json
 import os
@@ -26,8 +25,9 @@ import torch.distributed as dist
 
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.distributed import deepspeed_internals
-from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
+from trainer.config.text import list_some
+from trainer.distributed import deepspeed_internals, machine
+from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_ranks, read_launch_environment
 from trainer.distributed.watch import Watchdog, call_with_timeout
 
 T = TypeVar("T")
@@ -35,6 +35,9 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(seconds=MAX_HANG_TIMEOUT_SECONDS)  # that of the groups which DeepSpeed makes for itself
 PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
+NAME_SECONDS = 60.0  # within which a name is known that ever will be, as that of a pod which has just started
+LEAVE_SECONDS = 2.0  # that rank 0 stays for the others, with the store from which they read what it has read
+MAX_HOSTS_SHOWN = 4
 PORT_HINT = "pass a free one, as --master_port of the launcher or in MASTER_PORT"
 
 
@@ -50,6 +53,7 @@ class DistContext:
     cpu_group: Any  #: group for Python objects, patient; None where nobody else has joined
     watchdog: Watchdog  #: what the ranks know of one another while they wait
     network: str = ""  #: the interface and address over which this rank talks to other hosts
+    devices: tuple[Mapping[str, Any], ...]  #: what each rank computes on: `name`, `memory` in bytes, `bf16`
     planned_gpu_bytes: int | None = None  #: memory of the GPU that is planned for, where none is here
 
     @property
@@ -67,11 +71,15 @@ class DistContext:
     def name_of(self, rank: int) -> str:
         return f"{self.hosts[rank]} (rank {rank})" if self.num_nodes > 1 else f"rank {rank}"
 
-    def device_memory_bytes(self) -> int | None:
-        """Bytes of the GPU's memory; None for a CPU, where state is not what runs out."""
-        if self.planned_gpu_bytes or self.device.type != "cuda":
+    def least_memory_bytes(self) -> int | None:
+        """Of the devices of all ranks; None for one rank on a CPU, where memory is not what decides.
+
+        A CPU rank has its share of its host's.
+        """
+        if self.planned_gpu_bytes or (self.device.type != "cuda" and self.world_size == 1):
             return self.planned_gpu_bytes
-        return torch.cuda.get_device_properties(self.device).total_memory
+        shares = [1 if self.device.type == "cuda" else self.hosts.count(host) for host in self.hosts]
+        return min(int(device["memory"]) // share for device, share in zip(self.devices, shares, strict=True))
 
     def free_host_bytes(self) -> float:
         """Bytes of the host's memory that are free now, for each rank on it."""
@@ -79,13 +87,13 @@ class DistContext:
 
     def available_bytes(self) -> float:
         """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
-        device_bytes = self.device_memory_bytes()
-        return self.free_host_bytes() if device_bytes is None else float(device_bytes)
+        if self.planned_gpu_bytes is None and self.device.type != "cuda":
+            return self.free_host_bytes()
+        return float(self.least_memory_bytes() or 0)
 
     def supports_bf16(self) -> bool:
-        """Whether the device computes in bf16 itself; a GPU that is only planned for is taken to."""
-        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return self.planned_gpu_bytes is not None or has_bf16
+        """Whether the devices of all ranks compute in bf16 themselves; a GPU that is only planned for is taken to."""
+        return self.planned_gpu_bytes is not None or all(device["bf16"] for device in self.devices)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
@@ -136,8 +144,13 @@ class DistContext:
 
     def describe_hosts(self) -> str:
         """The hosts, the ranks of each, and what they talk over, for people."""
-        ranks = {host: [str(rank) for rank, other in enumerate(self.hosts) if other == host] for host in self.hosts}
-        hosts_text = "; ".join(f"{host}: rank{'s' * (len(ranks[host]) > 1)} {', '.join(ranks[host])}" for host in ranks)
+        ranks: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.hosts):
+            ranks.setdefault(host, []).append(rank)
+        texts = [f"{host}: rank{'s' * (len(ranks[host]) > 1)} {describe_ranks(ranks[host])}" for host in ranks]
+        if (num_more := len(texts) - MAX_HOSTS_SHOWN) > 0:
+            texts[MAX_HOSTS_SHOWN - 1 : -1] = [f"{num_more} more hosts"]
+        hosts_text = "; ".join(texts)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         return f"{hosts_text}; {backend}" + f" over {self.network}" * bool(self.network)
 
@@ -145,23 +158,37 @@ class DistContext:
 def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:
     """Join the other ranks; whatever starts a run comes through here (`launch_environment`).
 
-    Without a launcher there is one rank. GPUs use NCCL, processors gloo. UserError for what the user can mend.
+    Without a launcher there is one rank. GPUs use NCCL, processors gloo. Ranks that cannot train together end here, one
+    of them with the line that says why.
     """
     launch = read_launch_environment(os.environ)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    gpus = [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())] if on_gpu else []
-    store, board, ranks, network = meet(launch, gpus, join_timeout_seconds)
+    gpu_problem = machine.find_gpu_problem(os.environ) if device is None else None
+    problem = "; ".join(gpu_problem or ())
+    here = {
+        "problem": problem or machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=launch.world_size),
+        "kind": "cuda" if on_gpu else "cpu",
+        "devices": [] if problem else machine.list_devices(on_gpu=on_gpu),
+        "shared_memory": machine.free_shared_memory(os.environ),
+    }
+    store, board, ranks, network = meet(launch, here, join_timeout_seconds)
     hosts = name_hosts(ranks)
-    rank_device = torch.device("cpu")
+    try:
+        refuse_unequal_hosts(hosts, ranks)
+        indices = machine.assign_devices(hosts, [rank["devices"] for rank in ranks]) if on_gpu else [0] * len(ranks)
+    except UserError as error:
+        time.sleep(LEAVE_SECONDS if launch.rank == 0 and launch.world_size > 1 else 0)
+        _give_up(error, is_reporting_rank=launch.rank == 0)
+    devices = [rank["devices"][index] for rank, index in zip(ranks, indices, strict=True)]
+    rank_device = torch.device("cuda", indices[launch.rank]) if on_gpu else torch.device("cpu")
     if on_gpu:
-        rank_device = torch.device("cuda", assign_gpus(hosts, [rank["gpus"] for rank in ranks])[launch.rank])
         torch.cuda.set_device(rank_device)
-    num_threads = _threads_per_rank(hosts.count(hosts[launch.rank]))
+    num_threads = machine.threads_per_rank(hosts.count(hosts[launch.rank]))
     torch.set_num_threads(num_threads)
     # torchrun's variables, which DeepSpeed reads; it takes LOCAL_RANK for the number of the GPU.
     local_rank = str(rank_device.index if on_gpu else hosts[: launch.rank].count(hosts[launch.rank]))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=local_rank)
-    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port or find_free_port()))
+    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port or machine.find_free_port()))
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     if not on_gpu:
@@ -190,6 +217,7 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
         world_size=launch.world_size,
         hosts=hosts,
         device=rank_device,
+        devices=tuple(devices),
         num_threads=num_threads,
         cpu_group=dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if launch.world_size > 1 else None,
         watchdog=Watchdog(launch.rank, hosts, board),
@@ -197,87 +225,178 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     )
 
 
-def meet(launch: LaunchEnvironment, gpus: Sequence[str], timeout_seconds: float) -> tuple[Any, Any, list[Any], str]:
+def meet(
+    launch: LaunchEnvironment, here: dict[str, Any], timeout_seconds: float
+) -> tuple[Any, Any, list[dict[str, Any]], str]:
     """(the store in which all ranks have met, one of their own for the watchdog, what each rank says of itself, the
-    network interface of this one). UserError where rank 0 cannot listen at its port; otherwise ranks that do not meet
-    end here, with one line.
+    network interface of this one). Ranks that do not meet end here, with one line. `here`: what this rank says.
+
+    A rank asks the store at most four times, whatever the number of ranks.
     """
-    host, own_address = socket.gethostname(), _local_address(launch.master_addr)
+    host = socket.gethostname()
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    here = {"host": host, "identity": f"{host}/{boot_id}", "address": own_address, "gpus": list(gpus), "board": 0}
+    here = {**here, "host": host, "identity": f"{host}/{boot_id}", "board": 0}
     if launch.world_size == 1:
-        return dist.HashStore(), None, [here], ""
-    rank, address = launch.rank, (launch.master_addr, launch.master_port or 0)
-    place, within = f"{address[0]}:{address[1]}", f"within {timeout_seconds:g} s (--hang-timeout)"
-
-    # The store of this run: on rank 0, or torchrun's where it keeps one.
-    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
-    if is_server:
-        try:
-            store: Any = dist.TCPStore(*address, is_master=True, **options)
-        except dist.DistError as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"rank 0 cannot listen at port {address[1]} of {host} ({reason}); {PORT_HINT}") from None
-    else:
-        deadline = time.monotonic() + timeout_seconds
-        while not _is_listening(address):  # torch's own store says so with a traceback of C++
-            if time.monotonic() > deadline:
-                _give_up(
-                    f"rank {rank} on {host} cannot reach rank 0 at {place} {within}: has it started? Check MASTER_ADDR "
-                    "and the port"
-                )
-            time.sleep(0.2)
-        # In a thread: torch waits for ever for the answer of another program that listens there.
-        store = call_with_timeout(ANSWER_SECONDS, lambda: dist.TCPStore(*address, is_master=False, **options))
-    problem = "" if store is not None else "what listens there does not answer"
+        return dist.HashStore(), None, [{**here, "address": "127.0.0.1"}], ""
+    rank, within = launch.rank, f"within {timeout_seconds:g} s (--hang-timeout)"
+    place = f"{launch.master_addr}:{launch.master_port}"
+    store = _open_store(launch, timeout_seconds)
+    own_address, board = _local_address(launch.master_addr), None
+    if rank == 0:  # torchrun's store may go before the ranks do
+        board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
+        here["board"] = board.port
+    has_both = socket.has_dualstack_ipv6()
+    listener = socket.create_server(
+        ("", 0), family=socket.AF_INET6 if has_both else socket.AF_INET, dualstack_ipv6=has_both
+    )
+    here |= {"address": own_address, "port": listener.getsockname()[1], "process": uuid.uuid4().hex}
     keys = [f"rank/{other}" for other in range(launch.world_size)]
-    board = None
-    if store is not None:
-        store = dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        if rank == 0:  # torchrun's store may go before the ranks do
-            board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
-            here["board"] = board.port
-        own_value = json.dumps({**here, "process": uuid.uuid4().hex})
-        if store.compare_set(keys[rank], "", own_value) != own_value.encode():
-            problem = f"it already has a rank {rank}"
-    if problem:
-        _give_up(f"rank {rank} on {host}: {place} is not this run's rank 0 ({problem}); {PORT_HINT}")
-
-    # What each rank says of itself. Where ranks are missing after the time, all end and the first names the missing.
+    own_value = json.dumps(here)
+    if store.compare_set(keys[rank], "", own_value) != own_value.encode():
+        _refuse_other_run(launch, f"it already has a rank {rank}")
     try:
         ranks = [json.loads(value) for value in store.multi_get(keys)]
-    except dist.DistError:
+    except dist.DistError:  # after the time: all end, and the first names the missing
         try:
             present = [other for other, key in enumerate(keys) if store.check([key])]
         except dist.DistError:  # rank 0 has left, with its own line
             present = [0]
-        missing = ", ".join(str(other) for other in range(launch.world_size) if other not in present)
+        missing_ranks = [other for other in range(launch.world_size) if other not in present]
+        missing = describe_ranks(missing_ranks, hosts_of_ranks(os.environ, launch.world_size))
         message = f"of {launch.world_size} ranks these did not join {place} {within}: {missing}"
-        _give_up(message, is_reporting_rank=rank == min(present))
+        _give_up(TrainingError(message), is_reporting_rank=rank == min(present))
 
-    # The network: this rank's own name may lead to a loopback (127.0.1.1 in /etc/hosts, as Debian writes it).
-    others = [other["address"] for other in ranks if other["identity"] != here["identity"]]
-    reachable = [other for other in others if not _is_loopback(other)]
-    if _is_loopback(own_address) and reachable:
+    # Gloo and NCCL connect over ports that the system chooses, without a limit of time: first try one to the next rank.
+    addresses = [launch.master_addr if _is_loopback(other["address"]) else other["address"] for other in ranks]
+    if has_several_hosts := len({other["identity"] for other in ranks}) > 1:
+        after = (rank + 1) % launch.world_size
+        target = addresses[after], int(ranks[after]["port"])
+        if ranks[after]["identity"] != here["identity"] and not _can_connect(target, timeout_seconds):
+            first = call_with_timeout(ANSWER_SECONDS, lambda: store.compare_set("unreachable", "", str(rank)))
+            message = (
+                f"rank {rank} on {host} cannot connect to rank {after} on {ranks[after]['host']} at {target[0]}:"
+                f"{target[1]} {within}: open all TCP ports between the hosts (NCCL and gloo take any), or choose "
+                "another network with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            )
+            _give_up(TrainingError(message), is_reporting_rank=first == str(rank).encode())
+        try:
+            store.set(f"connected/{rank}", "")
+            all_keys = [f"connected/{other}" for other in range(launch.world_size)]
+            store.wait(all_keys, timedelta(seconds=timeout_seconds + ANSWER_SECONDS))
+        except dist.DistError:
+            _give_up(TrainingError(""), is_reporting_rank=False)
+    listener.close()
+
+    # This rank's own name may lead to a loopback (127.0.1.1 in /etc/hosts, as Debian writes it).
+    reachable = [other["address"] for other in ranks if not _is_loopback(other["address"])]
+    if _is_loopback(own_address) and has_several_hosts and reachable:
         own_address = _local_address(reachable[0])
     if board is None:
-        first = ranks[0]["address"]
-        board_host = launch.master_addr if _is_loopback(first) else first
-        board = dist.TCPStore(board_host, ranks[0]["board"], is_master=False, wait_for_workers=False)
+        board = dist.TCPStore(addresses[0], ranks[0]["board"], is_master=False, wait_for_workers=False)
     names = (name for name, entries in psutil.net_if_addrs().items() if own_address in [e.address for e in entries])
     interface = next(names, "")
-    if interface:  # gloo would look its own name up instead
+    if interface:  # gloo would look its own name up instead, and NCCL take the first by name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if has_several_hosts:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     return store, board, ranks, f"{interface} ({own_address})" if interface else ""
 
 
-def _is_listening(address: tuple[str, int]) -> bool:
+def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
+    """The store of this run: on rank 0, or torchrun's where it keeps one."""
+    host, address = socket.gethostname(), (launch.master_addr, launch.master_port or 0)
+    place, start_time = f"{address[0]}:{address[1]}", time.monotonic()
+    while problem := _name_problem(launch.master_addr):
+        if time.monotonic() > start_time + min(timeout_seconds, NAME_SECONDS):
+            message = f"rank {launch.rank} on {host}: MASTER_ADDR={launch.master_addr}: {problem}; check it"
+            _give_up(TrainingError(message))
+        time.sleep(0.5)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
+    if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        try:
+            store: Any = dist.TCPStore(*address, is_master=True, **options)
+        except dist.DistError as error:
+            is_busy = "EADDRINUSE" in str(error) or "ddress already in use" in str(error)
+            if is_busy or _is_own_address(launch.master_addr):
+                reason = str(error).splitlines()[0][:200]
+                message = f"rank 0 cannot listen at port {address[1]} of {host} ({reason}); {PORT_HINT}"
+            else:
+                message = f"MASTER_ADDR={launch.master_addr} is no address of {host}, on which rank 0 runs; check both"
+            raise UserError(message) from None
+    else:
+        while not _can_connect(address, 0.0):  # torch's own store says so with a traceback of C++
+            if time.monotonic() > start_time + timeout_seconds:
+                _give_up(
+                    TrainingError(
+                        f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
+                        "(--hang-timeout): has it started? Check MASTER_ADDR and the port"
+                    )
+                )
+            time.sleep(0.2)
+        # In a thread: torch waits for ever for the answer of another program that listens there.
+        store = call_with_timeout(ANSWER_SECONDS, lambda: dist.TCPStore(*address, is_master=False, **options))
+        if store is None:
+            _refuse_other_run(launch, "what listens there does not answer")
+    return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def refuse_unequal_hosts(hosts: Sequence[str], ranks: Sequence[Mapping[str, Any]]) -> None:
+    """UserError, the same on every rank, where a host cannot take part or has no GPU beside those that have."""
+    where = [f"{host} (rank {rank})" if len(set(hosts)) > 1 else f"rank {rank}" for rank, host in enumerate(hosts)]
+    for place, said in zip(where, ranks, strict=True):
+        if said["problem"]:
+            raise UserError(f"on {place}: {said['problem']}" if len(ranks) > 1 else said["problem"])
+    kinds = [said["kind"] for said in ranks]
+    if len(set(kinds)) > 1:
+        with_gpu, without = where[kinds.index("cuda")], where[kinds.index("cpu")]
+        raise UserError(f"there is a GPU on {with_gpu} and none on {without}: all ranks must have one, or none")
+    for place, host, said in zip(where, hosts, ranks, strict=True):
+        needed, free = machine.SHM_BYTES_PER_RANK * hosts.count(host), said["shared_memory"]
+        if kinds[0] == "cuda" and hosts.count(host) > 1 and free is not None and free < needed:
+            raise UserError(
+                f"{machine.SHARED_MEMORY} of {place} has {free / 2**20:.0f} MiB free, and NCCL takes "
+                f"{needed / 2**20:.0f} for {hosts.count(host)} GPUs; {machine.SHM_REMEDY}"
+            )
+
+
+def describe_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """`1, 4-7`, and the hosts of these ranks where `hosts` has one for each rank of the run."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    texts = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks if rank < len(hosts)))
+    return list_some(texts, MAX_HOSTS_SHOWN) + (f" (on {list_some(names, MAX_HOSTS_SHOWN)})" if names else "")
+
+
+def _name_problem(host: str) -> str:
     try:
-        socket.create_connection(address, timeout=2.0).close()
-    except OSError:
-        return False
-    return True
+        socket.getaddrinfo(host, 1)
+    except OSError as error:
+        return f"this name is not known here ({error.strerror})"
+    return ""
+
+
+def _is_own_address(host: str) -> bool:
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, 1)}
+    own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    return any(address in own or _is_loopback(address) for address in addresses)
+
+
+def _can_connect(address: tuple[str, int], timeout_seconds: float) -> bool:
+    """Whether somebody listens there; asked at least once, and until so many seconds are over."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection(address, timeout=2.0).close()
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
 
 
 def _is_loopback(address: str) -> bool:
@@ -295,9 +414,13 @@ def _local_address(host: str) -> str:
         return "127.0.0.1"
 
 
-def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
+def _refuse_other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
+    message = f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port} is not this "
+    _give_up(TrainingError(f"{message}run's rank 0 ({reason}); {PORT_HINT}"))
+
+
+def _give_up(error: UserError | TrainingError, *, is_reporting_rank: bool = True) -> NoReturn:
     """End this process: ranks that have not met cannot agree on who reports the error."""
-    error = TrainingError(message)
     raise SystemExit(report_error(error) if is_reporting_rank else error.exit_code) from None
 
 
@@ -308,24 +431,6 @@ def name_hosts(ranks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if len(set(names.values())) < len(names):
         names = {identity: f"{rank['host']} ({rank['address']})" for identity, rank in first_ranks.items()}
     return tuple(names[rank["identity"]] for rank in ranks)
-
-
-def assign_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> list[int]:
-    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
-
-    The same where all ranks see the same GPUs and where a scheduler shows each its own. `gpus`: the identities of those
-    that each rank sees. UserError where there are too few.
-    """
-    taken: set[tuple[str, str]] = set()
-    indices = []
-    for host, visible in zip(hosts, gpus, strict=True):
-        index = next((n for n, gpu in enumerate(visible) if (host, gpu) not in taken), None)
-        if index is None:
-            num_gpus = sum(other == host for other, _ in taken)
-            raise UserError(f"{hosts.count(host)} ranks on {host} with {num_gpus} GPUs: start at most one rank a GPU")
-        taken.add((host, visible[index]))
-        indices.append(index)
-    return indices
 
 
 def simulated_context(
@@ -344,7 +449,8 @@ def simulated_context(
         world_size=world_size,
         hosts=hosts,
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        num_threads=_threads_per_rank(world_size),
+        devices=tuple(machine.list_devices(on_gpu=torch.cuda.is_available() and on_gpu)[:1]) * world_size,
+        num_threads=machine.threads_per_rank(world_size),
         cpu_group=None,
         watchdog=Watchdog(0, hosts, None),
         planned_gpu_bytes=gpu_memory_bytes,
@@ -362,47 +468,3 @@ def destroy_process_group() -> None:
     """Leave the process group; without it a finished rank may abort at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-# --- this process and its host ---
-
-
-def forwarded_env_prefixes() -> tuple[str, ...]:
-    """Beginnings of the environment variables that `deepspeed` hands on to other machines."""
-    runner = import_module("deepspeed.launcher.runner")
-    accelerator = import_module("deepspeed.accelerator").get_accelerator()
-    return (*runner.EXPORT_ENVS, *accelerator.export_envs())
-
-
-def find_free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _threads_per_rank(local_world_size: int) -> int:
-    """Threads for one rank: what the user set, else this rank's share of the cores it may use."""
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return int(os.environ["OMP_NUM_THREADS"])
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
-
-
-def tune_malloc() -> None:
-    """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
-
-    glibc maps and unmaps every allocation of more than 32 MiB; here a fifth of a step went into page faults. What the
-    process has needed at its peak stays its own until it ends. Other C libraries are left as they are.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Bytes: the GPU allocator's peak, or the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux's own count: that of getrusage begins with the size of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -66,7 +66,7 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 {setup}{PATH_EXPORT}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 17000))
 NOTICE=$(mktemp) || exit 1
 export NOTICE
 rm -f {marker}
@@ -128,6 +128,8 @@ def ssh_files(
     max_seconds = _straggler_seconds(settings)
     names = forwarded_names(environ)
     exports = [MARK, setup + PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
+    hosts_text = ",".join(f"{host}:{number}" for host, number in ranks_of_hosts.items())
+    exports.append(f"export TRAINER_HOSTS={shlex.quote(hosts_text)}")  # by which a rank that does not come is named
     script = f"""#!/bin/bash
 {MARK}
 cd {shlex.quote(str(Path.cwd()))} || exit 1

@@ -154,7 +154,7 @@ def run_job(
 
     A rank that fails ends the others, which would wait for it; all have ended on return.
     """
-    from trainer.distributed.process_group import find_free_port  # which needs torch
+    from trainer.distributed.machine import find_free_port  # which needs torch
 
     env = {
         **without_launcher(os.environ),

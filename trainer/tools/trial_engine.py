@@ -12,7 +12,8 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.distributed.machine import peak_memory_bytes
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
 from trainer.model.build import build_model, get_max_positions, load_config
 from trainer.tools.processes import end_with_parent
 from trainer.tracking.optional_loggers import check_loggers

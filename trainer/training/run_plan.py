@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
@@ -251,7 +249,10 @@ def make_plan(
             expected = ", ".join(PACKABLE_MODELS)
             raise UserError(f"--packing: not proven for models of type {model_type}; expected {expected}")
         batch = replace(batch, packed_width=block_size)
-    precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
+    # What depends on the machine is chosen by rank 0, from the least of all devices.
+    precision = dist_context.on_rank_zero(
+        lambda: settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
+    )
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
 
     def estimate_memory(
@@ -269,17 +270,20 @@ def make_plan(
             micro_batch_size=micro_batch_size,
         )
 
-    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_memory)
-    validate_stage(settings, deepspeed_file)
+    def decide() -> tuple[DeepSpeedFile, ExecutionPlan]:
+        file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_memory)
+        validate_stage(settings, file)
+        return file, make_execution_plan(
+            settings, dist_context, stage=file.stage, precision=precision, model_dropout=dropout
+        )
+
+    deepspeed_file, execution = dist_context.on_rank_zero(decide)
     schedule = TrainSchedule(
         settings=settings,
         batch=batch,
         num_examples=len(data.train),
         total_steps=settings.train.total_steps(len(data.train)),
         steps_per_epoch=settings.train.steps_per_epoch(len(data.train)),
-    )
-    execution = make_execution_plan(
-        settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=dropout
     )
     return RunPlan(
         settings=settings,
@@ -311,15 +315,10 @@ def _choose_deepspeed_file(
         return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
     if settings.engine.execution == "graphs":
         return read_deepspeed_file("zero0", "--execution graphs needs it")
-    memory_bytes = dist_context.device_memory_bytes()
-    if memory_bytes is None and dist_context.world_size > 1:
-        memory_bytes = psutil.virtual_memory().total // dist_context.local_world_size
-    if memory_bytes is not None:
-        memory_bytes = min(dist_context.all_gather_object(memory_bytes))
     return choose_deepspeed_file(
         model_info=model_info,
         world_size=dist_context.world_size,
-        device_memory_bytes=memory_bytes,
+        device_memory_bytes=dist_context.least_memory_bytes(),
         precision=precision,
         estimate_bytes=lambda file: required_bytes(estimate_memory(file), model_info, dist_context.device)[0],
         stages=range(3 if _zero_3_problem(settings) else 4),

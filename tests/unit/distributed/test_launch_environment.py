@@ -11,6 +11,8 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import (
     LaunchEnvironment,
+    find_launch_warning,
+    hosts_of_ranks,
     is_first_of_host,
     read_launch_environment,
     reporting_rank,
@@ -61,6 +63,14 @@ SKYPILOT = variables(
     "SKYPILOT_NODE_RANK=1 SKYPILOT_NUM_NODES=2 SKYPILOT_NUM_GPUS_PER_NODE=1",
     {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6"},
 )
+#: mvapich.cse.ohio-state.edu, user guide, "MV2_COMM_WORLD_LOCAL_RANK"
+MVAPICH2 = variables(
+    "MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_SIZE=2 MV2_COMM_WORLD_LOCAL_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=2"
+)
+#: flux-framework.readthedocs.io, flux-environment(7)
+FLUX = variables("FLUX_TASK_RANK=1 FLUX_JOB_SIZE=2 FLUX_TASK_LOCAL_ID=1 FLUX_JOB_NNODES=1")
+#: learn.microsoft.com/azure/machine-learning/how-to-train-distributed-gpu: Open MPI, and the first node's address
+AZUREML = {**OPENMPI, "AZ_BATCH_MASTER_NODE": "10.0.0.4:6105", "AZUREML_RUN_ID": "r"}
 #: the lines that clusters' own pages give for a batch script
 SBATCH_LINES = variables("RANK=1 WORLD_SIZE=2 LOCAL_RANK=0", MASTER)
 
@@ -70,6 +80,8 @@ def place(rank: int, world_size: int, addr: str = "h1", port: int | None = 1234)
 
 
 PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1"}
+#: accelerate 1.11, utils/launch.py: prepare_multi_gpu_env hands the ranks to torchrun and adds its own names
+ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 TWO_TASKS = {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
 ALONE = place(0, 1, "127.0.0.1", None)
 CASES = {
@@ -85,6 +97,14 @@ CASES = {
         {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2"},  # srun has started its helpers, one a node
         place(1, 2, "gpu001", 15101),
     ),
+    "mpirun of MVAPICH2 on one host": (MVAPICH2, place(1, 2, "127.0.0.1", 29500)),
+    "mpiexec of PALS without a rank of PMI": (
+        {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_SIZE": "4", **MASTER},
+        place(3, 4),
+    ),
+    "Flux on one host": (FLUX, place(1, 2, "127.0.0.1", 29500)),
+    "AzureML": (AZUREML, place(1, 2, "10.0.0.4", 29500)),
+    "accelerate launch": (ACCELERATE, place(3, 4)),
     "srun --mpi=pmix": ({**SRUN, "PMIX_RANK": "5"}, place(5, 8, "gpu003", 15101)),
     "srun on one node": ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, place(5, 8, "127.0.0.1", 15101)),
     "srun of one task": (
@@ -128,7 +148,8 @@ REFUSED = {
     "PMIx alone": ({"PMIX_RANK": "1"}, "PMIX_RANK=1: .*torchrun"),
     "PALS without Cray's PMI": ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1"}, "PALS_RANKID=3"),
     "a rank of PMI without its number": ({"PMI_RANK": "1", "PMI_FD": "6"}, "PMI_RANK=1"),
-    "Flux": ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, "FLUX_TASK_RANK=1"),
+    "a rank of Flux without its number": ({"FLUX_TASK_RANK": "1"}, "FLUX_TASK_RANK=1"),
+    "Flux on two hosts": ({**FLUX, "FLUX_JOB_NNODES": "2"}, "FLUX_JOB_SIZE=2 without MASTER_ADDR"),
     "RANK alone": ({"RANK": "1"}, "RANK=1: .* set RANK, WORLD_SIZE"),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: "),
     "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, "RANK=2: .* WORLD_SIZE - 1 = 1"),
@@ -182,9 +203,41 @@ def test_a_mistake_is_said_once_on_each_host(environ, expected):
     assert is_first_of_host(environ) is expected
 
 
-def test_two_jobs_on_one_host_meet_at_different_ports():
-    ports = {read_launch_environment({**SRUN, "SLURM_JOB_ID": job}).master_port for job in ("100", "102")}
-    assert len(ports) == 2
+def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_out_itself():
+    jobs = ("100", "102", "16998", "16999", "4000000")
+    ports = [read_launch_environment({**SRUN, "SLURM_JOB_ID": job}).master_port for job in jobs]
+    assert len(set(ports)) == len(jobs)
+    assert all(15000 <= port < 32768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("environ", "world_size", "expected"),
+    [
+        (SRUN, 8, "gpu003 gpu003 gpu004 gpu004 gpu005 gpu005 gpu9 gpu9"),
+        ({"SLURM_JOB_NODELIST": "rack[1-2]n[09-10],x"}, 5, "rack1n09 rack1n10 rack2n09 rack2n10 x"),
+        ({"TRAINER_HOSTS": "a:1,b:2"}, 3, "a b b"),
+        (SRUN, 6, ""),  # not so many on each
+        ({"SLURM_JOB_NODELIST": "n[a-b]"}, 1, "na"),
+        ({}, 2, ""),
+    ],
+)
+def test_the_host_of_a_rank_that_did_not_come_is_known_where_the_launcher_names_it(environ, world_size, expected):
+    assert hosts_of_ranks(environ, world_size) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "one rank in an allocation of 8: `srun python"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ""),
+        (SRUN, ""),
+        ({}, ""),
+    ],
+)
+def test_one_task_in_an_allocation_of_many_is_a_warning(environ, expected):
+    warning = find_launch_warning(environ)
+    assert warning.startswith(expected)
+    assert bool(warning) == bool(expected)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,17 +1,21 @@
 """The ranks of a run: their hosts, the GPU of each, what must be the same on all, and the stacks of a run that hung."""
 
 import contextlib
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
-from trainer.distributed import preflight
-from trainer.distributed.process_group import assign_gpus, name_hosts
+from trainer.distributed import machine, preflight
+from trainer.distributed.machine import assign_devices
+from trainer.distributed.process_group import describe_ranks, name_hosts, refuse_unequal_hosts, simulated_context
 from trainer.distributed.watch import Watchdog
 from trainer.training import provenance
 
@@ -39,7 +43,84 @@ def test_two_hosts_of_one_name_are_two_hosts(places, expected):
 )
 def test_each_rank_takes_a_gpu_of_its_own(gpus, expected):
     with pytest.raises(UserError, match=expected) if isinstance(expected, str) else contextlib.nullcontext():
-        assert assign_gpus(("a", "a", "b"), gpus) == expected
+        assert assign_devices(("a", "a", "b"), [[{"id": gpu} for gpu in row] for row in gpus]) == expected
+
+
+KERNELS = ["sm_75", "sm_80", "sm_90", "compute_90"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "available", "files", "capability", "expected"),
+    [
+        ({}, False, [], None, None),
+        ({}, False, ["nvidiactl"], None, "cannot use the GPU of this host"),
+        ({}, False, ["dxg", "libcuda.so.1"], None, "cannot use the GPU of this host"),  # WSL2
+        ({}, False, ["dxg"], None, None),  # a Windows machine without an NVIDIA driver
+        ({"CUDA_VISIBLE_DEVICES": "7"}, False, ["nvidiactl"], None, r"this host \(CUDA_VISIBLE_DEVICES=7\)"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False, ["nvidiactl"], None, None),
+        ({}, True, ["nvidiactl"], (8, 6), None),  # runs what was compiled for 8.0
+        ({}, True, ["nvidiactl"], (9, 0), None),
+        ({}, True, ["nvidiactl"], (12, 0), None),  # translates compute_90
+        ({}, True, ["nvidiactl"], (7, 0), r"no kernels for GPU 0, V100 \(sm_70\), only sm_75 "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, ["nvidiactl"], (7, 0), None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
+    environ, available, files, capability, expected, tmp_path, monkeypatch
+):
+    for name in files:
+        (tmp_path / name).touch()
+    sets = tuple(tuple(str(tmp_path / Path(name).name) for name in names) for names in machine.GPU_FILES)
+    monkeypatch.setattr(machine, "GPU_FILES", sets)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: KERNELS)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "V100")
+    problem = machine.find_gpu_problem(environ)
+    assert (problem is None) == (expected is None)
+    if problem is not None:
+        assert re.search(expected, problem[0])
+        assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in problem[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([{"problem": ""}, {"problem": "no disk"}], r"on b \(rank 1\): no disk"),
+        ([{"kind": "cuda"}, {}], r"there is a GPU on a \(rank 0\) and none on b \(rank 1\): all ranks must have one"),
+        ([{"kind": "cuda", "shared_memory": 2**26}] * 2, None),  # one GPU a host
+        (
+            [{"kind": "cuda", "shared_memory": 2**26}] * 3,
+            r"/dev/shm of b \(rank 1\) has 64 MiB .* takes 80 .*shm-size",
+        ),
+        ([{"shared_memory": 2**26}] * 3, None),
+        ([{"kind": "cuda", "shared_memory": None}] * 3, None),  # NCCL_SHM_DISABLE=1
+    ],
+)
+def test_a_host_that_cannot_take_part_is_refused_alike_on_every_rank(ranks, expected):
+    said = [{"problem": "", "kind": "cpu", "shared_memory": None, **rank} for rank in ranks]
+    with pytest.raises(UserError, match=expected) if expected else contextlib.nullcontext():
+        refuse_unequal_hosts(("a", "b", "b")[: len(ranks)], said)
+
+
+def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
+    limits = [(1024, 524288)]
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(machine.resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert machine.find_host_problem({}, on_gpu=False, world_size=512) == ""
+    assert limits[-1] == (3072, 524288)
+    limits[:] = [(1024, 2048)]
+    assert machine.find_host_problem({}, on_gpu=False, world_size=512).startswith("at most 2048 files may be open here")
+
+
+def test_many_ranks_and_hosts_fit_a_line():
+    hosts = [f"node{number:02d}" for number in range(64) for _ in range(8)]
+    assert describe_ranks(range(8, 512), hosts) == "8-511 (on node01, node02, node03, node04 and 59 more)"
+    assert describe_ranks([1, 3, 5, 6, 7, 9, 11]) == "1, 3, 5-7, 9 and 1 more"
+    text = replace(simulated_context(512, "cpu"), hosts=tuple(hosts)).describe_hosts()
+    expected = "node00: ranks 0-7; node01: ranks 8-15; node02: ranks 16-23; 60 more hosts; node63: ranks 504-511; gloo"
+    assert text == expected
 
 
 MANY = {f"fact {number}": number for number in range(9)}
@@ -70,10 +151,10 @@ def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_
 
 
 def test_versions_the_programs_files_and_every_setting_are_facts():
-    facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]})
+    facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}, {"--resume": None})
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
-    assert facts["this program"] == preflight.program_facts({})["this program"]
+    assert facts["this program"] == preflight.program_facts({}, {})["this program"]
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):

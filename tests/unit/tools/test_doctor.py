@@ -57,7 +57,7 @@ def test_doctor_takes_the_ranges_from_the_installed_package(name, level, monkeyp
         (2, {"names": ["A100", "L4"]}, {"GPUs": "warning"}),
         (1, {"names": ["A100", "L4"]}, {"GPUs": "ok"}),
         (2, {"bf16": False}, {"bf16": "warning"}),
-        (2, {"shm": 2**26}, {"/dev/shm": "warning"}),
+        (2, {"shm": 2**26}, {"/dev/shm": "error"}),
         (1, {"shm": 2**26}, {"/dev/shm": "ok"}),
     ],
 )
@@ -68,7 +68,8 @@ def test_doctor_looks_at_the_gpus_of_this_machine(ranks, changes, levels, monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: values["bf16"])
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=values["shm"]))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+    monkeypatch.setattr(checks.machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=values["shm"]))
     found = worst_levels(checks.check_environment(ranks))
     assert {name: found[name] for name in levels} == levels
 

@@ -21,7 +21,8 @@ from trainer.config import cli
 from trainer.config.choices import LORA_LR_FACTOR
 from trainer.config.files import folder_size
 from trainer.config.text import markdown_table
-from trainer.distributed.process_group import DistContext, peak_memory_bytes
+from trainer.distributed.machine import peak_memory_bytes
+from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.tools.bench.steps import describe_hardware, wrap_rows
 from trainer.tools.processes import run_job

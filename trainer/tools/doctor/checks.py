@@ -5,10 +5,8 @@ What launch/train.py refuses or notes by itself stands in its plan, which the do
 
 import os
 import platform
-import shutil
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.text import list_some
 from trainer.data.dataset import PreparedDataset
+from trainer.distributed import machine
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.preflight import package_version
@@ -26,9 +25,6 @@ from trainer.training.run_plan import RunPlan
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
 
 DISTRIBUTION = "gpt2-full-vs-lora"
-SHARED_MEMORY = Path("/dev/shm")
-MIN_SHM_BYTES = 2**30  # NCCL's buffers between the GPUs of one machine, some 10 MB a pair
-
 MIN_VAL_EXAMPLES, MIN_VAL_TOKENS = 30, 5_000  # of validation; fewer, and chance moves its loss
 MAX_SHARED_SHARE = 0.01  # of the validation records, that also stand in the training data
 MAX_REPEATED_SHARE = 0.1  # of the training texts
@@ -63,13 +59,11 @@ def check_environment(world_size: int) -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         message = f"{DISTRIBUTION} is not installed, so its supported versions are unknown"
         yield Check(WARNING, "packages", message, "pip install -e . in its folder")
+    if problem := machine.find_gpu_problem(os.environ):
+        yield Check(ERROR, "GPUs", *problem)
+        return
     if not torch.cuda.is_available():
-        has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-        problem = "torch sees none though a driver is there" if has_driver else "none"
-        is_bad = has_driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-        message = f"{problem}: runs on {len(os.sched_getaffinity(0))} processor cores"
-        remedy = "install the CUDA build of torch that the driver takes (nvidia-smi names the newest)"
-        yield judge(is_bad, WARNING, "GPUs", message, remedy)
+        yield Check(OK, "GPUs", f"none: runs on {len(os.sched_getaffinity(0))} processor cores")
         return
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     names = list_some((f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus), 6)
@@ -81,10 +75,9 @@ def check_environment(world_size: int) -> Iterator[Check]:
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     message = f"{gpus[0].name} {'supports it' if has_bf16 else 'does not support it: fp32, much slower'}"
     yield judge(not has_bf16, WARNING, "bf16", message, "--precision fp16 --ds-config zero1, or a newer GPU")
-    if SHARED_MEMORY.is_dir():  # through which NCCL's ranks of one machine talk
-        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-        is_short, remedy = world_size > 1 and free_bytes < MIN_SHM_BYTES, "docker run --shm-size=2g (or --ipc=host)"
-        yield judge(is_short, WARNING, "/dev/shm", f"{format_bytes(free_bytes)} free", remedy)
+    if (free_bytes := machine.free_shared_memory(os.environ)) is not None:
+        is_short = world_size > 1 and free_bytes < world_size * machine.SHM_BYTES_PER_RANK
+        yield judge(is_short, ERROR, "/dev/shm", f"{format_bytes(free_bytes)} free", machine.SHM_REMEDY)
 
 
 def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[Check]:

@@ -1,0 +1,147 @@
+"""This host: its devices, what torch cannot use of them, and what a process may take."""
+
+import ctypes
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from trainer.config.errors import UserError
+
+#: One of these sets is there where a GPU was given to this host or container; the second under WSL2.
+GPU_FILES = (("/dev/nvidiactl",), ("/dev/dxg", "/usr/lib/wsl/lib/libcuda.so.1"))
+SHARED_MEMORY = Path("/dev/shm")  # through which NCCL's ranks of one host talk
+SHM_BYTES_PER_RANK = 40 * 2**20  # of it; a container has 64 MiB unless it is asked for more
+SHM_REMEDY = "start the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
+
+
+def has_gpu_files() -> bool:
+    return any(all(Path(name).exists() for name in names) for names in GPU_FILES)
+
+
+def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """(what keeps torch from using a GPU of this host, the remedy); None where it can, or where there is none.
+
+    CUDA_VISIBLE_DEVICES= (empty) asks for the CPU: nothing is wrong then.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return None
+    on_cpu = "set CUDA_VISIBLE_DEVICES= to train on the CPU"
+    if not torch.cuda.is_available():
+        if not has_gpu_files():
+            return None
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        shown = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+        return (
+            f"torch {torch.__version__}, {built}, cannot use the GPU of this host{shown}",
+            f"update the driver or install the torch build that it takes (nvidia-smi names its CUDA), or {on_cpu}",
+        )
+    kernels = torch.cuda.get_arch_list()
+    for number in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(number)
+        if kernels and not any(_runs(kernel, capability) for kernel in kernels):
+            name = f"{torch.cuda.get_device_name(number)} (sm_{capability[0]}{capability[1]})"
+            return (
+                f"torch {torch.__version__} has no kernels for GPU {number}, {name}, only {' '.join(kernels)}",
+                f"install an older or newer torch build that has, or {on_cpu}",
+            )
+    return None
+
+
+def _runs(kernel: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for `sm_80`, or translates `compute_80`."""
+    kind, _, digits = kernel.rstrip("af").partition("_")
+    major, minor = divmod(int(digits), 10)
+    return (major == capability[0] and minor <= capability[1]) or (kind == "compute" and (major, minor) <= capability)
+
+
+def find_host_problem(environ: Mapping[str, str], *, on_gpu: bool, world_size: int) -> str:
+    """Why this host cannot take part, in one line with the remedy, or "". Raises the limit on open files."""
+    names = psutil.net_if_addrs()
+    for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",") if world_size > 1 or not on_gpu else ():
+        if name and name not in names:
+            return f"GLOO_SOCKET_IFNAME={name}: no such network interface; expected one of {', '.join(sorted(names))}"
+    needed = 1024 + 4 * world_size  # rank 0 keeps three files a rank, beside those of libraries
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            return f"at most {hard} files may be open here, and {world_size} ranks need {needed}; raise ulimit -Hn"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return ""
+
+
+def list_devices(*, on_gpu: bool) -> list[dict[str, Any]]:
+    """What there is to compute on: `id`, `name`, `memory` in bytes, and whether it computes in bf16 itself."""
+    if not on_gpu:
+        return [{"id": "", "name": "CPU", "memory": psutil.virtual_memory().total, "bf16": False}]
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [
+        {"id": str(gpu.uuid), "name": gpu.name, "memory": gpu.total_memory, "bf16": has_bf16 and gpu.major >= 8}
+        for gpu in gpus
+    ]
+
+
+def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
+    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
+
+    The same where all ranks see the same GPUs and where a scheduler shows each its own. `visible`: what each rank sees.
+    UserError where there are too few.
+    """
+    taken: set[tuple[str, str]] = set()
+    indices = []
+    for host, gpus in zip(hosts, visible, strict=True):
+        index = next((n for n, gpu in enumerate(gpus) if (host, gpu["id"]) not in taken), None)
+        if index is None:
+            num_gpus = sum(other == host for other, _ in taken)
+            raise UserError(f"{hosts.count(host)} ranks on {host} with {num_gpus} GPUs: start at most one rank a GPU")
+        taken.add((host, gpus[index]["id"]))
+        indices.append(index)
+    return indices
+
+
+def free_shared_memory(environ: Mapping[str, str]) -> int | None:
+    """Bytes of /dev/shm that NCCL may use; None where it needs none of it."""
+    if environ.get("NCCL_SHM_DISABLE") == "1" or not SHARED_MEMORY.is_dir():
+        return None
+    return shutil.disk_usage(SHARED_MEMORY).free
+
+
+def threads_per_rank(local_world_size: int) -> int:
+    """Threads for one rank: what the user set, else this rank's share of the cores it may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def tune_malloc() -> None:
+    """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
+
+    glibc maps and unmaps every allocation of more than 32 MiB; here a fifth of a step went into page faults. What the
+    process has needed at its peak stays its own until it ends. Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Bytes: the GPU allocator's peak, or the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux's own count: that of getrusage begins with the size of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def find_free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
