@@ -177,6 +177,17 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
     return next(local_ranks, str(reporting_rank(environ))) == "0"
 
 
+def speaks_for_late_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> bool:
+    """Whether this rank reports that rank 0 cannot be reached: ranks that have not met cannot agree on one.
+
+    The first of the second host does, or rank 1 where all are on one.
+    """
+    launcher = _find_launcher(environ)
+    sizes = [environ.get(name, "") for name in (launcher.local_world_size if launcher else ())]
+    local_world_size = next((int(size) for size in sizes if size.isdecimal()), 1)
+    return rank == (local_world_size if local_world_size < world_size else 1)
+
+
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is not a rank: without the variables of launchers and schedulers."""
     names = [name for name in environ if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)]

@@ -27,7 +27,12 @@ from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.config.text import list_some
 from trainer.distributed import deepspeed_internals, machine
-from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_ranks, read_launch_environment
+from trainer.distributed.launch_environment import (
+    LaunchEnvironment,
+    hosts_of_ranks,
+    read_launch_environment,
+    speaks_for_late_ranks,
+)
 from trainer.distributed.watch import Watchdog, call_with_timeout
 
 T = TypeVar("T")
@@ -306,10 +311,11 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     """The store of this run: on rank 0, or torchrun's where it keeps one."""
     host, address = socket.gethostname(), (launch.master_addr, launch.master_port or 0)
     place, start_time = f"{address[0]}:{address[1]}", time.monotonic()
+    is_speaker = speaks_for_late_ranks(os.environ, launch.rank, launch.world_size)
     while problem := _name_problem(launch.master_addr):
         if time.monotonic() > start_time + min(timeout_seconds, NAME_SECONDS):
             message = f"rank {launch.rank} on {host}: MASTER_ADDR={launch.master_addr}: {problem}; check it"
-            _give_up(TrainingError(message))
+            _give_up(TrainingError(message), is_reporting_rank=launch.rank == 0 or is_speaker)
         time.sleep(0.5)
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -326,17 +332,16 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     else:
         while not _can_connect(address, 0.0):  # torch's own store says so with a traceback of C++
             if time.monotonic() > start_time + timeout_seconds:
-                _give_up(
-                    TrainingError(
-                        f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
-                        "(--hang-timeout): has it started? Check MASTER_ADDR and the port"
-                    )
+                message = (
+                    f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
+                    "(--hang-timeout): has it started? Check MASTER_ADDR and the port"
                 )
+                _give_up(TrainingError(message), is_reporting_rank=is_speaker)
             time.sleep(0.2)
         # In a thread: torch waits for ever for the answer of another program that listens there.
         store = call_with_timeout(ANSWER_SECONDS, lambda: dist.TCPStore(*address, is_master=False, **options))
         if store is None:
-            _refuse_other_run(launch, "what listens there does not answer")
+            _refuse_other_run(launch, "what listens there does not answer", is_reporting_rank=is_speaker)
     return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -414,9 +419,10 @@ def _local_address(host: str) -> str:
         return "127.0.0.1"
 
 
-def _refuse_other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
+def _refuse_other_run(launch: LaunchEnvironment, reason: str, *, is_reporting_rank: bool = True) -> NoReturn:
     message = f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port} is not this "
-    _give_up(TrainingError(f"{message}run's rank 0 ({reason}); {PORT_HINT}"))
+    error = TrainingError(f"{message}run's rank 0 ({reason}); {PORT_HINT}")
+    _give_up(error, is_reporting_rank=is_reporting_rank)
 
 
 def _give_up(error: UserError | TrainingError, *, is_reporting_rank: bool = True) -> NoReturn:

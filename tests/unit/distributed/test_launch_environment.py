@@ -16,6 +16,7 @@ from trainer.distributed.launch_environment import (
     is_first_of_host,
     read_launch_environment,
     reporting_rank,
+    speaks_for_late_ranks,
     without_launcher,
 )
 
@@ -201,6 +202,14 @@ def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
 )
 def test_a_mistake_is_said_once_on_each_host(environ, expected):
     assert is_first_of_host(environ) is expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks", "expected"),
+    [({}, 512, 1), ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 512, 8), ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 8, 1)],
+)
+def test_one_rank_reports_for_all_that_rank_0_cannot_be_reached(environ, ranks, expected):
+    assert [rank for rank in range(ranks) if speaks_for_late_ranks(environ, rank, ranks)] == [expected]
 
 
 def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_out_itself():
