@@ -14,7 +14,7 @@ from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
 from trainer.data.sources import find_splits
-from trainer.distributed.process_group import find_free_port
+from trainer.distributed.machine import find_free_port
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RUN_CODE = """
