@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, user_path
 from trainer.tools.program import program
 
 
@@ -23,7 +23,7 @@ def build_parser() -> ArgumentParser:
     check_help = "'val_loss<=1.0048@epoch 2', for every run, or `card`: each epoch at or under the card's; repeatable"
     tolerance_help = "widens the limit of each check, in its unit (default: 0)"
     output_help = "where the report goes (default: comparison)"
-    add("runs", nargs="*", metavar="RUN", help=runs_help)
+    add("runs", nargs="*", type=user_path, metavar="RUN", help=runs_help)
     add("--output-dir", type=Path, default=Path("comparison"), metavar="DIR", help=output_help)
     add("--no-card", action="store_true", help="leave the card out")
     add("--margin", default="2%", metavar="X", help=margin_help)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from trainer.config.errors import UserError, mask_credentials
+from trainer.config.files import expand_user_path
 
 TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
 
@@ -28,11 +29,20 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(whole_number(part.strip()) for part in text.split(","))
 
 
+def user_path(text: str) -> str:
+    """The `type` of a flag that takes a path as a text; that of `Path` is the same."""
+    try:
+        return expand_user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Raises UserError in place of printing the usage; the caller prints one line, once."""
 
     def __init__(self, *, companion: "ArgumentParser | None" = None, **options: Any):
         super().__init__(**{"allow_abbrev": False, **options})
+        self.register("type", Path, lambda text: Path(user_path(text)))
         self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
 
     def error(self, message: str) -> NoReturn:

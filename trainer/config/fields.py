@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
 
 from trainer.config.errors import UserError
+from trainer.config.files import expand_user_path
 
 T = TypeVar("T")
 
@@ -47,7 +48,14 @@ PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan
 Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
-Name = Annotated[str, Accepts("a name, a file or a folder", lambda text: _refuse_null_byte(text or "\0"))]
+Name = Annotated[str, Accepts("a name", lambda text: _refuse_null_byte(text or "\0"))]
+UserPath = Annotated[
+    str,
+    Accepts(
+        "a name, a file or a folder (~ or ~user for a home folder)",
+        lambda text: expand_user_path(_refuse_null_byte(text or "\0")),
+    ),
+]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
 #: Part of names of files and of W&B's paths.
 RunId = Annotated[str, Accepts("1 to 64 letters, digits, _ and -", pattern=r"^[A-Za-z0-9_-]{1,64}$")]

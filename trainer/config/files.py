@@ -1,11 +1,14 @@
-"""Files that somebody else may have written, read without a wait; files written whole or not at all, never through a
-link, and on the disk when the call returns."""
+"""The one door for a user's paths and for opening files that somebody else may have written; files written whole or not
+at all, never through a link, and on the disk when the call returns."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,12 +16,45 @@ from typing import Any, BinaryIO
 from trainer.config.errors import UserError
 
 
-def read_text_file(path: Path, name: str, expected: str) -> str:
-    """The text of a regular file; UserError, which begins with `name` and ends with what is expected, for any other."""
+def expand_user_path(text: str) -> str:
+    """The path, with the home folder that a shell would put for `~` or `~name`; ValueError where nobody has it."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"there is no home folder of {text.partition('/')[0]}; write ./~ for a name that begins so")
+    return path
+
+
+def path_from_environment(name: str, default: str) -> Path:
+    """The path that a variable names, `default` where it is not set or empty; UserError for a `~` of nobody."""
+    value = os.environ.get(name) or default
     try:
-        if path.exists() and not path.is_file():  # a named pipe would be waited for, a device has no end
-            raise UserError(f"{name}: not a regular file; expected {expected}")
-        return path.read_text(encoding="utf-8-sig")
+        return Path(expand_user_path(value))
+    except ValueError as error:
+        raise UserError(f"{name}={value}: {error}") from None
+
+
+def open_plain_file(path: Path) -> io.BufferedReader:
+    """The bytes of a file; OSError, whose `strerror` says what to do, for one that may not be read, and at once for a
+    folder, a pipe, which would be waited for, or a device, which has no end."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except PermissionError as error:
+        raise PermissionError(error.errno, "permission denied: let this user read it", str(path)) from None
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a socket
+            raise
+        file = os.open(os.devnull, os.O_RDONLY)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a plain file, but a folder, a pipe or a device", str(path))
+    return os.fdopen(file, "rb")
+
+
+def read_text_file(path: Path, name: str, expected: str) -> str:
+    """The text of a plain file; UserError, which begins with `name` and ends with what is expected, for any other."""
+    try:
+        with io.TextIOWrapper(open_plain_file(path), encoding="utf-8-sig") as file:
+            return file.read()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{name}: cannot be read ({reason}); expected {expected}") from None

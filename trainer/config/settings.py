@@ -28,6 +28,7 @@ from trainer.config.fields import (
     ShareOrZero,
     Switch,
     Text,
+    UserPath,
     WandbProject,
     check_value,
     flag_of,
@@ -59,7 +60,7 @@ Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: Name = option("hub id or folder of a causal LM, or the embedded demo-base", demo=DEMO_MODEL, card="gpt2")
+    model: UserPath = option("hub id or folder of a causal LM, or the embedded demo-base", demo=DEMO_MODEL, card="gpt2")
     init: choices.Init = option("start from its weights, or from random ones", "pretrained")
     quant: Literal["nf4", "fp4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
     quant_double: Switch = option("with nf4 and fp4: hold their scales in 8 bits too", False)
@@ -89,22 +90,24 @@ class LoraSettings:
 class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
-    data: Name = option(
+    data: UserPath = option(
         "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo", DEMO_DATA
     )
-    val_data: Text | None = option("validation records, likewise (default: split off from --data)", None)
+    val_data: UserPath | None = option("validation records, likewise (default: split off from --data)", None)
     val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
-    test_data: Text | None = option("test records, evaluated once, at the weights that are exported", None)
+    test_data: UserPath | None = option("test records, evaluated once, at the weights that are exported", None)
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
-    retain_data: Text | None = option("text of the base's kind (demo-base: the embedded one's): shows forgetting", None)
     allow_leakage: Switch = option("train although half of the validation records are training records too", False)
+    retain_data: UserPath | None = option(
+        "text of the base's kind (demo-base: the embedded one's): shows forgetting", None
+    )
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
     completion: Text | None = option("template of the text to train on, for instance '{ref}'", None)
     format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled", "input_ids"] | None = (
         option("what the columns mean (default: recognised from their names, see --dry-run)", None)
     )
-    chat_template: Text | None = option("Jinja file that writes conversations (default: the model's own)", None)
+    chat_template: UserPath | None = option("Jinja file that writes conversations (default: the model's own)", None)
     objective: choices.Objective | None = option(
         "blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "
         "completion for chat, prompt-completion and alpaca, else blocks)",
@@ -196,7 +199,7 @@ class TrainSettings:
 class EngineSettings:
     """How the work is divided over ranks and in which number format it is done."""
 
-    ds_config: Text | None = option(
+    ds_config: UserPath | None = option(
         f"ZeRO file: {', '.join(choices.DS_CONFIG_NAMES)}, or a path (default: chosen, see --dry-run)", None
     )
     precision: choices.Precision | None = option("arithmetic (default: bf16 on a GPU that has it, else fp32)", None)
@@ -215,7 +218,7 @@ class OutputSettings:
     eval_every: Interval = option("evaluate every so many steps, every `epoch`, or `never` in between", "epoch")
     save_every: Interval = option("save a checkpoint as often, or `never` before the end", "epoch")
     save_total_limit: PositiveInt = option("newest checkpoints to keep, beside the best one", 2)
-    output_dir: Name | None = option("run folder (default: runs/<run name>)", None)
+    output_dir: UserPath | None = option("run folder (default: runs/<run name>)", None)
     wandb: choices.WandbMode | None = option("Weights & Biases (default: online where logged in, else offline)", None)
     wandb_project: WandbProject | None = option("its project (default: WANDB_PROJECT, or gpt2-full-vs-lora)", None)
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)

@@ -43,7 +43,7 @@ class MaskError(RecordError):
 def load_template(tokenizer: Any, template_file: str | None, model: str) -> str:
     """The template of --chat-template, or the tokenizer's own; UserError where there is none."""
     if template_file is not None:
-        return read_text_file(Path(template_file).expanduser(), f"--chat-template {template_file}", "a Jinja file")
+        return read_text_file(Path(template_file), f"--chat-template {template_file}", "a Jinja file")
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
-from trainer.config.files import new_folder, read_json_object, require_utf8_path
+from trainer.config.files import new_folder, path_from_environment, read_json_object, require_utf8_path
 from trainer.data.readers import open_bytes
 
 if TYPE_CHECKING:
@@ -158,8 +158,10 @@ def map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_m
 
 def resolve_cache_dir() -> Path:
     """The cache folder: TRAINER_CACHE, or gpt2-full-vs-lora under the user's cache folder; made here."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache_dir = Path(os.environ.get("TRAINER_CACHE") or user_cache / "gpt2-full-vs-lora").expanduser()
+    if os.environ.get("TRAINER_CACHE"):
+        cache_dir = path_from_environment("TRAINER_CACHE", "")
+    else:
+        cache_dir = path_from_environment("XDG_CACHE_HOME", "~/.cache") / "gpt2-full-vs-lora"
     require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trainer.config.errors import UserError, first_line
+from trainer.config.files import open_plain_file
 from trainer.data.values import Record
 
 PlacedRecord = tuple[str, Record]
@@ -44,17 +45,19 @@ def file_kind(file: Path) -> str | None:
 def open_bytes(file: Path) -> BinaryIO:
     """The bytes of a file, decompressed where its name says that it is compressed."""
     if file.suffix.lower() not in COMPRESSIONS:
-        return open(file, "rb")
+        return open_plain_file(file)
     import pyarrow
 
     compression = COMPRESSIONS[file.suffix.lower()]
-    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(open(file, "rb"), compression=compression)))
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(open_plain_file(file), compression=compression)))
 
 
 def read_error(file: Path, where: str, error: Exception) -> UserError:
     """What a library says of a file that it cannot read or decompress, in one line with the remedy."""
+    if isinstance(error, OSError) and error.errno:
+        return UserError(f"{where}: cannot be read ({error.strerror})")
     kind = file.suffix if file.suffix.lower() in COMPRESSIONS else file_kind(file)
-    return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); check its permissions or write it again")
+    return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again")
 
 
 def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> Iterator[PlacedRecord]:

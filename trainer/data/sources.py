@@ -126,14 +126,14 @@ def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
 def _describe(source: Source, split: str) -> str:
     if source.dataset is not None:
         return f"split {split}"
-    root = Path(source.spec).expanduser()
+    root = Path(source.spec)
     names = [str(file.relative_to(root) if root.is_dir() else file) for file in source.files[:3]]
     return ", ".join(names) + (" (and more)" if len(source.files) > 3 else "")
 
 
 def find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source} of what a flag names; "" for what is named for no split."""
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, kind=str(file_kind(DEMO_FILES[spec])), files=(DEMO_FILES[spec],))}
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()

@@ -33,7 +33,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
 
     path = resolve_model_path(model)
-    folder = Path(path).expanduser()
+    folder = Path(path)
     # GPT-2's two files alone say nothing of their class
     is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
     is_local = folder.is_dir() or not hf_hub.is_reachable()

@@ -168,9 +168,12 @@ def reporting_rank(environ: Mapping[str, str]) -> int:
 def is_first_of_host(environ: Mapping[str, str]) -> bool:
     """Whether this process reports mistakes that are found before the ranks join: one on each host.
 
-    Where nothing tells the ranks of a host apart, rank 0 alone reports.
+    Where nothing tells the ranks of a host apart, rank 0 alone reports, and a rank that there cannot be.
     """
     launcher = _find_launcher(environ)
+    world_size = environ[launcher.world_size] if launcher is not None else ""
+    if world_size.isdecimal() and reporting_rank(environ) >= int(world_size):
+        return True
     if launcher is not None and not launcher.local_rank:  # one process per node
         return True
     local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)

@@ -116,8 +116,9 @@ def free_shared_memory(environ: Mapping[str, str]) -> int | None:
 
 def threads_per_rank(local_world_size: int) -> int:
     """Threads for one rank: what the user set, else this rank's share of the cores it may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    if match := re.fullmatch(r"([1-9][0-9]{0,3})(,.*)?", os.environ.get("OMP_NUM_THREADS", "").strip()):
+        return int(match[1])  # OpenMP has a number for each level of nesting; it ignores what is none, and so do we
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 def tune_malloc() -> None:

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trainer.config.errors import UserError
-from trainer.config.files import read_json_object
+from trainer.config.files import open_plain_file, read_json_object
 from trainer.config.text import list_some
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -87,20 +87,26 @@ def check_weight_files(folder: Path) -> None:
                 raise UserError(f"{INDEX_FILE}: names {file!r}; expected .safetensors files inside the folder")
     for file in sorted(files):
         if problem := weights_file_problem(folder / file):
-            raise UserError(f"{file}: {problem}; copy it again")
+            raise UserError(f"{file}: {problem}")
 
 
 def weights_file_problem(path: Path) -> str | None:
     """Why a file is not a whole safetensors file of floats, from its header; None where it is one."""
-    if not path.is_file():
-        return "not a regular file" if path.exists() else "no such file"
+    try:
+        open_plain_file(path).close()  # safetensors says of a file that may not be read that it is not there
+    except OSError as error:
+        return error.strerror
     try:
         with safe_open(path, framework="pt") as file:
             matrices = [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118  # not a mapping
             packed = next((name for name in matrices if file.get_slice(name).get_dtype() not in FLOATS), None)
-            return f"{packed} is of {file.get_slice(packed).get_dtype()}; expected floats" if packed else None
+            return (
+                f"{packed} is of {file.get_slice(packed).get_dtype()}; expected floats, copy the model again"
+                if packed
+                else None
+            )
     except (SafetensorError, OSError, ValueError) as error:
-        return f"not a whole safetensors file ({reason(error)})"
+        return f"not a whole safetensors file ({reason(error)}); copy it again"
 
 
 def check_loading_info(loading_info: Mapping[str, Any]) -> None:

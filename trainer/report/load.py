@@ -21,6 +21,7 @@ from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 
+EXPECTED_RUN = "no such run folder: expected a run or offline W&B folder, or entity/project/run_id if logged in to W&B"
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
@@ -73,7 +74,7 @@ def read_run(source: str) -> RunData:
         return read_offline(source, sorted(path.glob("run-*.wandb")) or parts)
     if is_wandb_path(source):
         return read_online(source)
-    raise UserError("no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id")
+    raise UserError(EXPECTED_RUN)
 
 
 def is_wandb_path(text: str) -> bool:

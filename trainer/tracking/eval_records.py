@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.config.errors import TrainingError, UserError, first_line
-from trainer.config.files import remove_leftovers, write_atomically
+from trainer.config.files import open_plain_file, remove_leftovers, write_atomically
 from trainer.tracking.records import EvalRecord, Record
 
 EvalSplit = Literal["val", "test", "retain"]
@@ -141,7 +141,8 @@ def _digest(paths: Sequence[Path], hashes: dict[str, str]) -> dict[str, Any]:
     """`hashes`: {file name: SHA-256 of its bytes} of the files that were hashed before; the others are added."""
     for path in paths:
         if path.name not in hashes:
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with open_plain_file(path) as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     lines = "".join(f"{path.name} {hashes[path.name]}\n" for path in paths)
     return {"num_evaluations": len(paths), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
@@ -161,8 +162,8 @@ def _comes_again(eval_step: int, split: str, step: int, eval_pending: bool) -> b
 def _read_file(path: Path) -> pa.Table:
     """The rows of one evaluation; ValueError where they are not as they were written."""
     try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
+        with open_plain_file(path) as file:
+            table = pq.ParquetFile(file).read()
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if (table.schema.metadata or {}).get(_CHECKSUM) != _hash_rows(table):

@@ -4,7 +4,6 @@ One JSON object a line, `kind` first. `epoch` is the fraction of the training se
 `tokens` the tokens fed (padding left out); losses are nats per target token; `time` is seconds since the run began.
 """
 
-import errno
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
 from pydantic import SkipValidation, TypeAdapter, ValidationError
 
 from trainer.config.fields import Accepts, Float, Int, first_problem
-from trainer.config.files import parse_json
+from trainer.config.files import open_plain_file, parse_json
 
 MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
 # After the first step they are made at a run's end, and again when it is resumed; they name the step of the weights.
@@ -139,9 +138,7 @@ def from_line(line: bytes) -> Record:
 
 def iter_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file of rows, one at a time; ValueError, naming it, for one that is too long to be a row."""
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise OSError(errno.EINVAL, "not a regular file")
-    with open(path, "rb") as file:
+    with open_plain_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")

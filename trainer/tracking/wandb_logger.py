@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
 from trainer.config.fields import RunId, WandbProject, check_value
+from trainer.config.files import path_from_environment
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.records import EventRecord, Record
@@ -76,8 +77,8 @@ def is_logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or _settings_entry("base_url")).netloc
-    paths = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    path = next(filter(os.path.exists, map(os.path.expanduser, paths)), None)
+    paths = [path_from_environment("NETRC", name) for name in ("~/.netrc", "~/_netrc")]
+    path = next((path for path in paths if path.exists()), None)
     try:
         logins = netrc.netrc(path).hosts if path else {}
     except (OSError, netrc.NetrcParseError):
@@ -87,7 +88,7 @@ def is_logged_in() -> bool:
 
 def _settings_entry(name: str) -> str:
     """An entry of wandb's settings files (`wandb offline` and `wandb login --host` write them), '' without one."""
-    config_dir = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    config_dir = path_from_environment("WANDB_CONFIG_DIR", "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # what was read before that counts
         parser.read([config_dir / "settings", Path("wandb") / "settings"])
@@ -129,7 +130,7 @@ def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool =
     for variable, value in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")) if is_resumed else ():
         if (ignored := os.environ.get(variable)) and ignored != value:
             logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
-    wandb_dir = Path(os.environ.get("WANDB_DIR") or folder).resolve()
+    wandb_dir = path_from_environment("WANDB_DIR", str(folder)).resolve()
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
     tags += [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from trainer.config.choices import Mode, Precision
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.fields import Float, NonNegativeInt, RunId, Text
-from trainer.config.files import new_folder, read_json_object, write_atomically
+from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
 from trainer.data.sampler import MicroBatch
 from trainer.model import optimizer
 from trainer.tracking.run_lock import LOCK_FILE
@@ -112,11 +112,9 @@ class Checkpoint:
         """What is wrong with its tensors; None where they are whole."""
         name, path = f"checkpoint {self.folder}", self.folder / STATE_FILE
         try:
-            if path.exists() and not path.is_file():  # a named pipe would be waited for, a device has no end
-                return f"{name}: {STATE_FILE} is not a regular file"
-            if (size := path.stat().st_size) != self.metadata["bytes"]:
-                return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
-            with open(path, "rb") as file:
+            with open_plain_file(path) as file:
+                if (size := os.fstat(file.fileno()).st_size) != self.metadata["bytes"]:
+                    return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"{name}: cannot read {STATE_FILE}: {error.strerror}"

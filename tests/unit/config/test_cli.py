@@ -216,7 +216,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(write_config, text, ans
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "run.json").write_text("{}")
-    problems = {"no.yaml": "cannot be read", "no.json": "no such file", "pipe": "not a regular file"}
+    problems = {"no.yaml": "cannot be read", "no.json": "no such file", "pipe": r"cannot be read \(not a plain file"}
     for name, problem in problems.items():
         with pytest.raises(UserError, match=rf"^--config {tmp_path}/{name}: {problem}"):
             parse("--config", str(tmp_path / name))

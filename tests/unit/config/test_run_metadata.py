@@ -110,7 +110,7 @@ def test_a_folder_without_run_json_or_with_something_else_in_its_place_is_refuse
     with pytest.raises(UserError, match=r"no run\.json there; expected a run folder"):
         read_run_metadata(tmp_path / "run.json")
     (tmp_path / "run.json").mkdir()
-    with pytest.raises(UserError, match="not a regular file; expected JSON"):
+    with pytest.raises(UserError, match=r"cannot be read \(not a plain file, but a folder"):
         read_run_metadata(tmp_path / "run.json")
 
 

@@ -150,6 +150,17 @@ def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_
         preflight.refuse_differences(context, facts_of_ranks[0])
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("3", 3), ("4,2", 4), *((text, 2) for text in ("", "0", "00", "-3", "x", "1.5", "\u00b2", "9" * 30))],
+)
+def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expected, monkeypatch):
+    """What OpenMP would not take either is ignored."""
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    assert machine.threads_per_rank(local_world_size=2) == expected
+
+
 def test_versions_the_programs_files_and_every_setting_are_facts():
     facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}, {"--resume": None})
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)

@@ -183,7 +183,7 @@ NOT_WHOLE = "model.safetensors: not a whole safetensors file"
         (lambda f: change_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
         (lambda f: (f / "config.json").unlink(), "has no config.json; pass --model FOLDER"),
         (lambda f: (f / WEIGHTS).rename(f / "tf_model.h5"), "has no model.safetensors; pass --model FOLDER"),
-        (make_pipe, "model.safetensors: not a regular file"),
+        (make_pipe, "model.safetensors: not a plain file"),
         (replace_weights(lambda w: w.int()), "is of I32; expected floats"),
         (replace_bytes(lambda _: b""), NOT_WHOLE),
         (replace_bytes(lambda _: struct.pack("<Q", 2**60)), NOT_WHOLE),

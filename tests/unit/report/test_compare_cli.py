@@ -102,7 +102,12 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     ("arguments", "message"),
     [
         ([], "no RUN given: expected run folders"),
-        (["gone"], "none of the runs could be read: gone: no such run folder"),
+        (["gone"], "error: gone: no such run folder"),
+        (["full", "other\nerror: fake"], "error: other\\nerror: fake: no such run folder"),
+        (
+            ["full", "a/runs/gone"],
+            "error: a/runs/gone: no such run folder: expected a run or offline W&B folder, or entity",
+        ),
         (["full", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["full", "--check", "card", "--no-card"], "--check card with --no-card"),

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import folder_size
+from trainer.tracking import eval_records
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
@@ -190,9 +191,8 @@ def test_a_checkpoint_reads_the_new_files_only_and_those_written_again(tmp_path,
     for step in (0, 2, 4, 4):
         log(logger, step, [float(step)] * 5)
         read: list[str] = []
-        read_bytes = Path.read_bytes
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), read_bytes(path))[1])  # noqa: B023
+            patch.setattr(eval_records, "open_plain_file", lambda path: (read.append(path.name), open(path, "rb"))[1])  # noqa: B023
             digest = logger.digest()
         assert read == ["step-000000-test.parquet"] * (not step) + [f"step-{step:06d}-val.parquet"]
         assert digest == EvalRecordsLogger(tmp_path, None).digest(), "as a new process finds them"
