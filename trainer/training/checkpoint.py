@@ -113,7 +113,7 @@ class Checkpoint:
         name, path = f"checkpoint {self.folder}", self.folder / STATE_FILE
         try:
             with open_plain_file(path) as file:
-                if (size := os.fstat(file.fileno()).st_size) != self.metadata["bytes"]:
+                if (size := path.stat().st_size) != self.metadata["bytes"]:
                     return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:

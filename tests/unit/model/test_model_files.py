@@ -118,7 +118,7 @@ def test_every_call_that_reads_a_model_refuses_its_code():
         and node.func.attr in ("from_pretrained", "from_config")
         and ast.unparse(node.func.value).startswith("Auto")
     ]
-    assert len(calls) > 5
+    assert len(calls) > 3
     for path, call in calls:
         refuses = ("trust_remote_code=False", "**_from_pretrained_kwargs(settings.model)")
         assert any(ast.unparse(keyword) in refuses for keyword in call.keywords), f"{path}:{call.lineno}"

@@ -120,7 +120,7 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
         f"same run id as {good} (full0042)",
         "no metrics: cannot read metrics.jsonl",
         "holds neither run.json and metrics.jsonl nor a W&B run",
-        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
+        "no such run folder: expected a run or offline W&B folder, or entity/project/run_id",
     )
     assert [text in problem.text for problem, text in zip(problems, texts, strict=True)] == [True] * 4
 

@@ -192,7 +192,7 @@ def test_a_checkpoint_reads_the_new_files_only_and_those_written_again(tmp_path,
         log(logger, step, [float(step)] * 5)
         read: list[str] = []
         with monkeypatch.context() as patch:
-            patch.setattr(eval_records, "open_plain_file", lambda path: (read.append(path.name), open(path, "rb"))[1])  # noqa: B023
+            patch.setattr(eval_records, "open_plain_file", lambda path: (read.append(path.name), path.open("rb"))[1])  # noqa: B023
             digest = logger.digest()
         assert read == ["step-000000-test.parquet"] * (not step) + [f"step-{step:06d}-val.parquet"]
         assert digest == EvalRecordsLogger(tmp_path, None).digest(), "as a new process finds them"
