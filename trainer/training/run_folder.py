@@ -189,6 +189,37 @@ def _set_aside_records(folder: Path) -> list[str]:
     return names
 
 
+def find_changed_values(
+    previous: Mapping[str, Any], source: Checkpoint | None, current: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{name: what it was} of the values of `current` (`_fixed_values`) that differ from the checkpoint's, or without
+    one from the run's beginning, and that no earlier resume was allowed to change."""
+    earlier = {name: now for name, (_, now) in previous.get("resumed", {}).get("changed", {}).items()}
+    saved = {**_initial_values(previous), **earlier}
+    if source is not None:
+        saved = _fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
+    allowed = {name for name, value in current.items() if name in earlier and earlier[name] == value}
+    return {n: saved.get(n) for n, value in current.items() if value != saved.get(n) and n not in allowed}
+
+
+def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
+    """How the settings of run.json differ from those that its checkpoint was trained with; "" where they do not."""
+    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"]).fixed_on_resume()
+    current = _fixed_values(settings, source.metadata["data"], source.metadata["precision"])
+    changed = find_changed_values(metadata, source, current)
+    return ", ".join(f"{name} is {current[name]} and was {was}" for name, was in changed.items())
+
+
+def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps({**settings, "data": data, "precision": precision}))
+    return values  # as JSON gives them back
+
+
+def _initial_values(previous: Mapping[str, Any]) -> dict[str, Any]:
+    settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
+    return _fixed_values(settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
+
+
 def _allowed_changes(
     previous: Mapping[str, Any], plan: RunPlan, source: Checkpoint | None, allowed_names: tuple[str, ...]
 ) -> dict[str, list[Any]]:
@@ -196,29 +227,18 @@ def _allowed_changes(
 
     UserError for the first other difference from the checkpoint: run.json may have been edited since it was saved.
     """
-
-    def fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(json.dumps({**settings, "data": data, "precision": precision}))
-        return values  # as JSON gives them back
-
-    current = fixed_values(plan.settings.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
+    current = _fixed_values(plan.settings.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
     for name in allowed_names:
         if name not in (*current, "records"):
             raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
-    initial_settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
-    initial = fixed_values(initial_settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
-    earlier = {name: now for name, (_, now) in previous.get("resumed", {}).get("changed", {}).items()}
-    saved = {**initial, **earlier}
-    if source is not None:
-        saved = fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
-    changes = {}
-    for name, value in current.items():
-        is_allowed = name in allowed_names or (name in earlier and earlier[name] == value)
-        if value != saved.get(name) and not is_allowed:
-            raise UserError(
-                f"--resume: {name} is {value} and was {saved.get(name)} in this run; "
-                f"restore it, or pass --allow-change {name} as well"
-            )
-        if value != (old := initial[name]) or value != (old := saved.get(name)):
-            changes[name] = [old, value]
-    return changes
+    changed, initial = find_changed_values(previous, source, current), _initial_values(previous)
+    if refused := [name for name in changed if name not in allowed_names]:
+        raise UserError(
+            f"--resume: {refused[0]} is {current[refused[0]]} and was {changed[refused[0]]} in this run; "
+            f"restore it, or pass --allow-change {refused[0]} as well"
+        )
+    return {
+        name: [initial[name] if value != initial[name] else changed[name], value]
+        for name, value in current.items()
+        if value != initial[name] or name in changed
+    }

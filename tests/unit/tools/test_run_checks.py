@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from trainer.config.errors import UserError
+from trainer.config.settings import Settings
 from trainer.tools.doctor.checks import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, run_check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, write_evaluation
@@ -35,6 +36,7 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
     metadata = {
         **STUB_IDENTITY,
         "base": make_metadata()["model"]["fingerprint"],
+        "fixed": Settings.from_dict(make_metadata()["settings"]).fixed_on_resume(),
         "format": checkpoint.FORMAT_VERSION,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import replace_atomically
@@ -17,7 +18,7 @@ from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import EventRecord, from_line, iter_records
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
-from trainer.training.run_folder import find_changed_records, find_resume_source
+from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
 LEFTOVERS = (".*.tmp", "checkpoints/.*.tmp", "eval_records/.*.tmp")
@@ -53,11 +54,10 @@ def inspect_run(folder: Path) -> Inspection:
             blockers["running"] = "it is running"
         finally:
             lock.release()
-    base = ""
+    metadata: dict[str, Any] = {}
     try:
         metadata = read_run_metadata(folder / "run.json")
         found.add("run.json", None, f"run {metadata['name']}, --mode {metadata['mode']}")
-        base = metadata["model"]["fingerprint"]
     except UserError as error:
         found.add("run.json", f"{error}; restore it: without it nothing can be done with the run", "")
         blockers["metadata"] = "run.json cannot be read"
@@ -107,10 +107,10 @@ def inspect_run(folder: Path) -> Inspection:
             message = "left by a process that was killed; the next save or export removes it"
             found.add(path.name, message, "", path, WARNING)
 
-    no_resume, origin = _check_resume(folder, base)
+    no_resume, origin = _check_resume(folder, metadata)
     to_compare = blockers["metadata"] or blockers["rows"] or ("" if num_rows else "no rows")
     for use, blocker, message in (
-        ("resume", blockers["metadata"] or blockers["running"] or no_resume, f"from {origin}"),
+        ("resume", blockers["running"] or no_resume, f"from {origin}"),
         ("export", blockers["metadata"] or blockers["checkpoint"], f"of {newest.folder.name if newest else ''}"),
         ("compare", to_compare, "yes"),
     ):
@@ -118,12 +118,14 @@ def inspect_run(folder: Path) -> Inspection:
     return found
 
 
-def _check_resume(folder: Path, base: str) -> tuple[str, str]:
-    """(why --resume would refuse the run, from where it would go on), by the function that --resume asks."""
-    problem = ""
-    for allows_records in (False, True):
+def _check_resume(folder: Path, metadata: dict[str, Any]) -> tuple[str, str]:
+    """(why --resume would refuse the run, from where it would go on), by the functions that --resume asks."""
+    problem, base = "run.json cannot be read", metadata["model"]["fingerprint"] if metadata else ""
+    for allows_records in (False, True) if metadata else ():
         try:
             source, _ = find_resume_source(folder, "latest", base=base, allows_records=allows_records)
+            if source is not None and (edited := find_edited_settings(metadata, source)):
+                return f"by run.json {edited} when {source.folder.name} was saved; restore it", ""
             origin = source.folder.name if source else "the start"
             return "", origin + " with --allow-change records" * allows_records
         except UserError as error:

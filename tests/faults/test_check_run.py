@@ -1,0 +1,124 @@
+"""`doctor.py --check-run` and `--resume` agree about every folder: what the one calls possible the other does."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.launch_ranks import run_on_ranks, run_train_script, train
+from helpers.tiny_inputs import tiny_argv
+
+from trainer.tools.doctor.run_checks import inspect_run
+
+NEWEST, ROWS, STATE = "checkpoints/step-000004", "metrics.jsonl", "state.safetensors"
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))  # type: ignore[return-value]
+
+
+def edit(path: str, value: Any) -> Callable[[Path], None]:
+    """A value of run.json, or of the newest state.json, by its dotted path; the checksum of state.json stays wrong."""
+
+    def change(content: bytes) -> bytes:
+        whole = values = json.loads(content)
+        *keys, last = path.split(".")
+        for key in keys:
+            values = values[key]
+        values[last] = value
+        return json.dumps(whole).encode()
+
+    return rewrite("run.json", change)
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        for name in names:
+            (shutil.rmtree if (run / name).is_dir() else os.remove)(run / name)
+
+    return damage
+
+
+def put_instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        remove(name)(run)
+        make(run / name)
+
+    return damage
+
+
+#: what is done to a finished run of four steps with checkpoints at 2 and 4
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "nothing": lambda run: None,
+    "tensors cut": lambda run: os.truncate(run / NEWEST / STATE, 100),
+    "tensors changed": rewrite(f"{NEWEST}/{STATE}", lambda content: content[:-1] + b"x"),
+    "state cut": rewrite(f"{NEWEST}/state.json", lambda content: content[:-9]),
+    "all tensors gone": remove(f"{NEWEST}/{STATE}", f"checkpoints/step-000002/{STATE}"),
+    "tensors a folder": put_instead(f"{NEWEST}/{STATE}", Path.mkdir),
+    "tensors a pipe": put_instead(f"{NEWEST}/{STATE}", os.mkfifo),
+    "checkpoints gone": remove("checkpoints"),
+    "checkpoints and rows gone": remove("checkpoints", ROWS, "eval_records"),
+    "rows twice": rewrite(ROWS, lambda content: content + content),
+    "rows gone": remove(ROWS),
+    "rows cut": rewrite(ROWS, lambda content: content[: len(content) // 2]),
+    "a row broken": rewrite(ROWS, lambda content: content.replace(b'"kind"', b'"kinb"', 1)),
+    "rows a pipe": put_instead(ROWS, os.mkfifo),
+    "rows a folder": put_instead(ROWS, Path.mkdir),
+    "a row edited": rewrite(ROWS, lambda content: content.replace(b'"loss": ', b'"loss": 1', 1)),
+    "an evaluation cut": lambda run: os.truncate(next((run / "eval_records").iterdir()), 100),
+    "evaluations gone": remove("eval_records"),
+    "run.json cut": rewrite("run.json", lambda content: content[:-9]),
+    "run.json gone": remove("run.json"),
+    "another rate": edit("settings.train.lr", 0.5),
+    "another seed": edit("settings.train.seed", 7),
+    "another mode": edit("mode", "lora"),
+    "other data": edit("data.fingerprint", "0" * 64),
+    "another base": edit("model.fingerprint", "0" * 16),
+    "another precision": edit("resolved.precision", "bf16"),
+    "nothing trained": edit("model.trainable", "many"),
+}
+
+
+def resume_all(folder: str, argv: list[str]) -> int:
+    """On a rank, in a fork each: `--resume` of each run of the folder; leaves its output and exit code beside it."""
+    for run in sorted(Path(folder).iterdir()):
+        if (pid := os.fork()) == 0:
+            output = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT)
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+            os._exit(run_train_script([*argv, "--resume", "--output-dir", str(run)]))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        Path(f"{run}.code").write_text(str(code))
+    return 0
+
+
+def test_check_run_and_resume_agree_about_every_damaged_folder(tiny_model, data_files, tmp_path):
+    text = "--mode full --block-size 16 --global-batch 6 --max-steps 4 --save-every 2 --eval-every 2 --num-samples 0"
+    argv = tiny_argv(tiny_model, data_files, text, "--wandb", "disabled")
+    train(argv, out=tmp_path / "run")
+    folder = tmp_path / "damaged"
+    expected = {}
+    for name, damage in DAMAGES.items():
+        run = Path(shutil.copytree(tmp_path / "run", folder / name.replace(" ", "-")))
+        damage(run)
+        (check,) = (check for check in inspect_run(run).uses if check.name == "resume")
+        expected[run.name] = (check.level == "ok" and "--allow-change" not in check.message, check.message)
+    log = tmp_path / "log"
+    assert run_on_ranks(1, resume_all, str(folder), argv, log=log) == 0, log.read_text()
+    disagreements = []
+    for name, (is_possible, message) in expected.items():
+        code, output = int((folder / f"{name}.code").read_text()), (folder / f"{name}.log").read_text()
+        if is_possible:
+            agrees = code == 0 and re.search(rf"resumed {re.escape(message)}\b", output)
+        else:
+            agrees = code == 2 and len([line for line in output.splitlines() if line.startswith("error: ")]) == 1
+        if not agrees:
+            disagreements.append(f"{name}: {message!r} against {code}: {output[-300:]!r}")
+    assert not disagreements, "\n".join(disagreements)
+    assert expected["nothing"] == (True, "from step-000004")
+    assert not expected["rows-twice"][0]
