@@ -184,7 +184,7 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
 
 
 def test_a_run_that_the_server_does_not_have_or_no_login_is_one_line(server: FakeWandb, run_compare: Any) -> None:
-    for place, message in ((server, "W&B does not give it: Could not find run"), (None, "to read it from W&B, run")):
+    for place, message in ((server, "W&B does not give it: Could not find run"), (None, "gone0000: no such run")):
         process = run_compare(f"{ENTITY}/p/gone0000", server=place)
         assert process.returncode == 2
         assert message in process.stderr

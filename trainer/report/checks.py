@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from trainer.config import reference
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, escape_controls
 from trainer.report.comparable import reference_blockers
 from trainer.report.run_data import RunData
 
@@ -52,7 +52,7 @@ class CheckResult(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"check {self.check}: {self.run}: {self.outcome} ({self.why})"
+        return escape_controls(f"check {self.check}: {self.run}: {self.outcome} ({self.why})")
 
 
 def parse_condition(text: str) -> re.Match[str] | None:

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, escape_controls
 from trainer.config.run_metadata import check_run_metadata
 from trainer.config.text import shorten
-from trainer.report.run_data import RunData, RunRows, build_run, escape_control, read_folder
+from trainer.report.run_data import RunData, RunRows, build_run, read_folder
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 
-EXPECTED_RUN = "no such run folder: expected a run or offline W&B folder, or entity/project/run_id if logged in to W&B"
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
@@ -34,13 +33,20 @@ class LoadProblem:
     is_excluded: bool
 
     def __str__(self) -> str:
-        return escape_control(f"{self.source}: {self.text}")
+        return escape_controls(f"{self.source}: {self.text}")
 
 
 def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]:
-    """The runs that can be read, with names of their own, and what is wrong with these and the others."""
+    """The runs that can be read, with names of their own, and what is wrong with these and the others.
+
+    UserError for a run that does not exist, or that W&B does not give: without it the comparison is another one.
+    """
     runs: list[RunData] = []
     problems: list[LoadProblem] = []
+    for source in sources:
+        if not Path(source).exists() and not (is_wandb_path(source) and is_logged_in()):
+            expected = "a run or offline W&B folder, or entity/project/run_id if logged in to W&B"
+            raise UserError(f"{source}: no such run folder: expected {expected}")
     for source in sources:
         try:
             run = read_run(source)
@@ -48,6 +54,8 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
                 if other.run_id == run.run_id:
                     raise UserError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
         except UserError as error:
+            if not Path(source).exists():
+                raise UserError(f"{source}: {error}") from error
             problems.append(LoadProblem(source, f"{error}; left out", is_excluded=True))
             continue
         runs.append(run)
@@ -63,18 +71,16 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
 
 
 def read_run(source: str) -> RunData:
-    """The run at one place; UserError where there is none, or it cannot be read."""
+    """The run at one place; UserError where it cannot be read."""
     path = Path(source)
     if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
         return read_folder(path)
     if path.suffix == ".wandb" and path.is_file():
         return read_offline(source, [path])
     if path.exists():  # one offline W&B folder, or a folder of such: the parts of one run, oldest first
-        parts = sorted(path.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name)
-        return read_offline(source, sorted(path.glob("run-*.wandb")) or parts)
-    if is_wandb_path(source):
-        return read_online(source)
-    raise UserError(EXPECTED_RUN)
+        parts = sorted(path.glob("run-*.wandb")) or sorted(path.glob("*run-*/run-*.wandb"), key=lambda p: p.parent.name)
+        return read_offline(source, [part for part in parts if part.is_file()])  # a named pipe would be waited for
+    return read_online(source)
 
 
 def is_wandb_path(text: str) -> bool:
@@ -124,9 +130,7 @@ def read_offline(source: str, files: Sequence[Path]) -> RunData:
 
 
 def read_online(path: str) -> RunData:
-    """The run at entity/project/run_id on the server; UserError where it cannot be had. Asks for no login."""
-    if not is_logged_in():
-        raise UserError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")
+    """The run at entity/project/run_id on the server; UserError where it cannot be had."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

@@ -5,13 +5,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, escape_controls
 from trainer.config.fields import Float, Int
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER
@@ -36,13 +36,17 @@ STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on 
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 
 
+#: a text on one line, without what a terminal would act on
+Line = Annotated[str, AfterValidator(lambda text: escape_controls(" ".join(text.split())))]
+
+
 class SampleText(BaseModel):
     """A completion of a validation prompt beside its reference, and what the base made of it where that was asked."""
 
-    prompt: str
-    reference: str
-    completion: str
-    base: str | None = None
+    prompt: Line
+    reference: Line
+    completion: Line
+    base: Line | None = None
 
 
 class Samples(BaseModel):
@@ -51,7 +55,7 @@ class Samples(BaseModel):
     texts: list[SampleText]
     epoch: Float
     scored: Int | None = None
-    scores: dict[str, Float] | None = None
+    scores: dict[Line, Float] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,13 +151,16 @@ class RunRows:
             self._rows[kind] = array("d", np.array(self._rows[kind]).reshape(-1, len(values))[1::2].tobytes())
             self.step_stride *= 2
 
-    def series(self, kind: type) -> Series:
+    def series(self, kind: Any) -> Series:
         """The columns of the rows, without those that a later row steps back behind: done again after a resume."""
         values = np.append(self._rows[kind], self._last_step if kind is StepRecord else [])
         columns = values.reshape(-1, len(COLUMN_NAMES[kind])).T
         step = columns[COLUMN_NAMES[kind].index("step")]
         columns, step = columns[:, np.isfinite(step)], step[np.isfinite(step)]
         min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
+        if num_repeated := int(np.sum(step >= min_later_step)):
+            are = f"{num_repeated} {kind.kind} row{'s are' if num_repeated > 1 else ' is'}"
+            self.notes.append(f"{are} there again behind later ones; the last ones count")
         return dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
 
 
@@ -198,11 +205,11 @@ def build_run(
     source: str, metadata: Mapping[str, Any], rows: RunRows, age_seconds: float, eval_records_path: Path | None = None
 ) -> RunData:
     """A run of valid metadata, with what is missing said in its notes; UserError where there is no row at all."""
-    metadata = escape_control(metadata)
+    metadata = _escape_strings(metadata)
     steps, evals, epochs = (rows.series(kind) for kind in COLUMN_NAMES)
     if not len(steps["step"]) and not len(evals["step"]):
         raise UserError("no metrics: neither a step nor an evaluation was written")
-    events = [EventRecord(**escape_control(vars(event))) for event in rows.events]
+    events = [EventRecord(**_escape_strings(vars(event))) for event in rows.events]
     ends = [event.facts for event in events if event.event == "finished"]
     retained = [e.facts["loss"] for e in events if e.event == "retain_evaluation" and is_number(e.facts.get("loss"))]
     run = RunData(
@@ -216,7 +223,7 @@ def build_run(
         epochs=epochs,
         summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
-        samples=_last_samples(events),
+        samples=_last_samples(rows.events),
         forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
@@ -253,13 +260,10 @@ def _last_samples(events: Sequence[EventRecord]) -> Samples | None:
     return None
 
 
-def escape_control(value: Any) -> Any:
-    """`value`, of JSON, with what is neither printable nor a space, line or tab in its strings as an escape: `\\x1b`.
-
-    Names and texts of a run reach terminals and pages: no control sequence and no change of writing direction does.
-    """
+def _escape_strings(value: Any) -> Any:
+    """`value`, of JSON, with each string in one line that a terminal can show."""
     if isinstance(value, str):
-        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in value)
+        return escape_controls(value)
     if isinstance(value, Mapping):
-        return {escape_control(key): escape_control(item) for key, item in value.items()}
-    return [escape_control(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_escape_strings(key): _escape_strings(item) for key, item in value.items()}
+    return [_escape_strings(item) for item in value] if isinstance(value, list | tuple) else value

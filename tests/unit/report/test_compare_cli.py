@@ -123,6 +123,7 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     make_run_folder(tmp_path / "full")
+    (tmp_path / "empty").mkdir()
     assert main(*arguments) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
