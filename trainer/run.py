@@ -78,7 +78,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     request: dict[str, Any] = {"--resume": args.resume, "--allow-change": args.allow_change}
     request |= {"--show-example": args.show_example, "--find-lr": args.find_lr, "--find-batch": args.find_batch}
-    refuse_differences(context, program_facts(args.settings.as_dict(), request))
+    refuse_differences(context, program_facts(context, args.settings.as_dict(), request))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)

@@ -20,7 +20,8 @@ def hide_gpus() -> None:
 
 def has_gpu() -> bool:
     """Whether there was a GPU to see before `hide_gpus`."""
-    return Path("/dev/nvidiactl").exists() and os.environ.get(_ORIGINAL, "all") not in ("", "-1")
+    has_device = Path("/dev/nvidiactl").exists() or Path("/usr/lib/wsl/lib/libcuda.so.1").exists()  # WSL2
+    return has_device and os.environ.get(_ORIGINAL, "all") not in ("", "-1")
 
 
 def num_gpus() -> int:
@@ -31,7 +32,7 @@ def num_gpus() -> int:
 def gpu_environ() -> dict[str, str]:
     """The variables of a fresh process that sees the GPUs as the session was started."""
     original = os.environ.get(_ORIGINAL, "all")
-    devices = ",".join(str(n) for n in range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
+    devices = ",".join(str(n) for n in range(len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1))
     return {"CUDA_VISIBLE_DEVICES": devices if original == "all" else original, "DS_ACCELERATOR": "cuda"}
 
 

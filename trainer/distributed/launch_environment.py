@@ -168,16 +168,15 @@ def reporting_rank(environ: Mapping[str, str]) -> int:
 def is_first_of_host(environ: Mapping[str, str]) -> bool:
     """Whether this process reports mistakes that are found before the ranks join: one on each host.
 
-    Where nothing tells the ranks of a host apart, rank 0 alone reports, and a rank that there cannot be.
+    Where nothing tells the ranks of a host apart, rank 0 alone reports, and one that can be nobody's rank.
     """
-    launcher = _find_launcher(environ)
-    world_size = environ[launcher.world_size] if launcher is not None else ""
-    if world_size.isdecimal() and reporting_rank(environ) >= int(world_size):
-        return True
+    launcher, rank = _find_launcher(environ), reporting_rank(environ)
     if launcher is not None and not launcher.local_rank:  # one process per node
         return True
     local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)
-    return next(local_ranks, str(reporting_rank(environ))) == "0"
+    world_size = environ[launcher.world_size] if launcher else "1" if "RANK" in environ else ""
+    is_outside = world_size.isdecimal() and rank >= int(world_size)
+    return is_outside or next(local_ranks, str(rank)) == "0"
 
 
 def speaks_for_late_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> bool:

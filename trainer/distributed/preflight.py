@@ -39,14 +39,11 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
         raise UserError(f"{'; '.join(shown)}: all ranks must have the same")
 
 
-def program_facts(settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+def program_facts(context: DistContext, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before anything is read: the program's own files, what is installed, every setting, what was asked
-    for beside them (`request`, by flag), and the content of the files that settings name."""
+    for beside them (`request`, by flag), and the content of the files that settings name. All ranks must call."""
     facts = {name: package_version(name) or "missing" for name in PACKAGES} | {"Python": platform.python_version()}
-    package_dir, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(package_dir.rglob("*.py")):  # a checkout may have been changed since its commit
-        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
-    facts["this program"] = f"version {digest.hexdigest()[:12]}"
+    facts["this program"] = context.on_rank_zero(_source_version, per_node=True)
     for group, fields in settings.items():
         if isinstance(fields, Mapping):
             facts |= {f"the setting {group}.{name}": repr(value) for name, value in fields.items()}
@@ -59,6 +56,14 @@ def program_facts(settings: Mapping[str, Any], request: Mapping[str, Any]) -> di
         if name and Path(name).is_file():
             facts[f"the content of {flag} {name}"] = short_digest(Path(name).read_bytes())
     return facts
+
+
+def _source_version() -> str:
+    """Of the program's files: a checkout may have been changed since its commit."""
+    package_dir, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package_dir.rglob("*.py")):
+        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"version {digest.hexdigest()[:12]}"
 
 
 def config_digest(config: Any) -> str:

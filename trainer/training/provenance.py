@@ -12,9 +12,10 @@ import psutil
 import torch
 
 from trainer.config.settings import Settings
+from trainer.config.text import list_some
 from trainer.data.dataset import resolve_cache_dir
 from trainer.distributed.preflight import package_version
-from trainer.distributed.process_group import DistContext
+from trainer.distributed.process_group import MAX_HOSTS_SHOWN, DistContext
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_mode
 
@@ -83,13 +84,15 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
     folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
     by_host = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True))
     if len({other for other, _ in by_host.values()}) > 1:
-        folders = "; ".join(f"on {host} {other}" for host, (other, _) in by_host.items())
+        folders = "; ".join([f"on {host} {other}" for host, (other, _) in by_host.items()][:MAX_HOSTS_SHOWN])
     mode = context.on_rank_zero(lambda: wandb_mode(settings.output.wandb))
     lines = [("environment", f"W&B {mode}; {folders}")]
     if note := describe_clocks(context):
         lines.append(("note", note))
     here = context.hosts[0]
-    if without := ", ".join(host for host, (_, other) in by_host.items() if other != by_host[here][1]):
+    if without := list_some(
+        (host for host, (_, other) in by_host.items() if other != by_host[here][1]), MAX_HOSTS_SHOWN
+    ):
         only_here = f"only {here} holds the checkpoints and can be the first to resume"
         lines.append(("note", f"{run_folder} of {here} is not seen on {without}: {only_here}"))
     return lines

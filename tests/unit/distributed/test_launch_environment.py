@@ -200,6 +200,8 @@ def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
         ({"RANK": "3", "WORLD_SIZE": "2"}, True),  # which there cannot be: nobody else would say it
         ({**TORCHRUN, "RANK": "9"}, True),
         ({"RANK": "one"}, True),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, True),  # typed by hand, with nobody else to say it
+        ({"RANK": "1"}, True),
     ],
 )
 def test_a_mistake_is_said_once_on_each_host(environ, expected):

@@ -162,10 +162,11 @@ def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expe
 
 
 def test_versions_the_programs_files_and_every_setting_are_facts():
-    facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}, {"--resume": None})
+    settings = {"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}
+    facts = preflight.program_facts(simulated_context(1, "cpu"), settings, {"--resume": None})
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
-    assert facts["this program"] == preflight.program_facts({}, {})["this program"]
+    assert facts["this program"] == preflight.program_facts(simulated_context(1, "cpu"), {}, {})["this program"]
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
