@@ -36,7 +36,7 @@ from helpers.matrix import (
     run_jobs,
 )
 from helpers.process_groups import read_events, read_records, read_reproducible_records, reproducible_records
-from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 from helpers.tolerances import LOSS_TOLERANCE
 
 from trainer.config import cli
@@ -188,6 +188,11 @@ def finished_run(argv: list[str], session_dir: Path) -> Path:
     return session_dir / "ended"
 
 
+@pytest.fixture(scope="module")
+def other_data(session_dir: Path) -> str:
+    return write_records(session_dir / "other.jsonl", num_records=12, seed=11)
+
+
 @pytest.fixture
 def folder(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of that run, to go on with."""
@@ -236,8 +241,8 @@ def test_a_run_on_two_ranks_resumes_on_one_from_its_best_checkpoint(finished_run
 
 
 @pytest.mark.slow
-def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder, data_files):
-    changes = ["--lr", "1e-4", "--val-data", data_files[0], "--allow-change", "lr,data"]
+def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder, other_data):
+    changes = ["--lr", "1e-4", "--val-data", other_data, "--allow-change", "lr,data"]
     train(["--mode", "lora", "--resume", "step-5", *changes], out=folder, world_size=1)
     first = read_records(folder)
     (event,) = read_events(folder, "resumed")
@@ -263,53 +268,47 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     assert "(recorded " in newer["summary"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--lr 1", "lr is 1.0 and was 0.003 in this run; restore it, or pass --allow-change lr as well"),
-        ("--seed 1 --allow-change lr", "seed is 1 and was 42"),
-        ("--data OTHER", "data is "),
-        ("--mode full", "--mode full: the run in"),
-        ("--allow-change speed", "--allow-change speed: expected one of "),
-        ("--resume step-99", "--resume step-99: not in"),
-    ],
-)
-def test_a_setting_that_may_not_change_on_resume_is_refused_in_one_line(
-    flags, expected, finished_run, folder, data_files, tmp_path
-):
-    """Before anything is loaded, and nothing in the folder is touched."""
-    log = tmp_path / "refused.log"
-    words = flags.replace("OTHER", data_files[1]).split()
-    argv = ["--mode", "lora", "--resume", *words, "--output-dir", str(folder)]
-    assert run_on_ranks(1, run_train_script, argv, log=log) == 2, log.read_text()
-    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert expected in line
-    assert "Traceback" not in log.read_text()
-    for name in ("run.json", "metrics.jsonl"):
-        assert (folder / name).read_bytes() == (finished_run / name).read_bytes()
-    assert list_checkpoint_steps(folder) == list_checkpoint_steps(finished_run)
+def edit_settings(folder: Path, group: str, name: str, value: object) -> None:
+    metadata = read_metadata(folder)
+    metadata["settings"][group][name] = value
+    (folder / "run.json").write_text(json.dumps(metadata))
 
 
-def resume_each(folders: list[str], *flags: str) -> int:
+REFUSED: list[tuple[str, tuple[Any, ...], str]] = [  # flags, an edit of run.json, what is said
+    ("--lr 1", (), "lr is 1.0 and was 0.003 in this run; restore it, or pass --allow-change lr as well"),
+    ("--seed 1 --allow-change lr", (), "seed is 1 and was 42"),
+    ("--data OTHER", (), "data is "),
+    ("--mode full", (), "--mode full: the run in"),
+    ("--allow-change speed", (), "--allow-change speed: expected one of "),
+    ("--resume step-99", (), "--resume step-99: not in"),
+    ("", ("train", "lr", 0.005), "--resume: lr is 0.005 and was 0.003"),
+    ("", ("train", "seed", 7), "--resume: seed is 7 and was 42"),
+    ("", ("train", "weight_decay", 0.5), "--resume: weight_decay is 0.5 and was "),
+    ("", ("lora", "alpha", 64.0), "--resume: alpha is 64.0 and was "),
+]
+
+
+def resume_each(argvs: list[list[str]]) -> int:
     """Resume these runs one after another in this process; the lowest exit code."""
-    return min(run_train_script(["--mode", "lora", "--resume", *flags, "--output-dir", folder]) for folder in folders)
+    return min(run_train_script(["--mode", "lora", "--resume", *argv]) for argv in argvs)
 
 
 @pytest.mark.slow
-def test_settings_that_were_edited_in_run_json_since_the_checkpoint_are_refused(finished_run, tmp_path):
-    edits = {"lr": ("train", 0.005), "seed": ("train", 7), "weight_decay": ("train", 0.5), "alpha": ("lora", 64.0)}
-    for name, (group, value) in edits.items():
-        folder = Path(shutil.copytree(finished_run, tmp_path / name))
-        metadata = read_metadata(folder)
-        metadata["settings"][group][name] = value
-        (folder / "run.json").write_text(json.dumps(metadata))
-    folders, log = [str(tmp_path / name) for name in edits], tmp_path / "log"
-    assert run_on_ranks(1, resume_each, folders, log=log) == 2, log.read_text()
+def test_a_resume_that_would_give_other_numbers_is_refused_in_one_line(finished_run, other_data, tmp_path):
+    """By the flags, or because run.json was edited since the checkpoint; and nothing in the folder is touched."""
+    argvs, log = [], tmp_path / "log"
+    for number, (flags, edit, _) in enumerate(REFUSED):
+        folder = Path(shutil.copytree(finished_run, tmp_path / str(number), symlinks=True))
+        if edit:
+            edit_settings(folder, *edit)
+        argvs.append([*flags.replace("OTHER", other_data).split(), "--output-dir", str(folder)])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run_on_ranks(1, resume_each, argvs, log=log) == 2, log.read_text()
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(lines) == len(edits)
-    for line, (name, (_, value)) in zip(lines, edits.items(), strict=True):
-        assert f"--resume: {name} is {value} and was " in line
+    for line, (_, _, expected) in zip(lines, REFUSED, strict=True):
+        assert expected in line
+    assert "Traceback" not in log.read_text()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != log} == before
 
 
 @pytest.mark.slow
