@@ -18,7 +18,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
-        "       doctor.py --check-run RUN [--move-aside] [--json]",
+        "       doctor.py --check-run RUN [--move-aside] [--json]\n"
+        "       doctor.py --upload RUN",
         description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
         "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
@@ -38,6 +39,7 @@ def build_parser() -> ArgumentParser:
     add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help=limit_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
+    add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
     add("--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged")
     return parser
 
@@ -54,6 +56,13 @@ def main(argv: Sequence[str]) -> int:
         from trainer.tools.doctor.run_checks import run_check
 
         return run_check(args.check_run, as_json=args.json, should_move=args.move_aside)
+    if args.upload is not None:
+        if run_argv:
+            raise UserError(f"{run_argv[0]}: does not go with --upload; expected nothing else")
+        from trainer.tracking.wandb_logger import upload_run
+
+        print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
+        return 0
     cli_args = parse_args(run_argv, companion=parser)
     if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
         other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"

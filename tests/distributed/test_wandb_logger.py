@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.fake_runs import make_metadata, make_records
+from helpers.fake_runs import make_metadata, make_records, write_run_folder
 from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 
 from trainer.config.errors import UserError
@@ -193,9 +193,11 @@ logging.basicConfig(stream=sys.stdout, format="%(message)s")
 logging.getLogger("trainer").setLevel(logging.INFO)
 mode, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 run = make_metadata("lora", wandb__mode=mode)
-start = lambda: wandb_logger.start_wandb(run, Path("run"), is_resumed=first > 0)
+records = make_records(run)
+previous = [record for record in records if record.step <= first] if first else None
+start = lambda: wandb_logger.start_wandb(run, Path("run"), previous_records=previous)
 sink = optional_loggers.OptionalLogger("W&B", start)
-for record in make_records(run):
+for record in records:
     if first <= record.step <= last and not (first and record.step == first):
         sink.log(record)
 """
@@ -343,6 +345,69 @@ def test_an_online_wandb_run_sends_rows_axes_config_no_secret_and_nothing_unknow
         assert not any(secret.encode() in content for content in contents)
 
 
+EXTRAS_CODE = """
+from trainer.tracking.records import EventRecord
+text = {"prompt": "p", "reference": "r", "base": "b", "completion": "c"}
+for record in list(records):
+    if record.kind == "eval":
+        axes = {"epoch": record.epoch, "samples": record.samples, "tokens": record.tokens}
+        facts = {**axes, "texts": [text], "scores": {"chrf": 12.5}}
+        records.append(EventRecord(event="samples", step=record.step, message="", time=0.0, facts=facts))
+        facts = {"code": "diverging", "topic": "diverging"}
+        records.append(EventRecord(event="diagnosis", step=record.step, message="up", time=0.0, facts=facts))
+records.sort(key=lambda record: record.step)
+"""
+
+
+@pytest.mark.parametrize("unanswered", [(), ("ArtifactType", "CreateArtifact", "NotifyScriptableRunAlert")])
+def test_a_table_or_an_alert_that_fails_costs_itself_only(unanswered: tuple[str, ...], tmp_path: Path) -> None:
+    code = CHILD_CODE.replace("previous = ", EXTRAS_CODE + "previous = ")
+    with FakeWandb(unanswered) as server:
+        process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
+        output, errors = process.communicate(timeout=60)
+    run = server.runs[METADATA["run_id"]]
+    assert (process.returncode, run.exit_code, errors) == (0, 0, "")
+    assert [row["sample/chrf"] for row in run.history if "sample/chrf" in row] == [12.5] * 4
+    rows = [{name: x for name, x in row.items() if not name.startswith("sample/")} for row in run.history]
+    assert_history(rows, RECORDS)
+    if unanswered:
+        assert output.count("failed (") == output.count("W&B: the table of samples failed (") == 1
+    else:
+        assert "failed" not in output
+        assert server.alerts == [f"WARN diverging (step {step}): up" for step in (0, 30, 60, 90)]
+        assert len([name for name in run.files if name.startswith("media/table/sample/texts")]) == 4
+        assert server.unknown_requests == []
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path, fast_python) -> None:
+    failing = """
+row = wandb_logger.wandb_row
+def fail_once(record):
+    if record.step == 20:
+        raise RuntimeError("gone")
+    return row(record)
+wandb_logger.wandb_row = fail_once
+for record in records"""
+    with FakeWandb() as server:
+        code = CHILD_CODE.replace("\nfor record in records", failing)
+        process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
+        output, errors = process.communicate(timeout=60)
+        run = server.runs[METADATA["run_id"]]
+        assert (process.returncode, errors, output.count("W&B failed (gone)")) == (0, "", 1)
+        assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(20)), 1)
+        if is_resumed:
+            assert run_child(tmp_path, "online", first_step=60, **server.env(tmp_path))[0] == 0
+        else:
+            write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
+            upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+            sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
+            assert (sent.returncode, sent.stderr) == (0, "")
+            assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
+    assert_history(run.history, RECORDS)
+    assert (run.exit_code, server.unknown_requests) == (0, [])
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that takes connections and never answers."""
@@ -365,8 +430,7 @@ def test_a_wandb_server_that_never_answers_makes_the_run_offline(tmp_path: Path,
 def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time(tmp_path: Path) -> None:
     with FakeWandb() as server:
         code = CHILD_CODE.replace(
-            "for record in make_records",
-            "print('STARTED', flush=True); sys.stdin.readline()\nfor record in make_records",
+            "\nfor record in records", "\nprint('STARTED', flush=True); sys.stdin.readline()\nfor record in records"
         )
         process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
         assert process.stdout is not None

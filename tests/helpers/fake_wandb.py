@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,10 +131,12 @@ class FakeWandb:
     """The server; what it was sent: `runs`, `views` (reports) and `artifacts` by id, `operations` in order,
     `unknown_requests`.
 
-    `connections` counts all that were opened, whatever was asked on them.
+    `connections` counts all that were opened, whatever was asked on them; `unanswered`: operations it does not know.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unanswered: Container[str] = ()) -> None:
+        self.unanswered = unanswered
+        self.alerts: list[str] = []
         self.runs: dict[str, FakeRun] = {}
         self.projects: set[tuple[str, str]] = set()
         self.views: dict[str, Json] = {}
@@ -176,7 +178,7 @@ class FakeWandb:
                 query = re.search(r"(?:query|mutation)\s+(\w+)", request.get("query", ""))
                 name = request.get("operationName") or (query[1] if query else "")
                 self.operations.append(name)
-                if name in OPERATIONS:
+                if name in OPERATIONS and name not in self.unanswered:
                     return 200, {"data": OPERATIONS[name](self, request.get("variables") or {})}
                 self.unknown_requests.append(name)
                 return 200, {"data": {}}
@@ -297,6 +299,11 @@ def save_view(server: FakeWandb, variables: Json) -> Json:
     return {"upsertView": {"inserted": is_new, "view": view_response(server.views[name])}}
 
 
+def save_alert(server: FakeWandb, variables: Json) -> Json:
+    server.alerts.append(f"{variables['severity']} {variables['title']}: {variables['text']}")
+    return {"notifyScriptableRunAlert": {"success": True}}
+
+
 def read_run(server: FakeWandb, variables: Json) -> Json:
     """A run as wandb.Api().run() reads it, whole or a page of its rows."""
     run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
@@ -320,6 +327,8 @@ OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     "CreateArtifactManifest": create_manifest,
     "CreateArtifactFiles": create_artifact_files,
     "CommitArtifact": commit_artifact,
+    "ArtifactType": lambda server, variables: {"project": {"artifact": None}},
+    "NotifyScriptableRunAlert": save_alert,
     # runs read back
     **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), read_run),
     # reports

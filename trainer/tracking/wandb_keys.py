@@ -27,9 +27,13 @@ RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-
 
 
 def wandb_row(record: Record) -> dict[str, float]:
-    """The history row of a record, without its step; {} for an event, which goes to the summary instead."""
+    """The history row of a record, without its step; {} for an event, which goes to the summary instead, but for the
+    scores of samples."""
     if isinstance(record, EventRecord):
-        return {}
+        if record.event != "samples":
+            return {}
+        scores = record.facts.get("scores") or {}
+        return {axis: record.facts[axis] for axis in AXES} | {f"sample/{name}": x for name, x in scores.items()}
     fields = {axis: axis for axis in AXES} | COLUMNS[type(record)]
     values = {name: getattr(record, field) for name, field in fields.items()}
     return {name: value for name, value in values.items() if value is not None}

@@ -14,17 +14,20 @@ import secrets
 import string
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.config.fields import RunId, WandbProject, check_value
 from trainer.config.files import path_from_environment
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
-from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.jsonl import METRICS_FILE
+from trainer.tracking.records import EventRecord, Record, read_records
+from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, wandb_row, wandb_summary
 
 logger = logging.getLogger(__name__)
@@ -118,19 +121,67 @@ def prepare_environment(folder: Path, mode: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool = False) -> "WandbLogger | None":
+def start_wandb(
+    metadata: Mapping[str, Any], folder: Path, *, previous_records: Iterable[Record] | None = None
+) -> "WandbLogger | None":
     """The logger of the run that `metadata` (run.json) describes, in the mode that it names; None where disabled.
 
     A server that does not answer makes the run an offline one; any other trouble is raised, whatever it is. W&B's
-    variables count, except where a flag says otherwise.
+    variables count, except where a flag says otherwise. `previous_records`: of a run that is resumed; those that W&B
+    does not have are logged first.
     """
-    mode, run_id = metadata["wandb"]["mode"], metadata["run_id"]
+    mode, is_resumed = metadata["wandb"]["mode"], previous_records is not None
     if mode == "disabled":
         return None
-    for variable, value in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")) if is_resumed else ():
+    for variable, value in (("WANDB_RUN_ID", metadata["run_id"]), ("WANDB_RESUME", "allow")) if is_resumed else ():
         if (ignored := os.environ.get(variable)) and ignored != value:
             logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
-    wandb_dir = path_from_environment("WANDB_DIR", str(folder)).resolve()
+    try:
+        run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
+    except Exception as error:
+        if mode != "online" or isinstance(error, ImportError):
+            raise
+        logger.warning(f"W&B: no connection ({_reason(error)}); going on offline")
+        _teardown()  # the failed start still holds the id
+        mode = "offline"
+        run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
+    place = run.url if mode == "online" else f"offline, send it later with {_sync_command(run)}"
+    logger.info(f"W&B: {place}")
+    last_step = run.step - 1  # of the server
+    if mode == "offline" and is_resumed:
+        last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), metadata["run_id"])
+    wandb_logger = WandbLogger(run, last_step)
+    for record in previous_records or ():
+        wandb_logger.log(record, is_new=False)
+    return wandb_logger
+
+
+def upload_run(folder: Path) -> str:
+    """Log the rows of metrics.jsonl that the run on W&B's server does not have; its address.
+
+    UserError where nobody is logged in or a process writes into the folder, TrainingError where W&B does not take them.
+    """
+    metadata = read_run_metadata(folder / "run.json")
+    wandb_mode("online")
+    lock, record = RunLock(folder), None
+    lock.acquire()
+    try:
+        run = _init_run(metadata, folder, "online", is_resumed=True)
+        wandb_logger = WandbLogger(run, run.step - 1)
+        for record in read_records(folder / METRICS_FILE):
+            wandb_logger.log(record, is_new=False)
+        has_finished = isinstance(record, EventRecord) and record.event == "finished"
+        run.finish(exit_code=int(not has_finished))
+        return str(run.url)
+    except Exception as error:
+        _teardown()
+        raise TrainingError(f"{folder}: the rows are not all on W&B ({_reason(error)}); try again later") from error
+    finally:
+        lock.release()
+
+
+def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resumed: bool) -> Any:
+    """The run of wandb with its metrics defined."""
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
     tags += [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
@@ -144,92 +195,86 @@ def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool =
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
+    prepare_environment(folder, mode)
+    import wandb
 
-    def init(mode: Any) -> Any:
-        prepare_environment(folder, mode)
-        import wandb
-
-        return wandb.init(
-            project=metadata["wandb"]["project"],
-            id=run_id,
-            resume="allow" if is_resumed else None,
-            name=name or metadata["name"],
-            group=metadata["wandb"]["group"],
-            job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
-            tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags)),
-            config=wandb_config(metadata),
-            dir=str(wandb_dir),
-            mode=mode,
-            settings=wandb.Settings(**settings),
-        )
-
-    try:
-        run = init(mode)
-    except Exception as error:
-        if mode != "online" or isinstance(error, ImportError):
-            raise
-        reason = shorten(str(error), 120) or type(error).__name__
-        logger.warning(f"W&B: no connection ({reason}); going on offline")
-        _teardown()  # the failed start still holds the id
-        mode = "offline"
-        run = init(mode)
+    run = wandb.init(
+        project=metadata["wandb"]["project"],
+        id=metadata["run_id"],
+        resume="allow" if is_resumed else None,
+        name=name or metadata["name"],
+        group=metadata["wandb"]["group"],
+        job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
+        tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags)),
+        config=wandb_config(metadata),
+        dir=str(path_from_environment("WANDB_DIR", str(folder)).resolve()),
+        mode=mode,
+        settings=wandb.Settings(**settings),
+    )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     for pattern, axis, summary in METRICS:
         run.define_metric(pattern, step_metric=axis, summary=summary)
-    place = run.url if mode == "online" else f"offline, send it later with {_sync_command(run)}"
-    logger.info(f"W&B: {place}")
-    return WandbLogger(run, last_logged_step=_last_step(wandb_dir, run_id) if is_resumed else -1)
+    return run
 
 
 class WandbLogger:
-    """Hands records to a wandb run, and raises what goes wrong there.
+    """Hands records to a wandb run, and raises what goes wrong with their numbers; the run is then shown as failed.
 
+    A table of samples or an alert that fails costs itself: one line, and no more of its kind.
     `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows
     up to it are left out; a resumed run repeats them number by number anyway.
     """
 
     def __init__(self, run: Any, last_logged_step: int = -1) -> None:
         self._run, self._last_logged_step = run, last_logged_step
+        self._failed_extras: set[str] = set()
 
-    def log(self, record: Record) -> None:
-        with self._teardown_on_error():
-            if isinstance(record, EventRecord) and record.event != "samples":
+    def log(self, record: Record, *, is_new: bool = True) -> None:
+        """`is_new`: False for a record of the past, of which nobody is alerted."""
+        is_samples = isinstance(record, EventRecord) and record.event == "samples"
+        try:
+            if isinstance(record, EventRecord) and not is_samples:
                 self._run.summary.update(wandb_summary(record))
             elif record.step > self._last_logged_step:
-                row = _samples_row(record) if isinstance(record, EventRecord) else wandb_row(record)
-                self._run.log(row, step=record.step)
+                self._run.log(wandb_row(record), step=record.step)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._run.finish(exit_code=1)
+            _teardown()
+            raise
+        if isinstance(record, EventRecord) and is_samples and record.step > self._last_logged_step:
+            self._log_extra("the table of samples", lambda: self._log_samples(record))
+        elif isinstance(record, EventRecord) and record.event == "diagnosis" and is_new:
+            title, text = f"{record.facts['topic']} (step {record.step})", record.message
+            self._log_extra("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
 
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout."""
-        with self._teardown_on_error():
-            try:
-                self._run.finish(exit_code=exit_code)
-            except TimeoutError:
-                command = _sync_command(self._run)
-                logger.warning(f"W&B: the server did not take everything in time; send the rest with {command}")
-
-    @contextlib.contextmanager
-    def _teardown_on_error(self) -> Iterator[None]:
         try:
-            yield
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            command = _sync_command(self._run)
+            logger.warning(f"W&B: the server did not take everything in time; send the rest with {command}")
         except Exception:
             _teardown()
             raise
 
+    def _log_samples(self, record: EventRecord) -> None:
+        import wandb
 
-def _samples_row(record: EventRecord) -> dict[str, Any]:
-    """The scores of an evaluation's samples, and their texts as a table of W&B."""
-    import wandb
+        columns = ["prompt", "reference", "base", "completion"]
+        rows = [[record.step, record.facts["epoch"], *map(text.get, columns)] for text in record.facts["texts"]]
+        table = wandb.Table(columns=["step", "epoch", *columns], data=rows)
+        self._run.log({"sample/texts": table}, step=record.step)
 
-    facts = record.facts
-    columns = ["prompt", "reference", "base", "completion"]
-    rows = [[record.step, facts["epoch"], *map(text.get, columns)] for text in facts["texts"]]
-    return {
-        **{axis: facts[axis] for axis in AXES},
-        **{f"sample/{name}": score for name, score in (facts.get("scores") or {}).items()},
-        "sample/texts": wandb.Table(columns=["step", "epoch", *columns], data=rows),
-    }
+    def _log_extra(self, name: str, call: Callable[[], None]) -> None:
+        if name not in self._failed_extras:
+            try:
+                call()
+            except Exception as error:
+                self._failed_extras.add(name)
+                logger.warning(f"W&B: {name} failed ({_reason(error)}); no more of its kind, the numbers go on")
 
 
 def _teardown() -> None:
@@ -242,6 +287,10 @@ def _teardown() -> None:
 
 def _sync_command(run: Any) -> str:
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error), 120) or type(error).__name__
 
 
 # --- reading back ---

@@ -60,11 +60,12 @@ class Recorder:
         self._log_lines = LogLines(progress_bar)
         self._evaluations = EvalRecordsLogger(self.folder, data.row_info("val"))
         self._rows = JsonlLogger(rows_file, resume=is_resumed)
+        previous = read_records(rows_file) if is_resumed else None
         self.loggers = [
             self._evaluations,  # before the line that says so
             self._rows,
             progress_bar,
-            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, is_resumed=is_resumed)),
+            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
         if output.report_to:
             resume_step = state.step if is_resumed else -1
