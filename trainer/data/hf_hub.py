@@ -38,7 +38,7 @@ def download_model(model: str, *, with_weights: bool) -> None:
     """Download what `from_pretrained` reads of a hub id, for all processes of this host. UserError where that fails."""
     import huggingface_hub
 
-    if Path(model).expanduser().is_dir() or not is_reachable():
+    if Path(model).is_dir() or not is_reachable():
         return
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if with_weights else [])]
     try:

@@ -174,8 +174,8 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
     if launcher is not None and not launcher.local_rank:  # one process per node
         return True
     local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)
-    world_size = environ[launcher.world_size] if launcher else "1" if "RANK" in environ else ""
-    is_outside = world_size.isdecimal() and rank >= int(world_size)
+    world_size = environ[launcher.world_size] if launcher else "1"
+    is_outside = not world_size.isdecimal() or rank >= int(world_size)
     return is_outside or next(local_ranks, str(rank)) == "0"
 
 

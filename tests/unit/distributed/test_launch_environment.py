@@ -197,6 +197,7 @@ def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
         ({**SRUN, "SLURM_LOCALID": "0"}, True),
         (SKYPILOT, True),
         ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "x"}, True),
         ({"RANK": "3", "WORLD_SIZE": "2"}, True),  # which there cannot be: nobody else would say it
         ({**TORCHRUN, "RANK": "9"}, True),
         ({"RANK": "one"}, True),  # typed by hand, with nobody else to say it
