@@ -312,6 +312,19 @@ def test_a_resume_that_would_give_other_numbers_is_refused_in_one_line(finished_
 
 
 @pytest.mark.slow
+def test_a_base_whose_configuration_was_edited_since_the_checkpoint_is_refused(dropout_model, folder, tmp_path):
+    """Its weights are the same, and every number would be another."""
+    path, log = Path(dropout_model) / "config.json", tmp_path / "log"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(original) | {"layer_norm_epsilon": 0.01, "n_head": 4}))
+        assert run_on_ranks(1, resume_each, [["--output-dir", str(folder)]], log=log) == 2, log.read_text()
+    finally:
+        path.write_text(original)
+    assert "error: --resume: model_config is " in log.read_text()
+
+
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_run, folder, tmp_path):
     """Not even under --resume auto, which a requeued job passes; one that never had a checkpoint does begin again."""
     shutil.rmtree(folder / "checkpoints")

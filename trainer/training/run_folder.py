@@ -217,6 +217,7 @@ def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dic
 
 def _initial_values(previous: Mapping[str, Any]) -> dict[str, Any]:
     settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
+    settings["model_config"] = previous["model"].get("config")
     return _fixed_values(settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
 
 
@@ -227,7 +228,7 @@ def _allowed_changes(
 
     UserError for the first other difference from the checkpoint: run.json may have been edited since it was saved.
     """
-    current = _fixed_values(plan.settings.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
+    current = _fixed_values(plan.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
     for name in allowed_names:
         if name not in (*current, "records"):
             raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")

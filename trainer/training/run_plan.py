@@ -23,6 +23,7 @@ from trainer.distributed.memory import (
     estimate_rank_memory,
     required_bytes,
 )
+from trainer.distributed.preflight import config_digest
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.optimizer import MIN_8BIT_SIZE
@@ -140,10 +141,14 @@ class RunPlan:
             "mode": self.settings.mode,
             "base": self.model_info["fingerprint"],
             "data": self.data_info["fingerprint"],
-            "fixed": self.settings.fixed_on_resume(),
+            "fixed": self.fixed_on_resume(),
             "precision": self.precision,
             "device": self.dist_context.device.type,
         }
+
+    def fixed_on_resume(self) -> dict[str, Any]:
+        """What may not change when the run is resumed, beside data and precision."""
+        return {**self.settings.fixed_on_resume(), "model_config": self.model_info["config"]}
 
     def resolved(self) -> dict[str, Any]:
         dist_context, schedule, settings = self.dist_context, self.schedule, self.settings
@@ -294,7 +299,7 @@ def make_plan(
             deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
         ),
         execution=execution,
-        model_info=model_info,
+        model_info={**model_info, "config": config_digest(load_config(replace(settings.model, dropout=None)))},
         data_info=data.metadata,
         dropout=dropout,
         padding=_describe_padding(schedule.batches(data.train, dist_context.rank)),
