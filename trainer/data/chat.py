@@ -110,7 +110,7 @@ class ChatTemplate:
                 f"{remedy}"
             )
         end = self._locate_end(text, through, start, content)
-        if end is None:
+        if end is None or end <= start:  # or nothing of it
             raise MaskError(f"message {i + 1}: the chat template writes it otherwise than as the last one, {remedy}")
         return start, start + len(text[start:end].rstrip()) or end
 

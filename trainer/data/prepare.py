@@ -166,7 +166,7 @@ def _hash_files(source: Source) -> tuple[str, ...]:
     for file in source.files:
         try:
             hashes.append(store.sha256(file))
-        except OSError as error:
+        except Exception as error:  # of a decompressor too
             raise read_error(file, source.where(file), error) from None
     return tuple(hashes)
 

@@ -55,7 +55,8 @@ def open_bytes(file: Path) -> BinaryIO:
 def read_error(file: Path, where: str, error: Exception) -> UserError:
     """What a library says of a file that it cannot read or decompress, in one line with the remedy."""
     if isinstance(error, OSError) and error.errno:
-        return UserError(f"{where}: cannot be read ({error.strerror})")
+        remedy = "; check its permissions" if isinstance(error, PermissionError) else ""
+        return UserError(f"{where}: cannot be read ({error.strerror}){remedy}")
     kind = file.suffix if file.suffix.lower() in COMPRESSIONS else file_kind(file)
     return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again")
 

@@ -146,7 +146,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
         if not path.is_file():
             raise UserError(f"{flag} {spec}: not a regular file (a pipe or a device); write it to a file first")
         root, files = path, [path]
-    elif glob.has_magic(spec):
+    elif glob.has_magic(spec) and not is_saved:
         files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         root = Path(os.path.commonpath([p.parent for p in files])) if files else path
     else:

@@ -164,7 +164,8 @@ class SplitWriter:
                 [f"{content_hash(blocks.row(i).astype('<u4').tobytes()):016x}" for i in range(len(blocks))]
                 for blocks in (dataset, train if train is not None and len(dataset) else NO_ROWS)
             )
-            rows = [(row_id, None, row_id in set(train_ids)) for row_id in block_ids]
+            trained_on = set(train_ids)
+            rows = [(row_id, None, row_id in trained_on) for row_id in block_ids]
         frame = pd.DataFrame(rows, columns=["id", "group", "in_train"])
         frame["occurrence"] = frame.groupby("id").cumcount()
         frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)

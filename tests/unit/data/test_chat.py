@@ -107,6 +107,11 @@ def test_marks_of_a_template_in_a_message_do_not_move_the_mask(tokenizer):
         ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "the chat template refuses it"),
         ("{% for m in messages %}", "the chat template refuses it"),
         ("{% generation %}{{ messages[1].content }}{% endgeneration %}", "marks 1 of 2 assistant turns as generated"),
+        ("{{ 'x' }}", "message 2: the chat template writes it otherwise than as the last one"),
+        ("{{ ''.__class__.__base__ }}", r"the chat template refuses it \(access to attribute '__class__'"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", r"refuses it \(maximum recursion depth exceeded"),
+        ("{% for i in range(10**12) %}{% endfor %}", r"refuses it \(Range too big"),
+        ("{% include '/etc/passwd' %}", "the chat template refuses it"),
         (
             "{% for m in messages %}<s>{{ m.content if m.role == 'user' or loop.last else 'cut' }}</s>{% endfor %}",
             "message 2: the chat template writes it otherwise than as the last one",

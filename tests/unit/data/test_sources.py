@@ -217,6 +217,15 @@ def test_a_text_file_that_cannot_be_read_is_refused(refusal_message, monkeypatch
     assert problem in refusal_message("a.txt", {"a.txt": content}, **AS_TEXT)
 
 
+def test_a_file_that_may_not_be_read_says_so(refusal_message, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(readers, "open_bytes", refuse)  # root may read everything
+    problem = "--data a.csv: cannot be read (Permission denied); check its permissions"
+    assert refusal_message("a.csv", {"a.csv": PAIRS}) == problem
+
+
 def test_a_named_pipe_is_refused_and_not_waited_for(refusal_message, tmp_path):
     os.mkfifo(tmp_path / "a.csv")
     assert "--data a.csv: not a regular file (a pipe or a device)" in refusal_message("a.csv")
