@@ -76,8 +76,8 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
-    request: dict[str, Any] = {"--resume": args.resume, "--allow-change": args.allow_change}
-    request |= {"--show-example": args.show_example, "--find-lr": args.find_lr, "--find-batch": args.find_batch}
+    request = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    del request["--settings"], request["--verbose"]
     refuse_differences(context, program_facts(context, args.settings.as_dict(), request))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
