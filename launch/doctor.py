@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.argument_parser import ArgumentParser, number, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
 from trainer.tools.program import prepare_libraries, program
@@ -33,11 +33,11 @@ def build_parser() -> ArgumentParser:
     limit_help = "give the rehearsal or the proof up after so long (default: 600)"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
-    add("--gpu-memory", type=float, metavar="GIB", help=memory_help)
+    add("--gpu-memory", type=number(0.1, 1e6), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
     add("--json", action="store_true", help="print one JSON object instead")
     add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
-    add("--limit", type=float, default=600.0, metavar="SECONDS", help=limit_help)
+    add("--limit", type=number(1), default=600.0, metavar="SECONDS", help=limit_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
     add("--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged")
@@ -67,8 +67,6 @@ def main(argv: Sequence[str]) -> int:
     if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
         other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"
         raise UserError(f"--prove with {other}: a proof runs here; expected one of them")
-    if args.gpu_memory is not None and args.gpu_memory <= 0:
-        raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
     prepare_libraries(verbose=cli_args.verbose)
     from trainer.tools.doctor.doctor import run_doctor
 

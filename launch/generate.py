@@ -5,9 +5,10 @@ Without prompts: the runs' own validation prompts, or a dialogue on a terminal.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.argument_parser import ArgumentParser, number, whole_number
 from trainer.config.errors import UserError
 from trainer.tools.program import prepare_libraries, program
 
@@ -26,12 +27,18 @@ def build_parser() -> ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help=prompts_help)
-    add("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
+    add(
+        "--num",
+        type=partial(whole_number, most=32),
+        default=4,
+        metavar="N",
+        help="validation prompts to take (default: 4)",
+    )
     add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default), above it samples")
-    add("--top-p", type=float, default=1.0, metavar="X", help="with --temperature (default: 1)")
-    add("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
+    add("--temperature", type=number(0, 100), default=0.0, metavar="X", help="0 is greedy (default), above it samples")
+    add("--top-p", type=number(0.001, 1), default=1.0, metavar="X", help="with --temperature (default: 1)")
+    add("--seed", type=partial(whole_number, least=0), default=42, metavar="N", help="with --temperature (default: 42)")
     add("--text", action="store_true", help=text_help)
     add("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
     return parser
@@ -41,13 +48,6 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Parse and do what was asked."""
     args = build_parser().parse_args(argv)
-    for flag, value, is_accepted, accepted in (
-        ("--num", args.num, 1 <= args.num <= 32, "a whole number from 1 to 32"),
-        ("--temperature", args.temperature, 0 <= args.temperature < 100, "0 (greedy) or a number above it"),
-        ("--top-p", args.top_p, 0 < args.top_p <= 1, "a share above 0, at most 1"),
-    ):
-        if not is_accepted:
-            raise UserError(f"{flag} {value}: expected {accepted}")
     if args.prompt and args.prompts:
         raise UserError("--prompt and --prompts: expected one of them")
     prepare_libraries()

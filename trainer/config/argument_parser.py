@@ -1,11 +1,13 @@
 """The argument parser of every program here: a mistake is one line, and an unknown flag is answered with ours."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +19,25 @@ from trainer.config.files import expand_user_path
 TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
 
 
-def whole_number(text: str, least: int = 1) -> int:
+def whole_number(text: str, least: int = 1, most: int = 2**31 - 1) -> int:
     """The `type` of a flag that takes a whole number."""
-    if not (text.isdecimal() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}")
+    if not (re.fullmatch(r"[0-9]{1,10}", text) and least <= int(text) <= most):
+        limit = "" if most == 2**31 - 1 else f" to {most}"
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}{limit}")
     return int(text)
+
+
+def number(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """The `type` of a flag that takes a number in a range."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= float(text) <= most:
+                return float(text)
+        limit = "" if most == sys.float_info.max else f" to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from {least:g}{limit}")
+
+    return parse
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from trainer.config.argument_parser import ArgumentParser, suggest_flag
+from trainer.config.argument_parser import ArgumentParser, suggest_flag, whole_number
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of, unwrap
@@ -138,7 +138,7 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     add("--resume", nargs="?", const="latest", metavar="step-N|best|auto", help=resume_help)
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
-    add("--show-example", type=int, default=0, metavar="N", help=example_help)
+    add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
     add("--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]", help=lr_help)
     add("--find-batch", action="store_true", help=batch_help)
     add("--verbose", action="store_true", help=verbose_help)
