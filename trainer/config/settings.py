@@ -222,7 +222,9 @@ class OutputSettings:
     wandb: choices.WandbMode | None = option("Weights & Biases (default: online where logged in, else offline)", None)
     wandb_project: WandbProject | None = option("its project (default: WANDB_PROJECT, or gpt2-full-vs-lora)", None)
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
-    report_to: tuple[Literal["tensorboard"], ...] = option("write the rows for TensorBoard too: tensorboard", ())
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
+        "tensorboard: write the rows for TensorBoard too; wandb: as without it (see --wandb)", ()
+    )
     profile: PositiveInt | None = option("profile so many steps of rank 0 into the run folder's profile/", None)
     export: Literal["last", "best", "none"] = option(
         "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"

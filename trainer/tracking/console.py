@@ -19,6 +19,7 @@ from trainer.config.text import format_clock
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 
 LINE_INTERVAL_SECONDS = 60.0
+MAX_SUMMARY_ROWS = 20
 HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
 
 
@@ -130,7 +131,7 @@ class LogLines(logging.Handler):
 
 
 def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool) -> None:
-    """Print the losses of whole epochs, of the start (the base model) and of the last evaluation, then the best one.
+    """Print the losses of all epochs and evaluations, of many the whole epochs, the best and the last; then the best.
 
     `reasons`: why the run is not comparable with the reference run. `with_reference`: beside its curve and with the
     reasons; else one short line stands for them.
@@ -149,17 +150,19 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
     headings = HEADINGS if with_reference else HEADINGS[:-2]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
-    for epoch in sorted({*train_losses, *evals}):
-        if epoch in train_losses or epoch.is_integer() or epoch == max(evals):
-            cells = [f"{round(epoch, 2):g}", *["-"] * 5]
-            if epoch in train_losses:
-                cells[1] = f"{train_losses[epoch]:.4f}"
-            if epoch in evals:
-                loss, perplexity = evals[epoch].loss, evals[epoch].perplexity
-                cells[2:4] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
-            if epoch in references:
-                cells[4:6] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
-            table.add_row(*cells[: len(headings)], style="bold" if epoch == best_epoch else "")
+    epochs = sorted({*train_losses, *evals})
+    if len(epochs) > MAX_SUMMARY_ROWS:
+        epochs = [e for e in epochs if e in train_losses or e.is_integer() or e in (best_epoch, max(evals))]
+    for epoch in epochs:
+        cells = [f"{round(epoch, 2):g}", *["-"] * 5]
+        if epoch in train_losses:
+            cells[1] = f"{train_losses[epoch]:.4f}"
+        if epoch in evals:
+            loss, perplexity = evals[epoch].loss, evals[epoch].perplexity
+            cells[2:4] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
+        if epoch in references:
+            cells[4:6] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
+        table.add_row(*cells[: len(headings)], style="bold" if epoch == best_epoch else "")
     make_console().print(table)
 
     if best_epoch is not None:

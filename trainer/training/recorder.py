@@ -67,7 +67,7 @@ class Recorder:
             progress_bar,
             OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
-        if output.report_to:
+        if "tensorboard" in output.report_to:
             resume_step = state.step if is_resumed else -1
             start = partial(TensorBoardLogger, self.metadata, self.folder, resume_step=resume_step)
             self.loggers.append(OptionalLogger("TensorBoard", start))

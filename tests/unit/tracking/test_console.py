@@ -129,10 +129,14 @@ def test_no_colours_are_shown_where_none_are_wanted_and_no_bar_on_a_dumb_termina
     assert not re.search(absent, run_on_terminal(**variables))
 
 
-def test_the_summary_has_whole_epochs_and_the_last_evaluation_beside_the_reference(capsys):
-    evals = [eval_record(step, step / 10, 3.0 - step / 10) for step in (0, 4, 8, 10, 12, 16)]
+def test_the_summary_has_every_evaluation_or_of_many_the_whole_epochs_the_best_and_the_last(capsys, monkeypatch):
+    evals = [eval_record(step, step / 10, abs(1.6 - step / 10) + 1.4) for step in (0, 4, 8, 10, 12, 16, 19)]
     repeated = eval_record(10, 1.0, 1.9)  # by a resumed run
     mean = epoch_record(10, 1.0, 2.5)
+    show_summary([*evals, repeated, mean], ["other data", "unknown"], with_reference=True)
+    lines = capsys.readouterr().out.split("\n")[1:-1]
+    assert [line.split("|")[1].strip() for line in lines[2:-3]] == ["0", "0.4", "0.8", "1", "1.2", "1.6", "1.9"]
+    monkeypatch.setattr("trainer.tracking.console.MAX_SUMMARY_ROWS", 6)
     show_summary([*evals, repeated, mean], ["other data", "unknown"], with_reference=True)
     assert capsys.readouterr().out.split("\n")[1:-1] == [
         "| epoch | train loss | validation loss | perplexity | card train | card val |",
@@ -140,6 +144,7 @@ def test_the_summary_has_whole_epochs_and_the_last_evaluation_beside_the_referen
         "|     0 |          - |          3.0000 |     20.086 |          - |        - |",
         "|     1 |     2.5000 |          1.9000 |      6.686 |     1.2978 |   1.2262 |",
         "|   1.6 |          - |          1.4000 |      4.055 |          - |        - |",
+        "|   1.9 |          - |          1.7000 |      5.474 |          - |        - |",
         " " * 77,
         "best validation loss 1.4000 at epoch 1.6 (step 16)",
         "not comparable with the card: other data; unknown",

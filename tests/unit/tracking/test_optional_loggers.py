@@ -72,7 +72,7 @@ def test_the_first_failure_of_an_optional_logger_is_one_line_and_ends_it(failing
 
 
 def test_an_extra_logger_that_is_not_installed_is_one_line(monkeypatch):
-    check_loggers(OutputSettings(report_to=("tensorboard",)))
+    check_loggers(OutputSettings(report_to=("tensorboard", "wandb")))
     monkeypatch.setattr("trainer.tracking.optional_loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--report-to tensorboard: it is not installed; pip install -e '\.\[tensor"):
         check_loggers(OutputSettings(report_to=("tensorboard",)))
