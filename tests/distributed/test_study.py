@@ -1,6 +1,7 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
 import errno
+import hashlib
 import html
 import json
 import math
@@ -30,7 +31,7 @@ from trainer.tools import processes
 from trainer.tools.processes import make_slots
 from trainer.tools.study import planning, search
 from trainer.tools.study import study as study_module
-from trainer.tools.study.rule import read_rule, write_rule
+from trainer.tools.study.rule import Rule, read_rule, write_rule
 from trainer.tools.study.study import Study
 from trainer.tools.study.trials import read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
@@ -164,7 +165,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     changed = "rule.json: data is d1d1d1d1d1d1 in the study there and e2e2e2e2e2e2 now"
     assert changed in capsys.readouterr().err
     text = (stub_dir / "study" / "rule.json").read_text()
-    (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
+    (stub_dir / "study" / "rule.json").write_text(text.replace('"value": 0.02', '"value": 0.03'))
     assert run_study(["--join", "study"]) == 2
     assert "rule.json: was changed after the study began: its hash is" in capsys.readouterr().err
 
@@ -299,6 +300,76 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
     assert run_study(["--output-dir", "study", "--max-steps", "8"]) == 2
     line = f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command"
     assert capsys.readouterr().err == f"{line} goes on\n"
+
+
+#: A file of a finished study, or of its first trials, and what stands in its place.
+FILES = (
+    *("rule.json", "timing.json", "answer.json", "report.html", "trials", "runs", "timing"),
+    *("trials/SEARCH/trial.json", "trials/SEARCH/log", "trials/SEARCH/process", "trials/ANSWER/trial.json"),
+    *("runs/SEARCH/run.json", "runs/SEARCH/metrics.jsonl", "runs/ANSWER", "runs/ANSWER/run.json"),
+    *("runs/ANSWER/metrics.jsonl", "runs/ANSWER/eval_records"),
+)
+CONTENTS = (None, "pipe", "folder", "", "[]", "null", "{", "[" * 100_000, '{"rule": {}, "sha256": 3}')
+RULE_VALUES = (None, -1, 0, "x", [], {}, 10**30, [[]], ["", 5], 1.5, True)
+
+
+def replace_file(study: Path, name: str, content: str | None) -> None:
+    name = name.replace("SEARCH", "search-full-lr0.0001-t8-s1").replace("ANSWER", "answer-full-lr0.0001-t8-s101")
+    path = study / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+
+
+def replace_unfinished(study: Path, name: str, content: str | None) -> None:
+    """The same in a study that was killed before the end of that trial."""
+    replace_file(study, "trials/SEARCH/trial.json", None)
+    replace_file(study, "runs/SEARCH", None)
+    replace_file(study, name, content)
+
+
+def edit_rule(study: Path, field: str, value: Any) -> None:
+    """As somebody would who makes its hash right again."""
+    content = json.loads((study / "rule.json").read_text())
+    content["rule"][field] = value
+    text = json.dumps(content["rule"], sort_keys=True)
+    before, content["sha256"] = content["sha256"], hashlib.sha256(text.encode()).hexdigest()
+    for path in (study / "trials").glob("*/trial.json"):
+        path.write_text(path.read_text().replace(before, content["sha256"]))
+    (study / "rule.json").write_text(json.dumps(content))
+
+
+EDITS = [(replace_file, name, content) for name in FILES for content in CONTENTS]
+UNFINISHED = ("trials/SEARCH/log", "trials/SEARCH/process", "trials/SEARCH/.run.lock", "runs/SEARCH")
+EDITS += [(replace_unfinished, name, content) for name in UNFINISHED for content in CONTENTS]
+EDITS += [(edit_rule, field, value) for field in Rule.model_fields for value in RULE_VALUES]
+DRAWN = random.Random(23).sample(EDITS, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("edits", [DRAWN, pytest.param(EDITS, marks=pytest.mark.sweep)], ids=["drawn", "all"])
+def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answer(stub_dir, capsys, edits):
+    """It is answered as before, or refused in one line."""
+    assert run_study(["--output-dir", "whole", "--max-steps", "8", "--workers", "2"]) == 0
+    sentence = json.loads((stub_dir / "whole" / "answer.json").read_text())["sentence"]
+    for n, (edit, name, value) in enumerate(edits):
+        study, what = Path(shutil.copytree("whole", f"study-{n}")), f"{name} as {str(value)[:20]}"
+        edit(study, name, value)
+        capsys.readouterr()
+        code = run_study(["--join", str(study)])
+        error = capsys.readouterr().err
+        if code == 0:
+            assert json.loads((study / "answer.json").read_text())["sentence"] == sentence, what
+        else:
+            assert (code in (2, 3), error.count("\n"), error[:7]) == (True, 1, "error: "), f"{what}: {code} {error}"
+        shutil.rmtree(study)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, report_error
 from trainer.distributed.launch_environment import set_library_environment, without_launcher
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.silence import silence_libraries
@@ -81,6 +81,8 @@ def start_process(
 ) -> BaseProcess:
     """Start `target(slot, *args)` in a process of its own; the rest is as for `start_run`."""
     folder.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(log := folder / "log") and not log.is_file():  # a named pipe would be waited for
+        raise UserError(f"{log}: not a regular file; remove it")
     silence_libraries()
     set_library_environment()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while wandb is imported
@@ -104,7 +106,10 @@ def run_environ(slot: Slot, group: str = "") -> dict[str, str]:
 def _run(slot: Slot, target: Callable[..., None], args: tuple[Any, ...], env: Mapping[str, str], folder: Path) -> None:
     end_with_parent()
     # Held until this process ends: the run of a worker that has died may be about to end.
-    lock = acquire_when_free(folder / "process")
+    try:
+        lock = acquire_when_free(folder / "process")
+    except UserError as error:
+        sys.exit(report_error(error))
     os.environ.clear()
     os.environ.update(env)
     with open(os.devnull, "rb") as null, open(folder / "log", "wb") as output:

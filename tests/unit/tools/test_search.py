@@ -165,7 +165,7 @@ def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs
 def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_hash():
     rule = make_rule()
     assert Rule.model_validate_json(rule.model_dump_json()) == rule
-    for name, value in (("level", 0.9), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
+    for name, value in (("data", "e2"), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
         assert make_rule(**{name: value}).sha256 != rule.sha256
 
 

@@ -148,7 +148,7 @@ def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
     assert Study.open(tmp_path).rule == RULE
     (tmp_path / "rule.json").unlink()
     trial_folder = (tmp_path / "trials").rename(tmp_path.with_name(f"{tmp_path.name}-trials"))
-    write_rule(tmp_path, make_rule(level=0.9), working_dir=os.getcwd())
+    write_rule(tmp_path, make_rule(data="e2"), working_dir=os.getcwd())
     trial_folder.rename(tmp_path / "trials")
     with pytest.raises(UserError, match=f"was run by the rule {RULE.sha256[:12]}, rule.json is .*: it was changed"):
         Study.open(tmp_path)

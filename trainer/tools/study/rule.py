@@ -4,10 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
+from trainer.report.interval import LEVEL
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
@@ -23,6 +24,7 @@ METHODS = {
 PRIMARY = ("full", "lora")  # the comparison that the answer is about; all others are exploratory
 MIN_TEST_RECORDS = 20  # records, or groups of them; below this the interval's approximation has not been checked
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
+MAX_LORA_RANK, MAX_LORA_RANKS = 2**16, 64  # that a grid is made of
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
 
 
@@ -32,15 +34,15 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     methods: tuple[str, ...]
-    lora_ranks: tuple[int, ...]
-    total_steps: int  #: optimizer steps of a run of full length
+    lora_ranks: tuple[PositiveInt, ...]
+    total_steps: PositiveInt  #: optimizer steps of a run of full length
     rungs: tuple[int, ...]  #: steps of the runs of each rung, the last one the full length
-    search_seeds: tuple[int, ...]
-    answer_seeds: tuple[int, ...]  #: of the runs that the answer is drawn from, on the test split; no search seed
+    search_seeds: tuple[NonNegativeInt, ...]
+    answer_seeds: tuple[NonNegativeInt, ...]  #: of the runs that the answer is drawn from; no search seed
     margin: Margin
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
     data: str  #: the first 12 hex digits of the fingerprint of the data that they are trained and judged on
-    level: float = 0.95  #: of the answer's intervals
+    level: float = LEVEL  #: of the answer's intervals
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> "Rule":
@@ -57,8 +59,15 @@ class Rule(BaseModel):
         ):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one or more values, each only once")
+        if len(self.lora_ranks) > MAX_LORA_RANKS or max(self.lora_ranks) > MAX_LORA_RANK:
+            problem = f"--ranks {self.lora_ranks[0]}, ... {max(self.lora_ranks)}"
+            raise UserError(f"{problem}: expected at most {MAX_LORA_RANKS} ranks, from 1 to {MAX_LORA_RANK}")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
+        if self.rungs[-1:] != (self.total_steps,) or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
+            raise UserError(f"rungs {self.rungs}: expected growing numbers of steps up to {self.total_steps}")
+        if self.level != LEVEL:
+            raise UserError(f"level {self.level}: expected {LEVEL}, at which answers are drawn")
         return self
 
     @property
@@ -112,8 +121,11 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
     path = folder / RULE_FILE
     if not path.exists():
         raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
+    stored = read_json_object(path)
     try:
-        content = _RuleFile.model_validate(read_json_object(path))
+        content = _RuleFile.model_validate(stored)
+    except UserError as error:
+        raise UserError(f"{path}: not the rule of a study ({error})") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
