@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,40 @@ def test_tensors_of_another_name_shape_or_type_are_refused(message, folder):
     assert torch.equal(module.w, torch.zeros(3)), "nothing is loaded before all is checked"
 
 
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero"])
-def test_what_is_no_plain_file_is_passed_over_at_once(name, kind, folder):
+def flip_bit(path: Path, after: bytes = b"") -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(after) + len(after) if after else -1] ^= 1  # of a number it is still a number
+    path.write_bytes(data)
+
+
+def replace_by(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+DAMAGE: list[tuple[str, str, Callable[[Path], object]]] = [  # of a file, and what is said of it
+    ("state.safetensors", "has 20 bytes of", lambda path: os.truncate(path, 20)),
+    ("state.safetensors", "was changed since it was written", flip_bit),
+    ("state.safetensors", "No such file", Path.unlink),
+    ("state.json", "is missing or damaged", lambda path: flip_bit(path, b'"tokens_seen": ')),
+    ("state.json", "is missing or damaged", lambda path: os.truncate(path, 100)),
+    *(
+        (name, message, lambda path, make=make: replace_by(path, make))
+        for name, message in (("state.json", "is missing or damaged"), ("state.safetensors", "cannot read"))
+        for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "damage"), DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(name, message, damage, folder):
+    """At once, also where the file is a pipe, a folder or a device without an end."""
     save_stub_checkpoint(folder.parent, 2)
-    (folder / name).unlink()
-    if kind == "pipe":
-        os.mkfifo(folder / name)
-    elif kind == "folder":
-        (folder / name).mkdir()
-    else:
-        (folder / name).symlink_to(kind)
+    damage(folder / name)
     source = resolve_checkpoint(folder.parent, "latest")
     assert source.step == 2
-    assert name in source.skipped_reasons[0]
-    with contextlib.suppress(UserError):
-        resolve_checkpoint(folder.parent, "best")
+    (reason,) = source.skipped_reasons
+    assert re.search(f"step-000003: .*{name}.* {message}", reason) or re.search(f"{message} {name}: ", reason), reason
+    with pytest.raises(UserError, match=r"step-(00000)?3") as caught:
+        resolve_checkpoint(folder.parent, "step-3")
+    assert "\n" not in str(caught.value)
