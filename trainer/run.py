@@ -113,7 +113,10 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             print(line)
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
-    model = build_model(settings, on_meta=on_meta, with_fingerprint=context.local_rank == 0, device=context.device)
+    has_fingerprint = context.local_rank == 0
+    model = build_model(
+        settings, on_meta=on_meta, with_fingerprint=has_fingerprint, device=context.device, as_stored=True
+    )
     fingerprints = {"the data": data.metadata["fingerprint"][:12], "the base model": model.metadata["fingerprint"]}
     fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
     refuse_differences(context, fingerprints)

@@ -78,7 +78,11 @@ def plan_run(
     """The plan of a run on its ranks; `data`: the folder of its prepared rows; left out: they are prepared."""
     settings = cli.parse_args(list(argv)).settings
     dataset = load(Path(data) if data is not None else prepare_data(argv))
-    model = build_model(settings, on_meta=True) if on_meta else build_model(settings, device=dist_context.device)
+    model = (
+        build_model(settings, on_meta=True)
+        if on_meta
+        else build_model(settings, device=dist_context.device, as_stored=True)
+    )
     plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
     return PlannedRun(settings, dataset, model, plan)
 

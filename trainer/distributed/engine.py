@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config.settings import TrainSettings
@@ -25,7 +25,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
 from trainer.model import attention, optimizer, quantization
-from trainer.model.build import TrainableModel, get_max_positions
+from trainer.model.build import TrainableModel, get_max_positions, to_float32
 from trainer.model.loss import CausalLMLoss
 
 GRAPH_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it for CUDA graphs, so that shapes come again
@@ -66,6 +66,9 @@ class Engine:
         self._autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
         if dist_context.device.type == "cpu":
             tune_malloc()
+        stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
+        if stage < 3:  # which places them one by one
+            to_float32(model.module)
         if plan.packed_rows:  # our own attention reads a row as one example
             model.causal.set_attn_implementation("sdpa")
         if plan.blockwise_attention:
@@ -86,7 +89,6 @@ class Engine:
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
-        stage = self.deepspeed_engine.zero_optimization_stage()
         self.stepper: PlainStepper | DeepSpeedStepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
         self._graphs: CUDAGraphRunner | None = None
         if stage == 0:
@@ -309,6 +311,25 @@ class Engine:
             torch.cuda.empty_cache()
 
 
+class _WeightByWeight(nn.Module):
+    """Gives DeepSpeed, which divides a weight before it asks for the next one, each as a copy of its own.
+
+    What the weights were before lies in a file that all ranks of a machine map into the same memory, as long as nobody
+    writes there; DeepSpeed does.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for parameter in self.module.parameters(recurse):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype, copy=True)
+            yield parameter
+
+
 def place_model(
     loss_module: CausalLMLoss, model: TrainableModel, deepspeed_config: Mapping[str, Any], device: torch.device
 ) -> str:
@@ -320,9 +341,8 @@ def place_model(
         loss_module.to(device)
         return loss_module.verify()
     head_problem = loss_module.verify()
-    if "fp16" in deepspeed_config:
-        loss_module.half()
-    import_module("deepspeed").zero.Init(module=loss_module, config_dict_or_path=dict(deepspeed_config))
+    weights = _WeightByWeight(loss_module, torch.float16 if "fp16" in deepspeed_config else torch.float32)
+    import_module("deepspeed").zero.Init(module=weights, config_dict_or_path=dict(deepspeed_config))
     for buffer in loss_module.buffers():
         buffer.data = buffer.data.to(device)
     return head_problem

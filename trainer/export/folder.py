@@ -25,7 +25,7 @@ from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
 from trainer.model import quantization
-from trainer.model.build import TrainableModel
+from trainer.model.build import TrainableModel, find_model_folder
 
 MODEL_CARD_FILE = "README.md"
 
@@ -117,12 +117,9 @@ def save_tokenizer(folder: Path, model: str, chat_template: str | None, generati
 
 def find_base(model_name: str, run_folder: Path) -> BaseModel:
     """What an adapter stands on: the hub id or folder of the run's model, or the random weights that the run kept."""
-    from huggingface_hub import try_to_load_from_cache
-
     base_folder = run_folder / "base"
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model_name)
-    config_file = try_to_load_from_cache(path, "config.json") if is_hub_id(path) else None
-    location = str(Path(config_file).parent) if isinstance(config_file, str) else path
+    location = str(find_model_folder(path)) if is_hub_id(path) else path
     # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.
     if snapshot := re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", location):
         return BaseModel(path, snapshot[1].replace("--", "/"), snapshot[2])

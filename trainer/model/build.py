@@ -54,23 +54,35 @@ class TrainableModel:
 
 
 def build_model(
-    settings: Settings, *, on_meta: bool = False, with_fingerprint: bool = True, device: torch.device | None = None
+    settings: Settings,
+    *,
+    on_meta: bool = False,
+    with_fingerprint: bool = True,
+    device: torch.device | None = None,
+    as_stored: bool = False,
 ) -> TrainableModel:
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
-    before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own. UserError
-    where the model or a target is not there.
+    before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own; `as_stored`:
+    weights of a file in bfloat16 stay in it until `to_float32`. UserError where the model or a target is
+    not there.
+
+    Weights whose type is not changed lie in the file, which all processes of a machine map into the same memory.
     """
-    config, quant = load_config(settings.model), settings.model.quant
-    if settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
+    config, quant, dtype = load_config(settings.model), settings.model.quant, torch.float32
+    path = resolve_model_path(settings.model.model)
+    if settings.model.init == "pretrained" and (Path(path).is_dir() or not on_meta):
         # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
         # weights that can be loaded.
-        _load_pretrained(settings.model, config, device_map={"": "meta"})
+        _load_pretrained(settings.model, config, dtype, device_map={"": "meta"})
+        changes_base = settings.mode == "lora" and settings.lora.adapter in ("dora", "pissa")  # or reads it, at once
+        if (as_stored or quant) and not changes_base and model_files.is_stored_in_bf16(find_model_folder(path)):
+            dtype = torch.bfloat16
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
         is_random = on_meta or settings.model.init == "random"
-        causal = _init_random(settings.model, config) if is_random else _load_pretrained(settings.model, config)
+        causal = _init_random(settings.model, config) if is_random else _load_pretrained(settings.model, config, dtype)
         fuse_gelu(causal)
         attention.install(causal)
         metadata = {
@@ -91,6 +103,7 @@ def build_model(
                 metadata["frozen_bytes"] = quantization.count_quantized_bytes(causal, settings.model)
                 if not on_meta:
                     quantization.quantize(causal, settings.model, device or torch.device("cpu"))
+                    to_float32(causal)
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
             module = lora.add_adapters(causal, settings.lora, target_modules)
             if quant:  # what is trained of the base is not packed
@@ -115,6 +128,13 @@ def build_model(
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.parameters(), model.embedding_weights)
     return model
+
+
+def to_float32(module: nn.Module) -> None:
+    """Hold the weights in float32, as training needs them; packed ones, which are no floats, stay."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def fuse_gelu(causal: nn.Module) -> None:
@@ -175,7 +195,15 @@ def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> PreTrainedModel:
+def find_model_folder(path: str) -> Path:
+    """Where the files of a model are that is in a folder, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+    return Path(file).parent if isinstance(file, str) else Path(path)
+
+
+def _load_pretrained(settings: ModelSettings, config: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model with the stored weights, every one of them and no other; pickles are not read.
 
     `options`: of from_pretrained; on the meta device only names and shapes are looked at.
@@ -185,7 +213,7 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
             **_from_pretrained_kwargs(settings.model),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -224,5 +252,5 @@ def compute_fingerprint(causal: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(causal.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().cpu().float().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

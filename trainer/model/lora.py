@@ -3,6 +3,7 @@
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -90,7 +91,12 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         use_rslora=settings.adapter == "rslora",
         init_lora_weights="pissa" if is_pissa and not on_meta else True,
     )
+    weights = {layer: layer.weight for layer in layers.values() if layer.weight.dtype == torch.bfloat16}
+    for layer, weight in weights.items():  # adapters are made in the type of their layer: in float32, without memory
+        layer.weight = nn.Parameter(torch.zeros(1, device=weight.device).expand(weight.shape), requires_grad=False)
     module = get_peft_model(causal, config)
+    for layer, weight in weights.items():
+        layer.weight = weight.requires_grad_(False)
     output_layer = causal.get_output_embeddings()
     parameters = {
         "wte": list(causal.get_input_embeddings().parameters()),

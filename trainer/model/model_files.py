@@ -109,6 +109,15 @@ def weights_file_problem(path: Path) -> str | None:
         return f"not a whole safetensors file ({reason(error)}); copy it again"
 
 
+def is_stored_in_bf16(folder: Path) -> bool:
+    """Whether every tensor of a model's files is of that type."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    return dtypes == {"BF16"}
+
+
 def check_loading_info(loading_info: Mapping[str, Any]) -> None:
     """UserError for weights that were missing, left over or of another shape; transformers' own exceptions aside."""
     problems = [

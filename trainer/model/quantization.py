@@ -33,7 +33,7 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
     replace_with_bnb_linear(causal, output_names, BitsAndBytesConfig(**bitsandbytes_config_kwargs(settings, causal)))
     for name, layer in layers.items():
         packed: Any = causal.get_submodule(name)
-        weight = layer.weight.detach()
+        weight = layer.weight.detach().float()
         weight = (weight.T if isinstance(layer, Conv1D) else weight).contiguous()  # [out, in]
         packed.weight = type(packed.weight)(weight, requires_grad=False, **vars(packed.weight))
         packed.bias = layer.bias

@@ -62,7 +62,7 @@ def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, Pr
 
 def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Engine]:
     """The plan of a run of these settings and its engine."""
-    model = build_model(settings, with_fingerprint=False, device=dist_context.device)
+    model = build_model(settings, with_fingerprint=False, device=dist_context.device, as_stored=True)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 

@@ -371,6 +371,7 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContex
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
+            parameter.data = parameter.data.float()  # may be as it is stored, in another type
             parameter.copy_(read_tensor(f"weight/{name}"))
 
 
