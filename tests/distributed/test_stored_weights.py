@@ -1,6 +1,7 @@
 """A base whose file is in bfloat16 stays there until ZeRO 3 divides it, or it is packed: the same numbers, with a
 fraction of the memory."""
 
+import ctypes
 import json
 import threading
 from pathlib import Path
@@ -14,6 +15,8 @@ from helpers.matrix import RunDifference, launch_jobs, make_argv, make_job, read
 from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import make_tiny_gpt2, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer.distributed import engine
 
 MODES = {
     "full": "--mode full",
@@ -74,6 +77,8 @@ def measure_growth(warm_up: dict[str, Any], job: dict[str, Any]) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
     with joined_ranks() as context:
+        engine.tune_malloc = lambda: None  # what tensors need, not what the C library keeps of it:
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
         start_engine(warm_up, context)  # what libraries take once
         before, peak, is_done = resident(), 0, threading.Event()
 
