@@ -13,7 +13,7 @@ from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import RunDifference, launch_jobs, make_argv, make_job, read_job_result
 from helpers.process_groups import reproducible_records
-from helpers.tiny_inputs import make_tiny_gpt2, write_records
+from helpers.tiny_inputs import make_tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.distributed import engine
@@ -96,14 +96,13 @@ def measure_growth(warm_up: dict[str, Any], job: dict[str, Any]) -> int:
     return 0
 
 
-def test_two_ranks_under_zero_3_need_the_memory_of_their_shares_and_not_of_two_models(tiny_model, tmp_path):
+def test_two_ranks_under_zero_3_need_the_memory_of_their_shares_and_not_of_two_models(tiny_model, data_files, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = make_tiny_gpt2(tmp_path / "model", dropout=0.0)
     config = GPT2Config(vocab_size=2048, n_positions=64, n_embd=512, n_layer=16, n_head=4)
     GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
     model_bytes = 4 * GPT2LMHeadModel(config).num_parameters()
-    data_files = (write_records(tmp_path / "a.jsonl", num_records=9, seed=1),) * 2
     argv = [*make_argv(folder, data_files, "lora", "completion"), "--ds-config", "zero3"]
     job, warm_up = make_job(tmp_path, "job", argv), make_job(tmp_path, "warm-up", [*argv, "--model", tiny_model])
     assert run_on_ranks(2, measure_growth, warm_up, job, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
