@@ -49,6 +49,14 @@ def download_model(model: str, *, with_weights: bool) -> None:
         ) from None
 
 
+def find_model_folder(path: str) -> Path:
+    """Where the files of a model are that is in a folder, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+    return Path(file).parent if isinstance(file, str) else Path(path)
+
+
 def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mapping[str, Any]:
     """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither.
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from trainer.config.choices import DEMO_MODEL, ExportDtype
 from trainer.config.errors import TrainingError, UserError, escape_controls, first_line
 from trainer.config.files import new_folder
+from trainer.data import hf_hub
 from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
 from trainer.model import quantization
-from trainer.model.build import TrainableModel, find_model_folder
+from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
 
@@ -119,7 +120,7 @@ def find_base(model_name: str, run_folder: Path) -> BaseModel:
     """What an adapter stands on: the hub id or folder of the run's model, or the random weights that the run kept."""
     base_folder = run_folder / "base"
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model_name)
-    location = str(find_model_folder(path)) if is_hub_id(path) else path
+    location = str(hf_hub.find_model_folder(path)) if is_hub_id(path) else path
     # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.
     if snapshot := re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", location):
         return BaseModel(path, snapshot[1].replace("--", "/"), snapshot[2])

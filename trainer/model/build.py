@@ -77,7 +77,7 @@ def build_model(
         # weights that can be loaded.
         _load_pretrained(settings.model, config, dtype, device_map={"": "meta"})
         changes_base = settings.mode == "lora" and settings.lora.adapter in ("dora", "pissa")  # or reads it, at once
-        if (as_stored or quant) and not changes_base and model_files.is_stored_in_bf16(find_model_folder(path)):
+        if (as_stored or quant) and not changes_base and model_files.is_stored_in_bf16(hf_hub.find_model_folder(path)):
             dtype = torch.bfloat16
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
@@ -193,14 +193,6 @@ def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
 def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
     with _refuse_model(settings.model, "config.json"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-
-
-def find_model_folder(path: str) -> Path:
-    """Where the files of a model are that is in a folder, or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
-    return Path(file).parent if isinstance(file, str) else Path(path)
 
 
 def _load_pretrained(settings: ModelSettings, config: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
