@@ -29,16 +29,17 @@ def check_loggers(output: OutputSettings) -> None:
 
 
 class OptionalLogger:
-    """The logger that `start` makes (None: nothing to do) until its first failure, which is logged in one line."""
+    """The logger that `start` makes (None: nothing to do). Its first failure is one line: it gets no more records, and
+    the exit code 1 at the end of the run."""
 
     def __init__(self, name: str, start: Callable[[], RecordLogger | None]) -> None:
-        self._name = name
+        self._name, self._has_failed = name, False
         self._logger: RecordLogger | None = None
         with self._report_failure():
             self._logger = start()
 
     def log(self, record: Record) -> None:
-        if self._logger is not None:
+        if self._logger is not None and not self._has_failed:
             with self._report_failure():
                 self._logger.log(record)
 
@@ -47,16 +48,17 @@ class OptionalLogger:
         closing, self._logger = self._logger, None
         if closing is not None:
             with self._report_failure():
-                closing.close(exit_code)
+                closing.close(1 if self._has_failed else exit_code)
 
     @contextlib.contextmanager
     def _report_failure(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever happens in there, it must not cost the run
-            self._logger = None
-            reason = shorten(str(error), 120) or type(error).__name__
-            logger.warning(f"{self._name} failed ({reason}); going on without it, metrics.jsonl has every row")
+            if not self._has_failed:
+                self._has_failed = True
+                reason = shorten(str(error), 120) or type(error).__name__
+                logger.warning(f"{self._name} failed ({reason}); going on without it, metrics.jsonl has every row")
 
 
 class TensorBoardLogger:

@@ -219,7 +219,7 @@ def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resume
 
 
 class WandbLogger:
-    """Hands records to a wandb run, and raises what goes wrong with their numbers; the run is then shown as failed.
+    """Hands records to a wandb run, and raises what goes wrong with their numbers.
 
     A table of samples or an alert that fails costs itself: one line, and no more of its kind.
     `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows
@@ -233,16 +233,10 @@ class WandbLogger:
     def log(self, record: Record, *, is_new: bool = True) -> None:
         """`is_new`: False for a record of the past, of which nobody is alerted."""
         is_samples = isinstance(record, EventRecord) and record.event == "samples"
-        try:
-            if isinstance(record, EventRecord) and not is_samples:
-                self._run.summary.update(wandb_summary(record))
-            elif record.step > self._last_logged_step:
-                self._run.log(wandb_row(record), step=record.step)
-        except Exception:
-            with contextlib.suppress(Exception):
-                self._run.finish(exit_code=1)
-            _teardown()
-            raise
+        if isinstance(record, EventRecord) and not is_samples:
+            self._run.summary.update(wandb_summary(record))
+        elif record.step > self._last_logged_step:
+            self._run.log(wandb_row(record), step=record.step)
         if isinstance(record, EventRecord) and is_samples and record.step > self._last_logged_step:
             self._log_extra("the table of samples", lambda: self._log_samples(record))
         elif isinstance(record, EventRecord) and record.event == "diagnosis" and is_new:

@@ -49,7 +49,7 @@ def test_a_run_that_ends_while_it_is_profiled_says_what_there_is(num_steps, mess
 
 @pytest.mark.parametrize("failing_call", ["start", "log", "close"])
 def test_the_first_failure_of_an_optional_logger_is_one_line_and_ends_it(failing_call, caplog):
-    calls = []
+    calls, codes = [], []
 
     def call(name):
         calls.append(name)
@@ -58,7 +58,9 @@ def test_the_first_failure_of_an_optional_logger_is_one_line_and_ends_it(failing
 
     def start():
         call("start")
-        return SimpleNamespace(log=lambda record: call("log"), close=lambda exit_code: call("close"))
+        return SimpleNamespace(
+            log=lambda record: call("log"), close=lambda exit_code: call("close") or codes.append(exit_code)
+        )
 
     logger = OptionalLogger("W&B", start)
     for record in RECORDS[:2]:
@@ -66,8 +68,12 @@ def test_the_first_failure_of_an_optional_logger_is_one_line_and_ends_it(failing
     logger.close(0)
     logger.close(0)
     assert (
-        calls == {"start": ["start"], "log": ["start", "log"], "close": ["start", "log", "log", "close"]}[failing_call]
+        calls
+        == {"start": ["start"], "log": ["start", "log", "close"], "close": ["start", "log", "log", "close"]}[
+            failing_call
+        ]
     )
+    assert codes == [1] * (failing_call == "log"), "as a run that failed"
     assert caplog.messages == ["W&B failed (the service is gone); going on without it, metrics.jsonl has every row"]
 
 
