@@ -334,9 +334,9 @@ def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
 HEALTHY_DATA = {  # data and flags: of the first two a step has eight rows
     "blocks": ("many", ""),
     "completions": ("many", "--objective completion --warmup-steps 5 --micro-batch 4"),
-    "chat": ("chat", "--objective completion --chat-template {template}"),
-    "short, one a step": ("short", "--objective completion --global-batch 1 --init random"),
-    "short, two a step": ("short", "--objective completion --global-batch 2"),
+    "chat": ("chat", "--objective completion --allow-leakage --chat-template {template}"),
+    "short, one a step": ("short", "--objective completion --allow-leakage --global-batch 1 --init random"),
+    "short, two a step": ("short", "--objective completion --allow-leakage --global-batch 2"),
 }
 HEALTHY_RATES = {"full": (0.001, 0.003, 0.006), "lora": (0.005, 0.01, 0.02)}
 HEALTHY_RUNS = list(itertools.product(HEALTHY_DATA, HEALTHY_RATES, range(3)))

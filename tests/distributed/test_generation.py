@@ -88,7 +88,7 @@ def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_pat
     rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n, m in pairs]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     flags = f"--preset demo --model {tiny_model} --data {path} --val-data {path}"
-    _, data = prepare_settings(f"{flags} --block-size 16")
+    _, data = prepare_settings(f"{flags} --block-size 16 --allow-leakage")
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert len(prompts) == MAX_NUM_SAMPLES, "as many as --num-samples allows are stored"
     assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
