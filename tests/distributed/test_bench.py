@@ -69,8 +69,7 @@ def test_rounds_are_compared_one_by_one_and_what_failed_says_so_and_is_not_tried
     speeds = []
 
     def run_job(_, job, *__, **___):
-        if path := (tmp_path / "bench.json") if (tmp_path / "bench.json").exists() else None:
-            speeds.append(json.loads(path.read_text())["rows"][1].get("speed"))
+        speeds.append(json.loads((tmp_path / "bench.json").read_text())["rows"][1].get("speed"))
         times = seconds.get((job["program"], job["mode"]))
         return ([{**facts, "windows": [times.pop(0)]}], [0], "") if times else ([], [1], "no hf for lora")
 
@@ -78,13 +77,29 @@ def test_rounds_are_compared_one_by_one_and_what_failed_says_so_and_is_not_tried
     assert bench(f"--against hf --rounds 2 --device cpu --output-dir {tmp_path}".split()) == 1
     ours, hf, lora, failed = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert (ours["rounds"], hf["rounds"]) == ([1.0, 3.0], [2.0, 12.0])
-    assert speeds == [None, *[[0.5, 0.5, 0.5]] * 4, [0.375, 0.25, 0.5]]
+    assert speeds == [None, None, *[[0.5, 0.5, 0.5]] * 4, [0.375, 0.25, 0.5]]
     assert ours["speed"] == lora["speed"] == [1.0, 1.0, 1.0]
     assert len([line for line in capsys.readouterr().out.splitlines() if "failed: no hf for lora" in line]) == 2
     line = next(line for line in (tmp_path / "bench.md").read_text().splitlines() if "no hf" in line)
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[1:5] == ["lora", "2", "hf fp32", failed["problem"]]
     assert len(cells) == 2 + len(steps.HEADINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bench.json", '{"mine": 1}', "its bench.json or bench.md is not of bench.py; expected another folder"),
+        ("bench.md", "mine", "its bench.json or bench.md is not of bench.py; expected another folder"),
+        ("", "", "cannot write there (Not a directory)"),
+    ],
+)
+def test_bench_replaces_no_file_of_somebody_else(name, content, message, tmp_path, capsys):
+    folder = tmp_path if name else tmp_path / "file" / "folder"
+    (tmp_path / (name or "file")).write_text(content)
+    assert bench(["--device", "cpu", "--output-dir", str(folder)]) == 2
+    assert capsys.readouterr().err == f"error: --output-dir {folder}: {message}\n"
+    assert (tmp_path / (name or "file")).read_text() == content
 
 
 def test_a_tiny_bench_call_measures_this_trainer_a_plain_loop_and_hugging_face(

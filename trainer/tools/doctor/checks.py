@@ -59,10 +59,14 @@ def check_environment(world_size: int) -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         message = f"{DISTRIBUTION} is not installed, so its supported versions are unknown"
         yield Check(WARNING, "packages", message, "pip install -e . in its folder")
+    on_gpu = torch.cuda.is_available()
+    if host_problem := machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=world_size):
+        message, _, remedy = host_problem.rpartition("; ")
+        yield Check(ERROR, "host", message, remedy)
     if problem := machine.find_gpu_problem(os.environ):
         yield Check(ERROR, "GPUs", *problem)
         return
-    if not torch.cuda.is_available():
+    if not on_gpu:
         yield Check(OK, "GPUs", f"none: runs on {len(os.sched_getaffinity(0))} processor cores")
         return
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
