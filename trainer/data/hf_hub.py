@@ -1,5 +1,6 @@
 """The door to `datasets`: data sets of the hub, saved ones, and whether the hub answers."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def go_offline() -> None:
     """From here on this process takes what has been downloaded and asks nobody."""
     import huggingface_hub.constants
 
-    huggingface_hub.constants.HF_HUB_OFFLINE = import_datasets().config.HF_HUB_OFFLINE = True
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # else it will take the value above
+        import_datasets().config.HF_HUB_OFFLINE = True
 
 
 def download_model(model: str, *, with_weights: bool) -> None:
