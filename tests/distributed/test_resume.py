@@ -46,7 +46,7 @@ from trainer.config.files import folder_size
 from trainer.export.export_cli import export_checkpoint
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training import checkpoint, run_plan
-from trainer.training.run_folder import resolve_output_dir
+from trainer.training.run_folder import find_resume_source, resolve_output_dir
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")
@@ -334,9 +334,13 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
         argv = ["--mode", "lora", *flags, "--output-dir", str(folder)]
         assert run_on_ranks(1, run_train_script, argv, log=log) == 2, log.read_text()
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert ["by its rows it saved one after step 1;" in line for line in lines] == [True, True]
+    assert [f"by its rows it saved one after step {STEPS};" in line for line in lines] == [True, True]
     assert "--allow-change records to begin again" in lines[0]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "metrics.jsonl").rename(tmp_path / "rows")
+    with pytest.raises(UserError, match="has no checkpoint, and it has exported a model; restore it"):
+        find_resume_source(folder, "latest", base="", allows_records=False)
+    (tmp_path / "rows").rename(folder / "metrics.jsonl")
 
     output = train(["--mode", "lora", "--resume", "--allow-change", "records"], out=folder, world_size=2)
     assert "resumed from the start: the run had no checkpoint; its rows are kept in metrics.jsonl.1" in output
@@ -344,7 +348,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
     assert read_reproducible_records(folder) == read_reproducible_records(finished_run)
     assert [event["step"] for event in read_events(folder, "checkpoint")] == list(range(1, STEPS + 1))
 
-    shutil.rmtree(folder / "checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(folder / name)
     (folder / "metrics.jsonl").write_bytes(b"".join(rows.splitlines(keepends=True)[:2]))  # killed in the first step
     train(["--mode", "lora", "--resume", "auto"], out=folder, world_size=2)
     assert len((folder / "metrics.jsonl.2").read_bytes().splitlines()) == 2

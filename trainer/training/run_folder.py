@@ -122,18 +122,24 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
 
     None for a run that ended before its first checkpoint. UserError where none is whole, the one found is of another
     model than `base`, its fingerprint, or rows cannot be read; or, unless `allows_records` (--allow-change records),
-    where rows differ, or name a checkpoint and none is there.
+    where rows differ, or there was a checkpoint and none is there.
     """
     rows = folder / METRICS_FILE
     if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
         refuse_unreadable(rows)
-        for record in read_records(rows, with_steps=False) if rows.exists() else ():
-            is_end_or_save = isinstance(record, EventRecord) and record.event in ("checkpoint", "finished")
-            if is_end_or_save and not allows_records:
-                raise UserError(
-                    f"--resume: {folder} has no checkpoint, and by its rows it saved one after step {record.step}; "
-                    "restore it, or pass --allow-change records to begin again with these rows set aside"
-                )
+        events = (
+            [row for row in read_records(rows, with_steps=False) if isinstance(row, EventRecord)]
+            if rows.exists()
+            else []
+        )
+        saved_steps = [event.step for event in events if event.event in ("checkpoint", "finished")]
+        trace = f"by its rows it saved one after step {saved_steps[-1]}" if saved_steps else ""
+        trace = trace or "it has exported a model" * (folder / "model").exists()
+        if trace and not allows_records:
+            raise UserError(
+                f"--resume: {folder} has no checkpoint, and {trace}; restore it, or pass --allow-change records to "
+                "begin again with the rows that are there set aside"
+            )
         return None, ""
     source = resolve_checkpoint(folder / "checkpoints", which)
     if source.metadata["base"] != base:
