@@ -25,7 +25,7 @@ from trainer.config.settings import OutputSettings
 from trainer.tracking import wandb_logger
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, reference_row, wandb_config, wandb_row
-from trainer.tracking.wandb_logger import WandbFile, start_wandb, wandb_block, wandb_mode
+from trainer.tracking.wandb_logger import WandbFile, start_wandb, upload_run, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -135,6 +135,14 @@ def test_a_wandb_client_that_cannot_be_imported_is_no_lost_connection(mode, tmp_
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError):
         start_wandb(make_metadata("lora", wandb__mode=mode), tmp_path)
+
+
+def test_an_upload_without_a_login_or_a_run_is_one_line(tmp_path: Path, environ) -> None:
+    with pytest.raises(UserError, match=r"no run\.json there"):
+        upload_run(tmp_path / "none")
+    folder = write_run_folder(tmp_path / "run", METADATA, RECORDS)
+    with pytest.raises(UserError, match=r"--upload .*run: not logged in to W&B"):
+        upload_run(folder)
 
 
 def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

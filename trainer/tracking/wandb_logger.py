@@ -162,7 +162,8 @@ def upload_run(folder: Path) -> str:
     UserError where nobody is logged in or a process writes into the folder, TrainingError where W&B does not take them.
     """
     metadata = read_run_metadata(folder / "run.json")
-    wandb_mode("online")
+    if not is_logged_in():
+        raise UserError(f"--upload {folder}: not logged in to W&B; run `wandb login` or set WANDB_API_KEY")
     lock, record = RunLock(folder), None
     lock.acquire()
     try:
