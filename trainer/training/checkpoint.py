@@ -43,9 +43,7 @@ if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
 
 FORMAT_VERSION = 3  # 2: without the settings, precision and device of the run
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
-TensorLayout = tuple[
-    tuple[int, ...], torch.dtype | str
-]  # shape, and what it holds: a type that is none of ours by name
+TensorLayout = tuple[tuple[int, ...], torch.dtype | str]  #: shape and type, one that is none of ours by its name
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
 NO_RECORDS = {"records": {"num_rows": 0, "sha256": ""}, "evaluations": {"num_evaluations": 0, "sha256": ""}}

@@ -127,11 +127,8 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
     rows = folder / METRICS_FILE
     if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
         refuse_unreadable(rows)
-        events = (
-            [row for row in read_records(rows, with_steps=False) if isinstance(row, EventRecord)]
-            if rows.exists()
-            else []
-        )
+        records = read_records(rows, with_steps=False) if rows.exists() else ()
+        events = [record for record in records if isinstance(record, EventRecord)]
         saved_steps = [event.step for event in events if event.event in ("checkpoint", "finished")]
         trace = f"by its rows it saved one after step {saved_steps[-1]}" if saved_steps else ""
         trace = trace or "it has exported a model" * (folder / "model").exists()
