@@ -1,6 +1,8 @@
 """An unknown flag is answered in one line with ours, in every program."""
 
 import dataclasses
+import itertools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,28 @@ def test_the_common_flags_of_transformers_and_peft_are_answered():
     ):
         assert common <= {field.name for field in dataclasses.fields(program)}
         assert common <= OURS | set(SUGGESTIONS)
+
+
+STRANGE = ("", "nan", "-inf", "1e999", "-1", "\u00b2", "9" * 5000, "a\nb", "\0", "\ud800", "~", ",,", "--", "%(prog)s")
+
+
+@pytest.mark.parametrize("program", ["train", "bench", "cluster", "compare", "doctor", "export", "generate", "study"])
+def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
+    parsers = [cli.build_parser()]
+    if program != "train":
+        build_parser = runpy.run_path(str(LAUNCH / f"{program}.py"))["build_parser"]
+        parsers = [build_parser(name) for name in ("steps", "memory")] if program == "bench" else [build_parser()]
+    for parser in parsers:
+        for flag, value in itertools.product(sorted({*parser.flags()} - {"-h", "--help"}), STRANGE):
+            message = ""
+            try:
+                if program == "train":
+                    cli.parse_args(["--mode", "lora", f"{flag}={value}"])
+                else:
+                    parser.parse_args([f"{flag}={value}"])
+            except UserError as error:
+                message = str(error)
+            assert "\n" not in message
 
 
 @pytest.mark.parametrize(
