@@ -92,15 +92,20 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
 
     def prepare_folder() -> Path:
         """Downloaded, hashed and tokenised by one rank of each host, then read by all of it."""
+
+        def log(line: str) -> None:
+            if context.rank == 0:
+                print(line, flush=True)
+
         max_positions = get_max_positions(load_config(settings.model))
         with_weights = settings.model.init == "pretrained"
-        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights)
+        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights, log=log)
         return prepare(
             settings.data,
             model=settings.model.model,
             global_batch=settings.train.global_batch,
             max_positions=max_positions,
-            log=lambda line: print(line, flush=True) if context.rank == 0 else None,
+            log=log,
         ).folder
 
     data = load(context.on_rank_zero(prepare_folder, per_node=True))

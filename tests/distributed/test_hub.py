@@ -58,6 +58,7 @@ def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(
             output_dir = ["--output-dir", str(folder / "run")]
             outputs = train_in_fresh_process([*argv, *output_dir], num_ranks=num_ranks, HF_ENDPOINT=hub.url, **places)
         assert outputs[0].splitlines()[-1] == "exit code 0", outputs[0]
+        assert "fetching me/tiny from the hub" in outputs[0]
         num_requests.append(len(hub.requests))
         assert len([request for request in hub.requests if request.startswith("GET") and "safetensors" in request]) == 1
     assert num_requests[0] == num_requests[1], num_requests

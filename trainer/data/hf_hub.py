@@ -1,7 +1,7 @@
 """The door to `datasets`: data sets of the hub, saved ones, and whether the hub answers."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ def go_offline() -> None:
         import_datasets().config.HF_HUB_OFFLINE = True
 
 
-def download_model(model: str, *, with_weights: bool) -> None:
+def download_model(model: str, *, with_weights: bool, log: Callable[[str], None]) -> None:
     """Download what `from_pretrained` reads of a hub id, for all processes of this host. UserError where that fails."""
     import huggingface_hub
 
     if Path(model).is_dir() or not is_reachable():
         return
+    log(f"fetching {model} from the hub, where it is not here yet")
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if with_weights else [])]
     try:
         huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*")
