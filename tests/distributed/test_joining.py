@@ -28,9 +28,9 @@ DEMO_BASE = Path(__file__).parents[2] / "trainer" / "model" / "demo"
 
 
 def answer_soon(rank: int) -> None:
-    from trainer.distributed import process_group
+    from trainer.distributed import joining
 
-    process_group.ANSWER_SECONDS = process_group.NAME_SECONDS = 0.5
+    joining.ANSWER_SECONDS = joining.NAME_SECONDS = 0.5
 
 
 def type_on_second_host(rank: int, flags: str) -> None:
@@ -241,18 +241,18 @@ class CountingStore:
 
 
 def count_store_calls() -> int:
-    from trainer.distributed import process_group
+    from trainer.distributed import joining
     from trainer.distributed.launch_environment import read_launch_environment
 
     two_hosts(int(os.environ["RANK"]))
-    open_store, stores = process_group._open_store, []
+    open_store, stores = joining._open_store, []
 
     def open_counting(*args: Any) -> Any:
         stores.append(CountingStore(open_store(*args)))
         return stores[0]
 
-    process_group._open_store = open_counting
-    kept = process_group.meet(read_launch_environment(os.environ), {"devices": []}, 60)
+    joining._open_store = open_counting
+    kept = joining.meet(read_launch_environment(os.environ), {"devices": []}, 60)
     time.sleep(2 * (os.environ["RANK"] == "0"))  # the others join its second store
     del kept
     assert stores[0].calls == ["compare_set", "multi_get", "set", "wait"], stores[0].calls

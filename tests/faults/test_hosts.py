@@ -53,7 +53,7 @@ def test_other_data_and_another_base_on_the_second_host_are_refused_by_name(
     flags, tiny_model, hosts, private, tmp_path
 ):
     for number in (1, 2):
-        write_records(hosts.own_folder(f"h{number}") / "d.jsonl", num_records=25, seed=number)
+        write_records(hosts.own_folder(f"h{number}") / "d.jsonl", num_records=25, seed=10 * number)
         shutil.copytree(tiny_model, hosts.own_folder(f"h{number}") / "base")
     weights = hosts.own_folder("h2") / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))

@@ -26,6 +26,7 @@ from trainer.distributed.launch_environment import reporting_rank
 
 TICK_SECONDS = 1.0  # between two looks at the launcher, and at the other ranks
 PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when another has failed
+EXIT_SECONDS = 15.0  # that a rank of a failed run gets to end by itself
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
@@ -258,8 +259,12 @@ class Watchdog:
 
     def close(self, *, has_failed: bool = False) -> None:
         """This rank leaves. Rank 0 takes the store with it: where the run has failed, once the others know."""
-        if has_failed and self.rank == 0 and self._store is not None:
-            time.sleep(2 * TICK_SECONDS)
+        if has_failed and self._store is not None:
+            # Gloo may wait without end for a peer that is gone when it is taken down.
+            timer = threading.Timer(EXIT_SECONDS, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+            time.sleep(2 * TICK_SECONDS if self.rank == 0 else 0)
         self._closed.set()
         for thread in self._threads:
             thread.join(2.0)  # one that is in the store when Python ends aborts the process

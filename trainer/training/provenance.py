@@ -14,8 +14,9 @@ import torch
 from trainer.config.settings import Settings
 from trainer.config.text import list_some
 from trainer.data.dataset import resolve_cache_dir
+from trainer.distributed.joining import MAX_HOSTS_SHOWN
 from trainer.distributed.preflight import package_version
-from trainer.distributed.process_group import MAX_HOSTS_SHOWN, DistContext
+from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_mode
 

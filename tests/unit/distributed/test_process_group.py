@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import machine, preflight
+from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
-from trainer.distributed.process_group import describe_ranks, name_hosts, refuse_unequal_hosts, simulated_context
+from trainer.distributed.process_group import simulated_context
 from trainer.distributed.watch import Watchdog
 from trainer.training import provenance
 
@@ -208,3 +211,21 @@ def test_stacks_are_kept_where_a_run_hung_and_then_failed(hangs, fails, is_kept,
     assert list(stacks) == ["rank-0.txt"] * is_kept
     assert all("Timeout" in text for text in stacks.values())
     assert (tmp_path / "stacks").exists() == is_kept
+
+
+HANG_AT_THE_END = """
+import subprocess
+import sys
+import time
+import torch.distributed as dist
+from trainer.distributed import watch
+watch.EXIT_SECONDS = 0.3
+watch.Watchdog(1, ["a", "b"], dist.HashStore()).close(has_failed=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_of_a_failed_run_that_does_not_end_by_itself_is_ended():
+    """Gloo waits for a peer whose cable was cut when it is taken down."""
+    process = subprocess.run([sys.executable, "-c", HANG_AT_THE_END], timeout=40, check=False)
+    assert process.returncode == 1
