@@ -26,6 +26,7 @@ from trainer.distributed.preflight import config_digest, program_facts, refuse_d
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
+from trainer.export.folder import refuse_foreign_files
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.find_batch import find_micro_batch_size
@@ -84,6 +85,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
         validate_early(settings, context)
         check_loggers(settings.output)
+        if settings.output.export != "none":
+            refuse_foreign_files(Path(settings.run_folder) / "model")
         return settings, previous
 
     settings, previous = context.on_rank_zero(check_request)

@@ -26,7 +26,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
@@ -83,7 +83,7 @@ def load_adapter(run: Path) -> Any:
     """A run's adapter on the base that the run kept, by the line that its model card has."""
     line = re.search(r"Load it with `(.+?)`", (run / "model" / "README.md").read_text())
     assert line is not None
-    names = {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM}
+    names = {kind.__name__: kind for kind in (PeftModel, AutoModelForCausalLM, GenerationConfig)}
     return eval(line[1], {**names, "BASE": run / "base", "ADAPTER": run / "model"})
 
 
@@ -306,10 +306,13 @@ def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
 
 
 def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
-    full_run, lora_run, run_export_script, monkeypatch, tmp_path
+    full_run, lora_run, tiny_model, run_export_script, monkeypatch, tmp_path
 ):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    (full_run / "export-step-000002").mkdir()
+    (full_run / "export-step-000002" / "notes.txt").write_text("mine")
+    (full_run / "export-step-000002-bf16").symlink_to(tmp_path / "mine")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "run.json").write_text("{}")
     broken = shutil.copytree(full_run, tmp_path / "broken")
@@ -319,7 +322,14 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     stored = load_file(base)
     stored["transformer.wpe.weight"] += 1
     save_file(stored, base, metadata={"format": "pt"})
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-3}))
+    metadata = (full_run / "run.json").read_text().replace(json.dumps(tiny_model), json.dumps(str(other)))
+    changed = shutil.copytree(full_run, tmp_path / "changed", symlinks=True)
+    (changed / "run.json").write_text(metadata)
     for arguments, expected in (
+        ([changed], "the config.json of"),
         ([tmp_path / "rebased"], "its adapters were trained on another base model"),
         ([tmp_path / "none"], "no run.json there"),
         ([tmp_path / "odd"], "schema_version is missing; expected what a run writes"),
@@ -329,6 +339,8 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
         ([full_run, "--checkpoint", "step-5"], "whole checkpoints there: step-000002, step-000004, step-000006"),
         ([broken, "--checkpoint", "step-6"], "pass --checkpoint step-N to take another"),
         ([full_run, "--output-dir", tmp_path / "mine"], "not empty"),
+        ([full_run, "--checkpoint", "step-2"], "export-step-000002: holds notes.txt, which no export writes"),
+        ([full_run, "--checkpoint", "step-2", "--dtype", "bf16"], "export-step-000002-bf16: is not a folder"),
         ([full_run, "--output-dir", full_run / "model"], "not empty"),
         (["--merge"], "the following arguments are required: RUN (--help lists the flags)"),
     ):
@@ -349,6 +361,20 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     monkeypatch.setattr(export_cli, "load_model_at_checkpoint", load_large)
     code, output = run_export_script(full_run, "--dtype", "fp16", "--output-dir", tmp_path / "out")
     assert (code, output) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
+
+
+def test_a_resumed_run_refuses_to_replace_a_file_of_the_users_before_it_trains(
+    full_run, tiny_model, data_files, tmp_path
+):
+    run = shutil.copytree(full_run, tmp_path / "run", symlinks=True)
+    (run / "model" / "notes.txt").write_text("mine")
+    rows = (run / "metrics.jsonl").read_bytes()
+    flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0 --resume latest"
+    argv = make_argv(tiny_model, data_files, "full", f"{flags} --output-dir {run}")
+    assert run_on_ranks(1, run_train_script, argv, log=tmp_path / "log") == 2
+    assert "model: holds notes.txt, which no export writes and would be lost; move it" in (tmp_path / "log").read_text()
+    assert (run / "model" / "notes.txt").read_text() == "mine"
+    assert (run / "metrics.jsonl").read_bytes() == rows
 
 
 def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -21,12 +22,14 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import resolve_model_path
+from trainer.distributed.preflight import config_digest
 from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,
     check_push,
     find_base,
     push_folder,
+    refuse_foreign_files,
     save_adapter,
     save_plain_model,
     save_tokenizer,
@@ -34,7 +37,7 @@ from trainer.export.folder import (
 )
 from trainer.export.model_card import render_model_card
 from trainer.model import quantization
-from trainer.model.build import TrainableModel, build_model
+from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tracking.records import read_records
 from trainer.training.checkpoint import Checkpoint, best_checkpoint, hold_checkpoint, list_checkpoints, load_weights
 
@@ -89,6 +92,7 @@ def export_checkpoint(
     is_empty = destination.is_dir() and not any(destination.iterdir())
     if output_dir is not None and destination.exists() and not is_empty and not is_own_export:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
+    refuse_foreign_files(destination)
 
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
     module, is_tied = model.module, model.has_tied_embeddings
@@ -194,6 +198,10 @@ def load_model_at_checkpoint(
     if settings.mode == "full":  # how to generate is no weight: it is the base's, where that is still there
         with contextlib.suppress(OSError):
             model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)
+        config = config_digest(load_config(dataclasses.replace(settings.model, dropout=None)))
+        is_same_library = metadata["versions"].get("transformers") == transformers.__version__
+        if is_same_library and config != metadata["model"].get("config", config):
+            raise UserError(f"{run_folder}: the config.json of {model_path} was changed since the run; restore it")
     elif model.metadata["fingerprint"] != fingerprint:
         raise UserError(
             f"{run_folder}: its adapters were trained on another base model than {model_path} is now ({fingerprint}, "

@@ -7,6 +7,7 @@ prints or writes it.
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 from trainer.config.choices import DEMO_MODEL, ExportDtype
 from trainer.config.errors import TrainingError, UserError, escape_controls, first_line
 from trainer.config.files import new_folder
+from trainer.config.text import list_some
 from trainer.data import hf_hub
 from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
@@ -29,6 +31,12 @@ from trainer.model import quantization
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
+#: The names of all files that an export can write.
+EXPORTED_NAMES = re.compile(
+    r"README\.md|((adapter|generation|tokenizer)_)?config\.json|base_quantization\.json|chat_template\.jinja|"
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|added_tokens\.json|"
+    r"special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece\.bpe)\.model"
+)
 
 
 class BaseModel(NamedTuple):
@@ -37,6 +45,15 @@ class BaseModel(NamedTuple):
     path: str  #: hub id or folder from which the untouched weights are loaded here
     name: str  #: how the exported folder calls it: a hub id, else a name without the place of the folder
     revision: str | None  #: commit of the hub, where known
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """UserError where what an export would replace is not a folder of an export alone."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise UserError(f"{folder}: is not a folder, which an export would replace; move it")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [n for n in names if not EXPORTED_NAMES.fullmatch(n) or not (folder / n).is_file()]:
+        raise UserError(f"{folder}: holds {list_some(foreign, 3)}, which no export writes and would be lost; move it")
 
 
 @contextlib.contextmanager
@@ -51,6 +68,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     try:
         with new_folder(destination, previous=previous_folder) as folder:
             yield folder
+            refuse_foreign_files(destination)
             for path in folder.iterdir():
                 shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
         shutil.rmtree(previous_folder, ignore_errors=True)

@@ -15,14 +15,15 @@ alternation; `launch/bench.py steps --without cpu-attention`): full 1.08 to 1.10
 1.03 and 1.08. Less than a tenth: what keeps it is that the demo's published losses come from its masks.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 CAUSAL_NAME, BLOCKWISE_NAME = "causal_sdpa", "blockwise_dropout"  # among transformers' own attentions
 NUM_LEVELS = 2**16  # a probability is rounded to a multiple of one over it: 0.1 to 0.100006
@@ -40,6 +41,17 @@ def install(causal: PreTrainedModel) -> None:
         causal.set_attn_implementation(CAUSAL_NAME)
 
 
+@contextlib.contextmanager
+def rows_of_one_text() -> Iterator[None]:
+    """Within it transformers takes rows for whole, without a look at their positions, for which a device is waited."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
 def mask_unless_whole(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """None where attention is causal and nothing else, which the kernel knows by itself; transformers' mask otherwise.
 
@@ -51,7 +63,7 @@ def mask_unless_whole(*args: Any, attention_mask: Tensor | None = None, **kwargs
     fits_window = local_size is None or (kv_length is not None and kv_length < local_size)
     if attention_mask is None and is_square and fits_window and not kwargs.get("use_vmap"):
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return masking_utils.sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 class Dropout(nn.Dropout):

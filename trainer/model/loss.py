@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from trainer.data.sampler import IGNORE_INDEX
+from trainer.model.attention import rows_of_one_text
 
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in chunks
@@ -109,8 +110,9 @@ class CausalLMLoss(nn.Module):
         inputs = {} if position_ids is None else {"position_ids": position_ids}
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
-        dtype = self.autocast_dtype
-        with torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext():
+        dtype, is_packed = self.autocast_dtype, position_ids is not None
+        autocast = torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext()
+        with autocast, contextlib.nullcontext() if is_packed else rows_of_one_text():
             if self.head is None:
                 nll = _nll(self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1), targets)
                 nll_sum = nll.sum()

@@ -62,8 +62,9 @@ def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
     text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6)
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
-    line = 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("openai-community/gpt2"), ADAPTER)'
-    assert f"`{line}`" in text
+    config = "generation_config=GenerationConfig.from_pretrained(ADAPTER)"
+    base = f'AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})'
+    assert f"`PeftModel.from_pretrained({base}, ADAPTER)`" in text
     metadata["model"]["init"] = "random"
     assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from trainer.data.sampler import IGNORE_INDEX
+from trainer.model import attention
 from trainer.model import loss as loss_module
 from trainer.model.loss import CausalLMLoss, simulate_gpu
 
@@ -115,6 +117,25 @@ def test_the_loss_sum_and_its_gradients_are_those_of_hugging_faces_own_loss(caus
     module(ids, labels)[0].backward()
     for parameter, once in zip(module.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_a_step_reads_no_value_from_its_device(name, tiny_model):
+    """A GPU would be waited for; transformers looks whether rows are packed."""
+    config = transformers.MistralConfig(**GROUPED, sliding_window=8) if name == "mistral" else OTHER_MODELS.get(name)
+    causal = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(tiny_model)
+    attention.install(causal)
+    reads = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_local_scalar_dense" in str(func) or "is_nonzero" in str(func) or "nonzero" in str(func):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        CausalLMLoss(causal, None)(*make_batch())[0].backward()
+    assert reads == []
 
 
 def test_a_tied_embeddings_gradient_is_the_same_bits_every_time_on_two_threads():
