@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN_SCRIPT = ROOT / "launch" / "train.py"
 #: Loaded once, before the first fork; none of them starts threads while it is imported. W&B's last one is what
 #: `wandb.init` imports (its launcher, 1.1 CPU seconds).
-PRELOADED_MODULES = ["trainer.run", "deepspeed", "peft", "wandb.sdk.launch"]
+PRELOADED_MODULES = ["trainer.tools.silenced", "trainer.run", "deepspeed", "peft", "wandb.sdk.launch"]
 POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
