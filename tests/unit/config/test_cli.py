@@ -5,7 +5,9 @@ import json
 import os
 
 import pytest
+from helpers.any_inputs import check_inputs, many_inputs
 from helpers.fake_runs import make_metadata
+from hypothesis import strategies as st
 
 from trainer.config import cli
 from trainer.config.errors import UserError
@@ -243,3 +245,25 @@ def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
     assert again.lora.target_modules == ("c_attn", "c_fc")
     assert not again.data.shuffle
     assert again.output.output_dir == "a b"
+
+
+YAML_PARTS = st.sampled_from(
+    ["mode: full", "lr:", "no-shuffle", ": ", "\n", "- ", "{", "}", "[", "]", "&a", "*a", "!!int", "'"]
+)
+
+
+@many_inputs(300)
+def test_any_content_of_a_config_file_is_taken_or_one_line(num_inputs, tmp_path):
+    path = tmp_path / "a.yaml"
+
+    def check(content):
+        message = f"--config {path}"
+        path.write_bytes(content if isinstance(content, bytes) else "".join(content).encode("utf-8", "surrogatepass"))
+        try:
+            parse("--config", str(path))
+        except UserError as error:
+            message = str(error)
+        assert message.startswith("--")
+        assert "\n" not in message
+
+    check_inputs(num_inputs, check, st.lists(YAML_PARTS | st.text(max_size=4), max_size=12) | st.binary(max_size=40))
