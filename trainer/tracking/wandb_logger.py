@@ -48,13 +48,14 @@ WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryru
 def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
     """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose.
 
-    UserError where a variable holds what is no id or no project.
+    UserError where a variable holds what is no id, no project or no folder.
     """
     random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     run_id = os.environ.get("WANDB_RUN_ID") or random_id
     project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     check_value(RunId, "WANDB_RUN_ID", run_id)
     check_value(WandbProject, "WANDB_PROJECT", project)
+    path_from_environment("WANDB_DIR", ".")  # used after the import of wandb, when a mistake would cost the run W&B
     group = os.environ.get("WANDB_RUN_GROUP") or f"full-vs-lora-{data_name(source)}"[:128]
     return {"id": run_id, "project": project, "group": group, "mode": wandb_mode(output.wandb)}
 

@@ -11,9 +11,9 @@ import pytest
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.files import open_plain_file, path_from_environment
-from trainer.config.settings import GROUPS
+from trainer.config.settings import GROUPS, OutputSettings
 from trainer.data.dataset import resolve_cache_dir
-from trainer.tracking.wandb_logger import is_logged_in
+from trainer.tracking.wandb_logger import wandb_block
 
 ROOT = Path(__file__).parents[3]
 TRAIN_FLAGS = "--model --data --val-data --test-data --retain-data --chat-template --ds-config --output-dir"
@@ -70,11 +70,11 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     assert "~no-such-user/x: there is no home folder of ~no-such-user" in line
 
 
-@pytest.mark.parametrize("name", ["TRAINER_CACHE", "XDG_CACHE_HOME", "NETRC", "WANDB_CONFIG_DIR"])
+@pytest.mark.parametrize("name", ["TRAINER_CACHE", "XDG_CACHE_HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_DIR"])
 def test_a_home_folder_is_put_for_a_tilde_in_a_variable_and_one_of_nobody_is_one_line(name, monkeypatch, home):
-    for variable in ("TRAINER_CACHE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+    for variable in ("TRAINER_CACHE", "WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
-    read = resolve_cache_dir if "CACHE" in name else is_logged_in
+    read = resolve_cache_dir if "CACHE" in name else lambda: wandb_block(OutputSettings(), "data.csv")
     monkeypatch.setenv(name, NOBODY)
     with pytest.raises(UserError, match=f"^{name}=~no-such-user/x: there is no home folder of ~no-such-user; "):
         read()
