@@ -31,11 +31,11 @@ from trainer.model import quantization
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
-#: The names of all files that an export can write.
+#: The names of all files that an export can write; those of tokenizers have many endings.
 EXPORTED_NAMES = re.compile(
     r"README\.md|((adapter|generation|tokenizer)_)?config\.json|base_quantization\.json|chat_template\.jinja|"
-    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|added_tokens\.json|"
-    r"special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|(spiece|sentencepiece\.bpe)\.model"
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(tokenizer|added_tokens|special_tokens_map)\.json|"
+    r"vocab\.(json|txt)|merges\.txt|[\w.-]+\.(model|spm|bpe|codes|vocab)"
 )
 
 
