@@ -10,7 +10,7 @@ from typing import Any
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.files import parse_json
+from trainer.config.files import parse_json, read_text_file
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
 
@@ -51,7 +51,7 @@ def _offload_device(content: dict[str, Any], key: str) -> str:
 def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     """One of `ds_configs/` by name, or a path; UserError names the file and the key for anything unknown or doubled."""
     path = DS_CONFIG_DIR / f"{name}.json" if name in DS_CONFIG_NAMES else Path(name)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_CONFIG_NAMES)} or a path to a JSON file")
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,8 +61,9 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
         return dict(pairs)
 
     try:
-        content = parse_json(path.read_bytes(), refuse_duplicates)
-    except (OSError, ValueError) as error:
+        text = read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed")
+        content = parse_json(text, refuse_duplicates)
+    except ValueError as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     if mistake := next(_find_mistakes(content), None):
         raise UserError(f"--ds-config {path}: {mistake}")

@@ -13,6 +13,7 @@ from trainer.config.errors import UserError
 from trainer.config.files import open_plain_file, path_from_environment
 from trainer.config.settings import GROUPS, OutputSettings
 from trainer.data.dataset import resolve_cache_dir
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.tracking.wandb_logger import wandb_block
 
 ROOT = Path(__file__).parents[3]
@@ -102,6 +103,8 @@ def test_what_is_no_plain_file_is_refused_at_once(make, tmp_path, monkeypatch):
     make(tmp_path / "x")
     with pytest.raises(OSError, match="not a plain file, but a folder, a pipe or a device"):
         open_plain_file(tmp_path / "x")
+    with pytest.raises(UserError, match=r"^--ds-config x: cannot be read \(not a plain file, but a folder, a pipe"):
+        read_deepspeed_file("x")
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     with open_plain_file(tmp_path / "link") as file:
