@@ -1,7 +1,6 @@
 """The ZeRO file and DeepSpeed's dict, as pure functions; how weights are placed under ZeRO 3."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,11 +108,9 @@ def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, e
     assert "type=" not in message, "pydantic's own words for programmers"
 
 
-def test_a_missing_zero_file_is_refused_with_the_shipped_names_and_a_named_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.json")
-    for name in ("none.json", "pipe.json"):
-        with pytest.raises(UserError, match=r"no such file; pass zero0, zero1, .* or a path to a JSON file"):
-            read_deepspeed_file(str(tmp_path / name))
+def test_a_missing_zero_file_is_refused_with_the_shipped_names():
+    with pytest.raises(UserError, match=r"no such file; pass zero0, zero1, .* or a path to a JSON file"):
+        read_deepspeed_file("missing")
 
 
 NAMES = "stage offload_optimizer offload_param device reduce_bucket_size overlap_comm sub_group_size zero_optimization "
