@@ -74,7 +74,7 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
 
 
 def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
-    """Why two runs on the same data may not be ranked: other base weights, init, tokens seen or data order.
+    """Why two runs on the same data may not be ranked: other base weights, tokens seen, data order, way of training.
 
     What a run does not tell is no agreement.
     """
@@ -84,6 +84,8 @@ def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
     )
     reasons = []
     for name, value in facts.items():
+        if name == "base model" and facts["base weights"] == other_facts["base weights"] is not None:
+            continue  # two folders of the same weights
         if value is None or other_facts[name] is None:
             reasons.append(f"{name} unknown")
         elif value != other_facts[name] and not (name == "tokens seen" and is_early_stop_of_one_plan):
@@ -97,6 +99,8 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
     ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
     tokens = max((end for end in ends if end == end), default=None)
     order = f"seed {seed}" if run.get("settings.data.shuffle") is not False else "as in the data"
+    train = run.get("settings.train") or {}
+    optimizer = str(train.get("optim")).removesuffix("_fused")
     return {
         "base model": PurePosixPath(run.get("model.name")).name,
         "init": init,
@@ -104,6 +108,13 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "tokens seen": None if tokens is None else f"{tokens:,.0f}",
         "batch": run.get("resolved.global_batch"),
         "data order": order + (", packed" if run.get("settings.data.packing") else ""),
+        "precision": run.get("resolved.precision"),
+        "schedule": f"{train.get('schedule')} to {train.get('min_lr')}",
+        "warm-up": f"{run.get('resolved.warmup_steps')} steps",
+        "weight decay": train.get("weight_decay"),
+        "clipping": str(train.get("max_grad_norm")),
+        "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
+        "dropout": run.get("resolved.dropout"),
     }
 
 
@@ -155,6 +166,14 @@ class SeedGroup:
     def finished_runs(self) -> tuple[RunData, ...]:
         """The runs that came to their own end and were evaluated: those that a verdict may count."""
         return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
+
+    @property
+    def divergence(self) -> str:
+        """`full (lr 0.0005) diverged in 1 of 5 seeds; ...`, "" where no run did: it is an outcome of the setting."""
+        number = sum(run.has_diverged for run in self.runs)
+        seeds = f"{number} of {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
+        remedy = f"run all of them at a lower rate, such as {self.lr / 10**0.25:.2g}"
+        return f"{self.label_with_lr} diverged in {seeds}; {remedy}" if number else ""
 
     @property
     def best_loss(self) -> float:

@@ -26,6 +26,7 @@ from trainer.report.comparable import (
     reference_blockers,
 )
 from trainer.report.interval import (
+    MIN_UNITS,
     Matrix,
     PairedInterval,
     paired_interval,
@@ -37,6 +38,7 @@ from trainer.report.run_data import RunData
 from trainer.report.views import View, build_views
 from trainer.tracking.eval_records import read_evaluations
 
+NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 _RECORD_KEY = ["id", "occurrence"]
 MarginKind = Literal["share", "nats", "bits_per_byte"]
@@ -54,6 +56,7 @@ class MatchedLosses:
     lora: Matrix  #: (seeds, units)
     full: Matrix  #: (seeds, units)
     base: Matrix | None  #: (seeds, units), of full's base before the first step
+    units: NDArray[np.str_]  #: (units,), ids of records, or of what records of a cluster share
     targets: NDArray[np.float64]  #: (units,)
     num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
     num_records: int
@@ -175,6 +178,8 @@ class FullVsLora:
     no_losses: str  #: why single records could not be paired
     excess: PairedInterval | None
     contrast: PairedInterval | None  #: excess beyond the margin
+    doubt: str  #: why these records do not let LoRA be called better or good enough
+    decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
     parameters: float  #: trainable ones, LoRA's / full's
     time: CostRatio
     memory: CostRatio
@@ -184,7 +189,7 @@ class FullVsLora:
         """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
         if self.blockers:
             return "not ranked"
-        if self.excess is None:
+        if self.excess is None or self.doubt:
             return "cannot tell"
         if self.excess.high < 0:
             return "better"
@@ -232,7 +237,9 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
             for group in (lora, full)
         ]
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
+    reasons += [group.divergence for group in (full, lora) if group.divergence]
     losses, no_losses, excess, contrast = None, "", None, None
+    doubt, decisive = "", tuple[tuple[str, float], ...]()
     full_loss, lora_loss = full.best_loss, lora.best_loss
     try:
         losses = None if reasons else match_losses(pairs)
@@ -246,6 +253,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         excess = paired_interval(losses.lora - losses.full, losses.targets)
         if not margin.why_not(losses):
             contrast = paired_interval(margin.contrast(losses), losses.targets)
+        doubt, decisive = question_units(losses, excess, contrast, margin)
     elif no_losses:  # without single records: whole losses, and intervals over seeds alone
         best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
         full_loss, lora_loss = (sum(of_mode) / len(best) for of_mode in zip(*best, strict=True))
@@ -270,10 +278,35 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         no_losses=no_losses,
         excess=excess,
         contrast=contrast,
+        doubt=doubt,
+        decisive=decisive,
         parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
         time=step_time,
         memory=compare_costs(full, lora, "peak_memory_bytes"),
     )
+
+
+def question_units(
+    losses: MatchedLosses, excess: PairedInterval, contrast: PairedInterval | None, margin: Margin
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """Why LoRA may not be called better or good enough by these units, "" where it may or is neither; the few units
+    that move the interval most, with LoRA's excess."""
+    num_units, name, differences = len(losses.units), losses.unit_name, losses.lora - losses.full
+    judged = contrast or excess
+    beyond = differences if contrast is None else margin.contrast(losses)
+    order = np.argsort(-np.abs(beyond.mean(axis=0) - judged.estimate * losses.targets))[:NUM_LEFT_OUT]
+    decisive = tuple((str(losses.units[i]), float(differences[:, i].mean() / losses.targets[i])) for i in order)
+    if num_units < MIN_UNITS:
+        return f"{num_units} {name} can be told apart, and at least {MIN_UNITS} are needed", decisive
+    if (excess.high if contrast is None else contrast.upper) >= 0:
+        return "", decisive
+    if judged.effective_units < MIN_UNITS:
+        worth = f"{num_units} {name} count for {judged.effective_units:.0f}, as a few of them differ most"
+        return f"{worth}, and at least {MIN_UNITS} are needed", decisive
+    again = paired_interval(np.delete(beyond, order, axis=1), np.delete(losses.targets, order))
+    if (again.high if contrast is None else again.upper) >= 0:
+        return f"without the {NUM_LEFT_OUT} {name} that differ most it would not be good enough", decisive
+    return "", decisive
 
 
 def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> Pairs:
@@ -405,6 +438,7 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
         full=stack(trained[::2]),
         lora=stack(trained[1::2]),
         base=stack(base) if all(map(len, base)) else None,
+        units=np.unique(units),
         targets=sum_by_unit(first["targets"].to_numpy(np.float64), units),
         num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
         num_records=len(first),

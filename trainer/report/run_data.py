@@ -72,6 +72,7 @@ class RunData:
     epochs: Series
     summary: Mapping[str, Any]  #: the numbers of the `finished` event
     state: str = "finished"  #: finished (also where it was stopped after the evaluation at its end), going or stopped
+    has_diverged: bool = False  #: whether it was stopped by a loss or gradient that was not finite
     diagnostics: Sequence[tuple[int, str]]  #: (step, line) of what the run noticed of itself
     samples: Samples | None  #: of its last evaluation that generated texts
     forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
@@ -232,6 +233,7 @@ def build_run(
         notes.append(f"every {rows.step_stride}th of its steps is read")
     if not ends and (final_eval is None or final_eval["step"] != total_steps):
         was_stopped = bool(events) and events[-1].event in STOP_EVENTS
+        run.has_diverged = was_stopped and events[-1].event == "not_finite"
         run.state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
         last_step = max(float(series["step"][-1]) for series in (steps, evals) if len(series["step"]))
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from trainer.config import reference
-from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words
+from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm, plan_sample_size
 from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
@@ -163,8 +163,14 @@ def _describe_set(
 
     if excess.num_seeds == 1:
         sentence += "; one seed says nothing of the methods"
+    for group in (pair.full, pair.lora):
+        alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
+        if alone:
+            sentence += f"; of {MODE_NAMES[group.mode]} also seed {join_words(alone, 'and')}, which has no partner"
+    if quant := pair.lora.runs[0].get("settings.model.quant"):
+        sentence += f"; LoRA on {quant} weights"
     if pair.answer == "cannot tell":
-        sentence += f"; {_describe_needed_records(pair, excess)}"
+        sentence += f"; {pair.doubt or _describe_needed_records(pair, excess)}"
     if study is not None:
         return capitalize(sentence) + f"; {study.choice}."
     if (len(comparisons) > 1 or len(full_groups) > 1) and not (losses and losses.split == "test"):
@@ -275,6 +281,13 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
         lines.append(
             f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "
             "it may be too narrow, and --objective completion keeps records apart."
+        )
+    if losses and pair.excess:
+        records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
+        lines.append(
+            f"{names}: {len(losses.units):,} {losses.unit_name} count for {pair.excess.effective_units:,.0f} equal "
+            f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; LoRA's excess a token where it "
+            f"counts most: {records}."
         )
     if pair.no_losses:
         lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")

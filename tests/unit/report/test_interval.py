@@ -24,7 +24,7 @@ from trainer.report.interval import (
     seeds_interval,
     sum_by_unit,
 )
-from trainer.report.judge import Margin
+from trainer.report.judge import Margin, question_units
 from trainer.report.views import build_views, describe_views
 
 FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
@@ -72,7 +72,7 @@ def simulate_studies(num_studies: int, *args: object, **kwargs: object) -> Itera
 
 
 def test_one_seed_is_the_textbook_interval_of_paired_differences():
-    differences = np.array([[0.5, -0.1, 0.3, 0.7]])
+    differences = np.array([[0.55, -0.05, 0.15, 0.75]])
     expected = stats.ttest_1samp(differences[0], 0.0)
     low, high = expected.confidence_interval(0.95)
     interval = paired_interval(differences, np.ones(4))
@@ -194,6 +194,54 @@ def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
         covered_as_records.append(covers(differences, targets))
     assert print_share("groups: coverage", covered) >= MIN_COVERAGE
     assert print_share("as records", covered_as_records) < 0.8
+
+
+def simulate_shape(rng: np.random.Generator, shape: str, num_seeds: int, num_units: int) -> tuple[np.ndarray, ...]:
+    """Differences, targets and the true excess of a study whose records are unequal, or of which a few decide."""
+    targets, spread, truth = rng.integers(5, 61, num_units).astype(float), 0.1 * normal(rng, num_units), 0.0
+    lengths = normal(rng, num_units)
+    if shape == "skewed":
+        spread = 0.1 * (np.exp(normal(rng, num_units)) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e)
+    elif shape == "few carry the excess":
+        spread, truth = 0.58 * (rng.random(num_units) < 0.03) + 0.2 * spread, 0.03 * 0.58
+    elif shape == "one is a third":
+        targets[0] = targets[1:].sum() / 2
+    elif (
+        shape != "equal"
+    ):  # lognormal lengths, and an excess that grows with them: its mean, weighed by length, is 0.06
+        targets = np.maximum(1.0, np.round(20 * np.exp(1.2 * lengths)))
+        if shape == "grows with length":
+            spread, truth = 0.05 * np.log(targets / 20) / 1.2 + 0.5 * spread, 0.06
+    noise = 0.01 * normal(rng, num_seeds, 1) + 0.05 * normal(rng, num_seeds, num_units)
+    return (spread + noise) * targets, targets, truth
+
+
+@pytest.mark.parametrize(
+    ("num_studies", "num_seeds", "num_units"),
+    [
+        *((200, 3, num_units) for num_units in (50, 200)),
+        *(pytest.param(3000, s, n, marks=pytest.mark.sweep) for s in (3, 5) for n in (20, 50, 100, 200)),
+    ],
+)
+@pytest.mark.parametrize(
+    "shape", ["equal", "skewed", "few carry the excess", "lognormal lengths", "grows with length", "one is a third"]
+)
+def test_unequal_records_do_not_make_lora_good_enough(shape, num_studies, num_seeds, num_units):
+    """At the margin exactly, with 20 to 200 records. Of 50 records a fifth of the samples holds none of the 3 % that
+    carry the excess: there nothing but more records helps, and the bounds are those of such samples."""
+    rng, covered, called = np.random.default_rng([num_seeds, num_units]), [], []
+    for _ in range(num_studies):
+        differences, targets, truth = simulate_shape(rng, shape, num_seeds, num_units)
+        margin = Margin(kind="nats", value=truth)
+        units = {"units": np.arange(num_units).astype(str), "unit_name": "records"}
+        losses = SimpleNamespace(lora=differences, full=np.zeros_like(differences), targets=targets, **units)
+        excess, contrast = (paired_interval(d, targets) for d in (differences, margin.contrast(losses)))
+        covered.append(excess.low <= truth <= excess.high)
+        called.append(contrast.upper < 0 and not question_units(losses, excess, contrast, margin)[0])
+    is_rare, slack = shape == "few carry the excess" and num_units < 100, 0.0 if num_studies == 3000 else 0.03
+    label = f"{shape}, {num_seeds} seeds, {num_units} records"
+    assert print_share(f"{label}: coverage", covered) >= (0.82 if is_rare else 0.92) - slack
+    assert print_share(f"{label}: good enough at the margin", called) <= (0.18 if is_rare else 0.08) + slack
 
 
 @each_size

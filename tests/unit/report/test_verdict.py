@@ -1,63 +1,31 @@
 """What may be held against what, and the verdict: its interval, its words, no number where there may be none."""
 
 import dataclasses
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
+from helpers.fake_runs import make_metadata, write_eval_records
 
 from trainer.config.errors import UserError
 from trainer.report.comparable import (
-    COMPARABILITY_KEYS,
-    comparable_sets,
-    comparison_blockers,
     group_by_seed,
-    reference_blockers,
 )
 from trainer.report.interval import paired_interval
 from trainer.report.judge import DEFAULT_MARGIN, CostRatio, Margin, StudyContext, parse_margin
-from trainer.report.page import build_settings_tables
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.sentence import Verdict, build_verdict, to_answer
 from trainer.tracking.eval_records import read_evaluations
+from trainer.tracking.records import EventRecord, to_line
 
 TARGETS = np.random.default_rng(1).integers(5, 60, 120)
 GPU = {"resolved__device": "cuda", "hardware__gpu": "H100", "hardware__gpus": 1}
 MakeRun = Callable[..., RunData]
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    """Makes runs, one after the other: `make_run(mode, losses, ...)`."""
-    numbers = itertools.count()
-
-    def make_run(
-        mode: str = "full",
-        losses: Sequence[float] = (4.0, 2.0),
-        *,
-        like_card: bool = False,
-        record_losses: Mapping[int, Sequence[float]] | None = None,
-        record_options: Mapping[str, Any] | None = None,
-        how: Mapping[str, Any] | None = None,
-        **overrides: Any,
-    ) -> RunData:
-        """A run with these validation losses at epoch 0, 1, ...; `record_losses` of each record by step."""
-        content = (make_reference_like_metadata if like_card else make_metadata)(mode, **overrides)
-        content["resolved"]["total_steps"] = content["resolved"]["steps_per_epoch"] * (len(losses) - 1)
-        by_epoch = {float(i): loss for i, loss in enumerate(losses)}
-        options = {"losses": by_epoch, "every": 500, "epochs": len(losses) - 1, **(how or {})}
-        folder = make_run_folder(tmp_path / str(next(numbers)), metadata=content, **options)
-        if record_losses is not None:
-            write_eval_records(folder, record_losses, targets=TARGETS.tolist(), **(record_options or {}))
-        return read_folder(folder)
-
-    return make_run
+OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
 
 
 def make_study(
@@ -79,105 +47,16 @@ def make_study(
         lora = full + excess + seed_sd * rng.standard_normal() + unit + 0.02 * rng.standard_normal(len(TARGETS))
         for mode, losses in (("full", full), ("lora", lora)):
             mean_loss = float(np.average(losses, weights=TARGETS))
-            records = {"record_losses": {0: base, 30: losses}, "record_options": record_options}
+            records = {
+                "record_losses": {0: base, 30: losses},
+                "record_options": {"targets": TARGETS.tolist()} | record_options,
+            }
             runs.append(make_run(mode, [4.0, mean_loss], seed=seed, **records))
     return runs
 
 
 def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin = DEFAULT_MARGIN) -> Verdict:
     return build_verdict(group_by_seed(runs), with_card, margin)
-
-
-# --- what may be compared, and groups of seeds ---
-
-
-@pytest.mark.parametrize(("name", "path"), COMPARABILITY_KEYS.items())
-def test_each_difference_in_data_or_model_makes_two_runs_incomparable(make_run: MakeRun, name: str, path: str) -> None:
-    full, other = make_run(), make_run("lora", **{path.replace(".", "__"): 9 if name == "block length" else "another"})
-    assert comparison_blockers(full, make_run("lora")) == []
-    assert [reason.startswith(f"other {name} (") for reason in comparison_blockers(full, other)] == [True]
-    assert comparable_sets([full, other], lambda run: run) == [[full], [other]]
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "reason"),
-    [
-        ("data__vocabulary", 50_258, "other tokenizer ("),
-        ("data__block_size", 512, "other rows ("),
-        ("data__objective", "completion", "other rows ("),
-        ("model__name", "gpt2-medium", "other base model ("),
-        ("model__parameters", 124_000_000, "other base model ("),
-        ("model__init", "random", "other base model ("),
-        ("data__train__examples", 13_243, "other data ("),
-    ],
-)
-def test_each_known_difference_from_the_reference_is_a_reason(
-    make_run: MakeRun, path: str, value: Any, reason: str
-) -> None:
-    assert reference_blockers(make_run(like_card=True)) == reference_blockers(make_run("lora", like_card=True)) == []
-    actual = reference_blockers(make_run(like_card=True, **{path: value}))
-    assert len(actual) == 1
-    assert actual[0].startswith(reason)
-
-
-def test_a_run_whose_data_changed_on_resume_or_came_as_token_ids_is_incomparable(make_run: MakeRun) -> None:
-    def resumed(*, like_card: bool = False, **changed: list[Any]) -> Any:
-        settings = make_metadata("lora", preset="card" if like_card else "demo")["settings"]
-        return make_run("lora", like_card=like_card, resumed={"settings": settings, "changed": changed})
-
-    mixed = resumed(data=["aa", "bb"], lr=[3e-4, 1e-4])
-    assert comparison_blockers(make_run(), mixed) == [f"data of {mixed.name} changed on resume"]
-    assert reference_blockers(resumed(like_card=True, data=["aa", "bb"])) == ["data changed on resume"]
-    assert "lr was changed on resume, from 0.0003 to 0.0001" in mixed.notes
-    assert comparison_blockers(make_run(), resumed(lr=[3e-4, 1e-4])) == []
-    token_ids = make_run("lora", data__tokenizer=None)
-    assert comparison_blockers(make_run(), token_ids) == ["other tokenizer (one came as token ids)"]
-
-
-def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
-    runs = [make_run(seed=1), make_run(seed=2), make_run("lora")]
-    differing, shared = build_settings_tables(group_by_seed(runs), with_reference=True)
-    assert differing.headings == ["setting or fact", "card", "full", "LoRA"]
-    rows = {name: cells for name, *cells in (*differing.rows, *shared.rows)}
-    assert len(rows) == len(differing.rows) + len(shared.rows)
-    content = make_metadata("full")
-    groups = {group: values for group, values in content["settings"].items() if isinstance(values, dict)}
-    assert {f"settings.{group}.{name}" for group, values in groups.items() for name in values} <= set(rows)
-    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(rows)
-    assert rows["settings.train.lr"] == ["3e-05", "0.0005", "0.005"]
-    assert rows["settings.train.seed"] == ["42", "1 | 2", "42"]
-    assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
-    assert rows["settings.lora.rank"] == ["not used", "not used", "8"], "run.json of a full run has it, too"
-
-
-OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
-COMPLETIONS = {"settings__data__objective": "completion", "data__objective": "completion"}
-
-
-@pytest.mark.parametrize(
-    ("runs", "labels"),
-    [
-        (
-            [("lora", {"seed": 1}), ("full", {"seed": 1}), ("full", {"seed": 2}), ("lora", {"resolved__lr": 1e-3})],
-            ["full: 2", "LoRA (lr 0.005): 1", "LoRA (lr 0.001): 1"],
-        ),
-        (
-            [("lora", {"settings__train__max_steps": n}) for n in (16, 48)],  # as of a study's rungs
-            ["LoRA (16 steps): 1", "LoRA (48 steps): 1"],
-        ),
-        # what the name of the data says is left out
-        ([("full", {}), ("full", OTHER_DATA | COMPLETIONS)], ["full (acled-demo): 1", "full (e2e.csv): 1"]),
-        (
-            [("full", {}), ("full", COMPLETIONS), ("full", OTHER_DATA)],
-            ["full (acled-demo, blocks): 1", "full (acled-demo, completion): 1", "full (e2e.csv, blocks): 1"],
-        ),
-    ],
-)
-def test_runs_that_differ_in_the_seed_alone_are_one_group_with_a_label_that_tells_it_apart(
-    make_run: MakeRun, runs: list[tuple[str, dict[str, Any]]], labels: list[str]
-) -> None:
-    groups = group_by_seed([make_run(mode, **overrides) for mode, overrides in runs])
-    assert [f"{group.label}: {len(group.runs)}" for group in groups] == labels
 
 
 # --- the answer ---
@@ -329,7 +208,14 @@ def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRu
     ("overrides", "reason"),
     [
         ({"model__fingerprint": "ff"}, "other base weights (ff against e1e1e1e1e1e1e1e1)"),
-        ({"model__name": "gpt2"}, "other base model (gpt2 against demo-base)"),
+        ({"model__name": "gpt2", "model__fingerprint": "ff"}, "other base model (gpt2 against demo-base)"),
+        ({"resolved__precision": "bf16"}, "other precision (bf16 against fp32)"),
+        ({"settings__train__schedule": "constant"}, "other schedule (constant to 0.0 against "),
+        ({"resolved__warmup_steps": 9}, "other warm-up (9 steps against 0 steps)"),
+        ({"settings__train__weight_decay": 0.3}, "other weight decay (0.3 against 0.0)"),
+        ({"settings__train__max_grad_norm": 0.1}, "other clipping (0.1 against 1.0)"),
+        ({"settings__train__optim": "adamw8bit"}, "other optimizer (adamw8bit 0"),
+        ({"resolved__dropout": 0.0}, "other dropout (0.0 against 0.1)"),
         ({"settings__model__init": "random"}, "other init (random against pretrained)"),
         ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
         ({"settings__data__shuffle": False}, "other data order (as in the data against seed 42)"),
@@ -347,6 +233,52 @@ def test_runs_that_started_or_saw_something_else_are_not_ranked(
     assert reason in verdict.sentence
     assert to_answer(verdict)["comparisons"][0]["excess"] is None
     assert "2.5" not in verdict.sentence
+
+
+def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.02)
+    more = [make_run("full", [4.0, 2.0], seed=7), make_run("lora", [4.0, 2.0], seed=8, settings__model__quant="nf4")]
+    assert "; of full also seed 7, which has no partner; one rate each" in judge_runs(*runs, more[0]).sentence
+    path = Path(make_run("lora", [4.0, 3.0, 2.0], seed=9, how={"finished": False}).source) / "metrics.jsonl"
+    event = EventRecord(event="not_finite", step=40, message="loss is nan", time=1.0)
+    path.write_text(path.read_text() + to_line(event) + "\n")
+    diverged = judge_runs(*runs, read_folder(path.parent))
+    assert diverged.primary.answer == "not ranked"
+    assert "LoRA (lr 0.005) diverged in 1 of 4 seeds; run all of them at a lower rate, such as 0.0028" in (
+        diverged.sentence
+    )
+
+
+def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough(make_run: MakeRun) -> None:
+    rng = np.random.default_rng(4)
+    base, full = np.full(len(TARGETS), 4.0), 2.0 + 0.01 * rng.standard_normal(len(TARGETS))
+    few, some = np.zeros(len(TARGETS)), 0.12 * rng.standard_normal(len(TARGETS))
+    few[:3] = -9.0
+    some[:5] -= 0.6
+    for shift, said in (
+        (0.05 + few, "as a few of them differ most, and at least 20 are needed"),
+        (0.06 + some, "without the 5 validation blocks that differ most"),
+    ):
+        runs = [
+            make_run(
+                mode,
+                [4.0, float(np.average(losses, weights=TARGETS))],
+                record_losses={0: base, 30: losses},
+                record_options={"targets": TARGETS.tolist()},
+                seed=s,
+            )
+            for s in range(3)
+            for mode, losses in (("full", full), ("lora", full + shift + 0.002 * rng.standard_normal(len(TARGETS))))
+        ]
+        verdict = judge_runs(*runs, margin=Margin(kind="nats", value=0.08))
+        assert (verdict.primary.answer, verdict.primary.contrast.upper < 0) == ("cannot tell", True), verdict.sentence
+        assert said in verdict.sentence
+        assert any("record0000 (-" in line and "of the spread" in line for line in verdict.details)
+
+
+def test_two_folders_of_equal_weights_are_one_base(make_run: MakeRun) -> None:
+    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], model__name="gpt2"))
+    assert verdict.primary.blockers == ()
 
 
 def test_base_weights_that_a_run_does_not_tell_are_no_agreement(make_run: MakeRun) -> None:

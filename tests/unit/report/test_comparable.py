@@ -1,0 +1,108 @@
+"""What may be held against what: each fact that must agree, what is unknown, and the card with its gaps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata
+
+from trainer.report.comparable import (
+    COMPARABILITY_KEYS,
+    comparable_sets,
+    comparison_blockers,
+    group_by_seed,
+    reference_blockers,
+)
+from trainer.report.page import build_settings_tables
+from trainer.report.run_data import RunData
+
+MakeRun = Callable[..., RunData]
+
+
+@pytest.mark.parametrize(("name", "path"), COMPARABILITY_KEYS.items())
+def test_each_difference_in_data_or_model_makes_two_runs_incomparable(make_run: MakeRun, name: str, path: str) -> None:
+    full, other = make_run(), make_run("lora", **{path.replace(".", "__"): 9 if name == "block length" else "another"})
+    assert comparison_blockers(full, make_run("lora")) == []
+    assert [reason.startswith(f"other {name} (") for reason in comparison_blockers(full, other)] == [True]
+    assert comparable_sets([full, other], lambda run: run) == [[full], [other]]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("data__vocabulary", 50_258, "other tokenizer ("),
+        ("data__block_size", 512, "other rows ("),
+        ("data__objective", "completion", "other rows ("),
+        ("model__name", "gpt2-medium", "other base model ("),
+        ("model__parameters", 124_000_000, "other base model ("),
+        ("model__init", "random", "other base model ("),
+        ("data__train__examples", 13_243, "other data ("),
+    ],
+)
+def test_each_known_difference_from_the_reference_is_a_reason(
+    make_run: MakeRun, path: str, value: Any, reason: str
+) -> None:
+    assert reference_blockers(make_run(like_card=True)) == reference_blockers(make_run("lora", like_card=True)) == []
+    actual = reference_blockers(make_run(like_card=True, **{path: value}))
+    assert len(actual) == 1
+    assert actual[0].startswith(reason)
+
+
+def test_a_run_whose_data_changed_on_resume_or_came_as_token_ids_is_incomparable(make_run: MakeRun) -> None:
+    def resumed(*, like_card: bool = False, **changed: list[Any]) -> Any:
+        settings = make_metadata("lora", preset="card" if like_card else "demo")["settings"]
+        return make_run("lora", like_card=like_card, resumed={"settings": settings, "changed": changed})
+
+    mixed = resumed(data=["aa", "bb"], lr=[3e-4, 1e-4])
+    assert comparison_blockers(make_run(), mixed) == [f"data of {mixed.name} changed on resume"]
+    assert reference_blockers(resumed(like_card=True, data=["aa", "bb"])) == ["data changed on resume"]
+    assert "lr was changed on resume, from 0.0003 to 0.0001" in mixed.notes
+    assert comparison_blockers(make_run(), resumed(lr=[3e-4, 1e-4])) == []
+    token_ids = make_run("lora", data__tokenizer=None)
+    assert comparison_blockers(make_run(), token_ids) == ["other tokenizer (one came as token ids)"]
+
+
+def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
+    runs = [make_run(seed=1), make_run(seed=2), make_run("lora")]
+    differing, shared = build_settings_tables(group_by_seed(runs), with_reference=True)
+    assert differing.headings == ["setting or fact", "card", "full", "LoRA"]
+    rows = {name: cells for name, *cells in (*differing.rows, *shared.rows)}
+    assert len(rows) == len(differing.rows) + len(shared.rows)
+    content = make_metadata("full")
+    groups = {group: values for group, values in content["settings"].items() if isinstance(values, dict)}
+    assert {f"settings.{group}.{name}" for group, values in groups.items() for name in values} <= set(rows)
+    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(rows)
+    assert rows["settings.train.lr"] == ["3e-05", "0.0005", "0.005"]
+    assert rows["settings.train.seed"] == ["42", "1 | 2", "42"]
+    assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
+    assert rows["settings.lora.rank"] == ["not used", "not used", "8"], "run.json of a full run has it, too"
+
+
+OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
+COMPLETIONS = {"settings__data__objective": "completion", "data__objective": "completion"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        (
+            [("lora", {"seed": 1}), ("full", {"seed": 1}), ("full", {"seed": 2}), ("lora", {"resolved__lr": 1e-3})],
+            ["full: 2", "LoRA (lr 0.005): 1", "LoRA (lr 0.001): 1"],
+        ),
+        (
+            [("lora", {"settings__train__max_steps": n}) for n in (16, 48)],  # as of a study's rungs
+            ["LoRA (16 steps): 1", "LoRA (48 steps): 1"],
+        ),
+        # what the name of the data says is left out
+        ([("full", {}), ("full", OTHER_DATA | COMPLETIONS)], ["full (acled-demo): 1", "full (e2e.csv): 1"]),
+        (
+            [("full", {}), ("full", COMPLETIONS), ("full", OTHER_DATA)],
+            ["full (acled-demo, blocks): 1", "full (acled-demo, completion): 1", "full (e2e.csv, blocks): 1"],
+        ),
+    ],
+)
+def test_runs_that_differ_in_the_seed_alone_are_one_group_with_a_label_that_tells_it_apart(
+    make_run: MakeRun, runs: list[tuple[str, dict[str, Any]]], labels: list[str]
+) -> None:
+    groups = group_by_seed([make_run(mode, **overrides) for mode, overrides in runs])
+    assert [f"{group.label}: {len(group.runs)}" for group in groups] == labels
