@@ -82,11 +82,11 @@ def list_devices(*, on_gpu: bool) -> list[dict[str, Any]]:
     """What there is to compute on: `id`, `name`, `memory` in bytes, and whether it computes in bf16 itself."""
     if not on_gpu:
         return [{"id": "", "name": "CPU", "memory": psutil.virtual_memory().total, "bf16": False}]
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    has_bf16 = [bool(torch.version.hip) or gpu.major >= 8 for gpu in gpus]  # what `is_bf16_supported` asks of one
     return [
-        {"id": str(gpu.uuid), "name": gpu.name, "memory": gpu.total_memory, "bf16": has_bf16 and gpu.major >= 8}
-        for gpu in gpus
+        {"id": str(gpu.uuid), "name": gpu.name, "memory": gpu.total_memory, "bf16": bf16}
+        for gpu, bf16 in zip(gpus, has_bf16, strict=True)
     ]
 
 
