@@ -90,7 +90,7 @@ def test_model_and_data_of_the_hub_come_as_the_variables_say_and_stay_for_a_star
     adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("me/tiny", COMMIT)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert 'AutoModelForCausalLM.from_pretrained("me/tiny"), ADAPTER)' in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/tiny", generation_config=' in card
     assert str(tmp_path) not in card
     assert list((tmp_path / "HF_HUB_CACHE").glob("models--me--tiny/snapshots/*/config.json"))
     assert list((tmp_path / "HF_HUB_CACHE").glob("datasets--me--set/snapshots/*/one/train.jsonl"))
