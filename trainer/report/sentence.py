@@ -375,6 +375,8 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
             "excess": asdict(pair.excess) if pair.excess else None,
             "beyond_margin": asdict(pair.contrast) if pair.contrast else None,
             "margin": asdict(pair.margin),
+            "doubt": pair.doubt,
+            "decisive_records": [{"id": unit, "excess": excess} for unit, excess in pair.decisive],
             "is_margin_under_floor": pair.is_margin_under_floor,
             "parameters": pair.parameters,
             "time": asdict(pair.time),

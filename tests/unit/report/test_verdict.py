@@ -274,6 +274,9 @@ def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough(ma
         assert (verdict.primary.answer, verdict.primary.contrast.upper < 0) == ("cannot tell", True), verdict.sentence
         assert said in verdict.sentence
         assert any("record0000 (-" in line and "of the spread" in line for line in verdict.details)
+        (comparison,) = to_answer(verdict)["comparisons"]
+        assert said in comparison["doubt"]
+        assert len(comparison["decisive_records"]) == 5
 
 
 def test_two_folders_of_equal_weights_are_one_base(make_run: MakeRun) -> None:
