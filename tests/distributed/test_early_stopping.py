@@ -21,8 +21,7 @@ from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import load_config
 from trainer.report.run_data import read_folder
-from trainer.tracking.jsonl import rewind
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, to_line
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, rewind, to_line
 from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_plan import make_plan

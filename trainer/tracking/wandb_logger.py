@@ -25,8 +25,7 @@ from trainer.config.files import path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
-from trainer.tracking.jsonl import METRICS_FILE
-from trainer.tracking.records import EventRecord, Record, read_records
+from trainer.tracking.records import METRICS_FILE, EventRecord, Record, read_records
 from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, wandb_row, wandb_summary
 

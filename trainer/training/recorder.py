@@ -11,9 +11,17 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summary
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
-from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.optional_loggers import OptionalLogger, ProfileLogger, TensorBoardLogger
-from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger, read_records
+from trainer.tracking.records import (
+    METRICS_FILE,
+    EvalRecord,
+    EventRecord,
+    JsonlLogger,
+    Record,
+    RecordLogger,
+    read_records,
+    rewind,
+)
 from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.diagnostics import DiagnosticsMonitor

@@ -17,8 +17,7 @@ from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations
-from trainer.tracking.jsonl import METRICS_FILE, find_changed_rows
-from trainer.tracking.records import EventRecord, read_records
+from trainer.tracking.records import METRICS_FILE, EventRecord, find_changed_rows, read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, resolve_checkpoint

@@ -22,8 +22,7 @@ from trainer.config.settings import Settings
 from trainer.tools.doctor.checks import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, run_check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, write_evaluation
-from trainer.tracking.jsonl import JsonlLogger
-from trainer.tracking.records import EventRecord, StepRecord
+from trainer.tracking.records import EventRecord, JsonlLogger, StepRecord
 from trainer.training import checkpoint
 from trainer.training.schedule import TrainState
 

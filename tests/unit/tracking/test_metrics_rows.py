@@ -18,15 +18,17 @@ from trainer.report import run_data
 from trainer.report.run_data import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
-from trainer.tracking.jsonl import JsonlLogger, find_changed_rows, rewind
 from trainer.tracking.records import (
     EpochRecord,
     EvalRecord,
     EventRecord,
+    JsonlLogger,
     StepRecord,
+    find_changed_rows,
     from_line,
     perplexity,
     read_records,
+    rewind,
     to_line,
 )
 from trainer.training.diagnostics import DiagnosticsMonitor

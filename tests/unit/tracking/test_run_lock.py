@@ -10,7 +10,7 @@ import pytest
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import write_atomically
 from trainer.tracking import run_lock
-from trainer.tracking.jsonl import JsonlLogger
+from trainer.tracking.records import JsonlLogger
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.run_folder import is_unused, write_run_json
 

@@ -14,8 +14,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_damaged_evaluations
-from trainer.tracking.jsonl import METRICS_FILE
-from trainer.tracking.records import EventRecord, from_line, iter_records
+from trainer.tracking.records import METRICS_FILE, EventRecord, from_line, iter_records
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
