@@ -351,8 +351,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
     for name in ("checkpoints", "model"):
         shutil.rmtree(folder / name)
     (folder / "metrics.jsonl").write_bytes(b"".join(rows.splitlines(keepends=True)[:2]))  # killed in the first step
+    (folder / "eval_records/.step-000000-val.parquet.0123456789ab.tmp").touch()
     train(["--mode", "lora", "--resume", "auto"], out=folder, world_size=2)
     assert len((folder / "metrics.jsonl.2").read_bytes().splitlines()) == 2
+    assert not list(folder.rglob("*.tmp"))
     assert read_reproducible_records(folder) == read_reproducible_records(finished_run)
 
 

@@ -186,6 +186,8 @@ def _set_aside_records(folder: Path) -> list[str]:
     names = []
     for name in (METRICS_FILE, EVAL_RECORDS_FOLDER):
         if (folder / name).exists():
+            if name == EVAL_RECORDS_FOLDER:
+                remove_leftovers(folder / name)  # of the process that was killed
             names.append(next(f"{name}.{n}" for n in itertools.count(1) if not (folder / f"{name}.{n}").exists()))
             (folder / name).rename(folder / names[-1])
     return names
