@@ -96,7 +96,9 @@ def make_socket(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [os.mkfifo, Path.mkdir, make_socket, lambda path: path.symlink_to("/dev/zero")], ids=str
+    "make",
+    [os.mkfifo, Path.mkdir, make_socket, lambda path: path.symlink_to("/dev/zero")],
+    ids=["pipe", "folder", "socket", "device"],
 )
 def test_what_is_no_plain_file_is_refused_at_once(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
