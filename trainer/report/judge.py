@@ -408,6 +408,7 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
             frames.append(read_evaluations(run.eval_records_path, val_steps=(0, _best_step(run))))
         except UserError as error:  # this pair has no interval, others may
             raise MatchError(f"{run.name}: {error}") from error
+        _check_mean(run, frames[-1])
     split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]
@@ -452,6 +453,14 @@ def _check_shared(split: str, number: Any, total: Any) -> None:
     if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
         records = f"{number:,} of {total:,} {SPLIT_NAMES[split]} records"
         raise TrainedOnError(f"{records} also stand in the training data, over {MAX_SHARED_FRACTION:.0%}")
+
+
+def _check_mean(run: RunData, frame: pd.DataFrame) -> None:
+    """MatchError where the losses of the records are not those that the run reported, as where a file is another's."""
+    for step, loss in zip(run.evals["step"], run.evals["loss"], strict=True):
+        rows = frame[(frame["split"] == "val") & (frame["step"] == step)]
+        if len(rows) and not math.isclose(mean := rows["nll"].sum() / rows["targets"].sum(), loss, rel_tol=1e-6):
+            raise MatchError(f"the records of {run.name} at step {step:.0f} have loss {mean:.4f}, its row {loss:.4f}")
 
 
 def _best_step(run: RunData) -> int:

@@ -169,6 +169,9 @@ def _read_file(path: Path) -> pa.Table:
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if (table.schema.metadata or {}).get(_CHECKSUM) != _hash_rows(table):
             raise ValueError("changed since they were written (checksum)")
+        steps, splits = (table[name].unique().to_pylist() for name in ("step", "split"))
+        if any(f"step-{step:06d}-{split}.parquet" != path.name for step in steps for split in splits):
+            raise ValueError(f"rows of {splits[0]} at step {steps[0]}, which its name does not say")
         return table.replace_schema_metadata()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"not whole records of an evaluation ({first_line(error)})") from error

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
 
@@ -30,6 +31,9 @@ def make_run(tmp_path: Path) -> Callable[..., RunData]:
         content = (make_reference_like_metadata if like_card else make_metadata)(mode, **overrides)
         content["resolved"]["total_steps"] = content["resolved"]["steps_per_epoch"] * (len(losses) - 1)
         by_epoch = {float(i): loss for i, loss in enumerate(losses)}
+        for step, values in (record_losses or {}).items():  # the run's rows are the means of its records
+            mean = float(np.average(values, weights=(record_options or {})["targets"]))
+            by_epoch[step / content["resolved"]["steps_per_epoch"]] = mean
         options = {"losses": by_epoch, "every": 500, "epochs": len(losses) - 1, **(how or {})}
         folder = make_run_folder(tmp_path / str(next(numbers)), metadata=content, **options)
         if record_losses is not None:

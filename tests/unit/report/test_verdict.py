@@ -167,10 +167,15 @@ def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: Mak
     full, lora = make_study(make_run, num_seeds=1, excess=0.2)
     ids, folder = [f"other{i}" for i in range(len(TARGETS))], Path(lora.source)
     shutil.rmtree(folder / "eval_records")
-    write_eval_records(folder, {30: [2.0] * len(TARGETS)}, targets=TARGETS, ids=ids)
+    assert lora.final_eval is not None
+    write_eval_records(folder, {30: [lora.final_eval["loss"]] * len(TARGETS)}, targets=TARGETS, ids=ids)
     reason = "other evaluation records (240 are not in both runs), and there is one seed"
     assert f"without an interval ({reason})" in judge_runs(full, read_folder(folder)).sentence
-    (folder / "eval_records/step-000030-val.parquet").write_bytes(b"PAR1 torn")
+    name = "eval_records/step-000030-val.parquet"
+    shutil.copy(Path(full.source) / name, folder / name)
+    reason = "the records of lora-s0 at step 30 have loss 2.0043, its row 2.2129, and there is one seed"
+    assert f"without an interval ({reason})" in judge_runs(full, read_folder(folder)).sentence
+    (folder / name).write_bytes(b"PAR1 torn")
     said = judge_runs(full, read_folder(folder)).sentence
     assert "step-000030-val.parquet: not whole records of an evaluation" in said
 

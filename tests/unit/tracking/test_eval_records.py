@@ -109,6 +109,10 @@ def test_evaluations_are_read_in_the_order_of_their_steps_the_last_of_each_and_s
     assert len(read_evaluations(tmp_path / "none")) == 0
 
 
+def name(step: int, split: str) -> str:
+    return f"step-{step:06d}-{split}.parquet"
+
+
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """What another program does to the file that keeps its columns and metadata."""
     pq.write_table(change(pq.ParquetFile(path).read()), path)
@@ -123,6 +127,10 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
         (lambda path: rewrite(path, lambda table: table.drop_columns(["bytes"])), "columns step, split, id"),
         (lambda path: rewrite(path, lambda table: table.slice(1)), "changed since they were written"),
         (lambda path: rewrite(path, lambda table: table.replace_schema_metadata()), "changed since they were written"),
+        *(
+            (lambda path, other=other: (write(path.parent, *other), (path.parent / name(*other)).replace(path)), reason)
+            for other, reason in (((2, "val"), "rows of val at step 2"), ((1, "test"), "rows of test at step 1"))
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, damage, reason):
