@@ -50,7 +50,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
             **{"micro_batch": 8, "accumulation": 1, "global_batch": 8, "warmup_steps": 0, "dropout": 0.1},
             **{"steps_per_epoch": steps_per_epoch, "total_steps": 3 * steps_per_epoch},
         },
-        "execution": [{"step": 0, "reason": "as planned"}],
+        "execution": [{"step": 0, "reason": "as planned", "path": "eager"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
             **{"source": "acled-demo", "split": "hash 0.1", "vocabulary": 4096, "objective": "blocks"},

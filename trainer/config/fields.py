@@ -115,7 +115,7 @@ def first_problem(error: ValidationError) -> Problem:
     first = error.errors(include_url=False)[0]
     kinds = {"missing": "what a run writes", "unexpected_keyword_argument": "no setting of this name"}
     kinds |= dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "an object")
-    kinds |= dict.fromkeys(("list_type", "tuple_type"), "a list")
+    kinds |= dict.fromkeys(("list_type", "tuple_type"), "a list") | {"too_short": "a list of at least one"}
     expected = kinds.get(first["type"], first["msg"].removeprefix("Input should be ").replace("'", ""))
     return Problem(".".join(map(str, first["loc"])), first["input"], expected, first["type"] == "missing")
 

@@ -70,6 +70,10 @@ class _ResolvedBlock(BaseModel):
     dropout: Float
 
 
+class _ExecutionEntry(BaseModel):
+    path: Text
+
+
 class _WandbBlock(BaseModel):
     id: RunId
     project: WandbProject
@@ -97,7 +101,7 @@ class _RunMetadata(BaseModel):
     settings: Settings
     overridden: list[Text]
     resolved: _ResolvedBlock
-    execution: list[dict[str, Any]]
+    execution: Annotated[list[_ExecutionEntry], Field(min_length=1)]
     deepspeed: dict[str, Any]
     data: DataBlock
     model: _ModelBlock

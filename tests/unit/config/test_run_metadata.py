@@ -67,6 +67,8 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         ("settings.data.data", "a\0b", 'settings.data.data is "a\\u0000b"; expected a name'),
         ("settings.mode", "full", "mode is lora; expected that of settings, full"),
         ("settings.model.quant_double", True, "settings: --quant-double: expected with --quant nf4 or fp4"),
+        ("execution", [], "execution is []; expected a list of at least one"),
+        ("execution", [{}], "execution.0.path is missing; expected what a run writes"),
         ("wandb", "x", 'wandb is "x"; expected an object'),
         ("run_id", "../x", 'run_id is "../x"; expected 1 to 64 letters, digits, _ and -'),
         ("run_id", "a\nb", 'run_id is "a\\nb"; expected 1 to 64 letters, digits, _ and -'),
