@@ -126,7 +126,7 @@ class DiagnosticsMonitor:
         first_of_code: dict[str, Diagnostic] = {}
         for record in records:
             if isinstance(record, EventRecord) and record.event == "diagnosis":
-                self.reported_codes.add(record.facts["code"])
+                self.reported_codes.add(str(record.facts.get("code")))
             for diagnostic in self._apply_rules(record):
                 first_of_code.setdefault(diagnostic.code, diagnostic)
         return self._select_new(first_of_code.values())

@@ -1,5 +1,6 @@
 """Fixed validation prompts, completed greedily at every evaluation, and how like their references the texts are."""
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,9 +87,10 @@ class GenerationEvaluator:
         """The same rows, which an earlier process left; of its samples the time and the base's texts are taken over."""
         for record in records:
             if isinstance(record, EventRecord) and record.event == "samples":
-                self.elapsed_seconds += record.facts["seconds"]
-                if record.step == 0:
-                    self.base_completions = [text["completion"] for text in record.facts["texts"]]
+                with contextlib.suppress(KeyError, TypeError):  # facts that somebody edited
+                    self.elapsed_seconds += record.facts["seconds"]
+                    if record.step == 0:
+                        self.base_completions = [text["completion"] for text in record.facts["texts"]]
             yield record
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:

@@ -6,6 +6,7 @@ import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from trainer.tracking.records import (
     to_line,
 )
 from trainer.training.diagnostics import DiagnosticsMonitor
+from trainer.training.generation import GenerationEvaluator
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 STEP = StepRecord(
@@ -280,6 +282,14 @@ def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_pa
         assert tracemalloc.get_traced_memory()[1] < 500_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("facts", [{}, {"code": [1], "seconds": "x", "texts": 1}, {"seconds": 1.0, "texts": [1]}])
+def test_events_with_edited_facts_are_taken_up_by_a_resume(facts):
+    """After --allow-change records: the file's form is checked, not what stands in the facts."""
+    events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in ("samples", "diagnosis")]
+    samples = SimpleNamespace(elapsed_seconds=0.0, base_completions=[])
+    assert DiagnosticsMonitor(make_metadata("full")).replay(GenerationEvaluator.replay(samples, events)) == []
 
 
 def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path):
