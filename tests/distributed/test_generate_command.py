@@ -71,6 +71,14 @@ def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs
     assert re.findall(r"^(.+): exact_match .* over 3 prompts$", message, re.M) == ["base (tiny)", "full", "lora"]
 
 
+def test_the_weights_answer_as_they_were_trained_whatever_run_json_says(runs, generate, tmp_path):
+    run = Path(shutil.copytree(runs[1], tmp_path / "lora"))
+    metadata = json.loads((run / "run.json").read_text())
+    metadata["settings"]["lora"]["alpha"] *= 50
+    (run / "run.json").write_text(json.dumps(metadata))
+    assert generate(run, "--num", 3) == generate(runs[1], "--num", 3)
+
+
 def test_sampled_texts_depend_on_the_seed_only(runs, generate):
     asked = (runs[0], "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 12, "--temperature", 2)
     first, again, other = (generate(*asked, "--seed", seed)[1] for seed in (1, 1, 2))

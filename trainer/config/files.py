@@ -4,6 +4,7 @@ at all, never through a link, and on the disk when the call returns."""
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import secrets
@@ -130,6 +131,11 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f".*.{'[0-9a-f]' * 12}.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def free_path(path: Path) -> Path:
+    """The first of `path.1`, `path.2` ... that is not there."""
+    return next(free for n in itertools.count(1) if not os.path.lexists(free := path.with_name(f"{path.name}.{n}")))
 
 
 def folder_size(folder: Path | None) -> int:

@@ -359,14 +359,27 @@ class Settings:
 
     def fixed_on_resume(self) -> dict[str, Any]:
         """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
+        values = self.as_dict()
+        return {key: values[group][name] for key, (group, name) in self._fixed_fields().items()}
+
+    def as_trained(self, fixed: Mapping[str, Any]) -> "Settings":
+        """These settings with `fixed_on_resume` of a checkpoint, but for where the base model lies now."""
+        values = self.as_dict()
+        for key, (group, name) in self._fixed_fields().items():
+            if key in fixed and key != "model":
+                values[group][name] = fixed[key]
+        return Settings.from_dict(values)
+
+    def _fixed_fields(self) -> dict[str, tuple[str, str]]:
+        """{name in `fixed_on_resume`: (group, field)}."""
         mutable = {"micro_batch", "eval_batch", "allow_leakage"}
         mutable |= {"data", "val_data", "test_data", "retain_data"}  # by fingerprint
-        values: dict[str, Any] = {}
+        found: dict[str, tuple[str, str]] = {}
         for group in ("model", "data", "train", *(("lora",) if self.mode == "lora" else ())):
-            for name, value in dataclasses.asdict(getattr(self, group)).items():
+            for name in (field.name for field in dataclasses.fields(GROUPS[group])):
                 if name not in mutable:
-                    values[f"{group}_{name}" if name in values else name] = value  # lora_dropout beside dropout
-        return values
+                    found[f"{group}_{name}" if name in found else name] = group, name  # lora_dropout beside dropout
+        return found
 
 
 def resolve(

@@ -87,6 +87,7 @@ def export_checkpoint(
     if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":
         raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
     source = hold_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
+    settings = trained_settings(metadata, source)
     default_name = f"{'merged' if merge else 'export'}-{source.folder.name}" + f"-{dtype}" * (dtype != "fp32")
     destination = Path(output_dir).absolute() if output_dir is not None else run_folder / default_name
     is_empty = destination.is_dir() and not any(destination.iterdir())
@@ -175,6 +176,13 @@ def read_answer_sentence(path: Path) -> str:
     return sentence
 
 
+def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:
+    """Those by which the run last went on, and what no resume may change as the checkpoint was trained with it: a later
+    resume may have been allowed to, or run.json was edited."""
+    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"])
+    return settings.as_trained(source.metadata["fixed"])
+
+
 def load_model_at_checkpoint(
     run_folder: Path,
     settings: Settings,
@@ -198,15 +206,15 @@ def load_model_at_checkpoint(
     if settings.mode == "full":  # how to generate is no weight: it is the base's, where that is still there
         with contextlib.suppress(OSError):
             model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)
-        config = config_digest(load_config(dataclasses.replace(settings.model, dropout=None)))
-        is_same_library = metadata["versions"].get("transformers") == transformers.__version__
-        if is_same_library and config != metadata["model"].get("config", config):
-            raise UserError(f"{run_folder}: the config.json of {model_path} was changed since the run; restore it")
     elif model.metadata["fingerprint"] != fingerprint:
         raise UserError(
             f"{run_folder}: its adapters were trained on another base model than {model_path} is now ({fingerprint}, "
             f"now {model.metadata['fingerprint']}); restore that one"
         )
+    config = config_digest(load_config(dataclasses.replace(settings.model, dropout=None)))
+    is_same_library = metadata["versions"].get("transformers") == transformers.__version__
+    if is_same_library and config != source.metadata["fixed"].get("model_config"):
+        raise UserError(f"{run_folder}: the config.json of {model_path} was changed since the run; restore it")
     if source.metadata["base"] != fingerprint:
         raise UserError(f"checkpoint {source.folder}: of another base model than {run_folder / 'run.json'} names")
     is_bf16 = source.metadata["precision"] == "bf16"

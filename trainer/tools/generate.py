@@ -21,7 +21,7 @@ from trainer.data.prepare import prepare
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.data.values import RecordError
 from trainer.distributed.decoding import Sampling, decode
-from trainer.export.export_cli import load_model_at_checkpoint
+from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_plan
 from trainer.training.checkpoint import hold_checkpoint
@@ -53,6 +53,7 @@ def generate(args: argparse.Namespace) -> int:
             label = f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"
             loaders[label] = partial(_load_base, folder, settings, base["fingerprint"])
         checkpoint = hold_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
+        settings = trained_settings(metadata, checkpoint)
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
     completer = _Completer(args, all_metadata[0])

@@ -1,6 +1,5 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
-import itertools
 import json
 import re
 from collections import deque
@@ -10,7 +9,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
+from trainer.config.files import free_path, remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.distributed.preflight import refuse_full_disk
@@ -87,7 +86,8 @@ def begin_run(
         base, allows_records = plan.model_info["fingerprint"], "records" in allowed_changes
         source, changed_records = find_resume_source(folder, which, base=base, allows_records=allows_records)
         changes = _allowed_changes(previous, plan, source, allowed_changes)
-        changes |= {"records": ["as written", changed_records]} if changed_records else {}
+        if changed_records:
+            changes["records"] = ["as written", changed_records]
     refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * plan.model_info["trainable"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,14 +183,9 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
 
 def _set_aside_records(folder: Path) -> list[str]:
     """Give the rows and evaluations of a run that begins again other names; returns these."""
-    names = []
-    for name in (METRICS_FILE, EVAL_RECORDS_FOLDER):
-        if (folder / name).exists():
-            if name == EVAL_RECORDS_FOLDER:
-                remove_leftovers(folder / name)  # of the process that was killed
-            names.append(next(f"{name}.{n}" for n in itertools.count(1) if not (folder / f"{name}.{n}").exists()))
-            (folder / name).rename(folder / names[-1])
-    return names
+    paths = [folder / name for name in (METRICS_FILE, EVAL_RECORDS_FOLDER) if (folder / name).exists()]
+    remove_leftovers(folder / EVAL_RECORDS_FOLDER)  # of the process that was killed
+    return [path.rename(free_path(path)).name for path in paths]
 
 
 def find_changed_values(
@@ -207,11 +202,12 @@ def find_changed_values(
 
 
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
-    """How the settings of run.json differ from those that its checkpoint was trained with; "" where they do not."""
+    """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
     settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"]).fixed_on_resume()
     current = _fixed_values(settings, source.metadata["data"], source.metadata["precision"])
     changed = find_changed_values(metadata, source, current)
-    return ", ".join(f"{name} is {current[name]} and was {was}" for name, was in changed.items())
+    differences = ", ".join(f"{name} is {current[name]} and was {was}" for name, was in changed.items())
+    return f"by run.json {differences} when {source.folder.name} was saved; restore it" if changed else ""
 
 
 def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
@@ -242,7 +238,8 @@ def _allowed_changes(
             f"--resume: {refused[0]} is {current[refused[0]]} and was {changed[refused[0]]} in this run; "
             f"restore it, or pass --allow-change {refused[0]} as well"
         )
-    return {
+    records = {n: change for n, change in previous.get("resumed", {}).get("changed", {}).items() if n == "records"}
+    return records | {
         name: [initial[name] if value != initial[name] else changed[name], value]
         for name, value in current.items()
         if value != initial[name] or name in changed

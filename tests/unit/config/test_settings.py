@@ -203,6 +203,17 @@ def test_flags_on_resume_override_those_of_the_run_and_the_preset_does_not_come_
     assert (now.train.eval_batch, now.preset, now.overridden) == (9, "card", ("--lr", "--eval-batch"))
 
 
+def test_a_checkpoints_settings_stand_before_those_of_an_edited_run_json():
+    trained = resolve("lora", "card", {"lora": {"alpha": 16.0, "target_modules": ("c_attn",)}})
+    fixed = json.loads(json.dumps(trained.fixed_on_resume()))
+    edited = resolve(
+        "lora", "card", {"lora": {"alpha": 64.0, "rank": 2}, "train": {"lr": 1.0}, "model": {"model": "m"}}
+    )
+    assert edited.as_trained(fixed) == dataclasses.replace(
+        edited, model=dataclasses.replace(trained.model, model="m"), train=trained.train, lora=trained.lora
+    )
+
+
 def test_what_is_fixed_on_resume_is_all_that_the_numbers_depend_on():
     names = set(resolve("lora", "card", {}).fixed_on_resume())
     numbers = "lr seed global_batch epochs max_steps rank alpha target_modules model objective dropout lora_dropout "

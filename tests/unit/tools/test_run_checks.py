@@ -107,6 +107,12 @@ def truncate_state(run: Path) -> None:
     os.truncate(run / "checkpoints/step-000006" / checkpoint.STATE_FILE, 20)
 
 
+def edit_rate(run: Path) -> None:
+    metadata = json.loads((run / "run.json").read_text())
+    metadata["settings"]["train"]["lr"] = 9.0
+    (run / "run.json").write_text(json.dumps(metadata))
+
+
 def break_row(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join([*lines[:4], b"half\n", *lines[5:]]))
@@ -135,6 +141,7 @@ def break_row(run: Path) -> None:
             "not a JSON object",
             "not possible: run.json cannot be read",
         ),
+        (edit_rate, "settings", "by run.json lr is 9.0 and was", "not possible: by run.json lr is 9.0 and was"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "from the start with --allow-change records"),
         (
             lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)),

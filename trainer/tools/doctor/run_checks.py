@@ -1,7 +1,6 @@
 """`launch/doctor.py --check-run RUN`: a run folder read whole, what is damaged in it, and what it is still good for."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
-from trainer.config.files import replace_atomically
+from trainer.config.files import free_path, replace_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
@@ -99,6 +98,8 @@ def inspect_run(folder: Path) -> Inspection:
     if newest:
         changed = "; ".join(f"{name}: {change}" for name, change in changes.items())
         found.add("rows", changed, f"as they were when {newest.folder.name} was saved")
+        edited = find_edited_settings(metadata, newest) if metadata else ""
+        found.add("settings", edited, f"those of {newest.folder.name}")
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
         found.add(str(path.relative_to(folder)), weights_file_problem(path), "a whole safetensors file")
     for path in sorted(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
@@ -124,7 +125,7 @@ def _check_resume(folder: Path, metadata: dict[str, Any]) -> tuple[str, str]:
         try:
             source, _ = find_resume_source(folder, "latest", base=base, allows_records=allows_records)
             if source is not None and (edited := find_edited_settings(metadata, source)):
-                return f"by run.json {edited} when {source.folder.name} was saved; restore it", ""
+                return edited, ""
             origin = source.folder.name if source else "the start"
             return "", origin + " with --allow-change records" * allows_records
         except UserError as error:
@@ -150,9 +151,7 @@ def move_aside(folder: Path, damaged: Iterable[Path]) -> list[str]:
     try:
         for path in damaged:
             (folder / DAMAGED_FOLDER).mkdir(exist_ok=True)
-            number = 1
-            while os.path.lexists(target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}"):
-                number += 1
+            target = free_path(folder / DAMAGED_FOLDER / path.name.lstrip("."))
             if path.name != METRICS_FILE or not path.is_file():  # a named pipe would be waited for
                 path.rename(target)
                 lines.append(f"{path} moved to {target}")
