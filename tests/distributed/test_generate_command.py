@@ -71,12 +71,25 @@ def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs
     assert re.findall(r"^(.+): exact_match .* over 3 prompts$", message, re.M) == ["base (tiny)", "full", "lora"]
 
 
-def test_the_weights_answer_as_they_were_trained_whatever_run_json_says(runs, generate, tmp_path):
+def test_a_checkpoint_is_that_which_was_trained_whatever_run_json_says(runs, generate, run_export_script, tmp_path):
     run = Path(shutil.copytree(runs[1], tmp_path / "lora"))
     metadata = json.loads((run / "run.json").read_text())
     metadata["settings"]["lora"]["alpha"] *= 50
     (run / "run.json").write_text(json.dumps(metadata))
     assert generate(run, "--num", 3) == generate(runs[1], "--num", 3)
+    code, output = run_export_script(run, "--output-dir", tmp_path / "out")
+    assert code == 0, output
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["lora_alpha"] == metadata["settings"]["lora"]["alpha"] / 50
+
+    base = Path(shutil.copytree(metadata["settings"]["model"]["model"], tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"n_head": 4}))
+    metadata["settings"]["model"]["model"] = str(base)
+    (run / "run.json").write_text(json.dumps(metadata))
+    for code, output in (generate(run, "--num", 3), run_export_script(run)):
+        assert (code, output.count("\n")) == (2, 1), output
+        assert "base was changed since the run; restore it" in output
 
 
 def test_sampled_texts_depend_on_the_seed_only(runs, generate):
