@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,30 @@ def count_store_calls() -> int:
     del kept
     assert stores[0].calls == ["compare_set", "multi_get", "set", "wait"], stores[0].calls
     return 0
+
+
+def join_over_chosen_interface() -> int:
+    """The master's address is of another interface than the one that the user chose for gloo."""
+    import psutil
+
+    from trainer.distributed import joining
+    from trainer.distributed.launch_environment import read_launch_environment
+
+    def entry(address: str) -> SimpleNamespace:
+        return SimpleNamespace(family=socket.AF_INET, address=address)
+
+    two_hosts(int(os.environ["RANK"]))
+    psutil.net_if_addrs = lambda: {"lo": [entry("127.0.0.1")], "ib0": [entry("127.0.0.2")]}
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0,lo"
+    *kept, network = joining.meet(read_launch_environment(os.environ), {"devices": []}, 60)
+    time.sleep(2 * (os.environ["RANK"] == "0"))  # the others join its second store
+    del kept
+    assert (network, os.environ["NCCL_SOCKET_IFNAME"]) == ("ib0 (127.0.0.2)", "=ib0")
+    return 0
+
+
+def test_nccl_and_the_connections_that_are_tried_use_the_interface_that_gloo_was_given(tmp_path):
+    assert run_on_ranks(2, join_over_chosen_interface, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 def test_joining_over_hosts_costs_four_calls_of_the_store_whatever_the_number_of_ranks(tmp_path):

@@ -48,6 +48,9 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
             state = {name: tensor.numpy().copy() for name, tensor in run.engine.state.iter_state_dict()}
             if dist_context.rank == 0:
                 np.savez(Path(job["out"]) / f"{job['name']}.npz", **state)
+            run.engine.release_memory()
+            buckets = getattr(run.engine.stepper, "buckets", None)
+            assert not buckets or buckets.flat.untyped_storage().size() == 0, job["name"]
     return 0
 
 

@@ -302,7 +302,8 @@ class Engine:
         """Give back what weights, gradients and optimizer state took; nothing may be asked of this engine any more."""
         parameters = [*self.model.module.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        for tensor in [*parameters, *(p.grad for p in parameters), *states]:
+        buckets = getattr(self.stepper, "buckets", None)
+        for tensor in [*parameters, *(p.grad for p in parameters), *states, buckets and buckets.flat]:
             if isinstance(tensor, Tensor):
                 with contextlib.suppress(RuntimeError):  # mapped from a file
                     tensor.untyped_storage().resize_(0)

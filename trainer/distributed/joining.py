@@ -45,14 +45,11 @@ def meet(
     rank, within = launch.rank, f"within {timeout_seconds:g} s (--hang-timeout)"
     place = f"{launch.master_addr}:{launch.master_port}"
     store = _open_store(launch, timeout_seconds)
-    own_address, board = _local_address(launch.master_addr), None
+    own_address, board = _gloo_address(os.environ) or _local_address(launch.master_addr), None
     if rank == 0:  # torchrun's store may go before the ranks do
         board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
         here["board"] = board.port
-    has_both = socket.has_dualstack_ipv6()
-    listener = socket.create_server(
-        ("", 0), family=socket.AF_INET6 if has_both else socket.AF_INET, dualstack_ipv6=has_both
-    )
+    listener = _listen(launch.world_size)
     here |= {"address": own_address, "port": listener.getsockname()[1], "process": uuid.uuid4().hex}
     keys = [f"rank/{other}" for other in range(launch.world_size)]
     own_value = json.dumps(here)
@@ -214,8 +211,22 @@ def _can_connect(address: tuple[str, int], timeout_seconds: float) -> bool:
             time.sleep(0.2)
 
 
+def _listen(num_connections: int) -> socket.socket:
+    """At a port of the system's choice, for so many connections that nobody accepts; by default 128 are taken."""
+    has_both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if has_both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=num_connections, dualstack_ipv6=has_both)
+
+
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _gloo_address(environ: Mapping[str, str]) -> str:
+    """The address of the interface that the user chose for gloo, which need not be that towards rank 0; else empty."""
+    entries = psutil.net_if_addrs().get(environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0], [])
+    addresses = {entry.family: entry.address for entry in reversed(entries)}
+    return addresses.get(socket.AF_INET) or addresses.get(socket.AF_INET6) or ""
 
 
 def _local_address(host: str) -> str:

@@ -44,7 +44,7 @@ def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
             f"torch {torch.__version__}, {built}, cannot use the GPU of this host{shown}",
             f"update the driver or install the torch build that it takes (nvidia-smi names its CUDA), or {on_cpu}",
         )
-    kernels = torch.cuda.get_arch_list()
+    kernels = [] if torch.version.hip else torch.cuda.get_arch_list()  # AMD's have names of another form
     for number in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(number)
         if kernels and not any(_runs(kernel, capability) for kernel in kernels):

@@ -67,8 +67,9 @@ def _source_version() -> str:
 
 
 def config_digest(config: Any) -> str:
-    """Of a model's configuration, as transformers has it: what changes its numbers, not where it lies."""
-    content = {key: value for key, value in config.to_dict().items() if key not in _NAMES_IN_CONFIG}
+    """Of a model's configuration, as transformers has it: what changes its numbers, not where it lies, nor what every
+    configuration has by default, where a later version of transformers has more."""
+    content = {key: value for key, value in config.to_diff_dict().items() if key not in _NAMES_IN_CONFIG}
     return short_digest(json.dumps(content, sort_keys=True, default=str).encode())
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.engines import context_of_hosts
+from transformers import GPT2Config, PreTrainedConfig
 
 from trainer.config.errors import UserError
-from trainer.distributed import machine, preflight
+from trainer.distributed import joining, machine, preflight
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
@@ -87,6 +88,15 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
         assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in problem[1]
 
 
+def test_kernels_of_an_amd_gpu_are_not_read_as_nvidias(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a", "gfx942"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    assert machine.find_gpu_problem({}) is None
+
+
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
@@ -115,6 +125,12 @@ def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
     assert limits[-1] == (3072, 524288)
     limits[:] = [(1024, 2048)]
     assert machine.find_host_problem({}, on_gpu=False, world_size=512).startswith("at most 2048 files may be open here")
+
+
+def test_the_first_ranks_of_many_hosts_can_connect_to_one_that_accepts_none():
+    with joining._listen(300) as listener:
+        for _ in range(300):
+            assert joining._can_connect(("127.0.0.1", listener.getsockname()[1]), 0.0)
 
 
 def test_many_ranks_and_hosts_fit_a_line():
@@ -170,6 +186,13 @@ def test_versions_the_programs_files_and_every_setting_are_facts():
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
     assert facts["this program"] == preflight.program_facts(simulated_context(1, "cpu"), {}, {})["this program"]
+
+
+def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_digest(monkeypatch):
+    config, to_dict = GPT2Config(), PreTrainedConfig.to_dict
+    before = preflight.config_digest(config)
+    monkeypatch.setattr(PreTrainedConfig, "to_dict", lambda self: {**to_dict(self), "new_key": None})
+    assert preflight.config_digest(config) == before != preflight.config_digest(GPT2Config(layer_norm_epsilon=1e-6))
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
