@@ -4,7 +4,7 @@ import os
 import sys
 
 from trainer.config.cli import parse_args
-from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
 from trainer.distributed.launch_environment import is_first_of_host
 from trainer.distributed.watch import SignalHandler
 from trainer.tools.program import prepare_libraries
@@ -21,8 +21,9 @@ def main() -> int:
         from trainer.run import run
 
         return run(cli_args, signal_handler)
-    except (UserError, TrainingError) as error:  # before the ranks know one another
-        return report_error(error) if is_first_of_host(os.environ) else error.exit_code
+    except (UserError, TrainingError, PermissionError) as error:  # before the ranks know one another
+        failure = permission_denied(error) if isinstance(error, PermissionError) else error
+        return report_error(failure) if is_first_of_host(os.environ) else failure.exit_code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs
-from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
 from trainer.config.files import folder_size, write_atomically
 from trainer.config.settings import Settings
 from trainer.data import hf_hub
@@ -62,7 +62,8 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
         return _run(args, context, signal_handler)
     except Exception as error:
         with signal_handler.defer_signals():  # a launcher that has seen one rank end signals all others
-            is_reporting_rank, failure = context.watchdog.claim_error_report(), error
+            is_reporting_rank = context.watchdog.claim_error_report()
+            failure = permission_denied(error) if isinstance(error, PermissionError) else error
             if process_group.is_peer_failure(error):
                 failure = TrainingError(context.watchdog.describe_lost_peer() if is_reporting_rank else "")
             if is_reporting_rank and isinstance(failure, (UserError, TrainingError)):

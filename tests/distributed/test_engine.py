@@ -71,14 +71,17 @@ MISTAKES = [
     ('{"zero_optimisation": {}}', "expected an object with the key zero_optimization"),
     ("[]", "expected an object with the key zero_optimization"),
     ('{"zero_optimization": 3}', "expected an object with the key zero_optimization"),
-    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key stage appears twice"),
-    ('{"zero_optimization": {}, "zero_optimization": {}}', "key zero_optimization appears twice"),
+    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "the key 'stage' stands twice"),
+    ('{"zero_optimization": {}, "zero_optimization": {}}', "the key 'zero_optimization' stands twice"),
     ('{"zero_optimization": ', "not JSON"),
     ("", "not JSON"),
     *[
         (zero_config(stage=1) | {key: 1}, f"unknown key {key}; known are zero_optimization, communication_data_type, ")
         for key in ("zero", "train_batch_size", "optimizer", "bf16", "gradient_clipping")
     ],
+    ('{"zero_optimization": {"self": 1}}', "unknown key zero_optimization.self"),
+    ('{"zero_optimization": {"strict": true}}', "unknown key zero_optimization.strict"),
+    ('{"zero_optimization": {"reduce_bucket_size": 1e999}}', "the number 1e999 is larger than any float"),
     (zero_config(stage=1, stages=1), "unknown key zero_optimization.stages"),
     (zero_config(stage=2, offload_optimizer={"pin": 1}), "unknown key zero_optimization.offload_optimizer.pin"),
     (zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2), "a second name for a key"),

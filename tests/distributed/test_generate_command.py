@@ -100,7 +100,7 @@ def test_sampled_texts_depend_on_the_seed_only(runs, generate):
 
 def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "w5 w6", "reference": ["w1", "w2"]}\n{"prompt": "w9"}\n')
+    file.write_text('{"prompt": "w5 w6", "reference": ["w1\u2028", "w2"]}\n{"prompt": "w9"}\n')  # one line of JSON
     code, message = generate(runs[1], "--prompts", file)
     assert code == 0, message
     assert "reference 2" in message
@@ -124,7 +124,10 @@ def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tm
 def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"prompt": "w1", "prompt": "w2"}\n')
     for arguments, expected in (
+        ([runs[0], "--prompts", twice], f"--prompts {twice}, line 1: the key 'prompt' stands twice in an object"),
         ([tmp_path], "no run.json there"),
         ([runs[0], "--prompts", tmp_path / "none"], "cannot be read"),
         ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),

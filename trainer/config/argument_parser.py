@@ -71,6 +71,10 @@ class ArgumentParser(argparse.ArgumentParser):
         And for what can be no file's name: the system refuses it wherever it is looked for.
         """
         argv = sys.argv[1:] if args is None else args
+        try:
+            os.getcwd()
+        except OSError:  # which libraries do not expect
+            raise UserError("the folder that this shell is in has been removed; change to another one") from None
         for number, word in enumerate(argv):
             if mask_credentials(word) != word:
                 flag = next((name for name in reversed(argv[: number + 1]) if name.startswith("--")), word)

@@ -186,21 +186,22 @@ def _parse(kind: type, text: str) -> Any:
 
 
 def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """`argv`, behind the flags of its --config FILE where it has one: those given after it win.
+    """`argv`, behind the flags of each --config FILE: of a flag that is given twice the last one counts.
 
     UserError, in one line that names the file, where it cannot be read or holds what is no flag of `parser`.
     """
     finder = ArgumentParser(add_help=False)
-    finder.add_argument("--config", type=Path)
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
-        return list(argv)
-    if path.suffix != ".json":
-        return [*_yaml_to_argv(path, parser.flags()), *argv]
-    if not path.exists():
-        raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
-    settings = Settings.from_dict(read_run_metadata(path)["settings"])
-    return [*to_argv(settings, {"output": {"output_dir": None}}), *argv]  # not the run's folder, which is taken
+    finder.add_argument("--config", type=Path, action="append", default=[])
+    expanded: list[str] = []
+    for path in finder.parse_known_args(argv)[0].config:
+        if path.suffix != ".json":
+            expanded += _yaml_to_argv(path, parser.flags())
+            continue
+        if not path.exists():
+            raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
+        settings = Settings.from_dict(read_run_metadata(path)["settings"])
+        expanded += to_argv(settings, {"output": {"output_dir": None}})  # not the run's folder, which is taken
+    return [*expanded, *argv]
 
 
 def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool]) -> list[str]:
@@ -217,12 +218,16 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool]) -> list[str]:
         raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
     argv: dict[str, list[str]] = {}
     for key_node, node in root.value if root is not None else []:
-        where, key = f"--config {path}, line {key_node.start_mark.line + 1}", str(key_node.value)
+        where, key = f"--config {path}, line {key_node.start_mark.line + 1}", key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{where}: expected lines like `lr: 1e-4`, or a run.json")
         flag = f"--{key.lstrip('-').replace('_', '-')}"
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         is_plain = all(isinstance(item, yaml.ScalarNode) for item in items)
         value = ",".join(item.value for item in items) if is_plain else ""
-        if flag not in takes_value or flag in ("--config", "--help"):
+        if flag in ("--config", "--help"):
+            raise UserError(f"{where}: {flag} {value}".rstrip() + ": is for the command line alone")
+        if flag not in takes_value:
             raise UserError(f"{where}: {suggest_flag(f'--{key}', value, takes_value)}")
         if flag in argv:
             raise UserError(f"{where}: {key} stands there twice; expected it once")

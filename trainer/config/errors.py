@@ -30,6 +30,11 @@ class TrainingError(_OneLineError):
     exit_code = 1
 
 
+def permission_denied(error: PermissionError) -> UserError:
+    """The line for a file that this user may not open, or a folder that it may not look into."""
+    return UserError(f"{error.filename}: permission denied; let this user read it and the folders above it")
+
+
 def report_error(error: UserError | TrainingError) -> int:
     """Print the error as one line, control characters escaped; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)

@@ -6,11 +6,13 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,14 +145,30 @@ def folder_size(folder: Path | None) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0
 
 
-def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; ValueError for anything else, also for NaN, Infinity and too deep a nesting."""
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r:.80} stands twice in an object")
+    return value
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
 
+def _make_number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text:.40} is larger than any float")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(text: str | bytes, *, with_nan: bool = False) -> Any:
+    """The one value of a JSON text; ValueError for anything else, also for a key that stands twice in an object, a
+    number that no float holds, too deep a nesting, and NaN, which pandas writes for null, unless `with_nan`."""
+    parse_constant = _make_number if with_nan else _refuse_constant
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=object_pairs_hook)
+        return json.loads(text, object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=parse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

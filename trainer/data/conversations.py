@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from reprlib import repr as shorten
 from typing import Any
 
-from trainer.data.readers import JSON_DECODER, explain_json
+from trainer.config.files import parse_json
+from trainer.data.readers import explain_json
 from trainer.data.values import Record, RecordError, is_missing, require_valid_unicode
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -77,8 +78,8 @@ def _read_list(record: Record, column: str, content: str) -> list[Any]:
     value, reason = record.get(column), "or its JSON"
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = JSON_DECODER.decode(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value, with_nan=True)
+        except ValueError as error:
             reason = f"or its JSON ({explain_json(error)})"
     if not isinstance(value, list):
         raise RecordError(f"column {column!r} holds {shorten(value)}, expected a list of {content}, {reason}")

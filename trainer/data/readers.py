@@ -7,14 +7,13 @@ with file, place and remedy; `where` is how it names the file.
 import csv
 import io
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trainer.config.errors import UserError, first_line
-from trainer.config.files import open_plain_file
+from trainer.config.files import open_plain_file, parse_json
 from trainer.data.values import Record
 
 PlacedRecord = tuple[str, Record]
@@ -130,34 +129,15 @@ def _read_csv(stream: BinaryIO, kind: str, where: str) -> Iterator[PlacedRecord]
                 yield place, dict(zip(names, (cell or None for cell in cells), strict=True))
             row += 1
     except csv.Error as error:
-        raise UserError(
-            f"{where}, row {row} (line {line}): not {kind} ({error}); look for a quotation mark that is never closed, "
-            "or not doubled within quotation marks"
-        ) from None
+        reason = str(error)
+        remedy = "look for a quotation mark that is never closed, or not doubled within quotation marks"
+        if reason.startswith("new-line"):  # csv's own advice is for programmers
+            reason, remedy = "a carriage return alone", "save the file with line breaks as Unix or Windows has them"
+        raise UserError(f"{where}, row {row} (line {line}): not {kind} ({reason}); {remedy}") from None
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r:.80} stands twice in an object")
-    return value
-
-
-def _make_number(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"the number {text:.40} is larger than any float")
-    return value
-
-
-#: Of one value without duplicate keys and infinite numbers; NaN is taken, by which pandas spells null.
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=_make_number)
-
-
-def explain_json(error: ValueError | RecursionError) -> str:
+def explain_json(error: ValueError) -> str:
     """Why a text is not JSON as we read it."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
     return reason.partition("; use sys.")[0]  # Python's own advice on numbers of more than 4,300 digits
 
@@ -171,8 +151,8 @@ def _read_json(stream: BinaryIO, where: str) -> Iterator[PlacedRecord]:
         if not text.strip():
             continue
         try:
-            value = JSON_DECODER.decode(text)
-        except (RecursionError, ValueError) as error:
+            value = parse_json(text, with_nan=True)
+        except ValueError as error:
             place = "" if is_list else f", line {number}"
             if isinstance(error, json.JSONDecodeError):
                 place = f", line {number + error.lineno - 1}, character {error.colno}"

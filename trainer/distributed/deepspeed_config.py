@@ -53,16 +53,9 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     path = DS_CONFIG_DIR / f"{name}.json" if name in DS_CONFIG_NAMES else Path(name)
     if not path.exists():
         raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_CONFIG_NAMES)} or a path to a JSON file")
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"key {duplicate} appears twice")
-        return dict(pairs)
-
     try:
         text = read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed")
-        content = parse_json(text, refuse_duplicates)
+        content = parse_json(text)
     except ValueError as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     if mistake := next(_find_mistakes(content), None):
@@ -89,6 +82,8 @@ def _find_mistakes(content: Any) -> Iterator[str]:
     stage = zero.get("stage", 0)
     if stage not in range(4):
         yield f"zero_optimization.stage {stage}: expected 0, 1, 2 or 3"
+    if argument := next((key for key in ("self", "strict") if key in zero), None):  # of the constructor below
+        yield f"unknown key zero_optimization.{argument}"
     try:
         import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**zero)
     except ValueError as error:  # pydantic's

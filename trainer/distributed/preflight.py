@@ -3,6 +3,7 @@
 A rank with other data, another base model, other flags or another version would train a mixture without a word.
 """
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.files import open_plain_file
 from trainer.distributed.process_group import DistContext
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "safetensors", "tokenizers")
@@ -53,8 +55,10 @@ def program_facts(context: DistContext, settings: Mapping[str, Any], request: Ma
     named = {"--ds-config": settings.get("engine", {}).get("ds_config")}
     named["--chat-template"] = settings.get("data", {}).get("chat_template")
     for flag, name in named.items():
-        if name and Path(name).is_file():
-            facts[f"the content of {flag} {name}"] = short_digest(Path(name).read_bytes())
+        with contextlib.suppress(OSError):  # who reads it says why it cannot be read
+            if name:
+                with open_plain_file(Path(name)) as file:
+                    facts[f"the content of {flag} {name}"] = short_digest(file.read())
     return facts
 
 

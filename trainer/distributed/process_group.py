@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, permission_denied
 from trainer.distributed import deepspeed_internals, machine
 from trainer.distributed.joining import (
     MAX_HOSTS_SHOWN,
@@ -108,6 +108,8 @@ class DistContext:
                 value = fn()
             except (UserError, TrainingError) as error:
                 own_error = error
+            except PermissionError as error:
+                own_error = permission_denied(error)
             except BaseException as error:
                 self.all_gather_object((None, TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")))
                 raise

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.config.errors import UserError
-from trainer.config.files import read_text_file
+from trainer.config.files import parse_json, read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import LoraSettings, Settings
 from trainer.data.chat import ChatTemplate, end_token_ids
@@ -127,11 +126,11 @@ class _Completer:
                 raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
             return prompts
         prompts, name = [], f"--prompts {args.prompts}"
-        for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).splitlines(), start=1):
+        for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).split("\n"), start=1):
             try:
                 if line.strip():
-                    prompts.append(self._parse(json.loads(line)))
-            except (ValueError, RecursionError, RecordError) as error:
+                    prompts.append(self._parse(parse_json(line)))
+            except (ValueError, RecordError) as error:
                 raise UserError(f"{name}, line {number}: {error}") from None
         if not prompts:
             raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
 from trainer.distributed.launch_environment import set_library_environment
 from trainer.tracking.safe_stream import protect_standard_streams
 from trainer.tracking.silence import silence_libraries
@@ -21,6 +21,8 @@ def program(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             return main(sys.argv[1:] if argv is None else argv)
         except (UserError, TrainingError) as error:
             return report_error(error)
+        except PermissionError as error:
+            return report_error(permission_denied(error))
 
     return run
 

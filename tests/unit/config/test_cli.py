@@ -196,7 +196,8 @@ def test_flags_win_over_the_file_wherever_they_stand(write_config):
         ("mode: full\nlr: [1e-4, {}]", ", line 2: lr: expected a number, a text (in quotes) or a list of them"),
         ("mode: full\nprompt: {a}", ", line 2: prompt: expected a number, a text (in quotes) or a list of them"),
         ("mode: full\nno-shuffle: 3", ", line 2: no-shuffle: expected true or false"),
-        ("mode: full\nconfig: other.yaml", ", line 2: --config other.yaml"),
+        ("mode: full\nconfig: other.yaml", ", line 2: --config other.yaml: is for the command line alone"),
+        ("? [a, b]\n: 1", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
         ("- mode", ": expected lines like `lr: 1e-4`, or a run.json"),
         ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
         ("\x00", ": is not YAML (damaged); expected lines like `lr: 1e-4`"),
@@ -213,6 +214,13 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(write_config, text, ans
     names = f"--config {path}{answer}" if answer else f"--{text.splitlines()[1].partition(':')[0]} "
     assert str(caught.value).startswith(names)
     assert "\n" not in str(caught.value)
+
+
+def test_of_two_files_both_count_and_the_last_wins(write_config, tmp_path):
+    first = write_config("mode: full\nlr: 1e-3\nseed: 7")
+    (tmp_path / "second.yaml").write_text("lr: 2e-3\n")
+    train = parse("--config", first, "--config", str(tmp_path / "second.yaml")).settings.train
+    assert (train.lr, train.seed) == (2e-3, 7)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
