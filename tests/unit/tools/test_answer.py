@@ -52,7 +52,10 @@ def write_run(
     run = make_run_folder(run_folder(folder, spec), metadata=metadata, losses={0: 3.0, 1: loss}, every=500, epochs=1)
     shared = by_unit * np.random.default_rng(2).standard_normal(len(targets)) * (mode == "lora")
     for split in splits:
-        losses = {0: [3.0] * len(targets), 30: loss + shared + noise * rng.standard_normal(len(targets))}
+        trained = loss + shared + noise * rng.standard_normal(len(targets))
+        if split == "val":  # the run's row is their mean
+            trained += loss - np.average(trained, weights=targets)
+        losses = {0: [3.0] * len(targets), 30: trained}
         write_eval_records(run, losses, targets=targets, split=split, num_in_train=num_in_train)
 
 
@@ -132,11 +135,11 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"resolved__precision": "bf16"}, "in bf16 on 1 x some cpu, execution None"),
-        ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, execution None"),
+        ({"resolved__precision": "bf16"}, "in bf16 on 1 x some cpu, execution eager"),
+        ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, execution eager"),
         ({"execution": [{"path": "graphs"}, {"path": "eager"}]}, "execution graphs then eager"),
         ({"resolved__ranks": 2}, "in fp32 on 2 x some cpu"),
-        ({"versions__torch": "2.1"}, "execution None, torch 2.1"),
+        ({"versions__torch": "2.1"}, "execution eager, torch 2.1"),
     ],
 )
 def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, message):

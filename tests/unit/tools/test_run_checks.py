@@ -141,6 +141,7 @@ def break_row(run: Path) -> None:
             "not a JSON object",
             "not possible: run.json cannot be read",
         ),
+        (lambda run: (run / ".run.lock").mkdir(), "", "", "cannot write there: Is a directory"),
         (edit_rate, "settings", "by run.json lr is 9.0 and was", "not possible: by run.json lr is 9.0 and was"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "from the start with --allow-change records"),
         (

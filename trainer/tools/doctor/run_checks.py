@@ -14,7 +14,7 @@ from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_damaged_evaluations
 from trainer.tracking.records import METRICS_FILE, EventRecord, from_line, iter_records
-from trainer.tracking.run_lock import LOCK_FILE, RunLock
+from trainer.tracking.run_lock import LOCK_FILE, FolderInUseError, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
 
@@ -49,7 +49,7 @@ def inspect_run(folder: Path) -> Inspection:
             lock.acquire()
         except UserError as error:
             found.add("running", str(error), "", level=WARNING)
-            blockers["running"] = "it is running"
+            blockers["running"] = "it is running" if isinstance(error, FolderInUseError) else str(error)
         finally:
             lock.release()
     metadata: dict[str, Any] = {}

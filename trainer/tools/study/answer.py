@@ -50,7 +50,7 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
     alike (device, precision, ranks, execution or torch differ); UserError for few records."""
     ways: dict[str, RunData] = {}
     for run in (run for group in groups.values() for run in group.runs):
-        paths = dict.fromkeys(str(plan.get("path")) for plan in run.get("execution") or [{}])
+        paths = dict.fromkeys(plan["path"] for plan in run.get("execution"))
         device = run.get("hardware.gpu") or run.get("hardware.cpu")
         way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}"
         ways.setdefault(f"{way}, execution {' then '.join(paths)}, torch {run.get('versions.torch')}", run)
