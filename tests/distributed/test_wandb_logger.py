@@ -416,6 +416,17 @@ for record in records"""
     assert (run.exit_code, server.unknown_requests) == (0, [])
 
 
+def test_rows_that_the_server_refuses_are_said_once_and_an_upload_does_not_claim_them(tmp_path, fast_python) -> None:
+    write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
+    upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+    with FakeWandb(row_status=403) as server:
+        exit_code, output = run_child(tmp_path, "online", **server.env(tmp_path))
+        sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
+    assert (exit_code, output.count("W&B failed (its server refused the rows); going on without it")) == (0, 1)
+    assert (sent.returncode, sent.stdout, sent.stderr.count("\n")) == (1, "", 1)
+    assert "the rows are not all on W&B (its server refused the rows); try again later" in sent.stderr
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that takes connections and never answers."""

@@ -131,11 +131,12 @@ class FakeWandb:
     """The server; what it was sent: `runs`, `views` (reports) and `artifacts` by id, `operations` in order,
     `unknown_requests`.
 
-    `connections` counts all that were opened, whatever was asked on them; `unanswered`: operations it does not know.
+    `connections` counts all that were opened, whatever was asked on them; `unanswered`: operations it does not know;
+    `row_status`: of its answers to rows, which it takes with 200 only.
     """
 
-    def __init__(self, unanswered: Container[str] = ()) -> None:
-        self.unanswered = unanswered
+    def __init__(self, unanswered: Container[str] = (), row_status: int = 200) -> None:
+        self.unanswered, self.row_status = unanswered, row_status
         self.alerts: list[str] = []
         self.runs: dict[str, FakeRun] = {}
         self.projects: set[tuple[str, str]] = set()
@@ -183,6 +184,8 @@ class FakeWandb:
                 self.unknown_requests.append(name)
                 return 200, {"data": {}}
             if match := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
+                if self.row_status != 200:
+                    return self.row_status, {"error": "permission denied"}
                 run, message = self.run(*map(unquote, match.groups())), json.loads(body)
                 for file, chunk in (message.get("files") or {}).items():  # lines, and the number of the first one
                     start, lines = chunk.get("offset", 0), chunk.get("content") or []

@@ -173,6 +173,7 @@ def upload_run(folder: Path) -> str:
             wandb_logger.log(record, is_new=False)
         has_finished = isinstance(record, EventRecord) and record.event == "finished"
         run.finish(exit_code=int(not has_finished))
+        _check_upload(run)
         return str(run.url)
     except Exception as error:
         _teardown()
@@ -248,6 +249,7 @@ class WandbLogger:
         """Finish the run within the finish timeout."""
         try:
             self._run.finish(exit_code=exit_code)
+            _check_upload(self._run)
         except TimeoutError:
             command = _sync_command(self._run)
             logger.warning(f"W&B: the server did not take everything in time; send the rest with {command}")
@@ -270,6 +272,13 @@ class WandbLogger:
             except Exception as error:
                 self._failed_extras.add(name)
                 logger.warning(f"W&B: {name} failed ({_reason(error)}); no more of its kind, the numbers go on")
+
+
+def _check_upload(run: Any) -> None:
+    """RuntimeError where the server has refused rows: the client sends no more then, and tells nobody but its log."""
+    with contextlib.suppress(OSError):
+        if "filestream: fatal error" in Path(run.settings.log_internal).read_text("utf-8", errors="replace"):
+            raise RuntimeError("its server refused the rows")
 
 
 def _teardown() -> None:
