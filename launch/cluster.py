@@ -19,7 +19,7 @@ from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh
 from trainer.tools.program import program
 
 #: Options of sbatch by which the job works; all others may be given by --sbatch.
-OWN_OPTIONS = ("nodes", "ntasks", "ntasks-per-node", "signal", "open-mode", "export", "requeue", "no-requeue")
+OWN_OPTIONS = ("nodes", "ntasks-per-node", "tasks-per-node", "signal", "open-mode", "export", "requeue", "no-requeue")
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
 
@@ -33,7 +33,7 @@ def slurm_word(text: str) -> str:
 def sbatch_option(text: str) -> tuple[str, str]:
     """The `type` of --sbatch: (name, value), "" for an option without one."""
     name, _, value = text.removeprefix("--").partition("=")
-    if name in OWN_OPTIONS:
+    if name.startswith("ntasks") or any(option.startswith(name) for option in OWN_OPTIONS if name):  # sbatch completes
         raise argparse.ArgumentTypeError(f"{text}: cluster.py sets {name} itself; expected another option")
     if not re.fullmatch(r"[a-z][a-z-]*", name) or not re.fullmatch(r"[!-~]*", value):
         raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE or KEY as sbatch takes them, without blanks")

@@ -35,11 +35,12 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
     flags, None where the cluster's default holds; `folder`: where the file goes.
     Options are those of sbatch(1) and srun(1); since 22.05 srun does not inherit --cpus-per-task from sbatch.
     """
+    names_gpus = any(name.startswith("gpus") or (name == "gres" and "gpu" in args.sbatch[name]) for name in args.sbatch)
     options = {
         "job-name": re.sub(r"[^\w.-]", "-", settings.run_name),
         "nodes": args.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": None if args.cpu else args.ranks_per_node,
+        "gpus-per-node": None if args.cpu or names_gpus else args.ranks_per_node,
         "cpus-per-task": args.cpus_per_task,
         "time": args.time,
         "partition": args.partition,
@@ -61,7 +62,9 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
         "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT"
     )
     # Named, not copied: others may read this script.
-    setup = f". {shlex.quote(str(args.setup.absolute()))} || exit 1\n" if args.setup else ""
+    setup = ""
+    if args.setup is not None:
+        setup = f". {shlex.quote(str(args.setup.absolute()))} || {{ echo 'error: --setup failed' >&2; exit 1; }}\n"
     body = f"""
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 {setup}{PATH_EXPORT}

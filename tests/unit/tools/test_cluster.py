@@ -52,6 +52,8 @@ def test_every_option_is_in_the_manual_pages(tmp_path):
     lines = slurm_script(tmp_path, *more).splitlines()
     assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=5"} <= set(lines)
     assert "#SBATCH --time=9" not in lines
+    assert not any("gpus-per-node" in line for line in lines), "the GPUs are asked for once"
+    assert "#SBATCH --gpus-per-node=3" in slurm_script(tmp_path, "--sbatch", "gres=nvme:1", "--sbatch", "gpu-freq=low")
 
 
 def test_lines_of_a_setup_file_run_before_the_ranks_under_slurm_and_over_ssh(tmp_path):
@@ -141,6 +143,15 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SSH_FLAGS, "--lr", "-1"], ["--lr -1"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
+        (
+            [*SLURM_FLAGS, "--sbatch", "tasks-per-node=8"],
+            ["--sbatch: tasks-per-node=8", "cluster.py sets tasks-per-node"],
+        ),
+        (
+            [*SLURM_FLAGS, "--sbatch", "ntasks-per-gpu=1"],
+            ["--sbatch: ntasks-per-gpu=1", "cluster.py sets ntasks-per-gpu"],
+        ),
+        ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),
         ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch: comment=a b", "without blanks"]),
         ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch qos=high: goes with --slurm"]),
         ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
