@@ -112,6 +112,9 @@ def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tm
         (chat / path.name).symlink_to(path)
     (chat / "run.json").unlink()
     (chat / "run.json").write_text(json.dumps(metadata))
+    file.write_text('{"prompt": "w5 \u2028 w6"}\r\n', newline="")  # a separator of lines for Python, not for JSON
+    code, message = generate(runs[1], "--prompts", file)
+    assert code == 0, message
     file.write_text('{"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w5"}]}\n')
     code, message = generate(chat, "--prompts", file)
     assert code == 0, message
@@ -126,9 +129,13 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
     bad.write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"prompt": "w1", "prompt": "w2"}\n')
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"prompt": "w1", "reference": "\\ud800"}\n')
     for arguments, expected in (
         ([runs[0], "--prompts", twice], f"--prompts {twice}, line 1: the key 'prompt' stands twice in an object"),
         ([tmp_path], "no run.json there"),
+        ([runs[0], "--prompts", half], "holds half a character"),
+        ([runs[0], "--prompt", "w1 \udc80"], "--prompt: column 'text' holds half a character"),
         ([runs[0], "--prompts", tmp_path / "none"], "cannot be read"),
         ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),
         ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),

@@ -18,7 +18,7 @@ from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import encode, load_tokenizer
-from trainer.data.values import RecordError
+from trainer.data.values import RecordError, require_valid_unicode
 from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
@@ -142,6 +142,11 @@ class _Completer:
         """`messages`: None for `text` as the only message, where the runs were trained on conversations."""
         conversation = Conversation(messages=messages or [{"role": "user", "content": text}])
         prompt = self.chat.prompt_text(conversation) if self.chat else text
+        try:
+            for value in (prompt, *references):
+                require_valid_unicode(value, "text")
+        except RecordError as error:
+            raise UserError(f"--prompt: {error}") from error
         ids, *reference_ids = encode(self.tokenizer, [prompt, *references])
         most = len(ids) + 1 if self.max_positions is None else self.max_positions - 1
         if not 1 <= len(ids) <= most:
