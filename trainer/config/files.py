@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -183,3 +183,16 @@ def read_json_object(path: Path, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{name}: not a JSON object; expected one")
     return value
+
+
+def refuse_foreign_files(
+    paths: Sequence[Path], record: Path, flag: str, is_own: Callable[[dict[str, Any]], bool]
+) -> None:
+    """UserError where one of `paths` is there, but not the JSON of a program in `record`, which it writes first."""
+    found = [path for path in paths if os.path.lexists(path)]
+    try:
+        is_foreign = bool(found) and not is_own(read_json_object(record))
+    except UserError:
+        is_foreign = True
+    if is_foreign:
+        raise UserError(f"{flag}: {found[0].name} there is of somebody else; expected another folder or file")

@@ -8,11 +8,12 @@ from rich.console import Console
 from tabulate import tabulate
 
 from trainer.config.errors import UserError, escape_controls
+from trainer.config.files import refuse_foreign_files, write_atomically
 from trainer.report import wandb_report
 from trainer.report.checks import FAILED, CheckResult, check_runs, exit_code, parse_condition
 from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
-from trainer.report.page import Table, compare, write_report
+from trainer.report.page import FILES, Table, compare, write_report
 from trainer.report.sentence import Verdict
 
 REFUSED_EXIT_CODE = 3
@@ -34,6 +35,15 @@ def run_comparison(args: argparse.Namespace) -> int:
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
     margin = parse_margin(args.margin)
+    paths, answer, spec = (
+        [args.output_dir / name for name in FILES],
+        args.output_dir / "answer.json",
+        args.wandb_report_json,
+    )
+    flag = f"--output-dir {args.output_dir}"  # a study's answer is another program's
+    refuse_foreign_files(paths, answer, flag, lambda content: "comparisons" in content and "study" not in content)
+    if spec:
+        refuse_foreign_files([spec], spec, f"--wandb-report-json {spec}", lambda content: "blocks" in content)
     report_target = wandb_report.parse_target(args.wandb_report) if args.wandb_report else None
     if args.log_card:
         print(wandb_report.log_reference(args.log_card))
@@ -52,13 +62,16 @@ def run_comparison(args: argparse.Namespace) -> int:
         for problem in problems
         if problem.is_excluded
     ]
-    paths = write_report(comparison, args.output_dir)
+    write_report(comparison, args.output_dir)
     print_epochs(comparison.by_epoch)
     print_verdict(comparison.verdict, [*(f"- {line}" for line in comparison.comparability_notes), *map(str, results)])
-    if args.wandb_report_json:
-        args.wandb_report_json.parent.mkdir(parents=True, exist_ok=True)
-        args.wandb_report_json.write_text(wandb_report.to_spec_json(comparison), encoding="utf-8")
-        print(f"W&B Report, not sent: {args.wandb_report_json}")
+    if spec:
+        try:
+            spec.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(spec, wandb_report.to_spec_json(comparison))
+        except OSError as error:
+            raise UserError(f"--wandb-report-json {spec}: cannot write there ({error.strerror or error})") from error
+        print(f"W&B Report, not sent: {spec}")
     if report_target:
         print(f"W&B Report: {wandb_report.save_report(comparison, *report_target)}")
     print(f"report: {escape_controls(str(paths[0]))} (and {', '.join(path.name for path in paths[1:])})")

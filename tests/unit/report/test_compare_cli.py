@@ -53,7 +53,8 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     names = {"report.html", "report.md", "curves.png", "curves.svg", "answer.json"}
     (tmp_path / "comparison").mkdir()
     (tmp_path / "precious").write_text("precious")
-    for name in names:  # links of somebody else are replaced, not written through
+    (tmp_path / "comparison" / "answer.json").write_text('{"comparisons": []}')
+    for name in names - {"answer.json"}:  # links in a folder of ours are replaced, not written through
         (tmp_path / "comparison" / name).symlink_to(tmp_path / "precious")
     process, used = run_measured(tmp_path, "full", "lora")
     assert (tmp_path / "precious").read_text() == "precious"
@@ -116,6 +117,10 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
         (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),
         (["full", "--output-dir", "full/run.json"], "--output-dir full/run.json: cannot write there"),
+        (["full", "--output-dir", "mine"], "--output-dir mine: report.md there is of somebody else"),
+        (["full", "--output-dir", "study"], "--output-dir study: answer.json there is of somebody else"),
+        (["full", "--wandb-report-json", "full/run.json"], "--wandb-report-json full/run.json: run.json there is of"),
+        (["full", "--wandb-report-json", "full"], "--wandb-report-json full: full there is of somebody else"),
         (["--log-card", "a/b/c"], "--log-card a/b/c: expected PROJECT or ENTITY/PROJECT"),
     ],
 )
@@ -123,8 +128,12 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     make_run_folder(tmp_path / "full")
-    (tmp_path / "empty").mkdir()
+    for name, content in (("mine/report.md", "# mine"), ("study/answer.json", '{"comparisons": [], "study": {}}')):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(*arguments) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
     assert message in error

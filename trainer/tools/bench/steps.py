@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError
-from trainer.config.files import read_json_object, write_atomically
+from trainer.config.files import refuse_foreign_files, write_atomically
 from trainer.config.settings import Settings
 from trainer.config.text import markdown_table
 from trainer.data.dataset import PreparedDataset, TokenDataset
@@ -114,20 +114,13 @@ def measure_steps(args: argparse.Namespace) -> int:
     """Measure everything `args.rounds` times in turn, write and print the table; 1 where a program failed."""
     rows = build_rows(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     json_file, table_file = args.output_dir / "bench.json", args.output_dir / "bench.md"
-    is_own = True
+    flag = f"--output-dir {args.output_dir}"
+    refuse_foreign_files([json_file, table_file], json_file, flag, lambda content: "rows" in content)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        if table_file.exists() or json_file.exists():
-            is_own = "rows" in read_json_object(json_file)
-        if is_own:
-            write_atomically(json_file, json.dumps({"rows": rows}) + "\n")
+        write_atomically(json_file, json.dumps({"rows": rows}) + "\n")
     except OSError as error:
-        raise UserError(f"--output-dir {args.output_dir}: cannot write there ({error.strerror})") from error
-    except UserError:  # not JSON
-        is_own = False
-    if not is_own:
-        problem = "its bench.json or bench.md is not of bench.py; expected another folder"
-        raise UserError(f"--output-dir {args.output_dir}: {problem}")
+        raise UserError(f"{flag}: cannot write there ({error.strerror})") from error
     for number in range(1, args.rounds + 1):
         for row in rows:
             if row["problem"].startswith("failed"):  # it is not tried again
