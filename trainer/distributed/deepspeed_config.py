@@ -1,5 +1,6 @@
 """ZeRO file and settings -> DeepSpeed's dict, as pure functions."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,8 +52,10 @@ def _offload_device(content: dict[str, Any], key: str) -> str:
 def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     """One of `ds_configs/` by name, or a path; UserError names the file and the key for anything unknown or doubled."""
     path = DS_CONFIG_DIR / f"{name}.json" if name in DS_CONFIG_NAMES else Path(name)
-    if not path.exists():
-        raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_CONFIG_NAMES)} or a path to a JSON file")
+    with contextlib.suppress(PermissionError):  # of its folder; reading it says so
+        if not path.exists():
+            known = ", ".join(DS_CONFIG_NAMES)
+            raise UserError(f"--ds-config {name}: no such file; pass {known} or a path to a JSON file")
     try:
         text = read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed")
         content = parse_json(text)

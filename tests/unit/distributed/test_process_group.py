@@ -17,6 +17,7 @@ from transformers import GPT2Config, PreTrainedConfig
 
 from trainer.config.errors import UserError
 from trainer.distributed import joining, machine, preflight
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
@@ -193,6 +194,25 @@ def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_
     before = preflight.config_digest(config)
     monkeypatch.setattr(PreTrainedConfig, "to_dict", lambda self: {**to_dict(self), "new_key": None})
     assert preflight.config_digest(config) == before != preflight.config_digest(GPT2Config(layer_norm_epsilon=1e-6))
+
+
+@pytest.mark.parametrize("is_folder_closed", [False, True])
+def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(is_folder_closed, monkeypatch):
+    """Root may read all: the system's answers are stood in for."""
+
+    def deny(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.open", deny)
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr(Path, "exists", deny if is_folder_closed else lambda _: True)
+    monkeypatch.setattr(Path, "is_file", deny if is_folder_closed else lambda _: True)
+    monkeypatch.setattr(preflight, "_source_version", lambda: "")
+    settings = {"engine": {"ds_config": "z.json"}, "data": {"chat_template": "c.jinja"}}
+    facts = preflight.program_facts(simulated_context(1, "cpu"), settings, {})
+    assert not [name for name in facts if "content" in name]
+    with pytest.raises(UserError, match=r"--ds-config z\.json: cannot be read \(permission denied: let this user"):
+        read_deepspeed_file("z.json")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
