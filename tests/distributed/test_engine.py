@@ -79,6 +79,10 @@ MISTAKES = [
         (zero_config(stage=1) | {key: 1}, f"unknown key {key}; known are zero_optimization, communication_data_type, ")
         for key in ("zero", "train_batch_size", "optimizer", "bf16", "gradient_clipping")
     ],
+    (zero_config(stage=1) | {"aio": 5}, "aio 5: expected an object"),
+    (zero_config(stage=1) | {"comms_logger": []}, "comms_logger []: expected an object"),
+    (zero_config(stage=1) | {"wall_clock_breakdown": "no"}, 'wall_clock_breakdown "no": expected true or false'),
+    (zero_config(stage=1) | {"communication_data_type": "int3"}, '"int3": expected fp16, bf16 or fp32'),
     ('{"zero_optimization": {"self": 1}}', "unknown key zero_optimization.self"),
     ('{"zero_optimization": {"strict": true}}', "unknown key zero_optimization.strict"),
     ('{"zero_optimization": {"reduce_bucket_size": 1e999}}', "the number 1e999 is larger than any float"),

@@ -81,6 +81,18 @@ def _find_mistakes(content: Any) -> Iterator[str]:
         if key not in _ALLOWED_KEYS:
             known = ", ".join(_ALLOWED_KEYS)
             yield f"unknown key {key}; known are {known}; batch, optimizer, precision and clipping come from the flags"
+    for key, is_right, expected in (
+        ("comms_logger", isinstance(content.get("comms_logger", {}), dict), "an object"),
+        ("aio", isinstance(content.get("aio", {}), dict), "an object"),
+        ("wall_clock_breakdown", isinstance(content.get("wall_clock_breakdown", False), bool), "true or false"),
+        (
+            "communication_data_type",
+            content.get("communication_data_type") in (None, "fp16", "bf16", "fp32"),
+            "fp16, bf16 or fp32",
+        ),
+    ):
+        if not is_right:
+            yield f"{key} {json.dumps(content[key])}: expected {expected}"
     zero = content["zero_optimization"]
     stage = zero.get("stage", 0)
     if stage not in range(4):

@@ -15,6 +15,7 @@ from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub, readers, sources
 from trainer.data.dataset import sha256
+from trainer.data.sources import find_splits
 
 DATES = [{"d": "2022-01-05", "n": 1}, {"d": 5, "x": [1]}, {"n": None}]
 LONG = [{"i": i, "text": "[{]}" * 50_000} for i in range(12)]
@@ -333,3 +334,11 @@ def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_no
     assert splits == {"train": ["train.csv"], "val": [other.name]}
     left_out = "contest_latest.csv, extra.csv left out, train.csv for training, validation.csv left out"
     assert notices == (f"{tmp_path}: {left_out}",), "of a name with `test` in it the word alone counts"
+
+
+def test_a_folder_within_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path.name))
+    with pytest.raises(UserError, match=f"^--data {tmp_path}/locked: permission denied; let this user read the folder"):
+        find_splits(str(tmp_path), "--data")
