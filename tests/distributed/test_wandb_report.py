@@ -285,7 +285,7 @@ def test_real_runs_are_synced_compared_and_reported(
     assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
     check_reference_run(server)
     process = run_compare("full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora", server=server)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 3, process.stderr  # so few records decide nothing
     assert re.search(r"LoRA .* full ", process.stdout)
     assert re.search(r" not comparable with the card: other data .*other tokenizer", process.stdout)
     (view,) = server.views.values()

@@ -151,8 +151,7 @@ def _list_evaluations(folder: Path) -> list[tuple[Path, int, str]]:
     """(path, step, split) of every evaluation, by step and then split."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(folder / match[0], int(match[1]), match[2]) for match in map(_FILE_NAME.fullmatch, names) if match]
-    plain = (item for item in found if item[0].is_file())  # a named pipe would be waited for
-    return sorted(plain, key=lambda item: item[1:])
+    return sorted(found, key=lambda item: item[1:])
 
 
 def _comes_again(eval_step: int, split: str, step: int, eval_pending: bool) -> bool:
