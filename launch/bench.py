@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
+from trainer.config.argument_parser import ArgumentParser, number, whole_number, whole_numbers
 from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 from trainer.config.errors import UserError
 from trainer.tools.program import program
@@ -77,7 +77,7 @@ def build_parser(name: str) -> ArgumentParser:
     add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
     add("--precision", type=names(PRECISIONS), metavar="NAMES", help=precision_help)
     add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    add("--dropout", type=float, metavar="P", help="default: the model's own")
+    add("--dropout", type=number(0, 1), metavar="P", help="default: the model's own")
     add("--windows", type=whole_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
     add("--window", type=whole_number, default=4, metavar="N", help="steps of a window (default: 4)")
     add("--warmup", type=whole_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")

@@ -49,6 +49,7 @@ def test_bench_runs_this_trainer_first_then_without_a_path_then_the_others_on_on
         ("--modes ,", "--modes: ',': expected some of full, lora"),
         ("--batches 3 --ranks 2", "--batches 3: does not divide over 2 ranks"),
         ("--batches 0", "--batches: 0: expected a whole number from 1"),
+        ("--dropout nan", "--dropout: nan: expected a number from 0 to 1"),
         ("speed", "speed: expected steps or memory"),
         ("memory --methods full,lara", "--methods: lara: expected some of full, full-adamw8bit"),
         ("memory --out x", "--out x: unknown flag"),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from trainer.config.errors import UserError
 
+MAX_NODES = 100_000  # of a range in a list of hosts; more is a mistake that would fill the memory
 DEFAULT_PORT = 29500  # of torchrun and `deepspeed` too
 #: SLURM jobs that share a host get different ports, by their number; from 32768 on Linux hands ports out by itself.
 _JOB_PORTS = range(15000, 32000)
@@ -204,8 +205,9 @@ def expand_nodelist(nodelist: str) -> list[str]:
         for ranges in pieces[1::2]:
             ends = [item.partition("-") for item in ranges.pop().split(",")]
             for first, _, last in ends:
-                numbers = range(int(first), int(last or first) + 1) if (first + last).isdecimal() else ()
-                ranges += [f"{number:0{len(first)}d}" for number in numbers] or [first]
+                is_number = (first + last).isdecimal() and len(first + last) < 30
+                numbers = range(int(first), int(last or first) + 1) if is_number else range(0)
+                ranges += [f"{number:0{len(first)}d}" for number in numbers[:MAX_NODES]] or [first]
         hosts += ["".join(words) for words in itertools.product(*pieces)]
     return hosts
 

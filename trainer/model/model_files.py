@@ -20,6 +20,7 @@ from trainer.config.text import list_some
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 MAX_LAYERS = 2000  # more than any model has: each is a Python object, so a damaged number would fill the memory
+MAX_LABELS = 100_000
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
@@ -46,6 +47,9 @@ def check_config_file(folder: Path) -> None:
             f"config.json: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
             "language models, for instance gpt2 or llama"
         )
+    num_labels = config.get("num_labels", 0)  # transformers makes a name for each
+    if type(num_labels) is not int or not 0 <= num_labels <= MAX_LABELS:
+        raise UserError(f"config.json: num_labels {num_labels!r:.80}; expected a whole number up to {MAX_LABELS}")
 
 
 def check_config(config: Any) -> None:

@@ -231,6 +231,7 @@ def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_o
         ({"TRAINER_HOSTS": "a:1,b:2"}, 3, "a b b"),
         (SRUN, 6, ""),  # not so many on each
         ({"SLURM_JOB_NODELIST": "n[a-b]"}, 1, "na"),
+        ({"SLURM_JOB_NODELIST": "n[1-900000000000]"}, 1, ""),
         ({}, 2, ""),
     ],
 )
