@@ -376,7 +376,7 @@ def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answ
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, execution None, torch 2.13.0, answer-"),
+        ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, execution eager, torch 2.13.0, answer-"),
         ("STUB_DIVERGES", "103", "refused to rank: answer-full-lr0.0001-t8-s103 failed"),
         (
             "STUB_LORA",
