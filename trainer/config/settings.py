@@ -97,7 +97,7 @@ class DataSettings:
     val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
     test_data: UserPath | None = option("test records, evaluated once, at the weights that are exported", None)
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
-    allow_leakage: Switch = option("train although half of the validation records are training records too", False)
+    allow_leakage: Switch = option("train even if half or more of the validation records are training records", False)
     retain_data: UserPath | None = option(
         "text of the base's kind (demo-base: the embedded one's): shows forgetting", None
     )
@@ -144,10 +144,14 @@ class TrainSettings:
     max_steps: PositiveInt | None = option("optimizer steps in place of --epochs; the schedule ends here too", None)
     global_batch: PositiveInt = option("examples per optimizer step over all ranks", demo=8, card=2, finetune=16)
     micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
-    eval_batch: PositiveInt = option("the same in an evaluation; changes no number", demo=16, card=2, finetune=8)
-    lr: PositiveFloat = option("peak learning rate; --mode lora: 10 times", demo=5e-4, card=3e-5, finetune=2e-5)
+    eval_batch: PositiveInt = option(
+        "examples of a forward in an evaluation; changes no number", demo=16, card=2, finetune=8
+    )
+    lr: PositiveFloat = option(
+        "peak learning rate; its default is 10 times as high with --mode lora", demo=5e-4, card=3e-5, finetune=2e-5
+    )
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
-    warmup_ratio: ShareOrZero = option("the same as a share of all steps, rounded up", 0.0, finetune=0.03)
+    warmup_ratio: ShareOrZero = option("warm-up as a share of all steps, rounded up", 0.0, finetune=0.03)
     schedule: choices.Schedule = option(
         "after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine over "
         "the last tenth of the steps",
@@ -162,7 +166,8 @@ class TrainSettings:
         "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
     )
     early_stop: EarlyStop | None = option(
-        "PATIENCE[:MIN_DELTA]: end after so many evaluations in a row not (by so many nats) below the lowest", None
+        "PATIENCE[:MIN_DELTA]: end after PATIENCE evaluations in a row that do not lower the loss (by MIN_DELTA nats)",
+        None,
     )
     beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
     beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
@@ -230,7 +235,7 @@ class OutputSettings:
         "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"
     )
     num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
-    score_samples: Switch = option("score such completions: exact match, BLEU, chrF, ROUGE-L", False)
+    score_samples: Switch = option("score completions of validation prompts: exact match, BLEU, chrF, ROUGE-L", False)
 
 
 GROUPS: dict[str, Any] = {
