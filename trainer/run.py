@@ -165,7 +165,10 @@ def build_engine(
     if source is None:
         return engine, TrainState()
     checkpoint.load_optimizer(source, engine)
-    return engine, source.train_state
+    state = source.train_state
+    if source.metadata["data"] != plan.data_info["fingerprint"]:  # losses on other data are not compared with its own
+        state = replace(state, best=None, best_for_patience=None, evals_without_improvement=0)
+    return engine, state
 
 
 def _train_and_export(

@@ -262,6 +262,10 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     assert [event["step"] for event in events] == [5, 6]
     assert events[-1]["facts"]["changed"] == change, "still another rate than the run began with"
 
+    losses = {row["step"]: row["loss"] for row in first if row["kind"] == "eval"}
+    best = min((step for step in losses if step > 5), key=losses.__getitem__)
+    assert read_events(folder, "finished")[-1]["facts"]["best"]["step"] == best, "of those on these data"
+    assert min(losses, key=losses.__getitem__) <= 5, "otherwise nothing is shown here"
     older, newer = (export_checkpoint(folder, checkpoint=name) for name in ("step-4", "step-6"))
     assert older["problems"] == newer["problems"] == []
     assert "not evaluated again (the data were changed since step-000004 was saved)" in older["summary"]
@@ -423,17 +427,6 @@ def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninte
         names_and_progress = 16 * 1024
         assert folder_size(state.parent) <= 1.1 * 12 * trainable + names_and_progress
     assert model["trainable"] < model["parameters"] / 2
-
-
-def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    folder = tmp_path / "checkpoints"
-    names_by_limit = {}
-    for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5, 1.0], start=1):
-        save_stub_checkpoint(folder, step, limit=2, loss=loss)
-        names_by_limit[step] = list_checkpoint_steps(tmp_path)
-    assert names_by_limit == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
-    assert checkpoint.resolve_checkpoint(folder, "best").step == 2, "the earlier of equals"
-    assert checkpoint.resolve_checkpoint(folder, "latest").step == 6
 
 
 def load_on_three_hosts(folder: Path) -> int:
