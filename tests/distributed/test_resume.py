@@ -270,6 +270,11 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     assert older["problems"] == newer["problems"] == []
     assert "not evaluated again (the data were changed since step-000004 was saved)" in older["summary"]
     assert "(recorded " in newer["summary"]
+    sources = {c.step: c for c in checkpoint.list_checkpoints(folder / "checkpoints")}
+    for export, step, rate, ranks in ((older, 4, LEARNING_RATE, "2 ranks"), (newer, 6, 1e-4, "1 rank")):
+        card = (Path(export["folder"]) / "README.md").read_text()
+        for text in (f"| learning rate | {rate:g},", f" x {ranks} = ", f"| {sources[step].metadata['data'][:16]} |"):
+            assert text in card, "by what these weights were trained"
 
 
 def edit_settings(folder: Path, group: str, name: str, value: object) -> None:

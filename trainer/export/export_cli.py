@@ -145,7 +145,7 @@ def export_checkpoint(
         best = best_checkpoint(checkpoints) if settings.output.export == "best" else None
         try:
             card = render_model_card(
-                metadata,
+                {**metadata, "settings": settings.as_dict(), "data": data_info},
                 read_records(records, with_steps=False) if records.exists() else (),
                 result,
                 step=source.step,

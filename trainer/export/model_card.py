@@ -26,9 +26,10 @@ def render_model_card(
 ) -> str:
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
-    `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
-    in; `last_step`: of the run, where these weights were chosen by their validation loss; `answer`: the sentence of a
-    comparison of LoRA with full. ValueError for records that cannot be read.
+    `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
+    they stood; `is_merged`: adapters folded in; `last_step`: of the run, where these weights were chosen by their
+    validation loss; `answer`: the sentence of a comparison of LoRA with full. ValueError for records that cannot be
+    read.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
     """
@@ -36,6 +37,10 @@ def render_model_card(
 
     model, data, train = metadata["model"], metadata["data"], metadata["settings"]["train"]
     records = [record for record in records if record.step <= step or isinstance(record, EventRecord)]
+    resolved = metadata["resolved"]  # and by what a resume before this step went on
+    for record in records:
+        if isinstance(record, EventRecord) and record.event == "resumed" and record.step < step:
+            resolved = resolved | record.facts.get("resolved", {})
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
     is_adapter = metadata["mode"] == "lora" and not is_merged
     base_model = {}
@@ -70,13 +75,11 @@ def render_model_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).with_suffix(".md")),
-        **metadata,
+        **{**metadata, "resolved": resolved},
         evals=[evals[number] for number in sorted(evals)],
         train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
         events=[record for record in records if isinstance(record, EventRecord)],
-        lr_shape=describe_schedule(
-            train["schedule"], min_lr=train["min_lr"], warmup_steps=metadata["resolved"]["warmup_steps"]
-        ),
+        lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
         verification=verification,
         step=step,
         last_step=last_step,
