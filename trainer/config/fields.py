@@ -48,12 +48,13 @@ PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan
 Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
-Name = Annotated[str, Accepts("a name", lambda text: _refuse_null_byte(text or "\0"))]
+Name = Annotated[str, Accepts("a name", _refuse_null_byte, min_length=1)]
 UserPath = Annotated[
     str,
     Accepts(
         "a name, a file or a folder (~ or ~user for a home folder)",
-        lambda text: expand_user_path(_refuse_null_byte(text or "\0")),
+        lambda text: expand_user_path(_refuse_null_byte(text)),
+        min_length=1,
     ),
 ]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
