@@ -140,11 +140,11 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     hub_id = HUB_ID.fullmatch(spec)
     if path.is_dir() and not is_saved:
         root = path
-        for folder in (path, *path.rglob("*")):  # which leaves out in silence what it may not look into
+        paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
+        for folder in (path, *paths):  # rglob leaves out in silence what it may not look into
             if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
                 raise UserError(f"{flag} {folder}: permission denied; let this user read the folder, or name its files")
-        candidates = (p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts))
-        files = sorted(p for p in candidates if p.is_file())
+        files = sorted(p for p in paths if p.is_file())
     elif path.exists() and not is_saved:
         if not path.is_file():
             raise UserError(f"{flag} {spec}: not a regular file (a pipe or a device); write it to a file first")

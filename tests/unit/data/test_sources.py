@@ -337,8 +337,10 @@ def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_no
 
 
 def test_a_folder_within_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, monkeypatch):
-    (tmp_path / "locked").mkdir()
+    (tmp_path / ".locked").mkdir()
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path.name))
+    assert find_source(tmp_path).files == (tmp_path / "a.txt",), "whose hidden folders are no data"
+    (tmp_path / "locked").mkdir()
     with pytest.raises(UserError, match=f"^--data {tmp_path}/locked: permission denied; let this user read the folder"):
         find_splits(str(tmp_path), "--data")
