@@ -253,7 +253,8 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             remedy = "take them out"
             if split != "retain":
                 remedy += ", or split by a column that they share (--split-by): a test says nothing of new records else"
-            raise UserError(f"--data {settings.data}: {shared}; expected at most {MAX_SHARED_FRACTION:.0%}, {remedy}")
+            limit = f"expected at most {MAX_SHARED_FRACTION:.0%}"
+            raise UserError(f"{name_split(settings, split)}: {shared}; {limit}, {remedy}")
         if split == "val":
             refuse_leakage(settings, number, num_records)
         if number >= WARN_SHARED_FRACTION * num_records > 0:
@@ -362,11 +363,17 @@ def _encode_batch(
             yield Row(ids, np.arange(len(ids)) >= len(prompt_ids), example.prompt, example.completion)
 
 
+def name_split(settings: DataSettings, split: str) -> str:
+    """The flag that names the records of a split, and its value; --data where they are taken from there."""
+    spec = getattr(settings, f"{split}_data", None)
+    return f"--{split}-data {spec}" if spec is not None else f"--data {settings.data}"
+
+
 def refuse_leakage(settings: DataSettings, num_shared: int, num_records: int) -> None:
     """UserError where too many validation records are training records, unless --allow-leakage."""
     if num_shared >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
         raise UserError(
-            f"--val-data {settings.val_data or settings.data}: {num_shared} of {num_records} validation records also "
+            f"{name_split(settings, 'val')}: {num_shared} of {num_records} validation records also "
             f"stand in the training data; expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
         )
 
@@ -386,9 +393,7 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
         if is_expected and counts["examples"] < least:
             rows = f"blocks of {settings.block_size} tokens" if is_blocks else "examples"
             batch = f", fewer than one global batch of {global_batch}" if split == "train" else ""
-            flag = f"--{split}-data" if getattr(settings, f"{split}_data", None) else "--data"
-            spec = getattr(settings, f"{split}_data", None) or settings.data
             raise UserError(
-                f"{flag} {spec}: {counts['records']} {SPLIT_NAMES[split]} records make {counts['examples']} {rows}"
-                f"{batch}; {remedy}, or change --block-size"
+                f"{name_split(settings, split)}: {counts['records']} {SPLIT_NAMES[split]} records make "
+                f"{counts['examples']} {rows}{batch}; {remedy}, or change --block-size"
             )

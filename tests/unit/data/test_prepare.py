@@ -278,7 +278,8 @@ def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refus
     for split in ("1 of 41 validation records", "2 of 42 test records"):
         notice = f"warning: {split} also stand in the training data, so their loss says little of new ones"
         assert notice in prepared.metadata["notices"]
-    with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
+    problem = r"^--test-data .*2\.csv: 3 of 43 test records also stand in the training data; expected at most 5%"
+    with pytest.raises(UserError, match=problem):
         prepare_file(pairs_csv, test_data=str(many), **options)
 
 
@@ -299,6 +300,10 @@ def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, pre
         assert prepare_file(file, val_data=str(val), allow_leakage=True, **options).metadata["val"]["records"] == 200
         with pytest.raises(UserError, match=problem):  # what was prepared with the flag
             prepare_file(file, val_data=str(val), **options)
+    for name in ("train", "validation"):
+        write_records(tmp_path / "folder" / f"{name}.csv", pairs)
+    with pytest.raises(UserError, match=r"^--data .*folder: 400 of 400 validation records also "):
+        prepare_file(tmp_path / "folder", **options)
 
 
 def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on(pairs_csv, tmp_path, prepare_file):
