@@ -66,18 +66,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """argparse's own; UserError for a word that holds a key, a token or a login: run.json would keep it.
-
-        And for what can be no file's name: the system refuses it wherever it is looked for.
-        """
+        """argparse's own; UserError for a word that holds a key, a token or a login (run.json would keep it), and for
+        a value that can be no file's name."""
         argv = sys.argv[1:] if args is None else args
         try:
             os.getcwd()
         except OSError:  # which libraries do not expect
             raise UserError("the folder that this shell is in has been removed; change to another one") from None
-        for number, word in enumerate(argv):
+        for i, word in enumerate(argv):
             if mask_credentials(word) != word:
-                flag = next((name for name in reversed(argv[: number + 1]) if name.startswith("--")), word)
+                flag = next((name for name in reversed(argv[: i + 1]) if name.startswith("--")), word)
                 raise UserError(
                     f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
                     "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
@@ -86,15 +84,12 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise UserError(f"{word[:-3]} --: expected another value")
         parsed = super().parse_known_args(argv, namespace)
         for action in self._actions:
-            values = getattr(parsed[0], action.dest, None)
+            values, flags = getattr(parsed[0], action.dest, None), action.option_strings
             for value in values if isinstance(values, list | tuple) else [values]:
-                if isinstance(value, str | Path) and not TEXT_FLAGS & {*action.option_strings} and not _is_name(value):
-                    flags, accepted = (
-                        "/".join(action.option_strings),
-                        "at most 255 bytes between two slashes, 4,095 in all",
-                    )
+                if isinstance(value, str | Path) and TEXT_FLAGS.isdisjoint(flags) and not _is_name(value):
                     raise UserError(
-                        f"{flags or action.metavar} {str(value)[:40]}: expected a name of a file, {accepted}"
+                        f"{'/'.join(flags) or action.metavar} {str(value)[:40]}: expected a name of a file, "
+                        "at most 255 bytes between two slashes, 4,095 in all"
                     )
         return parsed
 
