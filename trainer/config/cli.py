@@ -80,8 +80,9 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
                 overridden_flags.append(flag_of(field))
     if args["mode"] is None:
         raise UserError(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
-    actions = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if args[name]]
-    if len(actions) > 1 and actions[0] != "--dry-run":
+    commands = ("find_lr", "find_batch", "dry_run", "show_example", "resume")
+    actions = [f"--{name.replace('_', '-')}" for name in commands if args[name]]
+    if len(actions) > 1 and actions[0] in ("--find-lr", "--find-batch"):
         raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
     return CliArgs(
         settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),

@@ -98,6 +98,7 @@ def test_commands_are_read_and_the_launchers_rank_changes_nothing():
         ("--mode full --report-to tensorboard,x", "--report-to x: expected tensorboard"),
         ("--mode full stray", "stray: expected a flag"),
         ("--mode full --find-lr --resume", "--find-lr and --resume: one at a time"),
+        ("--mode full --find-batch --show-example 1", "--find-batch and --show-example: one at a time"),
         ("--mode full --find-lr 1:0", "--find-lr 1:0: expected START:END"),
     ],
 )
