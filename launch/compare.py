@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, user_path
+from trainer.config.argument_parser import ArgumentParser, number, user_path
 from trainer.tools.program import program
 
 
@@ -28,7 +28,7 @@ def build_parser() -> ArgumentParser:
     add("--no-card", action="store_true", help="leave the card out")
     add("--margin", default="2%", metavar="X", help=margin_help)
     add("--check", action="append", default=[], metavar="CONDITION", help=check_help)
-    add("--tolerance", type=float, default=0.0, metavar="X", help=tolerance_help)
+    add("--tolerance", type=number(0), default=0.0, metavar="X", help=tolerance_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")
     add("--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network")
     add("--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project")

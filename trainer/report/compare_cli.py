@@ -27,8 +27,6 @@ def run_comparison(args: argparse.Namespace) -> int:
             "no RUN given: expected run folders, offline W&B folders or entity/project/run_id, "
             "for instance runs/full-acled-demo"
         )
-    if not 0 <= args.tolerance < float("inf"):
-        raise UserError(f"--tolerance {args.tolerance}: expected 0 or a number above it")
     conditions = [parse_condition(text) for text in args.check]
     if args.no_card and None in conditions:
         raise UserError("--check card with --no-card: leave one of them out")
