@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     if args.join is None:
         plan_study(args, train_argv, parser)
         return 0 if args.dry_run else run_study(args)
-    given = [n for n, value in vars(args).items() if n not in JOIN_FLAGS and value != parser.get_default(n)]
-    if flags := [*(f"--{name.replace('_', '-')}" for name in given), *train_argv]:
+    names = [n for n, value in vars(args).items() if n not in JOIN_FLAGS and value != parser.get_default(n)]
+    if flags := [*(f"--{name.replace('_', '-')}" for name in names), *train_argv]:
         raise UserError(f"{flags[0]}: not with --join, whose study has its rule; expected --workers")
     return run_study(args)
 

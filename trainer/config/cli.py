@@ -100,7 +100,7 @@ def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> lis
     """A command line of the mode, the preset and what the user gave, with changes {group: {field: value}} to that."""
     argv = ["--mode", settings.mode, "--preset", settings.preset]
     for name, group in GROUPS.items():
-        values = {**settings.given[name], **changes.get(name, {})}
+        values = {**settings.overrides[name], **changes.get(name, {})}
         for field in dataclasses.fields(group):
             value = values.get(field.name)
             if unwrap(field.type) is bool:  # a switch turns its default round

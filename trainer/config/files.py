@@ -189,10 +189,10 @@ def refuse_foreign_files(
     paths: Sequence[Path], record: Path, flag: str, is_own: Callable[[dict[str, Any]], bool]
 ) -> None:
     """UserError where one of `paths` is there, but not the JSON of a program in `record`, which it writes first."""
-    found = [path for path in paths if os.path.lexists(path)]
+    existing = [path for path in paths if os.path.lexists(path)]
     try:
-        is_foreign = bool(found) and not is_own(read_json_object(record))
+        is_foreign = bool(existing) and not is_own(read_json_object(record))
     except UserError:
         is_foreign = True
     if is_foreign:
-        raise UserError(f"{flag}: {found[0].name} there is of somebody else; expected another folder or file")
+        raise UserError(f"{flag}: {existing[0].name} there is of somebody else; expected another folder or file")

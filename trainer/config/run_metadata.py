@@ -139,8 +139,8 @@ def check_run_metadata(content: dict[str, Any], *, source: str) -> dict[str, Any
     if metadata.settings.mode != metadata.mode:
         raise UserError(f"{source}: mode is {metadata.mode}; expected that of settings, {metadata.settings.mode}")
     for place, block in (("", content), ("resumed.", content.get("resumed", content))):
-        found = dict(flatten(block["settings"], "."))
+        settings = dict(flatten(block["settings"], "."))
         for name, _ in flatten(metadata.settings.as_dict(), "."):
-            if name not in found:  # pydantic took its default
+            if name not in settings:  # pydantic took its default
                 raise UserError(f"{source}: {place}settings.{name} is missing; expected what a run writes")
     return content

@@ -335,8 +335,8 @@ class Settings:
         return self.output.output_dir or f"runs/{self.run_name}"
 
     @property
-    def given(self) -> dict[str, dict[str, Any]]:
-        """What the user gave: {group: {field: value}}."""
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """The values of the flags that the user gave: {group: {field: value}}."""
         return {
             name: {
                 field.name: getattr(getattr(self, name), field.name)
@@ -357,8 +357,8 @@ class Settings:
 
     def resumed_with(self, now: "Settings") -> "Settings":
         """The settings of a run that is resumed: those it has, and over them those given now, and the run folder."""
-        given = {**now.given, "output": {**now.given["output"], "output_dir": now.run_folder}}
-        groups = {name: dataclasses.replace(getattr(self, name), **given[name]) for name in GROUPS}
+        changes = {**now.overrides, "output": {**now.overrides["output"], "output_dir": now.run_folder}}
+        groups = {name: dataclasses.replace(getattr(self, name), **changes[name]) for name in GROUPS}
         flags = tuple(dict.fromkeys((*self.overridden, *now.overridden)))
         return dataclasses.replace(self, overridden=flags, **groups)
 
@@ -379,12 +379,12 @@ class Settings:
         """{name in `fixed_on_resume`: (group, field)}."""
         mutable = {"micro_batch", "eval_batch", "allow_leakage"}
         mutable |= {"data", "val_data", "test_data", "retain_data"}  # by fingerprint
-        found: dict[str, tuple[str, str]] = {}
+        places: dict[str, tuple[str, str]] = {}
         for group in ("model", "data", "train", *(("lora",) if self.mode == "lora" else ())):
             for name in (field.name for field in dataclasses.fields(GROUPS[group])):
                 if name not in mutable:
-                    found[f"{group}_{name}" if name in found else name] = group, name  # lora_dropout beside dropout
-        return found
+                    places[f"{group}_{name}" if name in places else name] = group, name  # lora_dropout beside dropout
+        return places
 
 
 def resolve(
@@ -413,10 +413,10 @@ def resolve(
         groups["train"]["lr"] *= choices.LORA_LR_FACTOR
     if "warmup_steps" in overrides.get("train", {}):  # two words for one thing: the user's counts
         groups["train"].pop("warmup_ratio", None)
-    made: dict[str, Any] = {
+    settings: dict[str, Any] = {
         name: group(**{**groups[name], **overrides.get(name, {})}) for name, group in GROUPS.items()
     }
-    return Settings(mode=mode, preset=preset, overridden=overridden, **made)  # type: ignore[arg-type]
+    return Settings(mode=mode, preset=preset, overridden=overridden, **settings)  # type: ignore[arg-type]
 
 
 def preset_notes(settings: Settings) -> list[str]:

@@ -81,10 +81,10 @@ def prepare(
     the one that was taken stands in `metadata`.
     """
     cache_root = store.resolve_cache_dir()
-    found = find_sources(settings)
-    has_val = any(source.split == "val" for source in found)
+    sources = find_sources(settings)
+    has_val = any(source.split == "val" for source in sources)
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
-    sources = [open_source(source, settings, fractions) for source in found]
+    sources = [open_source(source, settings, fractions) for source in sources]
     first = sources[0].record_format
     for other in sources[1:]:  # the loss of one format says nothing of another; what is retained is plain text
         formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}

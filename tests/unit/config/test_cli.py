@@ -57,7 +57,7 @@ def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
     settings, base = (parse("--mode lora", *more, *argv).settings for argv in ([flag, *([typed] if typed else [])], []))
     group, field = FIELDS[flag]
     value, default = (getattr(getattr(run, group), field) for run in (settings, base))
-    assert value == settings.given[group][field] != default
+    assert value == settings.overrides[group][field] != default
     assert value == (tuple(typed.split(",")) if isinstance(value, tuple) else type(value)(typed or not default))
     assert set(settings.overridden) == {flag, *more[:1]}
 
@@ -65,7 +65,7 @@ def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
 def test_no_flags_override_nothing():
     args = parse("--mode full")
     assert args.settings.overridden == ()
-    assert not any(args.settings.given.values())
+    assert not any(args.settings.overrides.values())
     assert (args.settings.preset, args.resume, args.dry_run, args.allow_change) == ("demo", None, False, ())
 
 
