@@ -109,17 +109,27 @@ class DiagnosticsMonitor:
         self.precision = metadata["resolved"]["precision"]
         self.masked_share = 1 - data["num_target_tokens"] / max(1, data["tokens"])
         self.reported_codes: set[str] = set()
-        self.steps, self.losses = array("d"), array("d")  # 16 bytes a step
         self.recent_norms: deque[float] = deque(maxlen=TINY_STEPS)
-        self.lowest_window: MeanEstimate | None = None  # of the windows so far
-        self.evals: list[EvalRecord] = []
-        self.num_steps_at_eval = 0
-        self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
+        self.changed_data: Any = None  # by the newest resume
+        self._forget_losses()
         self.skipped_steps: deque[int] = deque(maxlen=NUM_HALVINGS + 1)
         self._seconds: Counter[str] = Counter()  # by what they were spent on
         self._start_time: float | None = None  # time of the first row of this process
         self._previous_time = 0.0  # time of the row before
         self._num_evaluations = 0  # after the one before the first step
+
+    def _forget_losses(self) -> None:
+        self.steps, self.losses = array("d"), array("d")  # 16 bytes a step
+        self.lowest_window: MeanEstimate | None = None  # of the windows so far
+        self.evals: list[EvalRecord] = []
+        self.num_steps_at_eval = 0
+        self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
+
+    def _note_resume(self, changed: Mapping[str, Any]) -> None:
+        """`changed`: of the resume; losses on other data are not compared with those to come."""
+        if changed.get("data") != self.changed_data:
+            self.changed_data = changed.get("data")
+            self._forget_losses()
 
     def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
         """Take the rows that an earlier process left; returns what it had no time to say. Their times do not count."""
@@ -129,6 +139,7 @@ class DiagnosticsMonitor:
                 self.reported_codes.add(str(record.facts.get("code")))
             for diagnostic in self._apply_rules(record):
                 first_of_code.setdefault(diagnostic.code, diagnostic)
+        self._note_resume(self.metadata.get("resumed", {}).get("changed", {}))
         return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
@@ -175,6 +186,8 @@ class DiagnosticsMonitor:
                 cause = "gradients overflow in fp16 at every loss scale"
                 evidence = {"skipped": num_skipped, "steps": num_steps}
                 yield Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
+        elif isinstance(record, EventRecord) and record.event == "resumed":
+            self._note_resume(record.facts.get("changed", {}))
         elif isinstance(record, EventRecord) and record.event == "not_finite":
             for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
             yield self._diverging(record.message.split(";", 1)[0], {"step": record.step}, for_precision)
