@@ -52,10 +52,10 @@ def test_a_step_is_counted_as_it_computes(folders, model, flags):
     assert count == pytest.approx(counter.get_total_flops(), rel=FLOPS_TOLERANCE)
 
 
-def test_a_full_step_takes_six_operations_a_weight_and_twelve_a_pair_of_tokens_and_lora_less(folders):
+def test_a_full_step_takes_six_operations_a_weight_and_twelve_a_pair_of_tokens_and_lora_less():
     """By formula: 2 forward and 4 backward for each weight in a product; attention 4 and 8 for each pair and channel.
     An average over rows of several lengths is the mean of their counts."""
-    full, lora = (cli.parse_args(["--mode", mode, "--model", folders["gpt2"]]).settings for mode in ("full", "lora"))
+    full, lora = (cli.parse_args(["--mode", mode, "--model", "demo-base"]).settings for mode in ("full", "lora"))
     config = build_model(full, on_meta=True).causal.config
     width, num_layers, lengths = config.n_embd, config.n_layer, np.array([24, 19, 15])
     weights = num_layers * 12 * width**2 + config.vocab_size * width
@@ -64,4 +64,4 @@ def test_a_full_step_takes_six_operations_a_weight_and_twelve_a_pair_of_tokens_a
     assert count_step_flops(full, lengths=lengths, global_batch=2) == expected
     count = count_step_flops(lora, lengths=lengths, global_batch=2)
     assert count is not None
-    assert 0.6 < count / expected < 0.9, "adapters save the gradients of the frozen weights"
+    assert 0.6 < count / expected < 0.8, "adapters save the gradients of the frozen weights"
