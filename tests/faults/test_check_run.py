@@ -22,7 +22,7 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
 
 
 def edit(path: str, value: Any) -> Callable[[Path], None]:
-    """A value of run.json, or of the newest state.json, by its dotted path; the checksum of state.json stays wrong."""
+    """Another value of run.json, by its dotted path."""
 
     def change(content: bytes) -> bytes:
         whole = values = json.loads(content)
