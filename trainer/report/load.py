@@ -3,6 +3,7 @@
 What cannot be read is one line (`LoadProblem`), not an exception. wandb is imported only when a run there is named.
 """
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.run_metadata import check_run_metadata
+from trainer.config.settings import Settings
 from trainer.config.text import shorten
 from trainer.report.run_data import RunData, RunRows, build_run, read_folder
 from trainer.tracking.records import EventRecord
@@ -184,7 +186,9 @@ def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """run.json again, from the W&B config that carries it; UserError where another program logged the run."""
     metadata = config.get("run")
     if isinstance(metadata, Mapping):
-        return check_run_metadata(dict(metadata), source="`run` of its W&B config")
+        metadata = check_run_metadata(dict(metadata), source="`run` of its W&B config")
+        # W&B writes 1.0 as 1: without their own types equal settings read as other ones
+        return {**metadata, "settings": json.loads(json.dumps(Settings.from_dict(metadata["settings"]).as_dict()))}
     if config.get("mode") == "card":
         raise UserError("is the card itself, which every comparison holds already")
     raise UserError("was logged by another program: its W&B config has no `run`")
