@@ -178,7 +178,7 @@ class FullVsLora:
     no_losses: str  #: why single records could not be paired
     excess: PairedInterval | None
     contrast: PairedInterval | None  #: excess beyond the margin
-    doubt: str  #: why these records do not let LoRA be called better or good enough
+    doubts: Mapping[str, str]  #: why these records do not let an answer be given that its interval would, by answer
     decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
     parameters: float  #: trainable ones, LoRA's / full's
     time: CostRatio
@@ -189,13 +189,20 @@ class FullVsLora:
         """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
         if self.blockers:
             return "not ranked"
-        if self.excess is None or self.doubt:
+        if self.excess is None:
             return "cannot tell"
-        if self.excess.high < 0:
-            return "better"
-        if self.contrast is not None and self.contrast.upper < 0:
-            return "good enough"
-        return "worse" if (self.contrast or self.excess).low > 0 else "cannot tell"
+        answers = {
+            "better": self.excess.high < 0,
+            "good enough": self.contrast is not None and self.contrast.upper < 0,
+            "worse": self.excess.low > 0 and (self.contrast or self.excess).low > 0,
+        }
+        shown = (answer for answer, is_shown in answers.items() if is_shown and answer not in self.doubts)
+        return next(shown, "cannot tell")
+
+    @property
+    def doubt(self) -> str:
+        """Why these records do not let LoRA be called good enough, or better; "" where nothing speaks against it."""
+        return self.doubts.get("good enough") or self.doubts.get("better", "")
 
     @property
     def is_margin_under_floor(self) -> bool:
@@ -239,7 +246,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
     reasons += [group.divergence for group in (full, lora) if group.divergence]
     losses, no_losses, excess, contrast = None, "", None, None
-    doubt, decisive = "", tuple[tuple[str, float], ...]()
+    doubts, decisive = dict[str, str](), tuple[tuple[str, float], ...]()
     full_loss, lora_loss = full.best_loss, lora.best_loss
     try:
         losses = None if reasons else match_losses(pairs)
@@ -250,10 +257,20 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
 
     if losses is not None:
         full_loss, lora_loss = losses.mean_loss(losses.full), losses.mean_loss(losses.lora)
-        excess = paired_interval(losses.lora - losses.full, losses.targets)
+        differences = losses.lora - losses.full
+        excess = paired_interval(differences, losses.targets)
+        doubts["better"] = question_units(losses, differences, excess, "better")
+        order = most_influential(differences, losses.targets, excess)
         if not margin.why_not(losses):
-            contrast = paired_interval(margin.contrast(losses), losses.targets)
-        doubt, decisive = question_units(losses, excess, contrast, margin)
+            beyond = margin.contrast(losses)
+            contrast = paired_interval(beyond, losses.targets)
+            doubts["good enough"] = question_units(losses, beyond, contrast, "good enough")
+            order = most_influential(beyond, losses.targets, contrast)
+        means = differences.mean(axis=0) / losses.targets
+        decisive = tuple((str(losses.units[i]), float(means[i])) for i in order)
+        if len(losses.units) < MIN_UNITS:
+            few = f"{len(losses.units)} {losses.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
+            doubts = dict.fromkeys(("better", "good enough", "worse"), few)
     elif no_losses:  # without single records: whole losses, and intervals over seeds alone
         best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
         full_loss, lora_loss = (sum(of_mode) / len(best) for of_mode in zip(*best, strict=True))
@@ -278,7 +295,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         no_losses=no_losses,
         excess=excess,
         contrast=contrast,
-        doubt=doubt,
+        doubts={answer: doubt for answer, doubt in doubts.items() if doubt},
         decisive=decisive,
         parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
         time=step_time,
@@ -286,27 +303,29 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
     )
 
 
+def most_influential(values: Matrix, targets: NDArray[np.float64], interval: PairedInterval) -> NDArray[np.int64]:
+    """The few units of `values` (seeds, units) that move their interval most."""
+    return np.argsort(-np.abs(values.mean(axis=0) - interval.estimate * targets))[:NUM_LEFT_OUT]
+
+
 def question_units(
-    losses: MatchedLosses, excess: PairedInterval, contrast: PairedInterval | None, margin: Margin
-) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """Why LoRA may not be called better or good enough by these units, "" where it may or is neither; the few units
-    that move the interval most, with LoRA's excess."""
-    num_units, name, differences = len(losses.units), losses.unit_name, losses.lora - losses.full
-    judged = contrast or excess
-    beyond = differences if contrast is None else margin.contrast(losses)
-    order = np.argsort(-np.abs(beyond.mean(axis=0) - judged.estimate * losses.targets))[:NUM_LEFT_OUT]
-    decisive = tuple((str(losses.units[i]), float(differences[:, i].mean() / losses.targets[i])) for i in order)
-    if num_units < MIN_UNITS:
-        return f"{num_units} {name} can be told apart, and at least {MIN_UNITS} are needed", decisive
-    if (excess.high if contrast is None else contrast.upper) >= 0:
-        return "", decisive
-    if judged.effective_units < MIN_UNITS:
-        worth = f"{num_units} {name} count for {judged.effective_units:.0f}, as a few of them differ most"
-        return f"{worth}, and at least {MIN_UNITS} are needed", decisive
-    again = paired_interval(np.delete(beyond, order, axis=1), np.delete(losses.targets, order))
-    if (again.high if contrast is None else again.upper) >= 0:
-        return f"without the {NUM_LEFT_OUT} {name} that differ most it would not be good enough", decisive
-    return "", decisive
+    losses: MatchedLosses, values: Matrix, interval: PairedInterval, answer: Literal["better", "good enough"]
+) -> str:
+    """Why these units do not let LoRA be called so, though the interval of `values` (seeds, units) is below 0.
+
+    Two-sided for better, one-sided for good enough; "" where they let it, or the interval is not below 0.
+    """
+    name, bound = losses.unit_name, "high" if answer == "better" else "upper"
+    if getattr(interval, bound) >= 0:
+        return ""
+    if interval.effective_units < MIN_UNITS:
+        worth = f"{len(losses.units)} {name} count for {interval.effective_units:.0f}, as a few of them differ most"
+        return f"{worth}, and at least {MIN_UNITS} are needed"
+    order = most_influential(values, losses.targets, interval)
+    again = paired_interval(np.delete(values, order, axis=1), np.delete(losses.targets, order))
+    if getattr(again, bound) >= 0:
+        return f"without the {NUM_LEFT_OUT} {name} that differ most it would not be {answer}"
+    return ""
 
 
 def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> Pairs:

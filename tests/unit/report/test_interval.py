@@ -235,9 +235,10 @@ def test_unequal_records_do_not_make_lora_good_enough(shape, num_studies, num_se
         margin = Margin(kind="nats", value=truth)
         units = {"units": np.arange(num_units).astype(str), "unit_name": "records"}
         losses = SimpleNamespace(lora=differences, full=np.zeros_like(differences), targets=targets, **units)
-        excess, contrast = (paired_interval(d, targets) for d in (differences, margin.contrast(losses)))
-        covered.append(excess.low <= truth <= excess.high)
-        called.append(contrast.upper < 0 and not question_units(losses, excess, contrast, margin)[0])
+        beyond = margin.contrast(losses)
+        contrast = paired_interval(beyond, targets)
+        covered.append(covers(differences, targets, truth))
+        called.append(contrast.upper < 0 and not question_units(losses, beyond, contrast, "good enough"))
     is_rare, slack = shape == "few carry the excess" and num_units < 100, 0.0 if num_studies == 3000 else 0.03
     label = f"{shape}, {num_seeds} seeds, {num_units} records"
     assert print_share(f"{label}: coverage", covered) >= (0.82 if is_rare else 0.92) - slack

@@ -12,9 +12,7 @@ import pytest
 from helpers.fake_runs import make_metadata, write_eval_records
 
 from trainer.config.errors import UserError
-from trainer.report.comparable import (
-    group_by_seed,
-)
+from trainer.report.comparable import group_by_seed
 from trainer.report.interval import paired_interval
 from trainer.report.judge import DEFAULT_MARGIN, CostRatio, Margin, StudyContext, parse_margin
 from trainer.report.run_data import RunData, read_folder
@@ -78,6 +76,8 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
     (comparison,) = answer["comparisons"]
     assert (answer["answer"], comparison["seeds"], comparison["lora"]["lr"]) == ("worse", [0, 1, 2], 0.005)
     assert comparison["excess"]["low"] == pair.excess.low > 0
+    unsure = dataclasses.replace(pair.excess, low=-0.01)  # as where full lost, and the margin is below 0
+    assert dataclasses.replace(pair, excess=unsure).answer == "cannot tell"
     assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
 
 
@@ -254,15 +254,16 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
     )
 
 
-def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough(make_run: MakeRun) -> None:
+def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough_or_better(make_run: MakeRun) -> None:
     rng = np.random.default_rng(4)
     base, full = np.full(len(TARGETS), 4.0), 2.0 + 0.01 * rng.standard_normal(len(TARGETS))
     few, some = np.zeros(len(TARGETS)), 0.12 * rng.standard_normal(len(TARGETS))
     few[:3] = -9.0
     some[:5] -= 0.6
-    for shift, said in (
-        (0.05 + few, "as a few of them differ most, and at least 20 are needed"),
-        (0.06 + some, "without the 5 validation blocks that differ most"),
+    for shift, answer, said in (
+        (0.05 + few, "cannot tell", "as a few of them differ most, and at least 20 are needed"),
+        (0.06 + some, "cannot tell", "without the 5 validation blocks that differ most it would not be good enough"),
+        (some - 0.03, "good enough", "without the 5 validation blocks that differ most it would not be better"),
     ):
         runs = [
             make_run(
@@ -276,8 +277,9 @@ def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough(ma
             for mode, losses in (("full", full), ("lora", full + shift + 0.002 * rng.standard_normal(len(TARGETS))))
         ]
         verdict = judge_runs(*runs, margin=Margin(kind="nats", value=0.08))
-        assert (verdict.primary.answer, verdict.primary.contrast.upper < 0) == ("cannot tell", True), verdict.sentence
-        assert said in verdict.sentence
+        assert (verdict.primary.answer, verdict.primary.contrast.upper < 0) == (answer, True), verdict.sentence
+        assert (verdict.primary.excess.high < 0) == (answer == "good enough"), "better, if it were not for the few"
+        assert (said in verdict.sentence) == (answer == "cannot tell")
         assert any("record0000 (-" in line and "of the spread" in line for line in verdict.details)
         (comparison,) = to_answer(verdict)["comparisons"]
         assert said in comparison["doubt"]
@@ -324,8 +326,8 @@ def test_the_verdict_gives_no_number_for_incomparable_runs_and_says_that_only_on
     )
     assert (verdict.comparisons, verdict.headlines) == ((), ())
     assert judge_runs(make_run("lora", [4.0, 4.5])).sentence == (
-        "LoRA did not improve on its base (4.0000 -> 4.0000 at best); there is no finished full run to compare with."
-    ).replace("-> 4.0000", "-> 4.5000")
+        "LoRA did not improve on its base (4.0000 -> 4.5000 at best); there is no finished full run to compare with."
+    )
 
 
 def test_two_data_sets_are_two_verdicts(make_run: MakeRun) -> None:
