@@ -98,6 +98,8 @@ def test_a_wandb_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, e
     assert wandb_mode(None) == "online"
     (tmp_path / "other").write_text("machine\nmachine machine")  # broken: nobody is logged in
     assert wandb_mode(None) == "offline"
+    environ["NETRC"] = "x" * 5000  # which cannot even be looked for, as in a home folder of somebody else
+    assert wandb_mode(None) == "offline"
 
 
 def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, environ) -> None:

@@ -81,8 +81,8 @@ def is_logged_in() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or _settings_entry("base_url")).netloc
     paths = [path_from_environment("NETRC", name) for name in ("~/.netrc", "~/_netrc")]
-    path = next((path for path in paths if path.exists()), None)
     try:
+        path = next((path for path in paths if path.exists()), None)
         logins = netrc.netrc(path).hosts if path else {}
     except (OSError, netrc.NetrcParseError):
         return False
