@@ -65,15 +65,25 @@ def test_the_server_that_trials_are_forked_from_says_nothing_to_the_user():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_why_a_process_cannot_begin_stands_in_its_log(tmp_path):
+    (tmp_path / "process").touch()
+    exit_code, output = run([], tmp_path)
+    assert (exit_code, output.count("\n")) == (2, 1), output
+    assert output.startswith(f"error: {tmp_path / 'process'}: cannot write there: File exists; ")
+
+
 def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path, monkeypatch):
     """A GPU that a fork's parent has looked at cannot be used by the fork."""
     script = tmp_path / "script.py"
     monkeypatch.setattr(processes, "TRAIN_SCRIPT", script)
     script.write_text(
         "import os, sys\n"
-        "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"
+        "facts = sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules\n"
+        "sys.stdout.write(' '.join(map(str, facts)) + '\\n')\n"  # at once: torchrun's ranks have no buffer
         "sys.exit(3)\n"
     )
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "log").write_text("of an earlier run\n")
     assert run(["alone"], tmp_path / "alone", Slot(gpus=("5",), num_threads=1)) == (3, "alone 5 None False\n")
     script.write_text(script.read_text().replace("sys.exit(3)", ""))
     exit_code, output = run(["two"], tmp_path / "two", Slot(gpus=("2", "3"), num_threads=1))

@@ -105,16 +105,17 @@ def run_environ(slot: Slot, group: str = "") -> dict[str, str]:
 
 def _run(slot: Slot, target: Callable[..., None], args: tuple[Any, ...], env: Mapping[str, str], folder: Path) -> None:
     end_with_parent()
-    # Held until this process ends: the run of a worker that has died may be about to end.
+    with open(os.devnull, "rb") as null, open(folder / "log", "ab") as output:
+        for descriptor, file in enumerate((null, output, output)):
+            os.dup2(file.fileno(), descriptor)
+    # Held until this process ends: the run of a worker that has died may be about to end, and to write its log.
     try:
         lock = acquire_when_free(folder / "process")
     except UserError as error:
         sys.exit(report_error(error))
+    os.truncate(folder / "log", 0)
     os.environ.clear()
     os.environ.update(env)
-    with open(os.devnull, "rb") as null, open(folder / "log", "wb") as output:
-        for descriptor, file in enumerate((null, output, output)):
-            os.dup2(file.fileno(), descriptor)
     target(slot, *args)
     del lock
 
