@@ -134,7 +134,7 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
     for arguments, expected in (
         ([runs[0], "--prompts", twice], f"--prompts {twice}, line 1: the key 'prompt' stands twice in an object"),
         ([tmp_path], "no run.json there"),
-        ([runs[0], "--prompts", half], "holds half a character"),
+        ([runs[0], "--prompts", half], f"--prompts {half}, line 1: column 'text' holds half a character"),
         ([runs[0], "--prompt", "w1 \udc80"], "--prompt: column 'text' holds half a character"),
         ([runs[0], "--prompts", tmp_path / "none"], "cannot be read"),
         ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),

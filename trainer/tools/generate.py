@@ -130,8 +130,8 @@ class _Completer:
             try:
                 if line.strip():
                     prompts.append(self._parse(parse_json(line)))
-            except (ValueError, RecordError) as error:
-                raise UserError(f"{name}, line {number}: {error}") from None
+            except (ValueError, RecordError, UserError) as error:
+                raise UserError(f"{name}, line {number}: {str(error).removeprefix('--prompt: ')}") from None
         if not prompts:
             raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
         return prompts
