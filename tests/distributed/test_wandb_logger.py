@@ -357,6 +357,7 @@ def test_an_online_wandb_run_sends_rows_axes_config_no_secret_and_nothing_unknow
 
 EXTRAS_CODE = """
 from trainer.tracking.records import EventRecord
+run["data"]["source"] = "a" * 65 + ".csv"  # W&B takes no tag that is longer than 64
 text = {"prompt": "p", "reference": "r", "base": "b", "completion": "c"}
 for record in list(records):
     if record.kind == "eval":
@@ -377,6 +378,7 @@ def test_a_table_or_an_alert_that_fails_costs_itself_only(unanswered: tuple[str,
         output, errors = process.communicate(timeout=60)
     run = server.runs[METADATA["run_id"]]
     assert (process.returncode, run.exit_code, errors) == (0, 0, "")
+    assert run.fields["tags"] == ["lora", "demo-base", "a" * 64]
     assert [row["sample/chrf"] for row in run.history if "sample/chrf" in row] == [12.5] * 4
     rows = [{name: x for name, x in row.items() if not name.startswith("sample/")} for row in run.history]
     assert_history(rows, RECORDS)
