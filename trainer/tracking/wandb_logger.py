@@ -234,16 +234,15 @@ class WandbLogger:
 
     def log(self, record: Record, *, is_new: bool = True) -> None:
         """`is_new`: False for a record of the past, of which nobody is alerted."""
-        is_samples = isinstance(record, EventRecord) and record.event == "samples"
-        if isinstance(record, EventRecord) and not is_samples:
+        if isinstance(record, EventRecord) and record.event != "samples":
             self._run.summary.update(wandb_summary(record))
+            if record.event == "diagnosis" and is_new:
+                title, text = f"{record.facts['topic']} (step {record.step})", record.message
+                self._log_extra("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
         elif record.step > self._last_logged_step:
             self._run.log(wandb_row(record), step=record.step)
-        if isinstance(record, EventRecord) and is_samples and record.step > self._last_logged_step:
-            self._log_extra("the table of samples", lambda: self._log_samples(record))
-        elif isinstance(record, EventRecord) and record.event == "diagnosis" and is_new:
-            title, text = f"{record.facts['topic']} (step {record.step})", record.message
-            self._log_extra("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
+            if isinstance(record, EventRecord):
+                self._log_extra("the table of samples", lambda: self._log_samples(record))
 
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout."""
@@ -304,9 +303,8 @@ def _last_step(folder: Path, run_id: str) -> int:
     """The last step that earlier processes logged under this id, read from their files; -1 without any."""
     last_step = -1
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError, TypeError
-        ):  # of a foreign file what could be read
+        # Of a foreign file what could be read counts.
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             for record in WandbFile(path):
                 last_step = max(last_step, record.get("history", {}).get("item", {}).get("_step", -1))
     return last_step
