@@ -396,10 +396,19 @@ def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(
     assert not (stub_dir / "refused" / "answer.json").exists()
 
 
-def test_too_few_test_units_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch):
-    monkeypatch.setenv("STUB_TEST", "19")
+@pytest.mark.parametrize(
+    ("num_units", "message"),
+    [
+        ("19", "--test-fraction: 19 test records, or groups of them; expected 20 or more"),
+        ("none", "ValueError: invalid literal for int() with base 10: 'none'"),  # of the process that plans
+    ],
+)
+def test_too_few_test_units_and_a_run_that_cannot_be_planned_are_refused_before_the_first_trial(
+    num_units, message, stub_dir, capsys, monkeypatch
+):
+    monkeypatch.setenv("STUB_TEST", num_units)
     assert run_study([]) == 2
-    assert "error: --test-fraction: 19 test records, or groups of them; expected 20 or" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not (stub_dir / "study").exists()
 
 
