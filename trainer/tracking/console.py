@@ -30,7 +30,8 @@ def is_terminal() -> bool:
 
 def make_console() -> Console:
     """A rich console on stdout; colours only on a terminal, and none under NO_COLOR."""
-    return Console(file=sys.stdout, force_terminal=is_terminal(), highlight=False)
+    width = None if is_terminal() else 1000  # in a file no number is cut to fit
+    return Console(file=sys.stdout, force_terminal=is_terminal(), highlight=False, width=width)
 
 
 class ProgressBar:

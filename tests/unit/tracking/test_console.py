@@ -133,6 +133,7 @@ def test_the_summary_has_every_evaluation_or_of_many_the_whole_epochs_the_best_a
     evals = [eval_record(step, step / 10, abs(1.6 - step / 10) + 1.4) for step in (0, 4, 8, 10, 12, 16, 19)]
     repeated = eval_record(10, 1.0, 1.9)  # by a resumed run
     mean = epoch_record(10, 1.0, 2.5)
+    monkeypatch.setenv("COLUMNS", "40")  # of the shell: a file has no width
     show_summary([*evals, repeated, mean], ["other data", "unknown"], with_reference=True)
     lines = capsys.readouterr().out.split("\n")[1:-1]
     assert [line.split("|")[1].strip() for line in lines[2:-3]] == ["0", "0.4", "0.8", "1", "1.2", "1.6", "1.9"]
