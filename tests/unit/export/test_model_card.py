@@ -65,6 +65,10 @@ def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
     config = "generation_config=GenerationConfig.from_pretrained(ADAPTER)"
     base = f'AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})'
     assert f"`PeftModel.from_pretrained({base}, ADAPTER)`" in text
+    for last_step in (6, 9):
+        text = render_model_card(metadata, [], VerificationResult(), step=6, last_step=last_step)
+        assert "weights with the lowest validation loss of those that were saved" in text
+        assert ("training went on to step 9." in text) == ("training went on" in text) == (last_step == 9)
     metadata["model"]["init"] = "random"
     assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
 
