@@ -252,6 +252,16 @@ def test_completions_that_repeat_their_references_get_full_marks_and_no_room_for
             assert event.facts["scores"] == pytest.approx(PERFECT_SCORES)
 
 
+def test_a_resumed_run_takes_the_base_models_texts_of_the_same_prompts_only():
+    texts = [{"prompt": name, "completion": f"after {name}"} for name in ("a", "b")]
+    event = EventRecord(event="samples", step=0, message="", time=1.0, facts={"seconds": 0.5, "texts": texts})
+    for names, expected in (("abc", ["after a", "after b"]), ("a", ["after a", "after b"]), ("xb", [])):
+        prompts = [SimpleNamespace(text=name) for name in names]
+        samples: Any = SimpleNamespace(prompts=prompts, elapsed_seconds=0.0, base_completions=[])
+        assert list(GenerationEvaluator.replay(samples, [event])) == [event]
+        assert (samples.base_completions, samples.elapsed_seconds) == (expected, 0.5)
+
+
 def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
     logged: list[tuple[dict[str, Any], int]] = []
     run: Any = SimpleNamespace(log=lambda row, step: logged.append((row, step)), summary={}, finish=lambda **_: None)

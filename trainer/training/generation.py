@@ -89,8 +89,10 @@ class GenerationEvaluator:
             if isinstance(record, EventRecord) and record.event == "samples":
                 with contextlib.suppress(KeyError, TypeError):  # facts that somebody edited
                     self.elapsed_seconds += record.facts["seconds"]
-                    if record.step == 0:
-                        self.base_completions = [text["completion"] for text in record.facts["texts"]]
+                    texts = record.facts["texts"]
+                    is_of_these = all(t["prompt"] == p.text for t, p in zip(texts, self.prompts, strict=False))
+                    if record.step == 0 and is_of_these:  # a resume may be allowed other data
+                        self.base_completions = [text["completion"] for text in texts]
             yield record
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:
