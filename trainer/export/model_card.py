@@ -40,7 +40,8 @@ def render_model_card(
     resolved = metadata["resolved"]  # and by what a resume before this step went on
     for record in records:
         if isinstance(record, EventRecord) and record.event == "resumed" and record.step < step:
-            resolved = resolved | record.facts.get("resolved", {})
+            changed = record.facts.get("resolved")
+            resolved = resolved | changed if isinstance(changed, dict) else resolved
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
     is_adapter = metadata["mode"] == "lora" and not is_merged
     base_model = {}

@@ -187,7 +187,8 @@ class DiagnosticsMonitor:
                 evidence = {"skipped": num_skipped, "steps": num_steps}
                 yield Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
         elif isinstance(record, EventRecord) and record.event == "resumed":
-            self._note_resume(record.facts.get("changed", {}))
+            changed = record.facts.get("changed")
+            self._note_resume(changed if isinstance(changed, dict) else {})
         elif isinstance(record, EventRecord) and record.event == "not_finite":
             for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
             yield self._diverging(record.message.split(";", 1)[0], {"step": record.step}, for_precision)

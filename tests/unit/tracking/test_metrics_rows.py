@@ -284,11 +284,14 @@ def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_pa
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("facts", [{}, {"code": [1], "seconds": "x", "texts": 1}, {"seconds": 1.0, "texts": [1]}])
+@pytest.mark.parametrize(
+    "facts", [{}, {"code": [1], "seconds": "x", "texts": 1, "changed": 1}, {"seconds": 1.0, "texts": [1]}]
+)
 def test_events_with_edited_facts_are_taken_up_by_a_resume(facts):
     """After --allow-change records: the file's form is checked, not what stands in the facts."""
-    events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in ("samples", "diagnosis")]
-    samples = SimpleNamespace(elapsed_seconds=0.0, base_completions=[])
+    names = ("samples", "diagnosis", "resumed")
+    events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in names]
+    samples = SimpleNamespace(elapsed_seconds=0.0, base_completions=[], prompts=[SimpleNamespace(text="x")])
     assert DiagnosticsMonitor(make_metadata("full")).replay(GenerationEvaluator.replay(samples, events)) == []
 
 
