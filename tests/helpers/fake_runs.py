@@ -17,10 +17,7 @@ from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Recor
 from trainer.training.schedule import learning_rate
 
 NUM_EXAMPLES, NUM_PARAMS, BLOCK_SIZE = 240, 2_000_000, 256
-INITIAL_LOSS, LOSS_FLOOR = (
-    4.0,
-    {"full": 2.0, "lora": 2.1},
-)  # of the invented validation loss
+INITIAL_LOSS, LOSS_FLOOR = 4.0, {"full": 2.0, "lora": 2.1}  # of the invented validation loss
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class _MeanSquares:
             components = VarianceComponents(seed=seed, unit=unit, rest=self.rest)
         p_values = []
         for error, freedom, skewness in errors:
-            x = abs(estimate) / error if error > 0 else math.inf * (estimate != 0)
+            x = abs(estimate) / error if error > 0 else math.inf if estimate else 0.0
             k = math.copysign(skewness, skewness * estimate)
             t = min(x, x + k * x**2 / 3 + k**2 * x**3 / 27 + k / 6) if k and math.isfinite(x) else x
             p_values.append(2 * float(stdtr(freedom, -max(t, 0.0))))

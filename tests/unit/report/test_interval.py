@@ -96,7 +96,8 @@ def test_crossed_seeds_and_units_are_the_two_way_analysis_of_variance_by_hand():
 def test_the_estimate_weighs_units_by_their_targets_and_equal_models_differ_by_nothing():
     assert paired_interval(np.array([[1.0, 9.0]]), np.array([10.0, 30.0])).estimate == pytest.approx(10 / 40)
     same = paired_interval(np.zeros((3, 5)), np.ones(5))
-    assert (same.low, same.high, same.excludes_zero) == (0.0, 0.0, False)
+    assert (same.low, same.high, same.p_value, same.excludes_zero) == (0.0, 0.0, 1.0, False)
+    assert (seeds_interval([0.0, 0.0]).p_value, seeds_interval([0.5, 0.5]).p_value) == (1.0, 0.0)
     sums = sum_by_unit(np.array([[1.0, 2.0, 4.0, 8.0]]), ["b", "a", "b", "a"])  # records of one group are one unit
     np.testing.assert_array_equal(sums, [[10.0, 5.0]])
 

@@ -200,6 +200,9 @@ def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRu
     assert "is worse than full (lr 0.0005) by 0.5133 nats per token [+0.4990, +0.5277], on this" in verdict.sentence
     assert "on this validation set alone" in verdict.sentence
     assert any("an interval over seeds alone holds for this validation set only" in line for line in verdict.details)
+    equal = judge_runs(*(make_run(mode, [4.0, 2.0], seed=seed) for mode in ("full", "lora") for seed in (0, 1)))
+    assert (equal.primary.excess.p_value, equal.views[0].difference.p_value) == (1.0, 1.0)
+    json.dumps(to_answer(equal), allow_nan=False)
     again = [dataclasses.replace(run, run_id=f"{run.run_id}-again") for run in runs[::3]]
     verdict = judge_runs(*runs[::3], *again)
     assert len(verdict.primary.pairs) == 1, "the same seed twice is not a second sample"
