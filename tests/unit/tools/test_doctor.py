@@ -92,9 +92,8 @@ def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
     )
 
 
-def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_shared: int = 0) -> PreparedDataset:
-    metadata: dict[str, Any] = {"vocabulary": 3000, "equal_to_train": {"val": num_shared}}
-    metadata["repeated_in_train"] = len(train) - len(set(map(tuple, train)))
+def make_data(train: list[list[int]], val: list[list[int]], first: int = 1) -> PreparedDataset:
+    metadata: dict[str, Any] = {"repeated_in_train": len(train) - len(set(map(tuple, train)))}
     datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
     for split, dataset in datasets.items():
         num_target_tokens = int(dataset.num_target_tokens().sum())
@@ -112,10 +111,9 @@ def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
     [
         *(
             (name, "ok", make_data(make_texts(600, 1), make_texts(200, 2)))
-            for name in ("validation", "duplicates", "repeats", "masked")
+            for name in ("validation", "repeats", "masked")
         ),
         ("validation", "warning", make_data(make_texts(600, 1), make_texts(5, 2))),
-        ("duplicates", "warning", make_data(make_texts(300, 1), make_texts(300, 1), num_shared=300)),
         ("repeats", "warning", make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
         ("masked", "warning", make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
         ("masked", "error", make_data(make_texts(600, 1), make_texts(200, 2), first=30)),
@@ -254,6 +252,10 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     assert (code, report["error"]) == (0, 0), report["checks"]
     assert {check["section"] for check in report["checks"]} >= {"environment", "run", "data"}
     assert [row["ds_config"] for row in report["memory"]] == list(DS_CONFIG_NAMES)
+    leaked = tiny_argv(tiny_model, data_files, f"{text} --val-data {data_files[0]} --allow-leakage")
+    _, printed = run_doctor(leaked, capsys)
+    warnings = [check["message"] for check in json.loads(printed)["checks"] if check["level"] == "warning"]
+    assert any(w.startswith("25 of 25 validation records also stand in the training data") for w in warnings)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
     code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)

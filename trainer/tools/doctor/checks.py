@@ -26,7 +26,6 @@ OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
 
 DISTRIBUTION = "gpt2-full-vs-lora"
 MIN_VAL_EXAMPLES, MIN_VAL_TOKENS = 30, 5_000  # of validation; fewer, and chance moves its loss
-MAX_SHARED_SHARE = 0.01  # of the validation records, that also stand in the training data
 MAX_REPEATED_SHARE = 0.1  # of the training texts
 MIN_TARGET_SHARE = 0.1  # of the training tokens
 TIGHT_SHARE = 0.9  # of the memory; above it the allocator's gaps may not fit
@@ -110,10 +109,6 @@ def check_data(data: PreparedDataset) -> Iterator[Check]:
     message = "{records:,} records, {examples:,} examples, {num_target_tokens:,} target tokens".format(**val)
     remedy = f"under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens chance decides: "
     yield judge(is_small, WARNING, "validation", message, remedy + "raise --val-fraction or give --val-data")
-    num_shared = data.metadata["equal_to_train"]["val"]
-    message = f"{num_shared:,} of {val['records']:,} validation records also stand in the training data"
-    remedy = "drop them from one side: the validation loss partly measures memorization"
-    yield judge(num_shared > MAX_SHARED_SHARE * val["records"], WARNING, "duplicates", message, remedy)
     num_repeated = data.metadata["repeated_in_train"]
     message = f"{num_repeated:,} of {train['records']:,} training records are repeats"
     is_bad = num_repeated > MAX_REPEATED_SHARE * train["records"]

@@ -12,7 +12,7 @@ from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools.doctor import checks
-from trainer.tools.doctor.checks import ERROR, LEVELS, OK, Check, format_bytes, judge
+from trainer.tools.doctor.checks import ERROR, LEVELS, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.doctor.prove import prove
 from trainer.tools.doctor.rehearsal import estimate_costs, rehearse
 from trainer.tools.trial_engine import FINDER_FILES, plan_run
@@ -107,4 +107,4 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
     yield judge(is_used, ERROR, "run folder", message, "another --output-dir, or --resume to go on with that run")
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
     for name, text in run["plan"].summary_lines():
-        yield Check(OK, name, text)
+        yield Check(WARNING if name == "warning" else OK, name, text)
