@@ -289,7 +289,7 @@ def write_rows(
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
-    train_blocks = writers["train"].read_back() if settings.objective == "blocks" else None
+    train_block_ids = set(writers["train"].block_ids()) if settings.objective == "blocks" else set()
     used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].counts["records"]]
     facts = {
         **checked,
@@ -309,7 +309,7 @@ def write_rows(
         "objective": settings.objective,
         "block_size": settings.block_size,
         "train": writers["train"].counts,
-        **{s: writers[s].counts | writers[s].write_row_info(train_blocks) for s in SPLITS if s != "train"},
+        **{s: writers[s].counts | writers[s].write_row_info(train_block_ids) for s in SPLITS if s != "train"},
         "notices": [
             *(line for writer in writers.values() for line in writer.notices(settings.unusable_records)),
             *checked["notices"],

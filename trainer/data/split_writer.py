@@ -10,7 +10,7 @@ from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data.chat import ChatTemplate, MaskError
-from trainer.data.dataset import NO_ROWS, Row, TokenDataset, TokenIds, map_rows
+from trainer.data.dataset import Row, TokenDataset, TokenIds, map_rows
 from trainer.data.formats import Example, content_hash
 from trainer.data.tokenizer import count_target_bytes, mark_targets
 
@@ -147,25 +147,22 @@ class SplitWriter:
             lines += [line] if number else []
         return lines
 
-    def read_back(self) -> TokenDataset:
+    def _read_back(self) -> TokenDataset:
         """The rows, once the writer is closed."""
         return map_rows(self.folder, self.split, self.dtype, self.counts, "mask" in self._files)
 
-    def write_row_info(self, train: TokenDataset | None) -> dict[str, int]:
-        """Write who the rows of an evaluation split are; returns the sums of it.
+    def block_ids(self) -> list[str]:
+        """What tells blocks apart, which are no single records: a hash of the token ids of each."""
+        blocks = self._read_back()
+        return [f"{content_hash(blocks.row(i).astype('<u4').tobytes()):016x}" for i in range(len(blocks))]
 
-        `train`: the training blocks, None where its rows are single records.
-        """
+    def write_row_info(self, train_block_ids: set[str]) -> dict[str, int]:
+        """Write who the rows of an evaluation split are; returns the sums of it."""
         import pandas as pd
 
-        dataset, rows = self.read_back(), self.rows
-        if self.is_blocks:  # no single record: a hash of their token ids
-            block_ids, train_ids = (
-                [f"{content_hash(blocks.row(i).astype('<u4').tobytes()):016x}" for i in range(len(blocks))]
-                for blocks in (dataset, train if train is not None and len(dataset) else NO_ROWS)
-            )
-            trained_on = set(train_ids)
-            rows = [(row_id, None, row_id in trained_on) for row_id in block_ids]
+        dataset, rows = self._read_back(), self.rows
+        if self.is_blocks:
+            rows = [(row_id, None, row_id in train_block_ids) for row_id in self.block_ids()]
         frame = pd.DataFrame(rows, columns=["id", "group", "in_train"])
         frame["occurrence"] = frame.groupby("id").cumcount()
         frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)

@@ -297,7 +297,9 @@ def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, pre
         problem = f"--val-data .*v.csv: {num_shared} of 200 validation records also .* under 50%, or --allow-leakage"
         with pytest.raises(UserError, match=problem):
             prepare_file(file, val_data=str(val), **options)
-        assert prepare_file(file, val_data=str(val), allow_leakage=True, **options).metadata["val"]["records"] == 200
+        prepared = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
+        assert prepared.metadata["val"]["records"] == 200
+        assert prepared.row_info("val")["in_train"].all() == (num_shared == 200), "blocks of equal texts are equal"
         with pytest.raises(UserError, match=problem):  # what was prepared with the flag
             prepare_file(file, val_data=str(val), **options)
     for name in ("train", "validation"):
