@@ -35,7 +35,8 @@ from trainer.tracking.records import EvalRecord, EventRecord
 
 
 def make_rows(num_rows: int = 5) -> pd.DataFrame:
-    ids = pd.Series(["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"])
+    numbers = [0xAA, *range(num_rows - 2), 0xAA]
+    ids = pd.Series([f"{n * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in numbers])  # no more compressible than hashes
     return pd.DataFrame(
         {
             "id": ids,
@@ -79,7 +80,7 @@ def test_the_stored_sums_give_the_reported_loss_to_the_last_bit(tmp_path):
     assert list(frame["nll"]) == nll
     assert not frame.duplicated(["id", "occurrence"]).any(), "equal records are told apart"
     assert frame["occurrence"].iloc[[0, 171, -1]].tolist() == [0, 1, 2]
-    assert folder_size(tmp_path) < 25 * len(frame) + 4000
+    assert folder_size(tmp_path) < 25 * len(frame)
 
 
 ALL = [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val")]
