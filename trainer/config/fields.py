@@ -37,6 +37,13 @@ def _refuse_null_byte(text: str) -> str:
     return text
 
 
+def _refuse_empty(text: str) -> str:
+    """Not `min_length` of pydantic, for the same reason."""
+    if not text:
+        raise ValueError("empty")
+    return _refuse_null_byte(text)
+
+
 MAX_INT = 2**63 - 1
 Switch = Annotated[bool, Accepts("true or false")]
 Int = Annotated[int, Accepts("a whole number", ge=-MAX_INT, le=MAX_INT)]
@@ -48,13 +55,12 @@ PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan
 Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
-Name = Annotated[str, Accepts("a name", _refuse_null_byte, min_length=1)]
+Name = Annotated[str, Accepts("a name", _refuse_empty)]
 UserPath = Annotated[
     str,
     Accepts(
         "a name, a file or a folder (~ or ~user for a home folder)",
-        lambda text: expand_user_path(_refuse_null_byte(text)),
-        min_length=1,
+        lambda text: expand_user_path(_refuse_empty(text)),
     ),
 ]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
