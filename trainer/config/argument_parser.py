@@ -80,8 +80,9 @@ class ArgumentParser(argparse.ArgumentParser):
                     f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
                     "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
                 )
-            if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
-                raise UserError(f"{word[:-3]} --: expected another value")
+            flag, _, text = word.partition("=")
+            if flag.startswith("--") and text == "--":  # of which argparse makes an empty list
+                raise UserError(f"{flag} --: expected another value")
         parsed = super().parse_known_args(argv, namespace)
         for action in self._actions:
             values, flags = getattr(parsed[0], action.dest, None), action.option_strings

@@ -105,8 +105,8 @@ def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> lis
             value = values.get(field.name)
             if unwrap(field.type) is bool:  # a switch turns its default round
                 argv += [flag_of(field)] if field.name in values and value != field.default else []
-            elif value is not None:
-                argv += [flag_of(field), ",".join(value) if isinstance(value, tuple) else str(value)]
+            elif value is not None:  # in one word, as a value may begin with a dash
+                argv.append(f"{flag_of(field)}={','.join(value) if isinstance(value, tuple) else value}")
     return argv
 
 

@@ -247,13 +247,14 @@ def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
 
 
 def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
-    flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
-    settings = cli.parse_args([*flags.split(), "a b"]).settings
+    flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --prompt=-{x} --completion={y}=--"
+    settings = cli.parse_args([*flags.split(), "--output-dir", "a b"]).settings
     again = cli.parse_args(cli.to_argv(settings, {"train": {"max_steps": 4}})).settings
     assert again.train.max_steps == 4
     assert again.lora.target_modules == ("c_attn", "c_fc")
     assert not again.data.shuffle
     assert again.output.output_dir == "a b"
+    assert (again.data.prompt, again.data.completion) == ("-{x}", "{y}=--")
 
 
 YAML_PARTS = st.sampled_from(
