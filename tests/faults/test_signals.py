@@ -151,6 +151,8 @@ def test_a_frozen_rank_is_named(target_rank, argv, out):
     group.send_signal(signal.SIGCONT, target_rank)
     assert group.wait(40) == [1, 1, 1], group.output
     assert group.error_line
+    stacks = {f"rank-{rank}.txt" for rank in range(3) if rank != target_rank}  # its own are not read while it runs on
+    assert {path.name for path in (out / "stacks").iterdir()} == stacks
 
 
 def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):

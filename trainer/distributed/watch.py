@@ -178,8 +178,8 @@ class Watchdog:
         self._hang_timeout_seconds = math.inf
         self._last_tick_time = time.monotonic()
         self._silent_until_tick = -1.0  # after this process was frozen
-        self._stacks: Any = None  # an open file, while hangs are watched for
-        self._stacks_tick = 0  # when it was last put off to write there
+        self._stacks_path: Path | None = None  # for this rank's, while hangs are watched for
+        self._stacks_due_tick = math.inf  # after which they are written there
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         if store is not None:
@@ -194,9 +194,7 @@ class Watchdog:
         """The main thread moves; `step`: the one that it begins."""
         self._heartbeats += 1
         self._step = self._step if step is None else step
-        if self._stacks is not None and self._stacks_tick != self._ticks:  # its thread runs where all Python waits
-            self._stacks_tick = self._ticks
-            faulthandler.dump_traceback_later(self._hang_timeout_seconds, file=self._stacks)
+        self._stacks_due_tick = self._ticks + self._hang_timeout_seconds / TICK_SECONDS
 
     @contextlib.contextmanager
     def watch_for_hangs(self, hang_timeout_seconds: float, folder: Path | None = None) -> Iterator[None]:
@@ -206,26 +204,21 @@ class Watchdog:
         suspended (Ctrl-Z, a sleeping laptop) is not ended.
         """
         self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
-        path, has_finished = (folder or Path()) / "stacks" / f"rank-{self.rank}.txt", False
-        if self._store is not None and folder is not None and folder.is_dir():
-            with contextlib.suppress(OSError):  # a full disk costs the stacks only
-                path.parent.mkdir(exist_ok=True)
-                self._stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115
-                faulthandler.dump_traceback_later(hang_timeout_seconds, file=self._stacks)
+        self._stacks_due_tick = self._ticks + hang_timeout_seconds / TICK_SECONDS
+        if folder is not None and folder.is_dir():
+            self._stacks_path = folder / "stacks" / f"rank-{self.rank}.txt"
         try:
+            self._delete_stacks()  # of an earlier part of the run
             yield
-            has_finished = True
+            self._delete_stacks()  # kept on an error: the end of a hung rank fails the collective of one that waits
         finally:
-            self._is_watching = False
-            if self._stacks is not None:
-                faulthandler.cancel_dump_traceback_later()
-                self._stacks.close()
-                self._stacks = None
-                with contextlib.suppress(OSError):
-                    # The end of a hung rank fails the collective in which this one waits: what hung is kept.
-                    if has_finished or not path.stat().st_size:
-                        path.unlink()
-                        path.parent.rmdir()  # once the last rank has ended
+            self._is_watching, self._stacks_path = False, None
+
+    def _delete_stacks(self) -> None:
+        if self._stacks_path is not None:
+            with contextlib.suppress(OSError):
+                self._stacks_path.unlink()
+                self._stacks_path.parent.rmdir()  # once the last rank has
 
     def claim_error_report(self) -> bool:
         """Whether this rank, which has failed, reports why: the first to ask does."""
@@ -317,6 +310,9 @@ class Watchdog:
             if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
                 self._silent_until_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
             self._last_tick_time = time.monotonic()
+            if self._stacks_path is not None and self._ticks > self._stacks_due_tick:
+                self._stacks_due_tick = math.inf
+                call_with_timeout(2.0, partial(self._write_stacks, self._stacks_path))
             still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
             if self._failure_tick is not None:
                 if (self._ticks - self._failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
@@ -328,6 +324,14 @@ class Watchdog:
             elif self._is_watching and self._states and still_seconds > self._hang_timeout_seconds:
                 self._report_hang()
                 os._exit(1)
+
+    def _write_stacks(self, path: Path) -> None:
+        """`faulthandler.dump_traceback_later` would read them while Python runs on after SIGCONT, and crash there."""
+        with open(os.memfd_create("stacks"), "r+", encoding="utf-8") as memory:  # no disk, for which Python would wait
+            faulthandler.dump_traceback(memory)
+            memory.seek(0)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"Timeout: no progress for {self._hang_timeout_seconds:g} s\n{memory.read()}", "utf-8")
 
     def _report_hang(self) -> None:
         """One rank names those that hang; the others wait until it has: a launcher ends all after the first."""
@@ -350,8 +354,8 @@ class Watchdog:
             if waiting_ranks and not is_store_frozen:
                 names = f"rank{'s' * (len(waiting_ranks) > 1)} {', '.join(map(str, waiting_ranks))}"
                 message += f"; {names} waiting at {states[waiting_ranks[0]]['location']}"
-            if self._stacks is not None:
-                message += f"; all stacks are in {Path(self._stacks.name).parent}"
+            if self._stacks_path is not None:
+                message += f"; the stacks are in {self._stacks_path.parent}"
             seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
             print_error(f"no rank made progress for {seconds}: {message}; {RESUME_HINT}")
         time.sleep(3 * TICK_SECONDS)
