@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
 from trainer.report.load import load_runs
-from trainer.report.page import compare, render_markdown
+from trainer.report.page import compare, json_text, render_markdown
 from trainer.report.run_data import read_folder
+from trainer.report.sentence import to_answer
 from trainer.tracking.records import EventRecord, StepRecord, to_line
 
 
@@ -212,7 +213,9 @@ def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_i
         runs, problems = load_runs([whole, write_edited(tmp_path / "damaged", metadata_edits, row_edits)])
         assert len(runs) == 2 or any(problem.is_excluded for problem in problems)
         assert all("\n" not in str(problem) for problem in problems)
-        assert render_markdown(compare(runs, problems))
+        comparison = compare(runs, problems)
+        assert render_markdown(comparison)
+        assert json_text(to_answer(comparison.verdict))
 
     places = [st.sampled_from(list(list_places(content))) for content in (METADATA, ROWS)]
     check_inputs(num_inputs, check, *(st.lists(st.tuples(place, JSON_VALUES), max_size=2) for place in places))
