@@ -150,7 +150,7 @@ def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(
 FAKE_TRAIN_SCRIPT = """
 import json, os, sys, time
 words = sys.argv[1:]
-out = words[words.index("--output-dir") + 1]
+out = next(word for word in words if word.startswith("--output-dir=")).partition("=")[2]
 again = "--resume" in words
 os.makedirs(out, exist_ok=True)
 rows = [] if not again else [json.loads(line) for line in open(out + "/metrics.jsonl")][:3]
