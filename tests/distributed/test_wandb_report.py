@@ -39,7 +39,7 @@ from trainer.tracking.wandb_logger import start_wandb
 run, folder, last, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 run["wandb"]["mode"] = mode
 sink = start_wandb(run, folder)
-for record in make_records(run, retained=(1.0, 1.25)):
+for record in make_records(run, retained=(1.0, 1.25), scores={"f1": 0.5}):
     if not last or record.step <= last:
         sink.log(record)
 if last:
@@ -97,7 +97,8 @@ def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.C
 
 def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: Path, tmp_path: Path) -> None:
     content = make_metadata("lora")
-    ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content, retained=(1.0, 1.25))))
+    records = make_records(content, retained=(1.0, 1.25), scores={"f1": 0.5})
+    ours = read_folder(write_run_folder(tmp_path / "ours", content, records))
     (theirs,), problems = load_runs([str(offline_run_dir)])
     assert problems == []
     axes = ("step", "epoch", "loss")
@@ -108,6 +109,7 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: P
     assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
     assert theirs.summary == ours.summary
     assert theirs.forgetting == ours.forgetting == 0.25
+    assert theirs.scores == ours.scores == {"f1": 0.5}
     assert comparison_blockers(ours, theirs) == []
     full = read_folder(make_run_folder(tmp_path / "full"))
     assert ranking_blockers(full, theirs) == ranking_blockers(full, ours) == []

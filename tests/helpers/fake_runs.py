@@ -105,6 +105,7 @@ def make_records(
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
     retained: Sequence[float] = (),
+    scores: Mapping[str, float] | None = None,
 ) -> list[Record]:
     """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
@@ -131,6 +132,9 @@ def make_records(
             for n, loss in enumerate(retained):
                 event = {"event": "retain_evaluation", "step": n * total_steps, "message": "", "time": 0.0}
                 records.append(EventRecord(**event, facts={"loss": loss}))
+    if scores is not None:
+        event = {"event": "test_scores", "step": total_steps, "message": "", "time": 0.0}
+        records.append(EventRecord(**event, facts={"scores": dict(scores)}))
     if not finished:
         return [record for record in records if record.step < total_steps]
     evals = [
@@ -156,8 +160,10 @@ def write_eval_records(
     ids: Sequence[str] | None = None,
     num_in_train: int = 0,
     bytes_per_target: int = 4,
+    scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Path:
-    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation."""
+    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation; `scores` by
+    `score_name`, of each record alike at each of them."""
     columns = {
         "id": ids or [f"record{i:04d}" for i in range(len(targets))],
         "occurrence": 0,
@@ -168,7 +174,9 @@ def write_eval_records(
     }
     for step, losses in losses_by_step.items():
         nll = np.asarray(losses, np.float64) * np.asarray(targets)
-        write_evaluation(folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split=split, nll=nll)
+        write_evaluation(
+            folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split=split, nll=nll, scores=scores
+        )
     return folder
 
 

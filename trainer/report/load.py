@@ -20,7 +20,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import shorten
 from trainer.report.run_data import RunData, RunRows, build_run, read_folder
 from trainer.tracking.records import EventRecord
-from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
+from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS, SCORE_KEY
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
@@ -176,6 +176,8 @@ def build_wandb_run(
     for key in RETAIN_KEYS:
         if key in summary:
             add_event("retain_evaluation", "", {"loss": summary[key]})
+    scores = {key.removeprefix(SCORE_KEY): x for key, x in summary.items() if key.startswith(SCORE_KEY)}
+    add_event("test_scores", "", {"scores": scores})
     if exit_code == 0:
         facts = {key: value for key, value in summary.items() if not re.search("^_|/", key) and key not in AXES}
         add_event("finished", "", facts)

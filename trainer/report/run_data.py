@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.fields import Float, Int
 from trainer.config.run_metadata import read_run_metadata
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name
 from trainer.tracking.records import (
     EpochRecord,
     EvalRecord,
@@ -77,7 +77,8 @@ class RunData:
     samples: Samples | None  #: of its last evaluation that generated texts
     forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
     notes: Sequence[str] = ()
-    eval_records_path: Path | None  #: the losses of each record, None where the run left none
+    scores: Mapping[str, float]  #: {`score_name` of a scorer: mean over the test records, from 0 to 1}
+    eval_records_path: Path | None  #: loss (and text and scores) of each record, None where the run left none
 
     @property
     def is_finished(self) -> bool:
@@ -225,6 +226,7 @@ def build_run(
         summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
         samples=_last_samples(rows.events),
+        scores=_last_scores(rows.events),
         forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
@@ -260,6 +262,13 @@ def _last_samples(events: Sequence[EventRecord]) -> Samples | None:
             except ValidationError:  # somebody edited the row: its texts are not shown
                 continue
     return None
+
+
+def _last_scores(events: Sequence[EventRecord]) -> dict[str, float]:
+    """Of the last scoring of the test records; what is no number is left out."""
+    found = [event.facts.get("scores") for event in events if event.event == "test_scores"]
+    scores = found[-1] if found and isinstance(found[-1], Mapping) else {}
+    return {score_name(name): float(value) for name, value in scores.items() if is_number(value)}
 
 
 def _escape_strings(value: Any) -> Any:

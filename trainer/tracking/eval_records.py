@@ -1,7 +1,9 @@
 """eval_records/: the loss of every record at every evaluation, for paired comparisons of runs.
 
 One Parquet file per evaluation, `step-000120-val.parquet`, about 20 bytes a record. Each file carries a SHA-256 of its
-rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of the bytes of all files so far.
+rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of the bytes of all files so far. With
+--score the file of the test records at a run's end also has the generated `text` of each, and its `score_<name>` from 0
+to 1 for each scorer (`score_name`), null where the record has no reference.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ SCHEMA = pa.schema(
         pa.field("in_train", pa.bool_(), nullable=False),
     ]
 )
+SCORE_PREFIX = "score_"
 _FILE_NAME = re.compile(r"step-(\d{6,9})-(val|test|retain)\.parquet")
 _CHECKSUM = b"sha256_of_rows"
 
@@ -63,14 +66,32 @@ class EvalRecordsLogger:
         pass
 
 
-def write_evaluation(folder: Path, rows: pd.DataFrame, *, step: int, split: EvalSplit, nll: Sequence[float]) -> Path:
+def score_name(scorer: str) -> str:
+    """The name of a scorer in columns and keys: its spelling with `_` for all but letters and digits."""
+    return re.sub(r"[^A-Za-z0-9]", "_", scorer)
+
+
+def write_evaluation(
+    folder: Path,
+    rows: pd.DataFrame,
+    *,
+    step: int,
+    split: EvalSplit,
+    nll: Sequence[float],
+    texts: Sequence[str | None] | None = None,
+    scores: Mapping[str, Sequence[float | None]] | None = None,
+) -> Path:
     """Write the rows of one evaluation, in place of an earlier one of the same step and split; the file.
 
     `rows`: what is known of each record before any model sees it (`PreparedDataset.row_info`); `nll`: the summed
-    negative log-likelihood of each in nats, in their order. TrainingError where the file cannot be written.
+    negative log-likelihood of each in nats, in their order; `texts`: what was generated for each; `scores`:
+    {`score_name` of a scorer: the score of each}. TrainingError where the file cannot be written.
     """
-    columns = rows.assign(step=step, split=split, nll=nll)
-    table = pa.Table.from_pandas(columns, schema=SCHEMA, preserve_index=False)
+    table = pa.Table.from_pandas(rows.assign(step=step, split=split, nll=nll), schema=SCHEMA, preserve_index=False)
+    if texts is not None:
+        table = table.append_column("text", pa.array(texts, pa.string()))
+    for name, values in (scores or {}).items():
+        table = table.append_column(SCORE_PREFIX + name, pa.array(values, pa.float64()))
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_CHECKSUM: _hash_rows(table)}), buffer, compression="zstd")
     path = folder / f"step-{step:06d}-{split}.parquet"
@@ -85,6 +106,8 @@ def write_evaluation(folder: Path, rows: pd.DataFrame, *, step: int, split: Eval
 def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -> pd.DataFrame:
     """The rows of all evaluations, by step; empty where there are none. UserError where a file is damaged.
 
+    `text` and `score_<name>` are columns where a file has them, without a value in the rows of the others.
+
     `val_steps`: of the validation split, read the evaluations at these steps only.
     """
     tables = [SCHEMA.empty_table()]
@@ -94,7 +117,7 @@ def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -
                 tables.append(_read_file(path))
             except ValueError as error:
                 raise UserError(f"{path}: {error}; move it away") from error
-    return pa.concat_tables(tables).to_pandas()
+    return pa.concat_tables(tables, promote_options="default").to_pandas()
 
 
 def find_damaged_evaluations(folder: Path) -> dict[Path, str]:
@@ -164,7 +187,9 @@ def _read_file(path: Path) -> pa.Table:
     try:
         with open_plain_file(path) as file:
             table = pq.ParquetFile(file).read()
-        if not table.schema.equals(SCHEMA):
+        scored = [name for name in table.schema.names if name == "text" or name.startswith(SCORE_PREFIX)]
+        more = [pa.field(name, pa.string() if name == "text" else pa.float64()) for name in scored]
+        if not table.schema.equals(pa.schema([*SCHEMA, *more])):
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if (table.schema.metadata or {}).get(_CHECKSUM) != _hash_rows(table):
             raise ValueError("changed since they were written (checksum)")

@@ -176,7 +176,8 @@ TEXTS = [{"prompt": "a", "completion": "b", "reference": "c"}]
 SAMPLES = {"epoch": 1.0, "scored": 3, "scores": {"date": 0.5}, "texts": TEXTS}
 METADATA = make_metadata("lora")
 ROWS = [json.loads(to_line(row)) for row in make_records(METADATA)][-60:]
-for name, facts in (("samples", SAMPLES), ("retain_evaluation", {"loss": 2.0})):
+EVENTS = {"samples": SAMPLES, "retain_evaluation": {"loss": 2.0}, "test_scores": {"scores": {"f1": 0.5}}}
+for name, facts in EVENTS.items():
     ROWS.insert(-1, json.loads(to_line(EventRecord(event=name, step=9, message="", time=1.0, facts=facts))))
 
 
@@ -222,6 +223,8 @@ def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_i
 
 
 def test_the_samples_of_a_whole_run_are_shown(tmp_path):
-    comparison = compare(*load_runs([write_edited(tmp_path / "samples")]))
+    runs, problems = load_runs([write_edited(tmp_path / "samples")])
+    assert runs[0].scores == {"f1": 0.5}
+    comparison = compare(runs, problems)
     assert re.search(r"\| a +\| c +\| b +\|", render_markdown(comparison))
     assert [len(table.rows) for table in comparison.optional_tables] == [1, 1]

@@ -29,6 +29,7 @@ from trainer.tracking.eval_records import (
     find_damaged_evaluations,
     read_evaluations,
     rewind_evaluations,
+    score_name,
     write_evaluation,
 )
 from trainer.tracking.records import EvalRecord, EventRecord
@@ -229,6 +230,24 @@ def test_what_a_thousand_evaluations_take(tmp_path, capsys):
         print(f"and {1000 * digest:.1f} ms for a checkpoint's digest of all")
     assert last < 1.5 * first
     assert digest < 0.01
+
+
+def test_texts_and_scores_stand_beside_the_losses_of_the_evaluation_that_has_them(tmp_path):
+    write(tmp_path, 0)
+    values = {"exact": [1.0, None, 0.0, 1.0, 0.0], score_name("regex:a|b"): [0.25] * 5}
+    texts = ["a", "", "x", "\ud7ff \n", "é"]
+    write_evaluation(tmp_path, make_rows(), step=4, split="test", nll=make_nll(), texts=texts, scores=values)
+    before, scored = (rows for _, rows in read_evaluations(tmp_path).groupby("split", sort=False))
+    assert before[["text", "score_exact", "score_regex_a_b"]].isna().all(axis=None)
+    assert scored["text"].tolist() == texts
+    assert scored["score_exact"].fillna(-1).tolist() == [1.0, -1.0, 0.0, 1.0, 0.0], "no reference is no score of 0"
+    assert scored["score_regex_a_b"].tolist() == [0.25] * 5
+    assert scored["nll"].tolist() == make_nll()
+    path = tmp_path / name(4, "test")
+    for column, values in (("score_exact", ["x"] * 5), ("other", [1.0] * 5)):
+        rewrite(path, lambda table: table.append_column(column, pa.array(values)))  # noqa: B023
+        with pytest.raises(UserError, match=f"columns step, .*{column}"):
+            read_evaluations(tmp_path)
 
 
 def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_one(tmp_path, monkeypatch):
