@@ -245,7 +245,7 @@ def test_the_wandb_report_spec_is_written_without_any_network(
 def check_spec(spec: dict[str, Any]) -> None:
     """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
     text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
-    assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)" in text
+    assert "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005)" in text
     assert re.search(r"\| +1 \| card +\| +6,621 \|", text)
     assert "unknown of the card" in text.lower()
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")

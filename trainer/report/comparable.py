@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from trainer.config import reference
+from trainer.config.settings import LoraSettings
 from trainer.config.text import flatten
 from trainer.report.run_data import RunData
 
@@ -46,9 +47,16 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "resolved.lr": "lr {:.3g}".format,
     "settings.lora.rank": "rank {}".format,
     "settings.lora.alpha": "alpha {:g}".format,
+    "settings.lora.dropout": "LoRA dropout {:g}".format,
     "settings.lora.plus_ratio": "LoRA+ {:g}".format,
     "settings.lora.target_modules": lambda value: f"on {'+'.join(value) or 'all'}",
     "settings.lora.modules_to_save": lambda value: f"and {'+'.join(value)}" if value else "adapters only",
+    "settings.train.schedule": str,
+    "resolved.warmup_steps": "{} warm-up steps".format,
+    "settings.train.weight_decay": "weight decay {:g}".format,
+    "settings.train.max_grad_norm": "clipping {:g}".format,
+    "resolved.dropout": "dropout {}".format,
+    "resolved.micro_batch": "micro-batch {}".format,
     "settings.train.global_batch": "batch {}".format,
     "settings.train.epochs": "{:g} epochs".format,
     "settings.train.max_steps": "{} steps".format,
@@ -58,7 +66,7 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "resolved.precision": str,
     "resolved.ds_config": str,
 }
-MAX_LABEL_PARTS = 4
+_ADAPTER_DEFAULTS = {f"settings.lora.{name}": value for name, value in vars(LoraSettings()).items()}
 Item = TypeVar("Item")
 
 
@@ -156,11 +164,11 @@ class SeedGroup:
 
     @property
     def label_with_lr(self) -> str:
-        """The label, its learning rate in it whether or not other groups share it."""
-        lr = f"lr {self.lr:.3g}"
-        if lr in self.label:
-            return self.label
-        return f"{self.label[:-1]}, {lr})" if self.label.endswith(")") else f"{self.label} ({lr})"
+        """The label, with an adapter's rank and the learning rate in it whether or not other groups share them."""
+        name, _, parts = self.label.removesuffix(")").partition(" (")
+        rank, lr = f"rank {self.runs[0].get('settings.lora.rank')}" * (self.mode == "lora"), f"lr {self.lr:.3g}"
+        shown = (parts, rank * (rank not in parts), lr * (lr not in parts))
+        return f"{name} ({', '.join(filter(None, shown))})"
 
     @property
     def finished_runs(self) -> tuple[RunData, ...]:
@@ -195,16 +203,18 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
         runs_by_key.setdefault(repr((settings, [run.get(path) for path in _GROUPING_PATHS])), []).append(run)
     groups = sorted(runs_by_key.values(), key=lambda members: members[0].mode)
     labels = []
-    for run, *_ in groups:  # its mode, with what tells it apart from other groups of the mode
+    for run, *_ in groups:  # its mode, with what tells it apart from others of the mode, and unusual adapter settings
         peers = [other for other, *_ in groups if other.mode == run.mode]
         sources, parts = {peer.get("data.source") for peer in peers}, []
         for path, format_value in _LABEL_FORMATS.items():
             pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
             # the name of the data, which a label has before it, may tell it already
             is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
-            if run.get(path) is not None and len({value for _, value in pairs}) > 1 and not is_implied:
-                parts.append(format_value(run.get(path)))
-        labels.append(MODE_NAMES[run.mode] + (f" ({', '.join(parts[:MAX_LABEL_PARTS])})" if parts else ""))
+            value = tuple(value) if isinstance(value := run.get(path), list) else value
+            is_unusual = run.mode == "lora" and value != _ADAPTER_DEFAULTS.get(path, value)
+            if value is not None and (is_unusual or len({other for _, other in pairs}) > 1) and not is_implied:
+                parts.append(format_value(value))
+        labels.append(MODE_NAMES[run.mode] + (f" ({', '.join(parts)})" if parts else ""))
     return [
         SeedGroup(label if labels.count(label) == 1 else f"{label}: {members[0].name}", members[0].mode, tuple(members))
         for label, members in zip(labels, groups, strict=True)

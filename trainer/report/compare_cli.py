@@ -74,7 +74,8 @@ def run_comparison(args: argparse.Namespace) -> int:
         print(f"W&B Report: {wandb_report.save_report(comparison, *report_target)}")
     print(f"report: {escape_controls(str(paths[0]))} (and {', '.join(path.name for path in paths[1:])})")
     primary = comparison.verdict.primary
-    return exit_code(results) or (REFUSED_EXIT_CODE if primary is not None and primary.blockers else 0)
+    is_refused = primary.blockers if primary else any(group.divergence for group in comparison.groups)
+    return exit_code(results) or (REFUSED_EXIT_CODE if is_refused else 0)
 
 
 def print_epochs(table: Table) -> None:

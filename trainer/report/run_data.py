@@ -16,6 +16,7 @@ from trainer.config.fields import Float, Int
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name
 from trainer.tracking.records import (
+    FINAL_EVALUATIONS,
     EpochRecord,
     EvalRecord,
     EventRecord,
@@ -76,6 +77,7 @@ class RunData:
     diagnostics: Sequence[tuple[int, str]]  #: (step, line) of what the run noticed of itself
     samples: Samples | None  #: of its last evaluation that generated texts
     forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
+    final_losses: Mapping[str, float]  #: of the test and retain splits at the end, where the run reported them
     notes: Sequence[str] = ()
     scores: Mapping[str, float]  #: {`score_name` of a scorer: mean over the test records, from 0 to 1}
     eval_records_path: Path | None  #: loss (and text and scores) of each record, None where the run left none
@@ -213,7 +215,11 @@ def build_run(
         raise UserError("no metrics: neither a step nor an evaluation was written")
     events = [EventRecord(**_escape_strings(vars(event))) for event in rows.events]
     ends = [event.facts for event in events if event.event == "finished"]
-    retained = [e.facts["loss"] for e in events if e.event == "retain_evaluation" and is_number(e.facts.get("loss"))]
+    other_losses: dict[str, list[float]] = {"test": [], "retain": []}
+    for event in events:
+        if event.event in FINAL_EVALUATIONS and is_number(event.facts.get("loss")):
+            other_losses[event.event.removesuffix("_evaluation")].append(event.facts["loss"])
+    retained = other_losses["retain"]
     run = RunData(
         source=source,
         run_id=metadata["run_id"],
@@ -228,6 +234,7 @@ def build_run(
         samples=_last_samples(rows.events),
         scores=_last_scores(rows.events),
         forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
+        final_losses={split: float(losses[-1]) for split, losses in other_losses.items() if losses},
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
     total_steps, final_eval, notes = run.get("resolved.total_steps"), run.final_eval, list(rows.notes)

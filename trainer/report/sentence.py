@@ -10,7 +10,7 @@ from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm, plan_sample_size
-from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
+from trainer.report.judge import DEFAULT_MARGIN, FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
 from trainer.report.views import View, describe_views
 
 UNIT = "nats per token"
@@ -63,11 +63,13 @@ def build_verdict(
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
+    diverged = [f"{capitalize(group.divergence)}." for group in groups if group.divergence and not group.finished_runs]
     if not finished:
         sentence = "No run is finished and evaluated, so there is nothing to compare yet."
-        return Verdict(sentence=sentence, num_not_counted=num_left_out)
+        return Verdict(sentence=" ".join([sentence, *diverged]), num_not_counted=num_left_out)
     sets = compare_sets(finished, margin, study)
     sentences = [_describe_set(*members, study) for members in sets] or [_describe_unpaired(finished)]
+    sentences += diverged
     if num_left_out:
         plural = "s" if num_left_out > 1 else ""
         sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
@@ -117,8 +119,8 @@ def _describe_set(
 ) -> str:
     """The sentence on the best LoRA group of a data set against the best full one, or on the one of a study."""
     pair, excess, losses = comparisons[0], comparisons[0].excess, comparisons[0].losses
-    names = []
-    for group, num_groups in ((pair.lora, 1 if study else len(comparisons)), (pair.full, len(full_groups))):
+    names, ranked = [], [comparison for comparison in comparisons if not comparison.blockers] or comparisons
+    for group, num_groups in ((pair.lora, 1 if study else len(ranked)), (pair.full, len(full_groups))):
         mode_name, name = MODE_NAMES[group.mode], group.label_with_lr
         if num_groups > 1:
             name = f"the best of {num_groups} {mode_name} settings{name.removeprefix(mode_name)}"
@@ -167,13 +169,21 @@ def _describe_set(
         alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
         if alone:
             sentence += f"; of {MODE_NAMES[group.mode]} also seed {join_words(alone, 'and')}, which has no partner"
-    if quant := pair.lora.runs[0].get("settings.model.quant"):
+    full_run, lora_run = pair.full.runs[0], pair.lora.runs[0]
+    if quant := lora_run.get("settings.model.quant"):
         sentence += f"; LoRA on {quant} weights"
+    sizes = [f"{run.get('resolved.micro_batch')} on {run.get('resolved.ranks')}" for run in (lora_run, full_run)]
+    if sizes[0] != sizes[1] and (full_run.get("resolved.dropout") or lora_run.get("settings.lora.dropout")):
+        sentence += f"; dropout drew other masks (micro-batch {sizes[0]} against {sizes[1]} ranks)"
     if pair.answer == "cannot tell":
         sentence += f"; {pair.doubt or _describe_needed_records(pair, excess)}"
     if study is not None:
         return capitalize(sentence) + f"; {study.choice}."
-    if (len(comparisons) > 1 or len(full_groups) > 1) and not (losses and losses.split == "test"):
+    if pair.margin != DEFAULT_MARGIN:
+        sentence += "; the margin was chosen after the runs"
+    for other in comparisons if ranked[0] is pair else ():
+        sentence += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""
+    if (len(ranked) > 1 or len(full_groups) > 1) and not (losses and losses.split == "test"):
         sentence += "; exploratory, for the settings were chosen on these records"
     return capitalize(sentence) + _describe_rates(pair, full_groups, lora_groups) + "."
 

@@ -61,7 +61,7 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     assert used["heavy"] == ["matplotlib"], "a whole comparison needs no torch"
     assert (process.returncode, process.stderr) == (0, "")
     for text in (
-        "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
+        "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
         "Memory: 0.43x (430.0 MB against 1.00 GB)",
         "Time: - (not compared: not timed in alternation on one machine",
         "not comparable with the card: other data",

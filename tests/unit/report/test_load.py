@@ -143,7 +143,9 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval_records", "eval_records/step-000090-val.parquet"])
 def test_what_is_no_plain_file_in_a_run_folder_is_one_line_and_never_waited_for(tmp_path: Path, make, name) -> None:
     folder = make_run_folder(tmp_path / "run", "lora")
-    good = write_eval_records(make_run_folder(tmp_path / "good"), {0: [4.0] * 9, 90: [2.0] * 9}, targets=[5] * 9)
+    good = write_eval_records(
+        make_run_folder(tmp_path / "good", losses={0: 4.0, 3: 2.0}), {90: [2.0] * 9}, targets=[5] * 9
+    )
     write_eval_records(folder, {0: [4.0] * 9}, targets=[5] * 9)
     path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

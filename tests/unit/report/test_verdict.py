@@ -86,7 +86,7 @@ def worse(**options: Any) -> dict[str, Any]:
     return {"num_seeds": 3, "excess": 0.2, **options}
 
 
-LORA, FULL = "LoRA (lr 0.005) is", "full (lr 0.0005)"
+LORA, FULL = "LoRA (rank 8, lr 0.005) is", "full (lr 0.0005)"
 FEW = {"num_seeds": 3, "unit_sd": 0.02}
 BY_SEEDS = {"num_seeds": 3, "excess": 0.05, "unit_sd": 0.01, "seed_sd": 0.06}
 BY_RECORDS = {"num_seeds": 3, "excess": 0.01, "unit_sd": 0.6, "seed_sd": 0.0}
@@ -104,7 +104,13 @@ UNRESOLVED = "validation blocks no number of seeds resolves less than ±0."
         ({**FEW, "excess": -0.2}, "2%", "better", f"{LORA} better than {FULL} by 0.", RECORDS),
         ({**FEW, "excess": 0.01}, "2%", "good enough", f"{LORA} good enough beside {FULL}: worse by 0.0", RECORDS),
         ({**FEW, "excess": 0.01}, "2%", "good enough", LORA, "within the margin of 2 % of what full gained (0.0"),
-        (BY_SEEDS, "2%", "cannot tell", "Cannot tell yet whether LoRA (lr 0.005) is good enough", "seeds are needed"),
+        (
+            BY_SEEDS,
+            "2%",
+            "cannot tell",
+            "Cannot tell yet whether LoRA (rank 8, lr 0.005) is good enough",
+            "seeds are needed",
+        ),
         (BY_RECORDS, "1e-4nats", "cannot tell", "Cannot", UNRESOLVED),
         ({"num_seeds": 1, "excess": 0.2}, "2%", "worse", f"Of these two models, {LORA}", "says nothing of the methods"),
         ({"num_seeds": 2, "excess": 0.2}, "2%", "worse", "Provisionally, with 2 seeds, ", "seeds 0 and 1"),
@@ -158,7 +164,7 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
         losses = [3.0 if run.mode == "full" else 2.5] * len(TARGETS)
         write_eval_records(Path(run.source), {30: losses}, targets=TARGETS, split="test")
     verdict = judge_runs(*(read_folder(Path(run.source)) for run in runs))
-    assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
+    assert "LoRA (rank 8, lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
     assert "on 120 test blocks" in verdict.sentence
     assert any("the base's losses of these records are not there" in line for line in verdict.details)
 
@@ -173,8 +179,8 @@ def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: Mak
     assert f"without an interval ({reason})" in judge_runs(full, read_folder(folder)).sentence
     name = "eval_records/step-000030-val.parquet"
     shutil.copy(Path(full.source) / name, folder / name)
-    reason = "the records of lora-s0 at step 30 have loss 2.0043, its row 2.2129, and there is one seed"
-    assert f"without an interval ({reason})" in judge_runs(full, read_folder(folder)).sentence
+    reason = "the validation records of lora-s0 at step 30 have loss 2.0043, its row in metrics.jsonl says 2.2129"
+    assert f"are not ranked: {reason}." in judge_runs(full, read_folder(folder)).sentence
     (folder / name).write_bytes(b"PAR1 torn")
     said = judge_runs(full, read_folder(folder)).sentence
     assert "step-000030-val.parquet: not whole records of an evaluation" in said
@@ -237,7 +243,7 @@ def test_runs_that_started_or_saw_something_else_are_not_ranked(
     make_run: MakeRun, overrides: dict[str, Any], reason: str
 ) -> None:
     verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", **{"losses": [4.0, 2.5], **overrides}))
-    assert verdict.sentence.startswith("LoRA (lr 0.005) and full (lr 0.0005) are not ranked: ")
+    assert verdict.sentence.startswith("LoRA (rank 8, lr 0.005) and full (lr 0.0005) are not ranked: ")
     assert reason in verdict.sentence
     assert to_answer(verdict)["comparisons"][0]["excess"] is None
     assert "2.5" not in verdict.sentence
@@ -252,9 +258,36 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
     path.write_text(path.read_text() + to_line(event) + "\n")
     diverged = judge_runs(*runs, read_folder(path.parent))
     assert diverged.primary.answer == "not ranked"
-    assert "LoRA (lr 0.005) diverged in 1 of 4 seeds; run all of them at a lower rate, such as 0.0028" in (
-        diverged.sentence
-    )
+    said = "LoRA (rank 8, lr 0.005) diverged in 1 of 4 seeds; run all of them at a lower rate, such as 0.0028"
+    assert said in diverged.sentence
+    assert said.replace("1 of 4 seeds", "1 of 1 seed") in judge_runs(*runs[::2], read_folder(path.parent)).sentence
+    constant = {"resolved__lr": 1e-3, "settings__train__schedule": "constant"}
+    other = make_run("lora", [4.0, 1.5], seed=2, **constant)
+    sentence = judge_runs(*runs, other).sentence
+    assert sentence.startswith("LoRA (lr 0.005, linear, rank 8) is good enough"), "the other may not be ranked"
+    assert "; LoRA (lr 0.001, constant, rank 8) is not ranked (other schedule (constant to 0.0 against" in sentence
+
+
+def test_the_sentence_names_what_adapters_masks_and_margin_have_of_their_own(make_run: MakeRun) -> None:
+    adapter = {"adapter": "dora", "alpha": 8.0, "dropout": 0.1, "target_modules": ["mlp"]}
+    other = {f"settings__lora__{name}": value for name, value in adapter.items()}
+    records = [
+        make_run(
+            mode, [4.0, 2.0], record_losses={30: losses}, record_options={"targets": TARGETS.tolist()}, **overrides
+        )
+        for mode, losses, overrides in (
+            ("full", np.full(120, 2.0), {}),
+            ("lora", np.linspace(2.0, 2.1, 120), {"resolved__micro_batch": 2, **other}),
+        )
+    ]
+    sentence = judge_runs(*records, margin=parse_margin("1nats")).sentence
+    for said in (
+        "LoRA (dora, alpha 8, LoRA dropout 0.1, on mlp, rank 8, lr 0.005) is good enough",
+        "; dropout drew other masks (micro-batch 2 on 1 against 8 on 1 ranks)",
+        "; the margin was chosen after the runs; one rate each was tried.",
+    ):
+        assert said in sentence
+    assert "chosen after" not in judge_runs(*records).sentence
 
 
 def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough_or_better(make_run: MakeRun) -> None:
@@ -310,7 +343,7 @@ def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: Make
     runs = make_study(make_run, num_seeds=3, excess=0.2)
     runs += [make_run("lora", [4.0, 3.5], seed=seed, resolved__lr=1e-3) for seed in range(3)]
     verdict = judge_runs(*runs)
-    assert verdict.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
+    assert verdict.sentence.startswith("The best of 2 LoRA settings (lr 0.005, rank 8) is worse than full (lr 0.0005)")
     assert verdict.sentence.endswith(
         "; exploratory, for the settings were chosen on these records; one rate of full was tried; LoRA's best rate is "
         "the largest of 2, so a better one may lie beyond."
@@ -340,8 +373,8 @@ def test_two_data_sets_are_two_verdicts(make_run: MakeRun) -> None:
         for other in ({}, OTHER_DATA)
     ]
     verdict = judge_runs(*runs, with_card=True)
-    assert "LoRA (acled-demo, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in verdict.sentence
-    assert "LoRA (e2e.csv, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in verdict.sentence
+    assert "LoRA (acled-demo, rank 8, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in verdict.sentence
+    assert "LoRA (e2e.csv, rank 8, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in verdict.sentence
     labels = [(pair.full.label, pair.lora.label) for pair in verdict.comparisons]
     assert labels == [("full (acled-demo)", "LoRA (acled-demo)"), ("full (e2e.csv)", "LoRA (e2e.csv)")]
 
@@ -425,5 +458,5 @@ def test_forgetting_and_equal_budgets_are_said_beside_the_answer(make_run: MakeR
     ]
     details = "\n".join(judge_runs(*runs).details)
     assert "LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in details
-    assert "none beats: full (lr 0.0005) 2.0000 for +0.5000; LoRA (lr 0.005) 1.9000 for +0.1000" in details
+    assert "none beats: full (lr 0.0005) 2.0000 for +0.5000; LoRA (rank 8, lr 0.005) 1.9000 for +0.1000" in details
     assert "at equal forgetting (at most +0.1000) LoRA gains 1.9000, no full setting" in details

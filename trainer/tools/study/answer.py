@@ -17,11 +17,12 @@ from trainer.config.errors import UserError
 from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
+from trainer.report.interval import LEVEL, MIN_UNITS
 from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_groups
 from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
-from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
+from trainer.tools.study.rule import PRIMARY, RULE_FILE, Rule
 from trainer.tools.study.search import Results, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
@@ -66,9 +67,9 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
         raise AnswerRefusedError(f"refused to rank: {'; '.join(pair.blockers)}")
     if pair.losses is None or pair.losses.split != "test":
         raise AnswerRefusedError(f"refused to rank: {pair.no_losses or 'not every run has losses of test records'}")
-    if len(pair.losses.targets) < MIN_TEST_RECORDS:
+    if len(pair.losses.targets) < MIN_UNITS:
         raise UserError(
-            f"{len(pair.losses.targets)} test records that can be told apart: expected {MIN_TEST_RECORDS} or more; "
+            f"{len(pair.losses.targets)} test records that can be told apart: expected {MIN_UNITS} or more; "
             "raise --test-fraction or give --test-data"
         )
     if pair.contrast is None:
@@ -83,7 +84,7 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     notes += [f"{m}: left out, a fresh run failed" for m, o in outcomes.items() if not o.problem and m not in groups]
     rule_line = (
         f"Written before the first trial (rule.json, {rule.sha256[:12]}): LoRA against full is the primary comparison, "
-        f"margin {rule.margin.describe()}, level {100 * rule.level:g} %, runs of {rule.total_steps:,} steps, rungs of "
+        f"margin {rule.margin.describe()}, level {100 * LEVEL:g} %, runs of {rule.total_steps:,} steps, rungs of "
         f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
     )
     searches = {}

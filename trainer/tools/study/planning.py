@@ -14,10 +14,11 @@ import numpy as np
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
+from trainer.report.interval import MIN_UNITS
 from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_process, start_run
-from trainer.tools.study.rule import METHODS, MIN_TEST_RECORDS, RULE_FILE, Rule, plan_rungs, write_rule
+from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, write_rule
 from trainer.tools.study.search import expected_trials
 from trainer.tools.study.trials import DEFAULT_ARGV
 
@@ -72,9 +73,9 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
             argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{temp}/run"]
             _join(start_process(slots[0], write_plan, (argv, Path(temp, "plan.json")), Path(temp)), Path(temp))
             total_steps, data, num_units = json.loads(Path(temp, "plan.json").read_bytes())
-    if num_units < MIN_TEST_RECORDS:
+    if num_units < MIN_UNITS:
         raise UserError(
-            f"--test-fraction: {num_units} test records, or groups of them; expected {MIN_TEST_RECORDS} or more: raise "
+            f"--test-fraction: {num_units} test records, or groups of them; expected {MIN_UNITS} or more: raise "
             "it, give --test-data or a smaller --block-size"
         )
     rule = rule.model_copy(update={"total_steps": total_steps, "rungs": plan_rungs(total_steps), "data": data})

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
-from trainer.report.interval import LEVEL
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
@@ -22,7 +21,6 @@ METHODS = {
     "lora-int8": ("--mode", "lora", "--quant", "int8"),
 }
 PRIMARY = ("full", "lora")  # the comparison that the answer is about; all others are exploratory
-MIN_TEST_RECORDS = 20  # records, or groups of them; below this the interval's approximation has not been checked
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
 MAX_LORA_RANK, MAX_LORA_RANKS = 2**16, 64  # that a grid is made of
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
@@ -42,7 +40,6 @@ class Rule(BaseModel):
     margin: Margin
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
     data: str  #: the first 12 hex digits of the fingerprint of the data that they are trained and judged on
-    level: float = LEVEL  #: of the answer's intervals
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> "Rule":
@@ -66,8 +63,6 @@ class Rule(BaseModel):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
         if self.rungs[-1:] != (self.total_steps,) or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
             raise UserError(f"rungs {self.rungs}: expected growing numbers of steps up to {self.total_steps}")
-        if self.level != LEVEL:
-            raise UserError(f"level {self.level}: expected {LEVEL}, at which answers are drawn")
         return self
 
     @property
