@@ -1,4 +1,4 @@
-"""Put runs side by side with one another and with the card: `python launch/compare.py runs/full runs/lora`."""
+"""Put runs side by side: `python launch/compare.py runs/full runs/lora`."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(
         prog="compare.py",
-        description="Compare runs with one another and with the card; "
+        description="Compare runs with one another, and with the card where that makes sense; "
         "writes report.html, report.md, curves.png, curves.svg and answer.json.",
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
         "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
@@ -25,7 +25,8 @@ def build_parser() -> ArgumentParser:
     output_help = "where the report goes (default: comparison)"
     add("runs", nargs="*", type=user_path, metavar="RUN", help=runs_help)
     add("--output-dir", type=Path, default=Path("comparison"), metavar="DIR", help=output_help)
-    add("--no-card", action="store_true", help="leave the card out")
+    card_help = "compare with the card too (default: for --preset card, ACLED data and runs comparable with it)"
+    add("--card", action="store_true", help=card_help)
     add("--margin", default="2%", metavar="X", help=margin_help)
     add("--check", action="append", default=[], metavar="CONDITION", help=check_help)
     add("--tolerance", type=number(0), default=0.0, metavar="X", help=tolerance_help)

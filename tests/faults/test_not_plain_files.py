@@ -61,7 +61,7 @@ def run_programs(run: str, argv: list[str], kind: str) -> int:
     os.environ["WANDB_MODE"] = "disabled"
     programs = {
         "doctor": ["--check-run", run],
-        "compare": [run, "--output-dir", "compared", "--no-card"],
+        "compare": [run, "--output-dir", "compared"],
         "generate": [run, "--prompt", "w1 w2", "--max-new-tokens", "2"],
         "export": [run, "--output-dir", "exported"],
         "train": [*argv, "--output-dir", run, "--resume"],

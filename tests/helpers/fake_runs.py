@@ -50,7 +50,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
         "execution": [{"step": 0, "reason": "as planned", "path": "eager"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
-            **{"source": "acled-demo", "split": "hash 0.1", "vocabulary": 4096, "objective": "blocks"},
+            **{"source": "acled-demo", "form": "acled", "split": "hash 0.1", "vocabulary": 4096, "objective": "blocks"},
             **{"fingerprint": "d1" * 8, "train_fingerprint": "a1" * 8, "val_fingerprint": "b1" * 8},
             **{"tokenizer": "c1" * 8, "block_size": BLOCK_SIZE, "notices": ["41 tail tokens dropped"]},
             **{"train": count_split(900, NUM_EXAMPLES), "val": count_split(100, 27)},

@@ -78,3 +78,9 @@ def disagreements(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str
 def is_asked_for(preset: str, reasons: Sequence[str]) -> bool:
     """Whether a run is to be held against the card: by its preset, or because nothing known speaks against it."""
     return preset == "card" or list(reasons) == [UNKNOWN_REASON]
+
+
+def is_worth_a_word(metadata: Mapping[str, Any]) -> bool:
+    """Whether to mention the card beside a run at all, by its run.json: asked for as above, or ACLED data."""
+    is_acled = metadata["data"].get("form") == "acled"
+    return is_acled or is_asked_for(metadata["preset"], metadata["not_comparable_with_card"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from tabulate import tabulate
 
+from trainer.config import reference
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import refuse_foreign_files, write_atomically
 from trainer.report import wandb_report
@@ -28,8 +29,6 @@ def run_comparison(args: argparse.Namespace) -> int:
             "for instance runs/full-acled-demo"
         )
     conditions = [parse_condition(text) for text in args.check]
-    if args.no_card and None in conditions:
-        raise UserError("--check card with --no-card: leave one of them out")
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
     margin = parse_margin(args.margin)
@@ -52,7 +51,8 @@ def run_comparison(args: argparse.Namespace) -> int:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
-    comparison = compare(runs, problems, not args.no_card, margin)
+    with_reference = args.card or None in conditions or any(reference.is_worth_a_word(run.metadata) for run in runs)
+    comparison = compare(runs, problems, with_reference, margin)
     results = check_runs(args.check, runs, args.tolerance)
     results += [  # a run that could not be read fails each check: silence would let it pass
         CheckResult(check.strip(), problem.source, FAILED, problem.text)

@@ -197,8 +197,8 @@ def _build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Tab
                 ]
             )
     notes = [
-        "Losses in nats per token. The train loss of a run is the token mean of the epoch; "
-        "the card's is the last value its program logged."
+        "Losses in nats per token. The train loss of a run is the token mean of the epoch"
+        + ("; the card's is the last value its program logged." if with_reference else ".")
     ]
     incomparable = [group.label for group in groups if any(reference_blockers(run) for run in group.runs)]
     if with_reference and incomparable:

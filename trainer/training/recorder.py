@@ -164,7 +164,7 @@ class Recorder:
             logger.close(exit_code)
         self._log_lines.close()
         if exit_code == 0:
-            reasons = self.plan.incomparable_reasons()
+            reasons = self.plan.incomparable_reasons() if reference.is_worth_a_word(self.metadata) else []
             with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
             rows = read_records(self.folder / METRICS_FILE, with_steps=False)
             show_summary(rows, reasons, with_reference=with_reference)

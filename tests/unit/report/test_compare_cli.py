@@ -77,6 +77,19 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("flags", "is_shown"), [((), False), (("--card",), True), (("--check", "card"), True)])
+def test_the_card_is_mentioned_only_beside_runs_where_it_belongs_or_where_it_is_asked_for(
+    tmp_path, main, capsys, flags, is_shown
+):
+    for mode in ("full", "lora"):
+        metadata = make_metadata(mode, preset="gpt2", data__form="messages", not_comparable_with_card=["other data"])
+        make_run_folder(tmp_path / mode, metadata=metadata)
+    main("full", "lora", *flags)
+    texts = [capsys.readouterr().out, *((tmp_path / "comparison" / f"report.{x}").read_text() for x in ("md", "html"))]
+    assert [re.search(r"the card|\| card|gpt2-acled-t2s", text) is not None for text in texts] == [is_shown] * 3
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +124,7 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         ),
         (["full", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
-        (["full", "--check", "card", "--no-card"], "--check card with --no-card"),
+        (["full", "--no-card"], "--no-card: the card is left out unless it belongs there, and --card asks for it"),
         (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
         (["full", "--tolerance", "-1"], "--tolerance: -1: expected a number from 0"),
         (["full", "--tolerance", "nan"], "--tolerance: nan: expected a number from 0"),
