@@ -84,9 +84,9 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
-        validate_early(settings, context)
+        validate_early(settings, context, is_dry_run=args.dry_run)
         check_loggers(settings.output)
-        if settings.output.export != "none":
+        if settings.output.export != "none" and not args.dry_run:
             refuse_foreign_files(Path(settings.run_folder) / "model")
         return settings, previous
 
@@ -102,15 +102,16 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
                 print(line, flush=True)
 
         max_positions = get_max_positions(load_config(settings.model))
-        with_weights = settings.model.init == "pretrained"
-        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights, log=log)
-        return prepare(
+        folder = prepare(
             settings.data,
             model=settings.model.model,
             global_batch=settings.train.global_batch,
             max_positions=max_positions,
             log=log,
         ).folder
+        with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
+        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights, log=log)
+        return folder
 
     data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
@@ -136,7 +137,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     refuse_differences(context, {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())})
 
     if (args.dry_run or args.runs_finder) and context.rank == 0:
-        show_plan(plan.summary_lines())
+        is_in_use = args.dry_run and args.resume is None and not run_folder.is_unused(Path(settings.run_folder))
+        show_plan([*plan.summary_lines(), *[("note", f"{settings.run_folder} {run_folder.IN_USE}")] * is_in_use])
     if args.dry_run:
         return 0
     if args.find_batch:

@@ -83,7 +83,7 @@ def test_model_and_data_of_the_hub_come_as_the_variables_say_and_stay_for_a_star
         assert f"Bearer {TOKEN}" in hub.tokens
     assert outputs[0].splitlines()[-1] == "exit code 2"
     (line,) = (line for line in outputs[0].splitlines() if line.startswith("error: "))
-    assert "--model me/none: no such folder, and the hub gives no config.json" in line
+    assert "--model me/none: no such folder, and the Hub gives no config.json" in line
     assert not (tmp_path / "none").exists()
     assert outputs[1].splitlines()[-1] == "exit code 0", outputs[1]
     assert TOKEN not in outputs[1]

@@ -106,7 +106,7 @@ def test_each_mistake_names_its_flag(flags, message, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
-    code, output = run_forked([*flags.split(), "--data", "missing.csv"], tmp_path)
+    code, output = run_forked(["--model", "demo-base", *flags.split(), "--data", "missing.csv"], tmp_path)
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2, output
     assert len(lines) == 1, output
@@ -122,3 +122,11 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
     for text in ("trainable", "4,096", batch, "zero0", "runs/lora-train", "3 in all"):
         assert text in " ".join(output.split()), text
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs/lora-train/model").mkdir(parents=True)
+    (tmp_path / "runs/lora-train/run.json").write_text("a run's")
+    time_before = (tmp_path / "runs/lora-train").stat().st_mtime_ns
+    code, output = run_forked(["--mode", "lora", *argv, "--show-example", "1"], tmp_path)
+    assert code == 0, output
+    assert "example 1: 16 tokens" in output
+    assert "note           runs/lora-train is not empty: pass --resume" in output
+    assert (tmp_path / "runs/lora-train").stat().st_mtime_ns == time_before, "nothing was written beside the run"

@@ -53,7 +53,7 @@ def write_records(path: Path, *, num_records: int, seed: int) -> str:
 def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -> list[str]:
     """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are.
 
-    The preset is `demo`, whose rates a tiny model learns at, where `text` names no other.
+    The preset is `demo`, whose rates a tiny model learns at, and the objective `blocks`, where `text` names no other.
     """
-    argv = ["--preset", "demo", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
+    argv = ["--preset", "demo", "--objective", "blocks", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
     return [*argv, *TEMPLATE_FLAGS, *flags]

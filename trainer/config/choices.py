@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Mode = Literal["full", "lora"]
-Preset = Literal["demo", "card", "finetune"]
+Preset = Literal["demo", "card", "gpt2", "finetune"]
 Init = Literal["pretrained", "random"]
 Objective = Literal["blocks", "completion"]
 UnusableRecords = Literal["refuse", "drop"]
@@ -21,6 +21,7 @@ EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 EIGHT_BIT_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw8bit", "paged_adamw8bit")
 DS_CONFIG_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")  # or a path of one's own
 
+GPT2_NAMES = ("gpt2", "openai-community/gpt2")  # of the Hub
 DEMO_MODEL = "demo-base"  # the small GPT-2 that this project ships, see trainer/model/demo/README.md
 DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo/acled-demo.csv
 LORA_LR_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from trainer.config import choices
 from trainer.config.batch_config import BatchConfig
-from trainer.config.choices import DEMO_DATA, DEMO_MODEL, MAX_HANG_TIMEOUT_SECONDS, MAX_NUM_SAMPLES
+from trainer.config.choices import DEMO_DATA, DEMO_MODEL, GPT2_NAMES, MAX_HANG_TIMEOUT_SECONDS, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.fields import (
     Accepts,
@@ -36,8 +36,9 @@ from trainer.config.fields import (
     settings_class,
 )
 
-# Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `demo` the
-# embedded model and data, small enough for two CPU cores. `finetune` is a guess for any other model, until --find-lr or
+# Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
+# rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
+# for two CPU cores. `finetune` is a guess for any other model, until --find-lr or
 # study.py has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
 # parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
 EarlyStop = Annotated[
@@ -60,7 +61,9 @@ Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: UserPath = option("hub id or folder of a causal LM, or the embedded demo-base", demo=DEMO_MODEL, card="gpt2")
+    model: UserPath = option(
+        "hub id or folder of a causal LM, or the embedded toy demo-base", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2"
+    )
     init: choices.Init = option("start from its weights, or from random ones", "pretrained")
     quant: Literal["nf4", "fp4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
     quant_double: Switch = option("with nf4 and fp4: hold their scales in 8 bits too", False)
@@ -110,7 +113,7 @@ class DataSettings:
     chat_template: UserPath | None = option("Jinja file that writes conversations (default: the model's own)", None)
     objective: choices.Objective | None = option(
         "blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "
-        "completion for chat, prompt-completion and alpaca, else blocks)",
+        "completion for chat, prompt-completion, alpaca and --prompt, else blocks)",
         None,
         card="blocks",
     )
@@ -118,7 +121,7 @@ class DataSettings:
         "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
     block_size: NonNegativeInt = option(
-        "tokens of a block or of the longest row; 0: from the lengths of the data", demo=256, card=1024, finetune=0
+        "tokens of a block or of the longest row; 0: from the lengths of the data", demo=256, card=1024, gpt2=1024, finetune=0
     )
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
@@ -142,13 +145,19 @@ class TrainSettings:
 
     epochs: PositiveFloat = option("passes over the training set", 3.0)
     max_steps: PositiveInt | None = option("optimizer steps in place of --epochs; the schedule ends here too", None)
-    global_batch: PositiveInt = option("examples per optimizer step over all ranks", demo=8, card=2, finetune=16)
+    global_batch: PositiveInt = option(
+        "examples per optimizer step over all ranks", demo=8, card=2, gpt2=8, finetune=16
+    )
     micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
     eval_batch: PositiveInt = option(
-        "examples of a forward in an evaluation; changes no number", demo=16, card=2, finetune=8
+        "examples of a forward in an evaluation; changes no number", demo=16, card=2, gpt2=8, finetune=8
     )
     lr: PositiveFloat = option(
-        "peak learning rate; its default is 10 times as high with --mode lora", demo=5e-4, card=3e-5, finetune=2e-5
+        "peak learning rate; its default is 10 times as high with --mode lora",
+        demo=5e-4,
+        card=3e-5,
+        gpt2=3e-5,
+        finetune=2e-5,
     )
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
     warmup_ratio: ShareOrZero = option("warm-up as a share of all steps, rounded up", 0.0, finetune=0.03)
@@ -392,12 +401,15 @@ def resolve(
 ) -> Settings:
     """Preset, then mode, then what the user gave (`{group: {field: value}}`); each later one wins.
 
-    `preset`: None takes the one that fits the model. The mode changes one number only, the learning rate, and only
+    `preset`: None takes the one that fits the model; without a model that is the demo's for the embedded data and
+    GPT-2's for all others. The mode changes one number only, the learning rate, and only
     where the user gave none; a test holds it there.
     """
     model = overrides.get("model", {}).get("model")
-    by_model = {None: "demo", DEMO_MODEL: "demo", "gpt2": "card", "openai-community/gpt2": "card"}
-    preset = preset or by_model.get(model, "finetune")
+    if preset is None:
+        is_own_data = overrides.get("data", {}).get("data", DEMO_DATA) != DEMO_DATA
+        by_model = {None: "gpt2" if is_own_data else "demo", DEMO_MODEL: "demo", **dict.fromkeys(GPT2_NAMES, "gpt2")}
+        preset = by_model.get(model, "finetune")
     check_value(choices.Preset, "--preset", preset)
     if preset == "finetune" and model is None:
         raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
@@ -427,6 +439,10 @@ def preset_notes(settings: Settings) -> list[str]:
         notes.append(f"block size {settings.data.block_size}: from the lengths of the data; --block-size sets another")
     if settings.preset == "finetune" and "--lr" not in settings.overridden:
         notes.append(f"{rate}: a guess from the literature; {advice}")
+    if settings.preset == "gpt2" and "--lr" not in settings.overridden:
+        notes.append(f"{rate}: from a published fine-tuning of GPT-2 (LoRA: ten times that); {advice}")
+    if settings.model.model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in settings.overridden:
+        notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
     if settings.preset == "demo" and settings.model.model != DEMO_MODEL and "--lr" not in settings.overridden:
         notes.append(f"{rate}: of --preset demo, made for {DEMO_MODEL}; {advice}")
     return notes

@@ -27,6 +27,7 @@ from trainer.data.values import (
 )
 
 MAX_TOKEN_ID = 2**31 - 1
+BLOCKS_OR_ROWS: tuple[Objective, ...] = ("blocks", "completion")
 #: Stanford Alpaca's own two prompts (tatsu-lab/stanford_alpaca, train.py), with and without an input.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -77,7 +78,7 @@ class RecordFormat(NamedTuple):
     render: Callable[[Record], Example]
     meaning: str  #: what the plan says of it
     needs: tuple[str, ...] = ()  #: columns by which it is known
-    objectives: tuple[Objective, ...] = ("blocks", "completion")  #: the first is taken where none is asked for
+    objectives: tuple[Objective, ...] = BLOCKS_OR_ROWS  #: the first is taken where none is asked for
     columns: tuple[str, ...] | None = None  #: the ones that are read, None for all
     is_chat: bool = False
 
@@ -235,4 +236,6 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
         return Example(prompt=text, completion=completion_text, group=text if prompt_columns else None)
 
     used_columns = tuple(dict.fromkeys(prompt_columns + completion_columns))
-    return RecordFormat("template", render, "--prompt and --completion", columns=used_columns)
+    objectives = ROWS_OR_BLOCKS if prompt else BLOCKS_OR_ROWS  # without a prompt there is nothing to leave out
+    meaning = "--prompt and --completion" if prompt else "--completion"
+    return RecordFormat("template", render, meaning, objectives=objectives, columns=used_columns)

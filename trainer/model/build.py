@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
+from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS, GPT2_NAMES
 from trainer.config.errors import UserError
 from trainer.config.settings import ModelSettings, Settings
 from trainer.data import hf_hub
@@ -229,8 +229,15 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
         folder = Path(resolve_model_path(model))
         problem = f"{file} cannot be used: {model_files.reason(error)}"
         if isinstance(error, OSError) and not (folder / file).exists():
-            problem = f"has no {file}" if folder.is_dir() else f"no such folder, and the hub gives no {file}"
-            problem += "; pass --model FOLDER with config.json and safetensors (pickles may hold code and are not read)"
+            expected = "--model FOLDER with config.json and safetensors (pickles may hold code and are not read)"
+            if folder.is_dir() or hf_hub.is_reachable():
+                problem = f"has no {file}" if folder.is_dir() else f"no such folder, and the Hub gives no {file}"
+                problem += f"; pass {expected}"
+            else:
+                problem = "no such folder, not in the Hub's cache, and the Hub cannot be reached; run `hf download "
+                problem += f"{model}` where it can, or pass {expected}"
+            if model in GPT2_NAMES:
+                problem += f", or --model {DEMO_MODEL}, the embedded toy"
         raise UserError(f"--model {model}: {problem}") from error
 
 

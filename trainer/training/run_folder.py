@@ -23,6 +23,7 @@ from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
+IN_USE = "is not empty: pass --resume to go on with that run, or --run-name or --output-dir for another"
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
 
 
@@ -37,8 +38,9 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
     if args.resume is None:
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
-        if not args.runs_finder and not is_unused(folder, ignored_files):  # finders only put their own files there
-            raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --output-dir")
+        writes_run = not (args.runs_finder or args.dry_run)  # finders only put their own files there
+        if writes_run and not is_unused(folder, ignored_files):
+            raise UserError(f"{folder} {IN_USE}")
         return settings, None
     if args.resume == "auto" and is_unused(folder, ignored_files):
         return settings, None

@@ -33,6 +33,10 @@ from trainer.training.schedule import TrainSchedule, describe_schedule
 
 #: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
 PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
+OBJECTIVES = {
+    "blocks": "blocks: loss on every token, records joined and cut",
+    "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
+}
 WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
@@ -88,6 +92,7 @@ class RunPlan:
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
             ("validation", f"{describe_split('val')} ({data_info['split']})"),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
+            ("objective", OBJECTIVES[data_info["objective"]]),
             ("example", data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
             ("padding", self.padding),
@@ -176,13 +181,17 @@ class RunPlan:
         return [*reference.disagreements(self.data_info, self.model_info), reference.UNKNOWN_REASON]
 
 
-def validate_early(settings: Settings, dist_context: DistContext) -> None:
-    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched."""
+def validate_early(settings: Settings, dist_context: DistContext, *, is_dry_run: bool = False) -> None:
+    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched.
+
+    `is_dry_run`: nothing is written into a run folder that is there, also not to see whether it can be.
+    """
     engine, on_cpu, folder = settings.engine, dist_context.device.type == "cpu", Path(settings.run_folder)
     settings.train.batch(dist_context.world_size)
     existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
+        if not (is_dry_run and folder.is_dir()):
+            tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
     except OSError as error:
         message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
         raise UserError(message) from error

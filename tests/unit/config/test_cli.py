@@ -88,7 +88,7 @@ def test_commands_are_read_and_the_launchers_rank_changes_nothing():
     [
         ("", "--mode is missing"),
         ("--mode qlora", "--mode qlora: expected full or lora"),
-        ("--mode full --preset gpt3", "--preset gpt3: expected demo, card or finetune"),
+        ("--mode full --preset gpt3", "--preset gpt3: expected demo, card, gpt2 or finetune"),
         ("--mode full --preset finetune", "--preset finetune without --model: expected --model"),
         ("--mode full --lr", "--lr: expected one argument"),
         ("--mode full --lr fast", "--lr fast: expected a number above 0"),
@@ -122,7 +122,7 @@ def test_help_shows_every_flag_with_the_presets_defaults(capsys):
         parse("--help")
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("LoRA (with --mode lora):", "demo 256, card 1024, finetune 0)", "card 3e-05, finetune 2e-05)"):
+    for part in ("LoRA (with --mode lora):", "demo 256, card 1024, gpt2 1024, finetune 0)", "gpt2 3e-05, finetune 2e-05)"):
         assert part in text
     for flag in {*VALUES, *COMMANDS.split()} - {"--local_rank", "--local-rank"}:
         assert f"{flag} " in text, flag
@@ -134,7 +134,11 @@ def test_help_shows_every_flag_with_the_presets_defaults(capsys):
     [
         ("", "demo", 5e-4, []),
         ("--model demo-base", "demo", 5e-4, []),
-        ("--model gpt2", "card", 3e-5, []),
+        ("--model gpt2", "gpt2", 3e-5, ["learning rate 3e-05: from a published"]),
+        ("--data a.csv", "gpt2", 3e-5, ["learning rate 3e-05: from a published"]),
+        ("--data a.csv --preset card", "card", 3e-5, []),
+        ("--data a.csv --model demo-base", "demo", 5e-4, []),
+        ("--data a.csv --preset demo", "demo", 5e-4, ["--preset demo trains demo-base, the embedded toy, on"]),
         ("--model org/m", "finetune", 2e-5, ["block size 0: from the lengths", "learning rate 2e-05: a guess"]),
         ("--model org/m --lr 1e-4 --block-size 64", "finetune", 1e-4, []),
         ("--model gpt2 --preset finetune --block-size 64", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),

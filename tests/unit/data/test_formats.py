@@ -147,7 +147,9 @@ def test_templates_go_before_token_ids_before_acled_before_text():
     assert choose(record).name == "input_ids"
     assert choose({"text": "a", **NEW_EXPORT}).name == "acled"
     assert render({"text": " a\n", "other": 1}) == ("", " a\n")
-    assert choose({"prompt": "a", "completion": "b"}).objectives[0] == "completion"
+    by_template = choose(record, prompt="{text}", completion="{notes}")  # as the same data in named columns
+    assert by_template.objectives[0] == choose({"prompt": "a", "completion": "b"}).objectives[0] == "completion"
+    assert choose(record, completion="{notes}").objectives[0] == "blocks"  # there is no prompt to leave out
     alpaca = {"instruction": "{a}", "input": "b", "output": " c"}
     assert render(alpaca)[0].endswith("### Instruction:\n{a}\n\n### Input:\nb\n\n### Response:\n")
     assert render({**alpaca, "input": ""})[0].endswith("request.\n\n### Instruction:\n{a}\n\n### Response:\n")

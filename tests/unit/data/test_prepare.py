@@ -160,7 +160,7 @@ def test_settings_that_leave_no_rows_are_refused_with_a_remedy(
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path / "short.csv", [{"text": "short"}])
     with pytest.raises(UserError, match=problem):
-        prepare_file(pairs_csv, **settings, **TEMPLATES)
+        prepare_file(pairs_csv, **{"objective": "blocks", **settings, **TEMPLATES})
 
 
 def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_path, prepare_file, monkeypatch):

@@ -100,7 +100,7 @@ def test_changed_contents_tokenizer_or_settings_are_prepared_again(prepare_pairs
     other = load_tokenizer(model)
     other.add_tokens(["January"])
     other.save_pretrained(tmp_path / "other")
-    changes = [{}, {"prompt": "{mr}"}, {"block_size": 31}, {"val_fraction": 0.2}, {"objective": "completion"}]
+    changes = [{}, {"prompt": "{mr}"}, {"block_size": 31}, {"val_fraction": 0.2}, {"objective": "blocks"}]
     folders = [prepare_pairs(**change)[0].folder for change in [*changes, {"model": str(tmp_path / "other")}]]
     write_records(tmp_path / "a.csv", PAIRS[1:])
     assert len({*folders, prepare_pairs()[0].folder}) == 7

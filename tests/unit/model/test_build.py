@@ -152,6 +152,9 @@ def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"--model no-such-org/no-such-model: no such folder.*pass --model FOLDER"):
         build_model(parse_settings("no-such-org/no-such-model"))
+    message = r"--model gpt2: .*run `hf download gpt2` where it can, .*or --model demo-base, the embedded toy$"
+    with pytest.raises(UserError, match=message):  # own data without --model are never trained on the toy
+        build_model(cli.parse_args(["--mode", "full", "--data", "records.csv"]).settings)
 
 
 def test_weights_are_float32_whatever_the_folder_holds(tiny_model, tmp_path):
