@@ -55,5 +55,5 @@ def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -
 
     The preset is `demo`, whose rates a tiny model learns at, and the objective `blocks`, where `text` names no other.
     """
-    argv = ["--preset", "demo", "--objective", "blocks", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
-    return [*argv, *TEMPLATE_FLAGS, *flags]
+    defaults = f"--preset demo --objective blocks --model {model} --data {data_files[0]} --val-data {data_files[1]}"
+    return [*defaults.split(), *text.split(), *TEMPLATE_FLAGS, *flags]

@@ -121,10 +121,8 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     )
     add = parser.add_argument_group("run").add_argument
     config_help = "flags from a file, before all that are given: YAML with the flags' names, or a run's run.json"
-    preset_help = (
-        "demo: built-in model and data; card: what gpt2-acled-t2s published; gpt2: GPT-2 on other data; finetune: any "
-    )
-    preset_help += "other model (default: the one that fits --model; without that gpt2 where --data is given, else demo)"
+    preset_help = "demo: built-in model and data; card: what gpt2-acled-t2s published; gpt2: GPT-2 on other data; "
+    preset_help += "finetune: any other model (default: the one that fits --model, else --data)"
     resume_help = "go on from the newest whole checkpoint or this one; auto: start a new run if there is none yet"
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"

@@ -121,7 +121,11 @@ class DataSettings:
         "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
     block_size: NonNegativeInt = option(
-        "tokens of a block or of the longest row; 0: from the lengths of the data", demo=256, card=1024, gpt2=1024, finetune=0
+        "tokens of a block or of the longest row; 0: from the lengths of the data",
+        demo=256,
+        card=1024,
+        gpt2=1024,
+        finetune=0,
     )
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")

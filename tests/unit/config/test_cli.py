@@ -122,7 +122,11 @@ def test_help_shows_every_flag_with_the_presets_defaults(capsys):
         parse("--help")
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("LoRA (with --mode lora):", "demo 256, card 1024, gpt2 1024, finetune 0)", "gpt2 3e-05, finetune 2e-05)"):
+    for part in (
+        "LoRA (with --mode lora):",
+        "demo 256, card 1024, gpt2 1024, finetune 0)",
+        "gpt2 3e-05, finetune 2e-05)",
+    ):
         assert part in text
     for flag in {*VALUES, *COMMANDS.split()} - {"--local_rank", "--local-rank"}:
         assert f"{flag} " in text, flag
