@@ -412,8 +412,8 @@ def resolve(
     model = overrides.get("model", {}).get("model")
     if preset is None:
         is_own_data = overrides.get("data", {}).get("data", DEMO_DATA) != DEMO_DATA
-        by_model = {None: "gpt2" if is_own_data else "demo", DEMO_MODEL: "demo", **dict.fromkeys(GPT2_NAMES, "gpt2")}
-        preset = by_model.get(model, "finetune")
+        chosen = model or ("gpt2" if is_own_data else DEMO_MODEL)
+        preset = "demo" if chosen == DEMO_MODEL else "gpt2" if chosen in GPT2_NAMES else "finetune"
     check_value(choices.Preset, "--preset", preset)
     if preset == "finetune" and model is None:
         raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
