@@ -426,7 +426,7 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
         assert "the gradient of the last 10 steps is next to nothing" in text
     summary = wandb_summary(event)
     assert summary == {"event/diagnosis/no_gradient": event.message}
-    rows = collect_wandb_rows([{"_step": 0, "val/loss": 2.0, "epoch": 0.0}])
+    rows = collect_wandb_rows([{"train/global_step": 0, "eval/loss": 2.0, "train/epoch": 0.0}])
     run = build_wandb_run("w", wandb_config(make_run_metadata("full")), {**summary, "wall_seconds": 1.0}, 0, rows)
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
     metadata = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])

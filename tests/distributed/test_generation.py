@@ -272,7 +272,7 @@ def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
         sink.log(EventRecord(event="samples", step=step, message="", time=1.0, facts=facts))
     assert [step for _, step in logged] == [2, 2], "step 1 was logged by the process before"
     row = {**logged[0][0], **logged[1][0]}
-    assert (row["sample/chrf"], row["epoch"], row["samples"]) == (12.5, 0.5, 4)
+    assert (row["sample/chrf"], row["train/epoch"], row["examples"]) == (12.5, 0.5, 4)
     table = row["sample/texts"]
     assert table.columns == ["step", "epoch", "prompt", "reference", "base", "completion"]
     assert table.data == [[2, 0.5, "p", "r", "b", "c"]]

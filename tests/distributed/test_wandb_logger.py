@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from helpers.fake_runs import make_metadata, make_records, write_run_folder
 from helpers.fake_wandb import API_KEY, FakeWandb, child_env
+from transformers.integrations.integration_utils import rewrite_logs
 
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
 from trainer.config.settings import OutputSettings
 from trainer.tracking import wandb_logger
-from trainer.tracking.records import EvalRecord, EventRecord, Record
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import AXES, reference_row, wandb_config, wandb_row
 from trainer.tracking.wandb_logger import WandbFile, start_wandb, upload_run, wandb_block, wandb_mode
 
@@ -38,12 +39,14 @@ LAST_STEP = 90
 def test_every_wandb_row_has_the_three_axes_and_the_reference_run_the_same_keys() -> None:
     for record in RECORDS[:-1]:
         row = wandb_row(record)
-        assert [row[axis] for axis in AXES] == [record.epoch, record.samples, record.tokens]  # type: ignore[union-attr]
-        assert len(row) > 3
-        assert all(name in AXES or name.split("/")[0] in ("train", "val") for name in row)
+        assert isinstance(record, StepRecord | EvalRecord | EpochRecord)
+        assert [row[axis] for axis in AXES] == [record.step, record.epoch, record.samples, record.tokens]
+        assert len(row) > 4
     assert wandb_row(RECORDS[-1]) == {}
+    logs = dict.fromkeys(("loss", "grad_norm", "learning_rate", "epoch", "global_step", "eval_loss"))
+    assert set(rewrite_logs(logs)) <= {name for record in RECORDS for name in wandb_row(record)}, "the Trainer's names"
     assert set(reference_row(CURVE[0])) <= {name for record in RECORDS for name in wandb_row(record)}
-    assert reference_row(CURVE[2])["val/loss"] == 0.9414  # the card's training table
+    assert reference_row(CURVE[2])["eval/loss"] == 0.9414  # the card's training table
 
 
 def test_the_wandb_config_holds_resolved_values_and_adapters_only_in_lora_mode() -> None:
@@ -116,12 +119,13 @@ def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, environ) -> No
         (None, {"WANDB_PROJECT": "theirs"}, {"project": "theirs"}),
         ("ours", {"WANDB_PROJECT": "theirs"}, {"project": "ours"}),
         (None, {"WANDB_RUN_GROUP": "theirs"}, {"group": "theirs"}),
+        ("ours", {"WANDB_RUN_GROUP": "theirs"}, {"group": "ours"}),
         (None, {"WANDB_RUN_ID": "night-7"}, {"id": "night-7"}),
     ],
 )
 def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variables, expected, environ) -> None:
     environ |= variables
-    block = wandb_block(OutputSettings(wandb_project=flag), "exports/acled 2024.csv")
+    block = wandb_block(OutputSettings(wandb_project=flag, wandb_group=flag), "exports/acled 2024.csv")
     assert {name: block[name] for name in expected} == expected
 
 
@@ -330,8 +334,8 @@ def test_an_offline_run_opens_no_connection_and_sync_sends_every_row_axes_and_co
     assert_history(run.history, RECORDS)
     names = [run.fields[name] for name in ("displayName", "jobType", "groupName", "tags")]
     assert names == [METADATA["name"], "train", "full-vs-lora-acled-demo", ["lora", "demo-base", "acled-demo"]]
-    assert run.metric_definitions()["val/*"]["axis"] == run.metric_definitions()["train/*"]["axis"] == "epoch"
-    assert run.summary["val/loss"]["min"] == min(r.loss for r in RECORDS if isinstance(r, EvalRecord))
+    assert {run.metric_definitions()[name]["axis"] for name in ("eval/*", "train/*")} == {"train/global_step"}
+    assert run.summary["eval/loss"]["min"] == min(r.loss for r in RECORDS if isinstance(r, EvalRecord))
     assert (run.summary["wall_seconds"], run.summary["best/step"]) == (100, LAST_STEP)
     assert (run.config_values()["mode"], run.config_values()["trainable_parameters"]) == ("lora", 19_000)
     assert (run.project, run.exit_code, server.unknown_requests) == ("gpt2-full-vs-lora", 0, [])

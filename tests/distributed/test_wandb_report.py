@@ -27,7 +27,7 @@ from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, 
 from trainer.report.run_data import read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
-from trainer.tracking.wandb_keys import wandb_config
+from trainer.tracking.wandb_keys import AXES, wandb_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
 #: writes the rows of a run as a training process does; arguments: run.json's content, folder, last step or 0, mode
@@ -127,7 +127,7 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     flags = ["leet", "inspect", "--no-observability", "--json", "--run-file", file, offline_run_dir]
     lines = subprocess.run([core, *flags], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     items = [json.loads(line)["history"]["item"] for line in lines if '"history"' in line]
-    theirs = {item["_step"]: item["val/loss"] for item in items if "val/loss" in item}
+    theirs = {item["_step"]: item["eval/loss"] for item in items if "eval/loss" in item}
     run = read_offline("x", [file])
     assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
     assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
@@ -164,8 +164,10 @@ def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
     assert config["lr"] == content["resolved"]["lr"], "and flat, for W&B's columns"
     with pytest.raises(UserError, match="another program"):
         metadata_from_config({"lr": 1e-3})
+    with pytest.raises(UserError, match="`run` of its W&B config: schema_version is 4, expected 5"):  # keys val/*
+        metadata_from_config({**config, "run": {**content, "schema_version": 4}})
     with pytest.raises(UserError, match="the card itself"):
-        metadata_from_config({"mode": "card"})
+        metadata_from_config({"mode": "reference"})
     assert is_wandb_path("entity/project/abcd1234")
     assert not any(map(is_wandb_path, ("runs/full", "a/b/c/d", "/abs/a/b", "./a/b", "../a/b")))
 
@@ -251,14 +253,14 @@ def check_spec(spec: dict[str, Any]) -> None:
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
     (runs,) = grid["metadata"]["runSets"]
     (mode,) = (row for row in runs["filters"]["filters"] if row["key"] == {"section": "config", "name": "mode"})
-    assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "card"])
+    assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "reference"])
     panels = grid["metadata"]["panelBankSectionConfig"]["panels"]
     plots = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
-    train = [("epoch", f"train/{name}") for name in ("loss", "lr", "grad_norm", "tokens_per_second")]
-    losses = [("epoch", "val/loss"), ("_runtime", "val/loss"), ("tokens", "train/loss")]
+    train = [("train/epoch", f"train/{name}") for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second")]
+    losses = [("train/epoch", "eval/loss"), ("_runtime", "eval/loss"), ("tokens", "train/loss")]
     assert {(plot["xAxis"], *plot["metrics"]) for plot in plots} == {*train, *losses}
     assert Counter(panel["viewType"] for panel in panels)["Run Comparer"] == 1
-    assert plots[0]["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
+    assert plots[0]["overrideMarks"] == {"lora0042:eval/loss": "dashed", f"{REFERENCE_RUN_ID}:eval/loss": "dashed"}
     assert "#767676" in str(grid["metadata"]["customRunColors"][REFERENCE_RUN_ID])
     positions = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in panels]
     assert len(set(positions)) == len(positions), "panels on top of one another"
@@ -270,8 +272,8 @@ def test_real_runs_are_synced_compared_and_reported(
     """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
     for mode in ("full", "lora"):
         text = f"--mode {mode} --objective completion --block-size 32 --global-batch 4 --epochs 2 --save-every never"
-        argv = tiny_argv(tiny_model, data_files, f"{text} --lr 1e-2 --wandb offline")
-        launch_ranks.train(argv, out=tmp_path / mode, env={"WANDB_MODE": "offline"})
+        argv = tiny_argv(tiny_model, data_files, f"{text} --lr 1e-2 --wandb offline --wandb-tags night,{mode}")
+        launch_ranks.train(argv, out=tmp_path / mode, env={"WANDB_MODE": "offline", "WANDB_LOG_MODEL": "end"})
     card = run_compare("--log-card", "gpt2-full-vs-lora")
     assert card.returncode == 0, card.stderr
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
@@ -283,11 +285,17 @@ def test_real_runs_are_synced_compared_and_reported(
     assert problems == []
     for run in runs:
         there = server.runs[run.run_id]
-        losses = {row["_step"]: row["val/loss"] for row in there.history if "val/loss" in row}
+        losses = {row["_step"]: row["eval/loss"] for row in there.history if "eval/loss" in row}
         assert losses == pytest.approx(dict(zip(run.evals["step"], run.evals["loss"], strict=True)))
-        assert all({"epoch", "samples", "tokens"} <= set(row) for row in there.history)
-        assert there.metric_definitions()["train/*"]["axis"] == there.metric_definitions()["val/*"]["axis"] == "epoch"
+        assert all(set(AXES) <= set(row) for row in there.history)
+        assert {there.metric_definitions()[name]["axis"] for name in ("eval/*", "train/*")} == {"train/global_step"}
         assert there.config_values()["mode"] == run.mode
+        assert {"night", run.mode} <= set(there.fields["tags"])
+        log = there.files["output.log"].decode()
+        assert log.count("  validation loss ") == len(run.evals["step"]), "what was printed"
+    models = [artifact["content"] for artifact in server.artifacts.values() if artifact["artifactTypeName"] == "model"]
+    names = {"adapter_model.safetensors", "model.safetensors"}
+    assert sorted(name for model in models for name in names & set(model)) == sorted(names)
     assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
     check_reference_run(server)
     process = run_compare("full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora", server=server)
@@ -317,11 +325,11 @@ def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Pat
 
 def check_reference_run(server: FakeWandb) -> None:
     run = server.runs[REFERENCE_RUN_ID]
-    rows = [(row["_step"], row["epoch"], row["val/loss"]) for row in run.history]
+    rows = [(row["train/global_step"], row["train/epoch"], row["eval/loss"]) for row in run.history]
     assert rows == [(6_621, 1, 1.2262), (13_242, 2, 1.0048), (19_863, 3, 0.9414)]
     assert run.fields["jobType"] == "reference"
-    assert run.metric_definitions()["val/*"]["axis"] == "epoch"
-    assert run.config_values()["mode"] == "card"
+    assert run.metric_definitions()["eval/*"]["axis"] == "train/global_step"
+    assert run.config_values()["mode"] == "reference"
     assert run.config_values()["unknown"] == list(reference.UNKNOWN_DATA)
 
 

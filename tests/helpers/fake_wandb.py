@@ -6,7 +6,7 @@ at; it answers no more than the client needs to go on. It knows nothing of the r
 
     with FakeWandb() as server:
         subprocess.run([...], env=child_env(**server.env(tmp_path)))
-        assert server.runs["abcd1234"].history[-1]["val/loss"] == 1.0
+        assert server.runs["abcd1234"].history[-1]["eval/loss"] == 1.0
         assert not server.unknown_requests
 """
 

@@ -69,6 +69,7 @@ RunId = Annotated[str, Accepts("1 to 64 letters, digits, _ and -", pattern=r"^[A
 WandbProject = Annotated[
     str, Accepts(r"a name of at most 128 characters without / \ # ? % :", pattern=r"^[^/\\#?%:\pC]{1,128}$")
 ]
+WandbTag = Annotated[str, Accepts("tags of 1 to 64 characters", min_length=1, max_length=64)]
 
 
 def option(help: str, default: Any = dataclasses.MISSING, *, flag: str = "", **presets: Any) -> Any:

@@ -30,6 +30,7 @@ from trainer.config.fields import (
     Text,
     UserPath,
     WandbProject,
+    WandbTag,
     check_value,
     flag_of,
     option,
@@ -239,6 +240,8 @@ class OutputSettings:
     output_dir: UserPath | None = option("run folder (default: runs/<run name>)", None)
     wandb: choices.WandbMode | None = option("Weights & Biases (default: online where logged in, else offline)", None)
     wandb_project: WandbProject | None = option("its project (default: WANDB_PROJECT, or gpt2-full-vs-lora)", None)
+    wandb_group: Name | None = option("its group (default: WANDB_RUN_GROUP, or full-vs-lora-<data>)", None)
+    wandb_tags: tuple[WandbTag, ...] = option("its tags, beside mode, model, data and those of WANDB_TAGS", ())
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
         "tensorboard: write the rows for TensorBoard too; wandb: as without it (see --wandb)", ()

@@ -148,8 +148,8 @@ def read_online(path: str) -> RunData:
 
 
 def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
-    """Rows of W&B by kind; `train/*` and `val/*` of one step may share a row or have their own."""
-    rows, axes = RunRows(), {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
+    """Rows of W&B by kind; `train/*` and `eval/*` of one step may share a row or have their own."""
+    rows, axes = RunRows(), AXES | {"_timestamp": "time"}
     for row in history:
         for kind, columns in COLUMNS.items():
             if any(row.get(key) is not None for key in columns):
@@ -191,6 +191,6 @@ def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         metadata = check_run_metadata(dict(metadata), source="`run` of its W&B config")
         # W&B writes 1.0 as 1: without their own types equal settings read as other ones
         return {**metadata, "settings": json.loads(json.dumps(Settings.from_dict(metadata["settings"]).as_dict()))}
-    if config.get("mode") == "card":
+    if config.get("mode") == "reference":
         raise UserError("is the card itself, which every comparison holds already")
     raise UserError("was logged by another program: its W&B config has no `run`")

@@ -11,21 +11,21 @@ from trainer.config.text import shorten
 from trainer.data.dataset import resolve_cache_dir
 from trainer.report.page import Comparison, markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
-from trainer.tracking.wandb_keys import AXES, METRICS, data_name, reference_row
-from trainer.tracking.wandb_logger import is_logged_in, prepare_environment, wandb_mode
+from trainer.tracking.wandb_keys import data_name, reference_row
+from trainer.tracking.wandb_logger import define_metrics, is_logged_in, prepare_environment, wandb_mode
 
-REFERENCE_RUN_ID = f"card-{reference.NAME}"
+REFERENCE_RUN_ID = f"reference-{reference.NAME}"
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
 MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
 #: title, x, metric, label of y
 LINE_PANELS = (
-    ("Validation loss by epoch", "epoch", "val/loss", LOSS_LABEL),
-    ("Train loss by epoch", "epoch", "train/loss", LOSS_LABEL),
+    ("Validation loss by epoch", "train/epoch", "eval/loss", LOSS_LABEL),
+    ("Train loss by epoch", "train/epoch", "train/loss", LOSS_LABEL),
     ("Train loss by tokens", "tokens", "train/loss", LOSS_LABEL),
-    ("Validation loss by time", "_runtime", "val/loss", LOSS_LABEL),
-    ("Learning rate", "epoch", "train/lr", "learning rate"),
-    ("Gradient norm before clipping", "epoch", "train/grad_norm", "L2 norm"),
-    ("Speed", "epoch", "train/tokens_per_second", "tokens per second"),
+    ("Validation loss by time", "_runtime", "eval/loss", LOSS_LABEL),
+    ("Learning rate", "train/epoch", "train/learning_rate", "learning rate"),
+    ("Gradient norm before clipping", "train/epoch", "train/grad_norm", "L2 norm"),
+    ("Speed", "train/epoch", "train/tokens_per_second", "tokens per second"),
 )
 
 
@@ -99,7 +99,7 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
     title = "Full against LoRA" if verdict.study is None else "Study of full against LoRA"
     title += f", {sources.pop()}" if len(sources) == 1 else ""
-    filters = f"Config('mode') in {['full', 'lora'] + ['card'] * with_reference}"
+    filters = f"Config('mode') in {['full', 'lora'] + ['reference'] * with_reference}"
     if verdict.study is not None:
         filters = f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
     modes = {run.run_id: run.mode for run in comparison.runs}
@@ -116,7 +116,7 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
             title=panel_title,
             x=x if x.startswith("_") else wr.Metric(x),
             y=[wr.Metric(metric)],
-            title_x="seconds" if x == "_runtime" else x,
+            title_x="seconds" if x == "_runtime" else x.removeprefix("train/"),
             title_y=y_label,
             log_y=metric == "train/grad_norm",
             smoothing_type="none",
@@ -178,7 +178,7 @@ def log_reference(target: str) -> str:
     config = {
         **reference.SETTINGS,
         **reference.KNOWN_DATA,
-        "mode": "card",
+        "mode": "reference",
         "source": f"model card {reference.NAME}",
         "steps_per_epoch": reference.STEPS_PER_EPOCH,
         "from_its_program": list(reference.PROGRAM_DEFAULTS),
@@ -199,10 +199,7 @@ def log_reference(target: str) -> str:
                 reinit="create_new",
                 settings=settings,
             )
-            for axis in AXES:
-                run.define_metric(axis, hidden=True)
-            for pattern, axis, summary in METRICS:
-                run.define_metric(pattern, step_metric=axis, summary=summary)
+            define_metrics(run)
             for row in reference.CURVE:
                 run.log(reference_row(row), step=row.step)
             sync_dir = run.settings.sync_dir

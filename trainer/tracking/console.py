@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -20,6 +21,8 @@ from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 
 LINE_INTERVAL_SECONDS = 60.0
 MAX_SUMMARY_ROWS = 20
+#: lines that were printed, without the bar, until a logger takes them
+printed_lines: deque[str] = deque(maxlen=1000)
 HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
 
 
@@ -74,6 +77,7 @@ class ProgressBar:
     def print_line(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         line = "\n".join(map(escape_controls, line.split("\n")))
+        printed_lines.append(line)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, soft_wrap=True)
         else:

@@ -13,7 +13,7 @@ from trainer.config.settings import OutputSettings
 from trainer.config.text import markdown_table, shorten
 from trainer.tracking.records import Record, RecordLogger, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
-from trainer.tracking.wandb_logger import wandb_mode
+from trainer.tracking.wandb_logger import should_send_model, wandb_mode
 
 logger = logging.getLogger(__name__)
 NUM_WARMUP_STEPS = 3  # steps before a profile begins: the first ones allocate and compile
@@ -26,6 +26,7 @@ def check_loggers(output: OutputSettings) -> None:
         if find_spec(name) is None:
             raise UserError(f"--report-to {name}: it is not installed; pip install -e '.[{name}]'")
     wandb_mode(output.wandb)
+    should_send_model()
 
 
 class OptionalLogger:

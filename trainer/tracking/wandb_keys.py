@@ -1,7 +1,7 @@
-"""What is called how on Weights & Biases: the one place that knows; needs neither wandb nor torch.
+"""What is called how on Weights & Biases and TensorBoard: the one place that knows; needs neither of them, nor torch.
 
-Runs with different batches line up by epoch because every row carries all three x axes (`AXES`) and because
-`METRICS` binds the curves to the epoch.
+The names are those of Hugging Face's Trainer, so that its runs and ours share their panels. Every row carries all x
+axes (`AXES`): runs with different batches line up by epoch, examples or tokens.
 """
 
 import re
@@ -12,15 +12,15 @@ from trainer.config.reference import ReferenceRow
 from trainer.config.text import flatten
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 
-AXES = ("epoch", "samples", "tokens")
-METRICS = (  # (pattern, x axis, what the summary keeps)
-    ("train/*", "epoch", None),
-    ("val/*", "epoch", "min,last"),
-    ("sample/*", "epoch", None),
-)
+#: x axis -> field of the record; the first one is that of W&B's panels, as the Trainer has it
+AXES = {"train/global_step": "step", "train/epoch": "epoch", "examples": "samples", "tokens": "tokens"}
+METRICS = {"train/*": None, "eval/*": "min,last", "sample/*": None}  # pattern -> what the summary keeps
 COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
-    StepRecord: {f"train/{name}": name for name in ("loss", "lr", "grad_norm", "tokens_per_second")},
-    EvalRecord: {f"val/{name}": name for name in ("loss", "perplexity", "bits_per_byte")},
+    StepRecord: {
+        **{"train/loss": "loss", "train/learning_rate": "lr", "train/grad_norm": "grad_norm"},
+        "train/tokens_per_second": "tokens_per_second",
+    },
+    EvalRecord: {f"eval/{name}": name for name in ("loss", "perplexity", "bits_per_byte")},
     EpochRecord: {"train/loss_epoch": "train_loss"},
 }
 SCORE_KEY = "test/score_"  # and the scorer's name: of the summary, the mean over the test records
@@ -33,21 +33,21 @@ def wandb_row(record: Record) -> dict[str, float]:
     if isinstance(record, EventRecord):
         if record.event != "samples":
             return {}
-        scores = record.facts.get("scores") or {}
-        return {axis: record.facts[axis] for axis in AXES} | {f"sample/{name}": x for name, x in scores.items()}
-    fields = {axis: axis for axis in AXES} | COLUMNS[type(record)]
-    values = {name: getattr(record, field) for name, field in fields.items()}
+        facts, scores = {"step": record.step, **record.facts}, record.facts.get("scores") or {}
+        return {axis: facts[name] for axis, name in AXES.items()} | {f"sample/{name}": x for name, x in scores.items()}
+    values = {name: getattr(record, field) for name, field in (AXES | COLUMNS[type(record)]).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def reference_row(row: ReferenceRow) -> dict[str, float]:
-    """The same names for one line of the card's table; its samples and tokens are not known and left out."""
+    """The same names for one line of the card's table; its examples and tokens are not known and left out."""
     return {
-        "epoch": float(row.epoch),
+        "train/global_step": row.step,
+        "train/epoch": float(row.epoch),
         "train/loss": row.train_loss,
         "train/loss_epoch": row.train_loss,
-        "val/loss": row.val_loss,
-        "val/perplexity": row.perplexity,
+        "eval/loss": row.val_loss,
+        "eval/perplexity": row.perplexity,
     }
 
 

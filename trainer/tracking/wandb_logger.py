@@ -25,6 +25,7 @@ from trainer.config.files import path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
+from trainer.tracking.console import printed_lines
 from trainer.tracking.records import METRICS_FILE, EventRecord, Record, read_records
 from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, wandb_row, wandb_summary
@@ -32,6 +33,7 @@ from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
 FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+MODEL_TIMEOUT_SECONDS = 3600.0  # the same where the model is sent too
 READ_TIMEOUT_SECONDS = 600.0  # reading one .wandb file back may take this long
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new names of the server
 DEFAULT_PROJECT = "gpt2-full-vs-lora"
@@ -55,7 +57,7 @@ def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
     check_value(RunId, "WANDB_RUN_ID", run_id)
     check_value(WandbProject, "WANDB_PROJECT", project)
     path_from_environment("WANDB_DIR", ".")  # used after the import of wandb, when a mistake would cost the run W&B
-    group = os.environ.get("WANDB_RUN_GROUP") or f"full-vs-lora-{data_name(source)}"[:128]
+    group = output.wandb_group or os.environ.get("WANDB_RUN_GROUP") or f"full-vs-lora-{data_name(source)}"[:128]
     return {"id": run_id, "project": project, "group": group, "mode": wandb_mode(output.wandb)}
 
 
@@ -73,6 +75,14 @@ def wandb_mode(flag: str | None) -> str:
     names = (os.environ.get("WANDB_MODE", ""), _settings_entry("mode"), "online")
     mode = next(WANDB_MODES[name.lower()] for name in names if name.lower() in WANDB_MODES)
     return "offline" if mode == "online" and not is_logged_in() else mode
+
+
+def should_send_model() -> bool:
+    """Whether the exported model goes to W&B as an artifact: WANDB_LOG_MODEL, as Hugging Face's Trainer reads it."""
+    value = os.environ.get("WANDB_LOG_MODEL", "").lower()
+    if value not in ("", "false", "end"):
+        raise UserError(f"WANDB_LOG_MODEL {value}: expected end (the exported model is sent) or false")
+    return value == "end"
 
 
 def is_logged_in() -> bool:
@@ -150,7 +160,7 @@ def start_wandb(
     last_step = run.step - 1  # of the server
     if mode == "offline" and is_resumed:
         last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), metadata["run_id"])
-    wandb_logger = WandbLogger(run, last_step)
+    wandb_logger = WandbLogger(run, last_step, folder / "model" if should_send_model() else None)
     for record in previous_records or ():
         wandb_logger.log(record, is_new=False)
     return wandb_logger
@@ -186,12 +196,13 @@ def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resume
     """The run of wandb with its metrics defined."""
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
+    tags += metadata["settings"]["output"]["wandb_tags"]
     tags += [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     settings = {
         "init_timeout": INIT_TIMEOUT_SECONDS,
-        "finish_timeout": FINISH_TIMEOUT_SECONDS,
+        "finish_timeout": MODEL_TIMEOUT_SECONDS if should_send_model() else FINISH_TIMEOUT_SECONDS,
         "finish_timeout_raises": True,
-        "console": "off",
+        "console": "off",  # it would take every frame of the bar; the lines go there from here
         "disable_git": True,  # a remote's URL may hold a token, which it would send; run.json has the commit
         **({} if os.environ.get("WANDB_SAVE_CODE") else {"disable_code": True}),
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
@@ -213,32 +224,41 @@ def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resume
         mode=mode,
         settings=wandb.Settings(**settings),
     )
+    define_metrics(run)
+    return run
+
+
+def define_metrics(run: Any) -> None:
+    """Tell W&B the x axes of a run's metrics, and which of their values its summary keeps."""
     for axis in AXES:
         run.define_metric(axis, hidden=True)
-    for pattern, axis, summary in METRICS:
-        run.define_metric(pattern, step_metric=axis, summary=summary)
-    return run
+    for pattern, summary in METRICS.items():
+        run.define_metric(pattern, step_metric=next(iter(AXES)), summary=summary)
 
 
 class WandbLogger:
     """Hands records to a wandb run, and raises what goes wrong with their numbers.
 
-    A table of samples or an alert that fails costs itself: one line, and no more of its kind.
-    `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows
-    up to it are left out; a resumed run repeats them number by number anyway.
+    A table of samples, an alert, the model or the printed lines that fail cost themselves: one line, and no more of
+    the kind. `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go
+    back, so rows up to it are left out; a resumed run repeats them number by number anyway. `model_folder`: what is
+    sent as an artifact when the run is finished.
     """
 
-    def __init__(self, run: Any, last_logged_step: int = -1) -> None:
-        self._run, self._last_logged_step = run, last_logged_step
+    def __init__(self, run: Any, last_logged_step: int = -1, model_folder: Path | None = None) -> None:
+        self._run, self._last_logged_step, self._model_folder = run, last_logged_step, model_folder
         self._failed_extras: set[str] = set()
 
     def log(self, record: Record, *, is_new: bool = True) -> None:
         """`is_new`: False for a record of the past, of which nobody is alerted."""
+        self._log_extra("the console", self._log_console)
         if isinstance(record, EventRecord) and record.event != "samples":
             self._run.summary.update(wandb_summary(record))
             if record.event == "diagnosis" and is_new:
                 title, text = f"{record.facts['topic']} (step {record.step})", record.message
                 self._log_extra("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
+            if record.event == "finished" and is_new and self._model_folder and record.facts["exported"]:
+                self._log_extra("the model", lambda: self._log_model(record))
         elif record.step > self._last_logged_step:
             self._run.log(wandb_row(record), step=record.step)
             if isinstance(record, EventRecord):
@@ -246,6 +266,7 @@ class WandbLogger:
 
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout."""
+        self._log_extra("the console", self._log_console)
         try:
             self._run.finish(exit_code=exit_code)
             _check_upload(self._run)
@@ -263,6 +284,19 @@ class WandbLogger:
         rows = [[record.step, record.facts["epoch"], *map(text.get, columns)] for text in record.facts["texts"]]
         table = wandb.Table(columns=["step", "epoch", *columns], data=rows)
         self._run.log({"sample/texts": table}, step=record.step)
+
+    def _log_console(self) -> None:
+        """Send the lines that were printed since; where WANDB_CONSOLE is set, wandb does that itself."""
+        if printed_lines and self._run.settings.console == "off":
+            self._run.write_logs("\n".join(printed_lines))
+        printed_lines.clear()
+
+    def _log_model(self, record: EventRecord) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=record.facts["exported"])
+        artifact.add_dir(str(self._model_folder), policy="immutable", skip_cache=True)  # no second copy on the disk
+        self._run.log_artifact(artifact)
 
     def _log_extra(self, name: str, call: Callable[[], None]) -> None:
         if name not in self._failed_extras:

@@ -143,6 +143,8 @@ OUT_OF_RANGE = {
     "output.save_every": ["-3"],
     "output.save_total_limit": [0],
     "output.wandb": ["on"],
+    "output.wandb_group": [""],
+    "output.wandb_tags": [("a" * 65,), ("",)],
     "output.wandb_project": ["a/b", "a\nb", "a" * 129],
     "output.run_name": ["a/b", "", "..", "a" * 129],
     "output.num_samples": [33],

@@ -89,6 +89,8 @@ for record in make_records(make_metadata()):
     progress.log(record)
 progress.close(0)
 console.show_summary(make_records(make_metadata()), ["other data"], with_reference=True)
+log = "\\n".join(console.printed_lines)
+assert "a line [in brackets]" in log and "validation loss" in log and "\\x1b" not in log and "\\r" not in log, log
 """
 
 

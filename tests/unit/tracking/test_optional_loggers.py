@@ -9,6 +9,7 @@ from trainer.config.errors import UserError
 from trainer.config.settings import OutputSettings
 from trainer.tracking.optional_loggers import OptionalLogger, ProfileLogger, TensorBoardLogger, check_loggers
 from trainer.tracking.wandb_keys import AXES, wandb_row
+from trainer.tracking.wandb_logger import should_send_model
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -82,3 +83,14 @@ def test_an_extra_logger_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr("trainer.tracking.optional_loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--report-to tensorboard: it is not installed; pip install -e '\.\[tensor"):
         check_loggers(OutputSettings(report_to=("tensorboard",)))
+
+
+def test_the_model_is_sent_to_wandb_where_the_trainers_own_variable_says_so(monkeypatch):
+    for value, is_sent in (("", False), ("false", False), ("end", True)):
+        monkeypatch.setenv("WANDB_LOG_MODEL", value)
+        assert should_send_model() is is_sent
+    monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
+    with pytest.raises(
+        UserError, match=r"WANDB_LOG_MODEL checkpoint: expected end \(the exported model is sent\) or f"
+    ):
+        check_loggers(OutputSettings())
