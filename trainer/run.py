@@ -41,7 +41,7 @@ from trainer.training.generation import check_prompts_available
 from trainer.training.loop import train
 from trainer.training.provenance import describe_hosts
 from trainer.training.recorder import Recorder
-from trainer.training.run_plan import RunPlan, make_plan, validate_early
+from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 from trainer.training.schedule import TrainState
 
 
@@ -122,20 +122,14 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
             print(line)
     check_prompts_available(settings, data)
-    on_meta = args.dry_run or args.find_batch
-    has_fingerprint = context.local_rank == 0
-    model = build_model(
-        settings, on_meta=on_meta, with_fingerprint=has_fingerprint, device=context.device, as_stored=True
-    )
-    fingerprints = {"the data": data.metadata["fingerprint"][:12], "the base model": model.metadata["fingerprint"]}
-    fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
+    model_config = load_config(settings.model)
+    fingerprints = {"the data": data.metadata["fingerprint"][:12]}
+    fingerprints["the configuration of the base model"] = config_digest(model_config)
     refuse_differences(context, fingerprints)
+    model_info = build_model(settings, on_meta=True).metadata
     lengths, global_batch = data.train.lengths(), settings.train.global_batch
     step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
-    model_info = {**model.metadata, "step_flops": step_flops}
-    plan = make_plan(settings, context, data, model_info, load_config(settings.model))
-    refuse_differences(context, {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())})
-
+    plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         is_in_use = args.dry_run and args.resume is None and not run_folder.is_unused(Path(settings.run_folder))
         show_plan([*plan.summary_lines(), *[("note", f"{settings.run_folder} {run_folder.IN_USE}")] * is_in_use])
@@ -143,6 +137,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         return 0
     if args.find_batch:
         return find_micro_batch_size(plan, data)
+    model = build_planned_model(plan, with_fingerprint=True)
+    fingerprint = model.metadata["fingerprint"]
+    digests = {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())}
+    refuse_differences(context, {**digests, "the base model": fingerprint})
+    plan = replace(plan, model_info={**plan.model_info, "fingerprint": fingerprint})
     if args.find_lr is not None:
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
             return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
@@ -161,7 +160,9 @@ def build_engine(
     plan: RunPlan, model: TrainableModel, source: checkpoint.Checkpoint | None
 ) -> tuple[Engine, TrainState]:
     """The engine of a plan and the state of the run: at its start, or where the checkpoint `source` stood."""
-    if source is not None:
+    if source is not None and plan.deepspeed_file.stage == 3:  # which sends rank 0's weights to the others
+        plan.dist_context.on_rank_zero(lambda: checkpoint.load_weights(source, model.module))
+    elif source is not None:
         checkpoint.load_weights(source, model.module, plan.dist_context)
     engine = Engine(plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
     if source is None:

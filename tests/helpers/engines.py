@@ -20,7 +20,7 @@ from trainer.distributed.process_group import DistContext, destroy_process_group
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
-from trainer.training.run_plan import RunPlan, make_plan
+from trainer.training.run_plan import RunPlan, build_planned_model, make_plan
 from trainer.training.schedule import BestCheckpoint, TrainState
 
 STUB_IDENTITY = {"run_id": "test", "mode": "full", "base": "test", "data": "test", "fixed": {}} | {
@@ -78,12 +78,11 @@ def plan_run(
     """The plan of a run on its ranks; `data`: the folder of its prepared rows; left out: they are prepared."""
     settings = cli.parse_args(list(argv)).settings
     dataset = load(Path(data) if data is not None else prepare_data(argv))
-    model = (
-        build_model(settings, on_meta=True)
-        if on_meta
-        else build_model(settings, device=dist_context.device, as_stored=True)
-    )
+    model = build_model(settings, on_meta=True)
     plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
+    if not on_meta:
+        model = build_planned_model(plan, with_fingerprint=True)
+        plan = replace(plan, model_info={**plan.model_info, "fingerprint": model.metadata["fingerprint"]})
     return PlannedRun(settings, dataset, model, plan)
 
 

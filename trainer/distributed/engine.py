@@ -77,7 +77,7 @@ class Engine:
         if plan.frozen_dtype == "bfloat16":  # before a GPU has to hold them in float32
             cast_frozen_weights(model)
         self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
-        head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
+        head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         adamw = optimizer.build_optimizer(
             self.trainable_params,
@@ -332,20 +332,24 @@ class _WeightByWeight(nn.Module):
 
 
 def place_model(
-    loss_module: CausalLMLoss, model: TrainableModel, deepspeed_config: Mapping[str, Any], device: torch.device
+    loss_module: CausalLMLoss, model: TrainableModel, deepspeed_config: Mapping[str, Any], context: DistContext
 ) -> str:
     """Move the model there; returns what its loss finds of its head (`CausalLMLoss.verify`). All ranks must call.
 
-    Under ZeRO 3 it goes weight by weight, and of each only this rank's part stays. A packed base is there already.
+    Under ZeRO 3 it goes weight by weight, with rank 0's values, and of each only this rank's part stays. A packed base
+    is there already.
     """
     if int(deepspeed_config["zero_optimization"].get("stage", 0)) < 3 or model.quant_settings is not None:
-        loss_module.to(device)
+        loss_module.to(context.device)
         return loss_module.verify()
-    head_problem = loss_module.verify()
+    head_problem = context.on_rank_zero(loss_module.verify)
+    if head_problem:
+        loss_module.head = None
     weights = _WeightByWeight(loss_module, torch.float16 if "fp16" in deepspeed_config else torch.float32)
     import_module("deepspeed").zero.Init(module=weights, config_dict_or_path=dict(deepspeed_config))
     for buffer in loss_module.buffers():
-        buffer.data = buffer.data.to(device)
+        buffer.data = buffer.data.to(context.device).contiguous()
+        dist.broadcast(buffer.data.view(-1).view(torch.uint8), 0)
     return head_problem
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.initialization import no_init_weights
 
 from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS, GPT2_NAMES
 from trainer.config.errors import UserError
@@ -60,29 +61,36 @@ def build_model(
     with_fingerprint: bool = True,
     device: torch.device | None = None,
     as_stored: bool = False,
+    with_values: bool = True,
 ) -> TrainableModel:
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
     before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own; `as_stored`:
-    weights of a file in bfloat16 stay in it until `to_float32`. UserError where the model or a target is
-    not there.
+    weights of a file of one type stay in it until `to_float32`; `with_values`: False for a rank that is sent them:
+    memory that nobody writes to, which takes none, and nothing is read. UserError where the model or a target is not
+    there.
 
     Weights whose type is not changed lie in the file, which all processes of a machine map into the same memory.
     """
     config, quant, dtype = load_config(settings.model), settings.model.quant, torch.float32
     path = resolve_model_path(settings.model.model)
-    if settings.model.init == "pretrained" and (Path(path).is_dir() or not on_meta):
+    with_values = with_values and not on_meta
+    if settings.model.init == "pretrained" and (Path(path).is_dir() or with_values):
         # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
         # weights that can be loaded.
         _load_pretrained(settings.model, config, dtype, device_map={"": "meta"})
-        changes_base = settings.mode == "lora" and settings.lora.adapter in ("dora", "pissa")  # or reads it, at once
-        if (as_stored or quant) and not changes_base and model_files.is_stored_in_bf16(hf_hub.find_model_folder(path)):
-            dtype = torch.bfloat16
+        changes_base = settings.mode == "lora" and settings.lora.adapter == "pissa"
+        if (as_stored or quant) and not changes_base:
+            dtype = model_files.stored_dtype(hf_hub.find_model_folder(path))
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
-        is_random = on_meta or settings.model.init == "random"
-        causal = _init_random(settings.model, config) if is_random else _load_pretrained(settings.model, config, dtype)
+        if with_values and settings.model.init == "pretrained":
+            causal = _load_pretrained(settings.model, config, dtype)
+        else:
+            with contextlib.nullcontext() if with_values else no_init_weights():
+                causal = _init_random(settings.model, config)
+            causal.tie_weights()
         fuse_gelu(causal)
         attention.install(causal)
         metadata = {
@@ -90,7 +98,7 @@ def build_model(
             "init": settings.model.init,
             "class": type(causal).__name__,
             "parameters": sum(p.numel() for p in causal.parameters()),
-            "fingerprint": compute_fingerprint(causal) if with_fingerprint and not on_meta else None,
+            "fingerprint": compute_fingerprint(causal) if with_fingerprint and with_values else None,
             "lora_targets": [],
             "not_adapted": [],
         }
@@ -105,11 +113,11 @@ def build_model(
                     quantization.quantize(causal, settings.model, device or torch.device("cpu"))
                     to_float32(causal)
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
-            module = lora.add_adapters(causal, settings.lora, target_modules)
+            module = lora.add_adapters(causal, settings.lora, target_modules, with_values=with_values)
             if quant:  # what is trained of the base is not packed
                 trained = (p.numel() for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n)
                 metadata["frozen_bytes"] -= 4 * sum(trained)
-            if settings.lora.adapter == "pissa" and not on_meta:
+            if settings.lora.adapter == "pissa" and with_values:
                 # The base lacks what pissa's adapters hold: an adapter for the untouched base must take them off again.
                 adapter = ((n, p) for n, p in module.named_parameters() if ".lora_" in n)
                 initial_adapter = {name: p.detach().cpu().clone() for name, p in adapter}

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.errors import UserError
 from trainer.config.settings import LoraSettings
+from trainer.model.model_files import HALF_TYPES
 
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
@@ -66,16 +67,19 @@ def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in stacked})
 
 
-def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules: list[str]) -> Any:
+def add_adapters(
+    causal: PreTrainedModel, settings: LoraSettings, target_modules: list[str], *, with_values: bool = True
+) -> Any:
     """The peft model around `causal`, whose own weights are frozen but for those of `modules_to_save`.
 
     pissa moves the largest singular vectors of each layer's weight from the base into its adapter
     (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` of
-    which the model has none, and for a rank of pissa that is more than a layer has singular vectors.
+    which the model has none, and for a rank of pissa that is more than a layer has singular vectors. `with_values`:
+    False where the base's weights stand for their shapes alone.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
 
-    is_pissa, on_meta = settings.adapter == "pissa", next(causal.parameters()).device.type == "meta"
+    is_pissa = settings.adapter == "pissa"
     layers = {n: m for n, m in causal.named_modules() if any(_ends_with(n, target) for target in target_modules)}
     for name, layer in layers.items() if is_pissa else ():
         if settings.rank > (max_rank := min(layer.weight.shape)):
@@ -89,14 +93,19 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # its weight is [in, out]
         use_dora=settings.adapter == "dora",
         use_rslora=settings.adapter == "rslora",
-        init_lora_weights="pissa" if is_pissa and not on_meta else True,
+        init_lora_weights="pissa" if is_pissa and with_values else True,
     )
-    weights = {layer: layer.weight for layer in layers.values() if layer.weight.dtype == torch.bfloat16}
+    weights = {layer: layer.weight for layer in layers.values() if layer.weight.dtype in HALF_TYPES}
     for layer, weight in weights.items():  # adapters are made in the type of their layer: in float32, without memory
         layer.weight = nn.Parameter(torch.zeros(1, device=weight.device).expand(weight.shape), requires_grad=False)
     module = get_peft_model(causal, config)
     for layer, weight in weights.items():
         layer.weight = weight.requires_grad_(False)
+    for layer in module.modules():  # dora's magnitudes are the norms of these weights, in float32 one at a time
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            if (base := layer.get_base_layer()) in weights:
+                weight = base.weight.float()
+                magnitude.weight.data = torch.linalg.norm(weight.T if isinstance(base, Conv1D) else weight, dim=1)
     output_layer = causal.get_output_embeddings()
     parameters = {
         "wte": list(causal.get_input_embeddings().parameters()),

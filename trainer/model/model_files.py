@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -23,6 +24,7 @@ MAX_LAYERS = 2000  # more than any model has: each is a Python object, so a dama
 MAX_LABELS = 100_000
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
+HALF_TYPES = (torch.bfloat16, torch.float16)
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
 
 
@@ -113,13 +115,27 @@ def weights_file_problem(path: Path) -> str | None:
         return f"not a whole safetensors file ({reason(error)}); copy it again"
 
 
-def is_stored_in_bf16(folder: Path) -> bool:
-    """Whether every tensor of a model's files is of that type."""
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of every tensor of a model's files; float32, which holds any, where they are of several."""
     dtypes = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
-    return dtypes == {"BF16"}
+    names = {("BF16",): torch.bfloat16, ("F16",): torch.float16}
+    return names.get(tuple(dtypes), torch.float32)
+
+
+class ComputeInFloat32(TorchFunctionMode):
+    """Within it every operation takes its tensors in half types as float32, of one weight at a time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widen(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(map(widen, value)) if type(value) in (list, tuple) else value
+            is_half = isinstance(value, torch.Tensor) and value.dtype in HALF_TYPES
+            return value.float() if is_half else value
+
+        return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 def check_loading_info(loading_info: Mapping[str, Any]) -> None:
@@ -143,7 +159,8 @@ def check_causal(causal: PreTrainedModel) -> None:
     was_training = causal.training
     input_ids = torch.arange(8).remainder(causal.config.get_text_config().vocab_size).repeat(2, 1)
     input_ids[1, -1] = 0
-    logits = causal.eval()(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+    with ComputeInFloat32():
+        logits = causal.eval()(input_ids=input_ids, use_cache=False).logits[:, :-1]
     causal.train(was_training)
     if not logits.isfinite().all():
         raise UserError("its logits are not finite: the weights are damaged; copy the model again")

@@ -18,7 +18,7 @@ from trainer.model.build import build_model, get_max_positions, load_config
 from trainer.tools.processes import end_with_parent
 from trainer.tracking.optional_loggers import check_loggers
 from trainer.tracking.silence import silence_libraries
-from trainer.training.run_plan import RunPlan, make_plan, validate_early
+from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 
 FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
 
@@ -62,8 +62,9 @@ def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, Pr
 
 def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Engine]:
     """The plan of a run of these settings and its engine."""
-    model = build_model(settings, with_fingerprint=False, device=dist_context.device, as_stored=True)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    model_info = build_model(settings, on_meta=True).metadata
+    plan = make_plan(settings, dist_context, data, model_info, load_config(settings.model))
+    model = build_planned_model(plan)
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 
 

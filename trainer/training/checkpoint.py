@@ -368,10 +368,8 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContex
             f"checkpoint {checkpoint.folder} is of another model or damaged: {different[0]} is {found}, expected "
             f"{wanted.replace('missing', 'none')}, and {len(different) - 1} more differ"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.data = parameter.data.float()  # may be as it is stored, in another type
-            parameter.copy_(read_tensor(f"weight/{name}"))
+    for name, parameter in parameters.items():
+        parameter.data = read_tensor(f"weight/{name}").to(parameter.device)
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:

@@ -25,7 +25,7 @@ from trainer.distributed.memory import (
 )
 from trainer.distributed.preflight import config_digest
 from trainer.distributed.process_group import DistContext
-from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.optimizer import MIN_8BIT_SIZE
 from trainer.training.generation import check_installed
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
@@ -313,6 +313,19 @@ def make_plan(
         dropout=dropout,
         padding=_describe_padding(schedule.batches(data.train, dist_context.rank)),
         estimate_memory=estimate_memory,
+    )
+
+
+def build_planned_model(plan: RunPlan, *, with_fingerprint: bool = False) -> TrainableModel:
+    """The model of a plan with its weights: under ZeRO 3 on the first rank of each host alone, as DeepSpeed sends the
+    others their shares. A packed base is each rank's own."""
+    context, settings = plan.dist_context, plan.settings
+    return build_model(
+        settings,
+        with_fingerprint=with_fingerprint and context.local_rank == 0,
+        device=context.device,
+        as_stored=True,
+        with_values=plan.deepspeed_file.stage < 3 or context.local_rank == 0 or settings.model.quant is not None,
     )
 
 
