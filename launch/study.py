@@ -26,18 +26,20 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     per_trial = partial(whole_number, least=0)
     methods_help = "full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)"
-    ranks_help = "LoRA ranks to try; full tries as many more rates (default: 8)"
+    ranks_help = "LoRA ranks to judge, each at its own best rate (default: 8)"
     seeds_help = "of the answer's runs (default: 101,102,103)"
     search_help = "of the search's runs, none of --seeds (default: 1)"
+    max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
     add("--output-dir", type=Path, default=Path("study"), metavar="DIR", help="folder of the study (default: study)")
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
     add("--gpus-per-trial", type=per_trial, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")
     add("--methods", default="full,lora", metavar="NAMES", help=methods_help)
-    add("--ranks", type=whole_numbers, default=(8,), metavar="N,N", help=ranks_help)
+    add("--lora-ranks", type=whole_numbers, default=(8,), metavar="N,N", help=ranks_help)
     add("--seeds", type=whole_numbers, default=(101, 102, 103), metavar="N,N", help=seeds_help)
     add("--search-seeds", type=whole_numbers, default=(1,), metavar="N,N", help=search_help)
+    add("--max-lr", action="append", default=[], metavar="METHOD=LR", help=max_lr_help)
     add("--margin", default="2%", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
     add("--dry-run", action="store_true", help="print trials, steps and an estimate of the time; run no trial")

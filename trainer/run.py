@@ -36,7 +36,7 @@ from trainer.tracking.console import show_plan
 from trainer.tracking.optional_loggers import check_loggers
 from trainer.tracking.run_lock import RunLock
 from trainer.training import checkpoint, run_folder
-from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits
+from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits, read_base_evaluations
 from trainer.training.generation import check_prompts_available
 from trainer.training.loop import train
 from trainer.training.provenance import describe_hosts
@@ -201,11 +201,13 @@ def _train_and_export(
             record_digests=recorder.digests,
         )
         recorder.begin(state, source)
+        base_nll = context.on_rank_zero(lambda: read_base_evaluations(metadata, data))
         with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(settings.engine.hang_timeout, folder):
             if not state.step and state.eval_pending and settings.output.export != "none":
-                for event in evaluate_other_splits(plan, data, engine, state, step=0):
+                for event in evaluate_other_splits(plan, data, engine, state, step=0, base_nll=base_nll):
                     recorder.log(event)
-            stream = train(engine, data, plan.schedule, state, checkpoints, signal_handler.stop_requested)
+            should_stop = signal_handler.stop_requested
+            stream = train(engine, data, plan.schedule, state, checkpoints, should_stop, base_nll.get("val"))
             state = recorder.follow(stream)
             signal_handler.check_launcher()  # another rank may have been the first to see that the launcher is gone
         signal_numbers = context.all_gather_object(signal_handler.signal_number)

@@ -281,6 +281,8 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--join", "nowhere"], "nowhere: no study there"),
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
         (["--join", "nowhere", "--dry-run"], "--dry-run: not with --join"),
+        (["--max-lr", "lora"], "--max-lr lora: expected METHOD=LR, such as lora=5.6e-3"),
+        (["--max-lr", "dora=1e-3"], "--max-lr dora=0.001: expected METHOD=LR with one of full, lora and a rate from"),
         (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might end before it"),
     ],
 )
@@ -377,7 +379,7 @@ def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answ
     ("variable", "value", "message"),
     [
         ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, execution eager, torch 2.13.0, answer-"),
-        ("STUB_DIVERGES", "103", "refused to rank: answer-full-lr0.0001-t8-s103 failed"),
+        ("STUB_DIVERGES", "103", "refused to rank: full at 0.0001 diverged in 1 of 3 seeds; run the study at 1e-05 ("),
         (
             "STUB_LORA",
             "-12",
@@ -425,7 +427,9 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
         write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
     for content in ("", "[]", '{"rule": {}}', '{"rule": 3, "sha256": "", "working_dir": ""}'):
         (stub_dir / "rule.json").write_text(content)
-        with pytest.raises(UserError, match=r"rule.json: (not|holds)"):
+        with pytest.raises(
+            UserError, match=r"rule.json: (not|holds|of version 1, and this program continues studies of version 2)"
+        ):
             read_rule(stub_dir)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.launch_ranks import make_process
@@ -13,7 +14,7 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.tools import processes
 from trainer.tools.processes import Slot, start_process, start_run
 from trainer.tools.study import planning
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, write_evaluation
 
 CPU = Slot(gpus=(), num_threads=1)
 
@@ -41,9 +42,43 @@ def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(t
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
     assert metadata["data"]["test"]["examples"] > 0, "held out all the same"
     assert metadata["wandb"]["group"] == "study-a"
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 3]
     assert rows[-1]["facts"]["peak_memory_bytes"] > 0
+
+
+def read_rows(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_base_is_evaluated_once_for_all_runs_of_it_and_again_where_it_is_another(tiny_model, data_files, tmp_path):
+    """What is taken over is seen by its mark: the first run's losses before training, one of them raised by 1."""
+    text = "--objective completion --block-size 32 --global-batch 6 --eval-batch 4 --lr 0.003 --max-steps 2"
+    argv = tiny_argv(tiny_model, data_files, text, "--test-fraction", "0.2", "--base-from", str(tmp_path / "runs"))
+    for name, more in {
+        "first": ("--mode", "full"),
+        "lora": ("--mode", "lora", "--seed", "7"),
+        "bf16": ("--mode", "full", "--precision", "bf16"),
+        "other-data": ("--mode", "full", "--test-fraction", "0.3"),
+    }.items():
+        folder = tmp_path / "runs" / name
+        exit_code, output = run([*argv, *more, "--export", "last", "--output-dir", str(folder)], tmp_path / name)
+        assert exit_code == 0, output
+        base = read_evaluations(folder / EVAL_RECORDS_FOLDER).query("step == 0")
+        if name == "first":
+            marked = {
+                split: rows.assign(nll=rows["nll"] + (rows.index == rows.index[0]))
+                for split, rows in base.groupby("split")
+            }
+            for split, rows in marked.items():
+                write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=0, split=split, nll=rows["nll"])
+        is_taken_over = [
+            base.query("split == @split")["nll"].tolist() == rows["nll"].tolist() for split, rows in marked.items()
+        ]
+        assert is_taken_over == [name == "lora"] * 2, name
+        initial_loss = next(row["loss"] for row in read_rows(folder) if row["kind"] == "eval")
+        rows = base.query("split == 'val'")
+        assert initial_loss == pytest.approx(rows["nll"].sum() / rows["targets"].sum(), rel=1e-12)
 
 
 def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run_and_says_what_cannot_be_planned(tmp_path):

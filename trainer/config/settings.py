@@ -250,6 +250,9 @@ class OutputSettings:
     export: Literal["last", "best", "none"] = option(
         "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"
     )
+    base_from: UserPath | None = option(
+        "folder of runs: take over their evaluation of the same base before the first step (default: evaluate it)", None
+    )
     num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
     score_samples: Switch = option("score completions of validation prompts: exact match, BLEU, chrF, ROUGE-L", False)
 

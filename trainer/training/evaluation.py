@@ -4,16 +4,21 @@ Beside validation there may be test records, which say what training gains on re
 retained text, of the base model's own kind: its loss after training less its loss before is what was forgotten.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-from trainer.config.errors import TrainingError
+import numpy as np
+
+from trainer.config.errors import TrainingError, UserError
+from trainer.config.files import read_json_object
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches, eval_order
 from trainer.distributed.engine import Engine
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, write_evaluation
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, write_evaluation
 from trainer.tracking.records import EventRecord, bits_per_byte
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainState
@@ -44,12 +49,21 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     *,
     num_bytes: int = 0,
+    row_nll: Sequence[float] | None = None,
 ) -> Evaluation:
     """Evaluate all rows of `dataset`; every rank calls it and gets the whole result.
 
-    `num_bytes`: of the targets' text in UTF-8, 0 where it is not known. Raises StopRequested, on all ranks alike, where
-    any of them is to stop.
+    `num_bytes`: of the targets' text in UTF-8, 0 where it is not known; `row_nll`: where another run has evaluated the
+    same weights, and no row is again. Raises StopRequested, on all ranks alike, where any of them is to stop.
     """
+    row_nll = _evaluate_rows(engine, dataset, eval_batch_size, should_stop) if row_nll is None else row_nll
+    nll_sum, num_target_tokens = math.fsum(row_nll), int(dataset.num_target_tokens().sum())
+    return Evaluation(row_nll, nll_sum / num_target_tokens, num_target_tokens, bits_per_byte(nll_sum, num_bytes))
+
+
+def _evaluate_rows(
+    engine: Engine, dataset: TokenDataset, eval_batch_size: int, should_stop: Callable[[], bool]
+) -> list[float]:
     context, order = engine.dist_context, eval_order(dataset)
     batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
     for number, micro_batch in enumerate(eval_batches(dataset, eval_batch_size, context.rank, context.world_size)):
@@ -63,16 +77,52 @@ def evaluate(
     for rank_indices, rank_losses in context.all_gather_object((row_indices, local_losses)):
         for index, loss in zip(rank_indices, rank_losses, strict=True):
             row_nll[index] = loss
-    nll_sum, num_target_tokens = math.fsum(row_nll), int(dataset.num_target_tokens().sum())
-    return Evaluation(row_nll, nll_sum / num_target_tokens, num_target_tokens, bits_per_byte(nll_sum, num_bytes))
+    return row_nll
+
+
+def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) -> dict[str, list[float]]:
+    """{split: `Evaluation.row_nll` before the first step} of what runs in the folder --base-from have evaluated.
+
+    Of runs that had the same base, data and way of computing, by their run.json. `metadata`: this run's.
+    """
+    settings, evaluations = metadata["settings"], dict[str, list[float]]()
+    folder, keys = settings["output"]["base_from"], ["id", "occurrence", "targets"]
+    changes_base = metadata["mode"] == "lora" and settings["lora"]["adapter"] == "pissa"  # in its last digits
+    if folder is None or settings["model"]["init"] != "pretrained" or changes_base:
+        return {}
+    for split in ("val", *OTHER_SPLITS):
+        for path in sorted(Path(folder).glob(f"*/{EVAL_RECORDS_FOLDER}/step-000000-{split}.parquet")):
+            with contextlib.suppress(UserError, LookupError, TypeError):  # of a run that is going, or was damaged
+                other = read_json_object(path.parents[1] / "run.json")
+                rows = read_evaluations(path.parent, val_steps={0}).query("step == 0 and split == @split")
+                is_same_base = _base_facts(other) == _base_facts(metadata)
+                if is_same_base and np.array_equal(rows[keys].to_numpy(), data.row_info(split)[keys].to_numpy()):
+                    evaluations[split] = rows["nll"].tolist()
+                    break
+    return evaluations
+
+
+def _base_facts(metadata: Mapping[str, Any]) -> list[Any]:
+    """What two runs must share for the base's evaluation by one to be that by the other."""
+    model, resolved, hardware = metadata["model"], metadata["resolved"], metadata["hardware"]
+    facts = [model["fingerprint"], metadata["settings"]["model"]["quant"], resolved["precision"], resolved["device"]]
+    machine = [hardware.get("gpu") or hardware.get("cpu"), metadata["versions"]["torch"]]
+    return [*facts, *machine, metadata["data"]["fingerprint"], metadata["data"]["val_fingerprint"]]
 
 
 def evaluate_other_splits(
-    plan: RunPlan, data: PreparedDataset, engine: Engine, train_state: TrainState, *, step: int
+    plan: RunPlan,
+    data: PreparedDataset,
+    engine: Engine,
+    train_state: TrainState,
+    *,
+    step: int,
+    base_nll: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Iterator[EventRecord]:
     """The events of the test and retained losses, whose rows rank 0 writes. All ranks must call.
 
-    `step`: of the weights that the engine holds, which may be those of an earlier checkpoint than `train_state`.
+    `step`: of the weights that the engine holds, which may be those of an earlier checkpoint than `train_state`;
+    `base_nll`: losses of the splits that another run has evaluated.
     """
     for split, name in OTHER_SPLITS.items():
         dataset = getattr(data, split)
@@ -80,7 +130,7 @@ def evaluate_other_splits(
             continue
         num_bytes = data.num_target_bytes(split)
         row_nll, loss, num_target_tokens, bits = evaluate(
-            engine, dataset, plan.settings.train.eval_batch, num_bytes=num_bytes
+            engine, dataset, plan.settings.train.eval_batch, num_bytes=num_bytes, row_nll=base_nll.get(split)
         )
 
         def write_rows() -> None:

@@ -6,7 +6,7 @@ yields what happened.
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +30,11 @@ def train(
     state: TrainState,
     checkpoints: CheckpointManager,
     should_stop: Callable[[], bool],
+    base_nll: Sequence[float] | None = None,
 ) -> Generator[Record, None, TrainState]:
     """Run from `state` to the last step, or until a rank should stop, and return where it ended.
 
+    `base_nll`: the validation losses before the first step, where another run has evaluated the same base.
     Raises TrainingError, after saving the last finite state, on NaN or infinity.
     """
     state, start_time = replace(state, stop_requested=False), time.perf_counter() - state.elapsed_seconds
@@ -44,7 +46,8 @@ def train(
     batches = schedule.batches(data.train, engine.dist_context.rank)
     last_saved_step = state.step
     if state.eval_pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
-        state = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
+        base_nll = None if state.step else base_nll
+        state = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop, base_nll)
         if state.step and not state.stop_requested:
             checkpoints.update_train_state(state)
     while not (state.stop_requested or schedule.is_done(state)):
@@ -101,13 +104,15 @@ def _run_due_actions(
     state: TrainState,
     stopwatch: Callable[[], float],
     should_stop: Callable[[], bool],
+    row_nll: Sequence[float] | None = None,
 ) -> Generator[Record, None, TrainState]:
     """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
     settings, step = schedule.settings.train, state.step
     if schedule.is_eval_due(step):
         num_bytes = data.num_target_bytes("val")
         try:
-            evaluation = evaluate(engine, data.val, settings.eval_batch, should_stop, num_bytes=num_bytes)
+            batch = settings.eval_batch
+            evaluation = evaluate(engine, data.val, batch, should_stop, num_bytes=num_bytes, row_nll=row_nll)
         except StopRequested:
             return replace(state, stop_requested=True)
         if not math.isfinite(evaluation.loss):

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -22,8 +23,9 @@ from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_gr
 from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
-from trainer.tools.study.rule import PRIMARY, RULE_FILE, Rule
-from trainer.tools.study.search import Results, StudyState, TrialSpec
+from trainer.tools.study.power import choice_noise
+from trainer.tools.study.rule import RULE_FILE, Rule
+from trainer.tools.study.search import Candidate, MethodSearch, Results, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
 
@@ -34,19 +36,20 @@ class AnswerRefusedError(UserError):
     exit_code = REFUSED_EXIT_CODE
 
 
-def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[str, SeedGroup]:
-    """Each method's runs over the seeds, full's first, then lora's."""
-    runs: dict[str, list[RunData]] = {method: [] for method in PRIMARY}
-    labels: dict[str, str] = {}
-    for spec in sorted(specs, key=lambda spec: spec.seed):
-        method = spec.candidate.method
-        kind = "" if method == "lora" else f"{method}, "
-        labels[method] = "full" if method == "full" else f"LoRA ({kind}rank {spec.candidate.lora_rank})"
-        runs.setdefault(method, []).append(_read_run(study_folder, spec))
-    return {method: SeedGroup(labels[method], members[0].mode, tuple(members)) for method, members in runs.items()}
+def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[Candidate, SeedGroup]:
+    """Each candidate's runs over the seeds, full's first, then those of the LoRA that is judged first."""
+    runs: dict[Candidate, list[RunData]] = {}
+    for spec in specs:
+        runs.setdefault(spec.candidate, []).append(_read_run(study_folder, spec))
+    groups = {}
+    for candidate, members in runs.items():
+        kind = "" if candidate.method == "lora" else f"{candidate.method}, "
+        label = "full" if candidate.method == "full" else f"LoRA ({kind}rank {candidate.lora_rank})"
+        groups[candidate] = SeedGroup(label, members[0].mode, tuple(members))
+    return groups
 
 
-def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
+def judge(groups: Mapping[Candidate, SeedGroup], rule: Rule) -> FullVsLora:
     """The primary comparison by the rule. AnswerRefusedError where it may not be drawn, as where runs were not computed
     alike (device, precision, ranks, execution or torch differ); UserError for few records."""
     ways: dict[str, RunData] = {}
@@ -61,7 +64,7 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
             f"{run.name} ran in {way}, {other_run.name} in {other_way}: these cannot be compared; run the answer's "
             "trials on one kind of machine"
         )
-    full, lora = (groups[method] for method in PRIMARY)
+    full, lora, *_ = groups.values()
     pair = compare_groups(full, lora, rule.margin)
     if pair.blockers:
         raise AnswerRefusedError(f"refused to rank: {'; '.join(pair.blockers)}")
@@ -81,11 +84,14 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     """The answer, which `judge` lets be drawn, with all that stands beside it."""
     groups, outcomes = read_groups(study_folder, state.answers), state.outcomes
     notes = [*(f"search of {outcome.describe()}" for outcome in outcomes.values()), timing.describe()]
-    notes += [f"{m}: left out, a fresh run failed" for m, o in outcomes.items() if not o.problem and m not in groups]
+    for outcome in outcomes.values():
+        if not outcome.problem and outcome.winner not in groups:
+            notes.append(f"{outcome.name}: left out, a fresh run diverged or failed")
     rule_line = (
         f"Written before the first trial (rule.json, {rule.sha256[:12]}): LoRA against full is the primary comparison, "
         f"margin {rule.margin.describe()}, level {100 * LEVEL:g} %, runs of {rule.total_steps:,} steps, rungs of "
-        f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
+        f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget. What is equal: grids, "
+        "rungs, seeds, and each run's steps, tokens and data order; not the number of trials, which a search decides."
     )
     searches = {}
     for method, outcome in outcomes.items():
@@ -94,34 +100,37 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
             facts = {"winner": vars(outcome.winner), "lr": outcome.winner.lr, "loss": outcome.loss}
         facts |= {"problem": outcome.problem or None, "num_trials": len(outcome.trials), "num_steps": outcome.num_steps}
         searches[method] = {"method": method, **facts}
-    num_full, num_lora = (len(outcomes[method].trials) for method in PRIMARY)
+    primary = list(outcomes.values())[:2]
+    num_full, num_lora = (len(outcome.trials) for outcome in primary)
+    noise = choice_noise(primary, results)
+    moved = "" if noise is None else f"; choosing again would move the difference by about {noise:.2g}"
     study = StudyContext(
-        choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA), fresh seeds",
+        choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
-        rate_curves=rate_curves(rule, state, results),
+        rate_curves=rate_curves(state, results),
         views=study_views(study_folder, rule, state, results, timing),
         step_time=timing.cost,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
-        facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes},
+        facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes}
+        | {"choice_noise": noise},
     )
     runs = [run for group in groups.values() for run in group.runs]
     return compare(runs, with_reference=False, margin=rule.margin, study=study, groups=list(groups.values()))
 
 
-def rate_curves(rule: Rule, state: StudyState, results: Results) -> tuple[RateCurve, ...]:
-    """Both methods' validation losses by rate, a curve a rung: means over search seeds, of the best LoRA rank."""
+def rate_curves(state: StudyState, results: Results) -> tuple[RateCurve, ...]:
+    """Validation losses by rate of full and of the LoRA that is judged first, a curve a rung: means over seeds."""
     curves = []
-    for method in PRIMARY:
-        search = state.outcomes[method]
-        for rung, num_steps in enumerate(rule.rungs):
-            losses: dict[float, float] = {}
-            for candidate in {spec.candidate for spec in search.trials if spec.num_steps == num_steps}:
-                trials = search.specs_at(candidate, rung)
-                loss = sum(results[spec.name] for spec in trials) / len(trials)
-                if math.isfinite(loss):
-                    losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
-            ordered = dict(sorted(losses.items()))
-            curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps))
+    for search in list(state.outcomes.values())[:2]:
+        for num_steps in search.rule.rungs:
+            by_rate: dict[float, list[float]] = {}
+            for spec in search.trials:
+                if spec.num_steps == num_steps:
+                    by_rate.setdefault(spec.candidate.lr, []).append(results[spec.name])
+            losses = {lr: fmean(values) for lr, values in sorted(by_rate.items()) if all(map(math.isfinite, values))}
+            curves.append(
+                RateCurve(mode="full" if search.method == "full" else "lora", losses=losses, num_steps=num_steps)
+            )
     return tuple(curves)
 
 
@@ -132,9 +141,9 @@ def study_views(folder: Path, rule: Rule, state: StudyState, results: Results, t
     length. Its time and memory are those of the timed runs, taken in alternation and of equal length.
     """
 
-    def curve(method: str, seed: int) -> pd.DataFrame:
-        specs = [spec for spec in state.outcomes[method].trials if spec.seed == seed]
-        step_seconds, points = step_costs.get(method), []
+    def curve(search: MethodSearch, seed: int) -> pd.DataFrame:
+        specs = [spec for spec in search.trials if spec.seed == seed]
+        step_seconds, points = step_costs.get(search.method), []
         for num_steps in rule.rungs:
             of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]
             run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
@@ -146,14 +155,14 @@ def study_views(folder: Path, rule: Rule, state: StudyState, results: Results, t
                     "tokens": end["tokens"],
                     "flops": None if step_flops is None else step_flops * end["step"],
                     "seconds": None if step_seconds is None else step_seconds * end["step"],
-                    "peak_memory_bytes": None if timing.reason else timing.peak_memory_bytes[method],
+                    "peak_memory_bytes": None if timing.reason else timing.peak_memory_bytes[search.method],
                 }
             )
         return pd.DataFrame(points)
 
     cost = timing.cost
     step_costs = {} if cost.reason else {"full": cost.full, "lora": cost.lora}
-    full, lora = ([curve(method, seed) for seed in rule.search_seeds] for method in PRIMARY)
+    full, lora = ([curve(o, seed) for seed in rule.search_seeds] for o in list(state.outcomes.values())[:2])
     return build_views(full, lora, no_seconds=cost.reason)
 
 

@@ -26,7 +26,7 @@ NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the
 #: Flags of launch/train.py that the study sets for each of its runs.
 RESERVED_FLAGS = (
     *("--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir", "--run-name", "--export"),
-    *("--resume", "--dry-run", "--find-lr", "--find-batch"),
+    *("--resume", "--dry-run", "--find-lr", "--find-batch", "--base-from"),
 )
 
 
@@ -58,11 +58,12 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         own_argv += ["--execution", "eager"]
     rule = Rule(  # without what the data decide: a mistake is found before they are read
         methods=methods,
-        lora_ranks=args.ranks,
+        lora_ranks=args.lora_ranks,
         total_steps=1,
         rungs=(1,),
         search_seeds=args.search_seeds,
         answer_seeds=args.seeds,
+        max_lrs=dict(map(parse_max_lr, args.max_lr)),
         margin=parse_margin(args.margin),
         train_argv=tuple(own_argv),
         data="",
@@ -92,6 +93,15 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     else:
         write_rule(args.output_dir, rule, working_dir=str(Path.cwd()))
         print(f"rule {rule.sha256[:12]} in {args.output_dir / RULE_FILE}", flush=True)
+
+
+def parse_max_lr(text: str) -> tuple[str, float]:
+    """(method, rate) of `lora=5.6e-3`; UserError otherwise."""
+    method, _, rate = text.partition("=")
+    try:
+        return method, float(rate)
+    except ValueError:
+        raise UserError(f"--max-lr {text}: expected METHOD=LR, such as lora=5.6e-3") from None
 
 
 def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:

@@ -1,16 +1,18 @@
 """The rule of a study: everything that decides its answer, written and hashed before the first trial."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
+SCHEMA_VERSION = 2  # of rule.json and of the trials by it
 METHODS = {
     "full": ("--mode", "full"),
     "lora": ("--mode", "lora"),
@@ -24,6 +26,8 @@ PRIMARY = ("full", "lora")  # the comparison that the answer is about; all other
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
 MAX_LORA_RANK, MAX_LORA_RANKS = 2**16, 64  # that a grid is made of
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
+MIN_MAX_LR = 1e-5  # a lower --max-lr leaves no grid
+NUM_CHOICE_SEEDS = 3  # search seeds by which the best rate is told from its neighbours
 
 
 class Rule(BaseModel):
@@ -37,6 +41,7 @@ class Rule(BaseModel):
     rungs: tuple[int, ...]  #: steps of the runs of each rung, the last one the full length
     search_seeds: tuple[NonNegativeInt, ...]
     answer_seeds: tuple[NonNegativeInt, ...]  #: of the runs that the answer is drawn from; no search seed
+    max_lrs: dict[str, PositiveFloat] = {}  #: of a method: the highest rate that may be tried
     margin: Margin
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
     data: str  #: the first 12 hex digits of the fingerprint of the data that they are trained and judged on
@@ -50,20 +55,43 @@ class Rule(BaseModel):
             raise UserError(f"--methods {','.join(self.methods)}: expected {missing[0]} among them")
         for flag, values in (
             ("--methods", self.methods),
-            ("--ranks", self.lora_ranks),
+            ("--lora-ranks", self.lora_ranks),
             ("--search-seeds", self.search_seeds),
             ("--seeds", self.answer_seeds),
         ):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one or more values, each only once")
         if len(self.lora_ranks) > MAX_LORA_RANKS or max(self.lora_ranks) > MAX_LORA_RANK:
-            problem = f"--ranks {self.lora_ranks[0]}, ... {max(self.lora_ranks)}"
+            problem = f"--lora-ranks {self.lora_ranks[0]}, ... {max(self.lora_ranks)}"
             raise UserError(f"{problem}: expected at most {MAX_LORA_RANKS} ranks, from 1 to {MAX_LORA_RANK}")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
+        for method, lr in self.max_lrs.items():
+            if method not in self.methods or not MIN_MAX_LR <= lr < 1000:
+                raise UserError(
+                    f"--max-lr {method}={lr:g}: expected METHOD=LR with one of {', '.join(self.methods)} and a rate "
+                    f"from {MIN_MAX_LR:g}"
+                )
         if self.rungs[-1:] != (self.total_steps,) or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
             raise UserError(f"rungs {self.rungs}: expected growing numbers of steps up to {self.total_steps}")
         return self
+
+    @property
+    def contestants(self) -> dict[str, tuple[str, int | None]]:
+        """(method, LoRA rank) of all that are searched, by name; the rank is part of it where there are several."""
+        contestants: dict[str, tuple[str, int | None]] = {}
+        for method in self.methods:
+            for rank in self.lora_ranks if method != "full" else (None,):
+                suffix = f"-r{rank}" if rank is not None and len(self.lora_ranks) > 1 else ""
+                contestants[method + suffix] = method, rank
+        return contestants
+
+    @property
+    def choice_seeds(self) -> tuple[int, ...]:
+        """Further search seeds, by which the best rate is chosen among its neighbours."""
+        taken = {*self.search_seeds, *self.answer_seeds}
+        free = (seed for seed in itertools.count(1) if seed not in taken)
+        return tuple(itertools.islice(free, max(0, NUM_CHOICE_SEEDS - len(self.search_seeds))))
 
     @property
     def sha256(self) -> str:
@@ -73,6 +101,7 @@ class Rule(BaseModel):
 class _RuleFile(BaseModel):
     """The content of rule.json."""
 
+    schema_version: int = SCHEMA_VERSION
     rule: Rule
     sha256: str
     working_dir: str
@@ -82,7 +111,8 @@ def plan_rungs(total_steps: int) -> tuple[int, ...]:
     """The steps of each rung, shortest first: a sixteenth, a fourth and all; none is too short to tell rates apart.
 
     Of the whole grid, 17 rates, that is 28 % of the steps: 11 short runs, 4 or 5, and 3. Where the best rate moves by
-    one place from rung to rung it is 35 to 40 %; each further place in whole runs is one more of them, or 6 %.
+    one place from rung to rung it is 35 to 40 %; each further place in whole runs is one more of them, or 6 %. The
+    choice between the best rate and its neighbours by two further seeds takes 35 % more.
     """
     lengths = (max(MIN_RUNG_STEPS, -(-total_steps // RUNG_FACTOR**power)) for power in (2, 1))
     return (*sorted({steps for steps in lengths if 2 * steps <= total_steps}), total_steps)
@@ -117,6 +147,11 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
     if not path.exists():
         raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
     stored = read_json_object(path)
+    if (version := stored.get("schema_version")) != SCHEMA_VERSION and "rule" in stored:
+        raise UserError(
+            f"{path}: of version {version or 1}, and this program continues studies of version {SCHEMA_VERSION}; "
+            "finish it with the program that began it, or start another study (--output-dir)"
+        )
     try:
         content = _RuleFile.model_validate(stored)
     except UserError as error:

@@ -2,15 +2,16 @@
 
 Every rung is a whole short run whose schedule ends at zero. The first tries every second rate of the grid. The leader's
 two neighbours on the grid of rates always go on with it, and are run where they were not: so a best rate is never the
-last one tried. At the edge of the grid the neighbour extends it, within bounds; a leader at a bound leaves its method
-under-tuned, and the study refuses to rank.
+last one tried. Where all that came so far diverge at a rung's length, lower rates follow until one does not. After the
+last rung the leader and its neighbours run with further seeds, and the best mean wins. At the edge of the grid the
+neighbour extends it, within bounds; a leader at a bound leaves its method under-tuned, and the study refuses to rank.
 (Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; rates for LoRA about ten times those of full:
 Schulman et al., "LoRA Without Regret", 2025.)
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,24 +64,29 @@ class TrialSpec:
 
 
 class MethodSearch:
-    """The search of one method under a rule, as far as these results go; it is over where none is missing."""
+    """The search of one contestant of a rule, as far as these results go; it is over where none is missing."""
 
-    def __init__(self, rule: Rule, method: str, results: Results) -> None:
-        self.rule, self.method, self._results = rule, method, results
-        ranks = rule.lora_ranks if method != "full" else (None,)
-        refinement = len(rule.lora_ranks) // len(ranks)  # more rates where there are no ranks: equal budgets
-        per_decade = RATES_PER_DECADE * refinement
-        low, high = RATE_DECADES.get(method, ADAPTER_RATE_DECADES)
+    def __init__(self, rule: Rule, contestant: str, results: Results) -> None:
+        self.rule, self.name, self._results = rule, contestant, results
+        self.method, lora_rank = rule.contestants[contestant]
+        low, high = RATE_DECADES.get(self.method, ADAPTER_RATE_DECADES)
+        cap = rule.max_lrs.get(self.method)
+        #: the highest place that the user allows; none where the study may try what it likes
+        self.highest = None if cap is None else math.floor(math.log10(cap) * RATES_PER_DECADE + 0.01)
+        self.bounds = ((low - EXTENSION_DECADES) * RATES_PER_DECADE, (high + EXTENSION_DECADES) * RATES_PER_DECADE)
+        if self.highest is not None:
+            self.bounds = (self.bounds[0], min(self.highest, self.bounds[1]))
         self.grid = [
-            Candidate(method=method, lora_rank=rank, rate_index=index, rates_per_decade=per_decade)
-            for rank in ranks
-            for index in range(low * per_decade, high * per_decade + 1)
+            Candidate(method=self.method, lora_rank=lora_rank, rate_index=index, rates_per_decade=RATES_PER_DECADE)
+            for index in range(low * RATES_PER_DECADE, min(high * RATES_PER_DECADE, self.bounds[1]) + 1)
         ]
-        self.bounds = ((low - EXTENSION_DECADES) * per_decade, (high + EXTENSION_DECADES) * per_decade)
+        #: steps and seeds of the runs of each rung; after the last one the choice between neighbours
+        self.stages = [(num_steps, rule.search_seeds) for num_steps in rule.rungs]
+        self.stages.append((rule.total_steps, (*rule.search_seeds, *rule.choice_seeds)))
         self.trials: list[TrialSpec] = []  #: all that were needed so far
         self.missing: list[TrialSpec] = []  #: those without a result
         self.winner: Candidate | None = None  #: None where every trial of a rung failed, too
-        self.loss = math.inf  #: of the winner
+        self.loss = math.inf  #: of the winner, the mean over the seeds of the choice
         self.problem = ""  #: why the method cannot be ranked
         self._walk()
 
@@ -92,47 +98,71 @@ class MethodSearch:
         """What it came to, in one line."""
         if self.winner is None or self.problem:
             return self.problem
-        rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""
+        cap = ", the highest that --max-lr allows" if self.winner.rate_index == self.highest else ""
+        seeds = f", mean of {len(self.stages[-1][1])} seeds" if len(self.stages[-1][1]) > 1 else ""
         return (
-            f"{self.method}: best rate {self.winner.lr:g}{rank} (validation loss {self.loss:.4f}) of "
+            f"{self.name}: best rate {self.winner.lr:g}{cap} (validation loss {self.loss:.4f}{seeds}) of "
             f"{len(self.trials)} trials, {self.num_steps:,} steps"
         )
 
+    @property
+    def chosen_among(self) -> list[Candidate]:
+        """The winner and its neighbours."""
+        return [] if self.winner is None else [self.winner, *self._neighbours(self.winner)]
+
+    def answer_specs(self) -> list[TrialSpec]:
+        """The winner's runs with the fresh seeds."""
+        assert self.winner is not None
+        num_steps, seeds = self.rule.total_steps, self.rule.answer_seeds
+        return [TrialSpec(phase="answer", candidate=self.winner, num_steps=num_steps, seed=seed) for seed in seeds]
+
+    def describe_divergence(self, number: int) -> str:
+        """`lora at 0.01 diverged in 1 of 5 seeds; run the study at 0.00562 ...`."""
+        assert self.winner is not None
+        lower = self.winner.at(self.winner.rate_index - 1).lr
+        return (
+            f"{self.name} at {self.winner.lr:g} diverged in {number} of {len(self.rule.answer_seeds)} seeds; run the "
+            f"study at {lower:g} (--max-lr {self.method}={lower:g}, another --output-dir)"
+        )
+
     def _walk(self) -> None:
-        """Note what is needed, rung by rung, until results are missing or nothing can be trained."""
-        candidates = [c for c in self.grid if (c.rate_index - self.grid[0].rate_index) % FIRST_RUNG_STRIDE == 0]
-        last_rung = len(self.rule.rungs) - 1
-        for rung in range(last_rung + 1):
+        """Note what is needed, stage by stage, until results are missing or nothing can be trained."""
+        candidates = self.grid[::FIRST_RUNG_STRIDE]
+        for stage in range(len(self.stages)):
             pending = list(candidates)
             while pending:
-                new_trials = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
-                self.trials += new_trials
-                self.missing = [spec for spec in new_trials if spec.name not in self._results]
+                specs = [spec for candidate in pending for spec in self.specs_at(candidate, stage)]
+                self.trials += [spec for spec in specs if spec not in self.trials]
+                self.missing = [spec for spec in specs if spec.name not in self._results]
                 if self.missing:
                     return
-                loss, leader = self._leader(candidates, rung)
-                if math.isinf(loss):  # longer runs will not change that
-                    self.problem = f"{self.method}: every trial failed"
-                    return
-                pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
+                ranked = sorted((self._loss(candidate, stage), candidate) for candidate in candidates)
+                loss, leader = ranked[0]
+                if math.isinf(loss):
+                    lowest = min(candidates, key=lambda candidate: candidate.rate_index)
+                    has_diverged = any(math.isinf(self._results[spec.name]) for spec in self.specs_at(lowest, stage))
+                    if stage == 0 or not has_diverged or lowest.rate_index == self.bounds[0]:
+                        self.problem = f"{self.name}: every trial failed"
+                        return
+                    pending = [lowest.at(lowest.rate_index - 1)]
+                else:
+                    pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
-            if rung < last_rung:
-                # The best, a fourth of the grid at most, and the leader's neighbours; before the last rung those alone.
-                num_best = 1 if rung == last_rung - 1 else len(self.grid) // RUNG_FACTOR
-                ranked = sorted((self._loss(candidate, rung), candidate) for candidate in candidates)
-                best = [candidate for loss, candidate in ranked[:num_best] if not math.isinf(loss)]
-                candidates = list(dict.fromkeys([*best, *self._neighbours(ranked[0][1])]))
+            # The best, a fourth of the grid at most, and the leader's neighbours; from the last rung on those alone.
+            num_best = len(self.grid) // RUNG_FACTOR if stage < len(self.rule.rungs) - 2 else 1
+            best = [candidate for loss, candidate in ranked[:num_best] if not math.isinf(loss)]
+            candidates = list(dict.fromkeys([*best, *self._neighbours(leader)]))
         self.winner, self.loss = leader, loss
-        beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, last_rung)]
-        if leader.rate_index in self.bounds:
+        beside = [spec.name for neighbour in self.chosen_among[1:] for spec in self.specs_at(neighbour, -1)]
+        if leader.rate_index in self.bounds and leader.rate_index != self.highest:
             side = "lowest" if leader.rate_index == self.bounds[0] else "highest"
             self.problem = (
-                f"{self.method} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
+                f"{self.name} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
                 "a better one may lie beyond it"
             )
         elif unknown := [name for name in beside if math.isnan(self._results[name])]:
             self.problem = (
-                f"{self.method}: {unknown[0]} failed without diverging, and stands beside the best rate, "
+                f"{self.name}: {unknown[0]} failed without diverging, and stands beside the best rate, "
                 f"{leader.lr:g}: it may be the better one (see trials/{unknown[0]}/log)"
             )
 
@@ -140,20 +170,14 @@ class MethodSearch:
         low, high = self.bounds
         return [leader.at(i) for i in (leader.rate_index - 1, leader.rate_index + 1) if low <= i <= high]
 
-    def _leader(self, candidates: Iterable[Candidate], rung: int) -> tuple[float, Candidate]:
-        """The candidate with the lowest mean loss, the lower rate of equals."""
-        return min((self._loss(candidate, rung), candidate) for candidate in candidates)
-
-    def _loss(self, candidate: Candidate, rung: int) -> float:
-        losses = [self._results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]
+    def _loss(self, candidate: Candidate, stage: int) -> float:
+        losses = [self._results.get(spec.name, math.inf) for spec in self.specs_at(candidate, stage)]
         return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
-    def specs_at(self, candidate: Candidate, rung: int) -> list[TrialSpec]:
-        """The runs of a candidate on a rung, one a search seed."""
-        return [
-            TrialSpec(phase="search", candidate=candidate, num_steps=self.rule.rungs[rung], seed=seed)
-            for seed in self.rule.search_seeds
-        ]
+    def specs_at(self, candidate: Candidate, stage: int) -> list[TrialSpec]:
+        """The runs of a candidate on a stage, one a seed."""
+        num_steps, seeds = self.stages[stage]
+        return [TrialSpec(phase="search", candidate=candidate, num_steps=num_steps, seed=seed) for seed in seeds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,18 +185,19 @@ class StudyState:
     """Where a study stands: a pure function of its rule and the results."""
 
     needed: tuple[TrialSpec, ...]  #: to be run now; none where the study is over
-    outcomes: Mapping[str, MethodSearch]  #: those that are over, by method
+    outcomes: Mapping[str, MethodSearch]  #: those that are over; once all are, full and the LoRA that is judged first
     answers: tuple[TrialSpec, ...] = ()  #: the runs that the answer is drawn from, once they are known
     refusal: str | None = None  #: why the study will not rank its primary methods
 
 
 def study_state(rule: Rule, results: Results) -> StudyState:
-    """What comes next: the searches of all methods side by side, then the answer's runs."""
-    searches = [MethodSearch(rule, method, results) for method in rule.methods]
-    outcomes = {search.method: search for search in searches if not search.missing}
-    refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
-    if refusal is not None:
-        return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
+    """What comes next: the searches of all contestants side by side, then the answer's runs."""
+    searches = [MethodSearch(rule, name, results) for name in rule.contestants]
+    outcomes = {search.name: search for search in searches if not search.missing}
+    by_method = {method: [search for search in searches if search.method == method] for method in PRIMARY}
+    for members in by_method.values():
+        if all(search.problem for search in members):
+            return StudyState(needed=(), outcomes=outcomes, refusal=members[0].problem)
     if len(outcomes) < len(searches):
         waiting = []
         for search in searches:  # in turn, the method with the fewest results first: fair when cut off
@@ -180,18 +205,25 @@ def study_state(rule: Rule, results: Results) -> StudyState:
             waiting += [(num_results + n, spec) for n, spec in enumerate(search.missing)]
         needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
         return StudyState(needed=needed, outcomes=outcomes)
-    answers = [
-        TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
-        for seed in rule.answer_seeds
-        for outcome in outcomes.values()
-        if outcome.winner is not None and not outcome.problem
-    ]
-    failed = {s.candidate.method: s.name for s in answers if not math.isfinite(results.get(s.name, 0.0))}
-    if name := next((failed[method] for method in PRIMARY if method in failed), None):
-        return StudyState(needed=(), outcomes=outcomes, refusal=f"{name} failed, and each pair of seeds is needed")
-    answers = [spec for spec in answers if spec.candidate.method not in failed]
-    needed = tuple(spec for spec in answers if spec.name not in results)
-    return StudyState(needed=needed, outcomes=outcomes, answers=tuple(answers))
+    primary = [min(members, key=lambda search: (bool(search.problem), search.loss)) for members in by_method.values()]
+    outcomes = {search.name: search for search in (*primary, *searches)}
+    judged = [outcome for outcome in outcomes.values() if outcome.winner is not None and not outcome.problem]
+    answers = [outcome.answer_specs() for outcome in judged]
+    for search, specs in zip(judged[:2], answers, strict=False):
+        values = [results.get(spec.name) for spec in specs]
+        if math.inf in values:  # an outcome of the method: in how many seeds, its other runs say
+            missing = tuple(spec for spec, value in zip(specs, values, strict=True) if value is None)
+            refusal = None if missing else search.describe_divergence(values.count(math.inf))
+            return StudyState(needed=missing, outcomes=outcomes, refusal=refusal)
+        if failed := [
+            s.name for s, value in zip(specs, values, strict=True) if value is not None and math.isnan(value)
+        ]:
+            refusal = f"{failed[0]} failed, and each pair of seeds is needed"
+            return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
+    whole = [specs for specs in answers if all(math.isfinite(results.get(spec.name, 0.0)) for spec in specs)]
+    in_pairs = tuple(spec for of_seed in zip(*whole, strict=True) for spec in of_seed)
+    needed = tuple(spec for spec in in_pairs if spec.name not in results)
+    return StudyState(needed=needed, outcomes=outcomes, answers=in_pairs)
 
 
 def expected_trials(rule: Rule) -> list[TrialSpec]:

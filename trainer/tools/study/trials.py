@@ -43,7 +43,7 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     argv = [*method_argv(rule, spec.candidate), "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
     if spec.phase == "search":  # its validation loss is all that is needed, and it never sees the test records
         argv += ["--export", "none"]
-    return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
+    return [*argv, "--base-from", str(folder.parent), "--output-dir", str(folder), "--run-name", spec.name]
 
 
 class Trial(BaseModel):
