@@ -18,7 +18,8 @@ def build_parser() -> ArgumentParser:
         "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
     )
     add = parser.add_argument
-    runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B"
+    runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B; an output "
+    runs_help += "folder or W&B run of Hugging Face's Trainer is plotted, never ranked"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
     check_help = "'val_loss<=1.0048@epoch 2', for every run, or `card`: each epoch at or under the card's; repeatable"
     tolerance_help = "widens the limit of each check, in its unit (default: 0)"

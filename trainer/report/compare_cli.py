@@ -11,10 +11,11 @@ from trainer.config import reference
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import refuse_foreign_files, write_atomically
 from trainer.report import wandb_report
-from trainer.report.checks import FAILED, CheckResult, check_runs, exit_code, parse_condition
+from trainer.report.checks import FAILED, NOT_COMPARABLE, CheckResult, check_runs, exit_code, parse_condition
 from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
 from trainer.report.page import FILES, Table, compare, write_report
+from trainer.report.run_data import TRAINER_MODE
 from trainer.report.sentence import Verdict
 
 REFUSED_EXIT_CODE = 3
@@ -51,9 +52,18 @@ def run_comparison(args: argparse.Namespace) -> int:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
-    with_reference = args.card or None in conditions or any(reference.is_worth_a_word(run.metadata) for run in runs)
+    with_reference = (
+        args.card
+        or None in conditions
+        or any(reference.is_worth_a_word(run.metadata) for run in runs if run.mode != TRAINER_MODE)
+    )
     comparison = compare(runs, problems, with_reference, margin)
-    results = check_runs(args.check, runs, args.tolerance)
+    results = check_runs(args.check, comparison.runs, args.tolerance)
+    results += [
+        CheckResult(check.strip(), group.label, NOT_COMPARABLE, "a run of Hugging Face's Trainer is plotted only")
+        for check in args.check
+        for group in comparison.plotted_only
+    ]
     results += [  # a run that could not be read fails each check: silence would let it pass
         CheckResult(check.strip(), problem.source, FAILED, problem.text)
         for check in args.check

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
+from trainer.config.files import read_json_object
 from trainer.config.run_metadata import check_run_metadata
 from trainer.config.settings import Settings
 from trainer.config.text import shorten
-from trainer.report.run_data import RunData, RunRows, build_run, read_folder
+from trainer.report.run_data import COLUMN_NAMES, TRAINER_MODE, RunData, RunRows, build_run, read_folder
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS, SCORE_KEY
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
@@ -47,7 +48,9 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     problems: list[LoadProblem] = []
     for source in sources:
         if not Path(source).exists() and not (is_wandb_path(source) and is_logged_in()):
-            expected = "a run or offline W&B folder, or entity/project/run_id if logged in to W&B"
+            expected = (
+                "a folder of a run, of W&B (offline) or of HF's Trainer, or entity/project/run_id if logged in to W&B"
+            )
             raise UserError(f"{source}: no such run folder: expected {expected}")
     for source in sources:
         try:
@@ -77,12 +80,46 @@ def read_run(source: str) -> RunData:
     path = Path(source)
     if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
         return read_folder(path)
+    if states := [*path.glob("checkpoint-*/trainer_state.json"), *path.glob("trainer_state.json")]:
+        return read_trainer_state(source, states)
     if path.suffix == ".wandb" and path.is_file():
         return read_offline(source, [path])
     if path.exists():  # one offline W&B folder, or a folder of such: the parts of one run, oldest first
         parts = sorted(path.glob("run-*.wandb")) or sorted(path.glob("*run-*/run-*.wandb"), key=lambda p: p.parent.name)
         return read_offline(source, [part for part in parts if part.is_file()])  # a named pipe would be waited for
     return read_online(source)
+
+
+def read_trainer_state(source: str, files: Sequence[Path]) -> RunData:
+    """The run of Hugging Face's Trainer in an output folder or one of its checkpoints: the file with the most steps."""
+    histories = [read_json_object(file).get("log_history") for file in files]
+    rows = [row for row in max((h for h in histories if isinstance(h, list)), key=len, default=[]) if type(row) is dict]
+    names = {"step": "train/global_step", "eval_loss": "eval/loss"}
+    return _trainer_run(source, collect_wandb_rows({names.get(k, f"train/{k}"): x for k, x in r.items()} for r in rows))
+
+
+def _trainer_run(source: str, rows: RunRows) -> RunData:
+    """A run of Hugging Face's Trainer, of which nothing but its rows is known; UserError where it has none."""
+    steps, evals, epochs = (rows.series(kind) for kind in COLUMN_NAMES)
+    if not len(steps["step"]) and not len(evals["step"]):
+        raise UserError("holds neither a run of this program nor rows of Hugging Face's Trainer")
+    return RunData(
+        source=source,
+        run_id=source,
+        name=escape_controls(Path(source).name),
+        mode=TRAINER_MODE,
+        metadata={},
+        steps=steps,
+        evals=evals,
+        epochs=epochs,
+        summary={},
+        diagnostics=(),
+        samples=None,
+        forgetting=None,
+        scores={},
+        final_losses={},
+        eval_records_path=None,
+    )
 
 
 def is_wandb_path(text: str) -> bool:
@@ -93,7 +130,7 @@ def is_wandb_path(text: str) -> bool:
 def read_offline(source: str, files: Sequence[Path]) -> RunData:
     """The run of `files`, parts of one run in order of time; UserError where they hold several runs or none."""
     if not files:
-        raise UserError("holds neither run.json and metrics.jsonl nor a W&B run")
+        raise UserError("holds neither run.json and metrics.jsonl nor a W&B run nor trainer_state.json")
     ids = list(dict.fromkeys(file.stem.removeprefix("run-") for file in files))
     if len(ids) > 1:
         raise UserError(f"holds {len(ids)} W&B runs ({', '.join(ids[:5])}); name one of their folders")
@@ -165,7 +202,12 @@ def build_wandb_run(
     rows: RunRows,
     age_seconds: float = 0.0,
 ) -> RunData:
-    """The run as the report sees it; UserError where another program logged it, or it has no row."""
+    """The run as the report sees it; UserError where it is the reference run, or has no row.
+
+    A config without run.json is that of another program, whose rows are read as those of Hugging Face's Trainer.
+    """
+    if "run" not in config and config.get("mode") != "reference":
+        return _trainer_run(source, rows)
 
     def add_event(name: str, message: str, facts: dict[str, Any]) -> None:  # the summary keeps no step of it
         rows.events.append(EventRecord(event=name, step=0, message=message, time=0.0, facts=facts))
@@ -185,12 +227,10 @@ def build_wandb_run(
 
 
 def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json again, from the W&B config that carries it; UserError where another program logged the run."""
-    metadata = config.get("run")
-    if isinstance(metadata, Mapping):
-        metadata = check_run_metadata(dict(metadata), source="`run` of its W&B config")
-        # W&B writes 1.0 as 1: without their own types equal settings read as other ones
-        return {**metadata, "settings": json.loads(json.dumps(Settings.from_dict(metadata["settings"]).as_dict()))}
-    if config.get("mode") == "reference":
+    """run.json again, from the W&B config that carries it; UserError for another, and for the reference run."""
+    if "run" not in config:
         raise UserError("is the card itself, which every comparison holds already")
-    raise UserError("was logged by another program: its W&B config has no `run`")
+    content = dict(config["run"]) if isinstance(config["run"], Mapping) else {}
+    metadata = check_run_metadata(content, source="`run` of its W&B config")
+    # W&B writes 1.0 as 1: without their own types equal settings read as other ones
+    return {**metadata, "settings": json.loads(json.dumps(Settings.from_dict(metadata["settings"]).as_dict()))}

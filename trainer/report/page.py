@@ -41,7 +41,7 @@ from trainer.report.comparable import (
 )
 from trainer.report.judge import DEFAULT_MARGIN, Margin, StudyContext, difference_to_reference
 from trainer.report.load import LoadProblem
-from trainer.report.run_data import RunData
+from trainer.report.run_data import TRAINER_MODE, RunData
 from trainer.report.sentence import Verdict, build_verdict, to_answer
 
 FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json")
@@ -102,6 +102,8 @@ class Comparison:
     shared_settings: Table
     optional_tables: Sequence[Table]  #: what runs noticed, scored and generated, where there is any of it
 
+    plotted_only: Sequence[SeedGroup] = ()  #: runs of Hugging Face's Trainer, which nothing else counts
+
     @property
     def runs(self) -> list[RunData]:
         return [run for group in self.groups for run in group.runs]
@@ -117,9 +119,13 @@ def compare(
 ) -> Comparison:
     """The comparison of `runs` with one another and, with `with_reference`, with the card.
 
-    With `study` by its rule, which knows the groups: its first LoRA group is the primary one.
+    With `study` by its rule, which knows the groups: its first LoRA group is the primary one. UserError where all are
+    runs of Hugging Face's Trainer.
     """
-    groups = group_by_seed(runs) if groups is None else groups
+    plotted_only = [SeedGroup(run.name, run.mode, (run,)) for run in runs if run.mode == TRAINER_MODE]
+    groups = group_by_seed([run for run in runs if run.mode != TRAINER_MODE]) if groups is None else groups
+    if not groups:
+        raise UserError("only runs of Hugging Face's Trainer: expected a run of this program beside them")
     runs = [run for group in groups for run in group.runs]
     differing_settings, shared_settings = build_settings_tables(groups, with_reference)
     optional_tables = (_build_diagnostics_table(runs), _build_score_table(runs), _build_samples_table(groups))
@@ -128,7 +134,11 @@ def compare(
         problems=problems,
         with_reference=with_reference,
         verdict=build_verdict(groups, with_reference, margin, study),
-        comparability_notes=_comparability_notes(runs, with_reference),
+        comparability_notes=[
+            *_comparability_notes(runs, with_reference),
+            *(f"{group.label} is a run of Hugging Face's Trainer: plotted, never ranked." for group in plotted_only),
+        ],
+        plotted_only=plotted_only,
         by_epoch=_build_epoch_table(groups, with_reference),
         by_run=_build_run_table(runs),
         differing_settings=differing_settings,
@@ -367,7 +377,7 @@ def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "answer.json", json_text(to_answer(comparison.verdict)))
-        plots.save_figure(comparison.groups, comparison.with_reference, output_dir)
+        plots.save_figure([*comparison.groups, *comparison.plotted_only], comparison.with_reference, output_dir)
         write_atomically(output_dir / "report.md", render_markdown(comparison))
         write_atomically(output_dir / "report.html", render_html(comparison))
     except OSError as error:
@@ -419,6 +429,7 @@ def markdown_section(table: Table) -> str:
 def render_html(comparison: Comparison) -> str:
     """report.html from page.html.j2: every text is escaped, a mode has its colour wherever its name is a whole cell."""
     groups, verdict, with_reference = comparison.groups, comparison.verdict, comparison.with_reference
+    plotted = [*groups, *comparison.plotted_only]
     modes = {run.name: run.mode for run in comparison.runs} | {group.label: group.mode for group in groups}
     files = {"rule.json": verdict.study.rule} if verdict.study else {}
     files |= {"answer.json": to_answer(verdict)}
@@ -435,7 +446,7 @@ def render_html(comparison: Comparison) -> str:
         verdict=verdict,
         labels=[group.label for group in groups[:4]],
         downloads={name: base64.b64encode(json_text(content).encode()).decode() for name, content in files.items()},
-        picture=plots.render_picture(groups, verdict, with_reference),
-        plots=plots.render_svgs(groups, with_reference),
+        picture=plots.render_picture(plotted, verdict, with_reference),
+        plots=plots.render_svgs(plotted, with_reference),
         modes=modes | {REFERENCE_LABEL: "card"},
     )

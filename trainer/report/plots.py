@@ -21,17 +21,18 @@ from trainer.config import reference
 from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
 from trainer.report.judge import FullVsLora, RateCurve
-from trainer.report.run_data import RunData
+from trainer.report.run_data import TRAINER_MODE, RunData
 from trainer.report.sentence import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676"}  # light ground
-DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6))}
+COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676", TRAINER_MODE: "#00785a"}  # light ground
+DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6)), TRAINER_MODE: "-."}
 MORE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
-MARKERS = {"full": "o", "lora": "D", "card": "s"}
+MARKERS = {"full": "o", "lora": "D", "card": "s", TRAINER_MODE: "^"}
+PLOT_NAMES = {**MODE_NAMES, TRAINER_MODE: "HF Trainer"}
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
 CSS_VARIABLES = {colour: f"--{name}" for name, colour in COLOURS.items()}
@@ -199,14 +200,14 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
     num_runs = sum(len(group.runs) for group in groups)
     width, alpha = (1.6, 1.0) if num_runs <= 6 else (0.8, 0.6)
     style: dict[str, Any] = {"linewidth": width, "alpha": alpha, "markersize": 3}
-    for mode in MODE_NAMES:
+    for mode in PLOT_NAMES:
         members = [group for group in groups if group.mode == mode]
         are_named = len(members) <= MAX_LINES_NAMED
         for number, group in enumerate(members):
             curves = [(x, y) for x, y in map(plot.curve, group.runs) if len(x)]
             name: str | None = group.label + (f", n = {len(curves)}" if len(curves) > 1 else "")
             if not are_named:
-                name = f"{MODE_NAMES[mode]}, {sum(len(group.runs) for group in members)} runs" if number == 0 else None
+                name = f"{PLOT_NAMES[mode]}, {sum(len(group.runs) for group in members)} runs" if number == 0 else None
             elif plot is LOSS_PLOT and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
                 name = f"{name}: {np.mean([y[-1] for _, y in curves]):.4f}"
             for x, y in curves:
@@ -231,7 +232,8 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
 
 def is_reference_comparable(groups: Sequence[SeedGroup]) -> bool:
     """Whether a run may be held against the card: else its axes would squeeze the curves for nothing."""
-    return any(not reference_blockers(run) for group in groups for run in group.runs)
+    runs = [run for group in groups for run in group.runs if run.mode != TRAINER_MODE]
+    return not all(map(reference_blockers, runs))
 
 
 def rate_curves(groups: Sequence[SeedGroup]) -> list[RateCurve]:

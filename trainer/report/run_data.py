@@ -32,6 +32,7 @@ COLUMN_NAMES: dict[type, list[str]] = {
     kind: [column.name for column in fields(kind) if column.name != "row_nll"]
     for kind in (StepRecord, EvalRecord, EpochRecord)
 }
+TRAINER_MODE = "trainer"  # of a run of Hugging Face's Trainer: its rows are plotted, and nothing else is known of it
 MAX_STEP_ROWS = 2**18  # of a run in memory; of more, every 2nd, 4th, 8th ... step is read
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
@@ -66,7 +67,7 @@ class RunData:
     source: str  #: as the user gave it
     run_id: str
     name: str
-    mode: str
+    mode: str  #: full, lora or TRAINER_MODE
     metadata: Mapping[str, Any]
     steps: Series
     evals: Series

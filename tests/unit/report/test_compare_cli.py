@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 from helpers.fake_wandb import child_env
+
+from trainer.config.errors import UserError
+from trainer.report.load import build_wandb_run, collect_wandb_rows, read_run
 
 SCRIPT = Path(__file__).parents[3] / "launch" / "compare.py"
 MEASURE_USAGE_CODE = """
@@ -89,6 +93,40 @@ def test_the_card_is_mentioned_only_beside_runs_where_it_belongs_or_where_it_is_
     assert [re.search(r"the card|\| card|gpt2-acled-t2s", text) is not None for text in texts] == [is_shown] * 3
 
 
+def test_a_run_of_the_trainer_from_a_folder_or_wandb_is_plotted_and_never_ranked(tmp_path, main, capsys) -> None:
+    from transformers import TrainerState
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    logs = [
+        {"step": 10 * n, "epoch": n / 9, "loss": 4 - n / 9, "grad_norm": 1.0, "learning_rate": 1e-3} for n in (1, 9)
+    ]
+    logs += [{"step": 90, "epoch": 1.0, "eval_loss": 2.25, "eval_runtime": 1.0}, {"step": 90, "train_loss": 3.0}]
+    for name, history in (("checkpoint-10", logs[:1]), ("checkpoint-90", logs)):
+        (tmp_path / "theirs" / name).mkdir(parents=True)
+        TrainerState(log_history=history).save_to_json(str(tmp_path / "theirs" / name / "trainer_state.json"))
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
+    assert main("full", "lora") == 0
+    answer = (tmp_path / "comparison" / "answer.json").read_text()
+    assert main("full", "theirs", "lora", "--check", "val_loss<9") == 3
+    output = capsys.readouterr().out
+    assert "theirs is a run of Hugging Face's Trainer: plotted, never ranked." in output
+    assert "check val_loss<9: theirs: not comparable (" in output
+    assert (tmp_path / "comparison" / "answer.json").read_text() == answer
+    page = (tmp_path / "comparison" / "report.html").read_text()
+    assert "theirs: 2.2500" in page
+    assert "var(--trainer)" in page
+    assert main("theirs") == 2
+    assert "only runs of Hugging Face's Trainer: expected a run of this program" in capsys.readouterr().err
+    rows = [rewrite_logs(log | {"global_step": log["step"]}) for log in logs]
+    run = build_wandb_run("e/p/id", {"learning_rate": 1e-3}, {}, 0, collect_wandb_rows(rows))
+    folder_run = read_run(str(tmp_path / "theirs"))
+    for kind in ("steps", "evals"):
+        np.testing.assert_equal(getattr(run, kind), getattr(folder_run, kind))
+    with pytest.raises(UserError, match="neither a run of this program nor rows of Hugging Face's Trainer"):
+        build_wandb_run("e/p/id", {}, {}, 0, collect_wandb_rows([{"val_loss": 1.0, "trainer/global_step": 3}]))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
@@ -120,7 +158,7 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         (["full", "other\nerror: fake"], "error: other\\nerror: fake: no such run folder"),
         (
             ["full", "a/runs/gone"],
-            "error: a/runs/gone: no such run folder: expected a run or offline W&B folder, or entity",
+            "error: a/runs/gone: no such run folder: expected a folder of a run, of W&B",
         ),
         (["full", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
