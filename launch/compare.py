@@ -20,7 +20,9 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B; an output "
     runs_help += "folder or W&B run of Hugging Face's Trainer is plotted, never ranked"
-    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
+    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
+    margin_help += "2%%); of a score points of 100 (default: 2pt)"
+    decide_help = "loss, or score:NAME of a run's --score NAME, such as score:exact (default: loss)"
     check_help = "'val_loss<=1.0048@epoch 2', for every run, or `card`: each epoch at or under the card's; repeatable"
     tolerance_help = "widens the limit of each check, in its unit (default: 0)"
     output_help = "where the report goes (default: comparison)"
@@ -28,7 +30,8 @@ def build_parser() -> ArgumentParser:
     add("--output-dir", type=Path, default=Path("comparison"), metavar="DIR", help=output_help)
     card_help = "compare with the card too (default: for --preset card, ACLED data and runs comparable with it)"
     add("--card", action="store_true", help=card_help)
-    add("--margin", default="2%", metavar="X", help=margin_help)
+    add("--margin", metavar="X", help=margin_help)
+    add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
     add("--check", action="append", default=[], metavar="CONDITION", help=check_help)
     add("--tolerance", type=number(0), default=0.0, metavar="X", help=tolerance_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")

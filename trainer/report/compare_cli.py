@@ -32,7 +32,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     conditions = [parse_condition(text) for text in args.check]
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
-    margin = parse_margin(args.margin)
+    margin = parse_margin(args.margin, args.decide_by)
     paths, answer, spec = (
         [args.output_dir / name for name in FILES],
         args.output_dir / "answer.json",

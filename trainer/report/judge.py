@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,68 +28,104 @@ from trainer.report.interval import (
     MIN_UNITS,
     Matrix,
     PairedInterval,
+    mcnemar_p,
     paired_interval,
     plan_sample_size,
+    score_interval,
     seeds_interval,
 )
-from trainer.report.matched import MatchedLosses, MatchError, Pairs, RefusedError, match_losses
+from trainer.report.matched import (
+    LOSS,
+    MatchedRecords,
+    MatchError,
+    Pairs,
+    RefusedError,
+    judged_split,
+    match_records,
+    read_records,
+)
 from trainer.report.views import View, build_views
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
-MarginKind = Literal["share", "nats", "bits_per_byte"]
+UNIT = "nats per token"
+MarginKind = Literal["share", "nats", "bits_per_byte", "points"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """How much worse than full is still good enough: a share of what full gained, nats per token, or bits per byte."""
+    """How much worse than full is still good enough, and in which measure.
+
+    Of a loss: a share of what full gained, nats per token, or bits per byte; of a score: points of 100.
+    """
 
     kind: MarginKind = "share"
     value: float = 0.02
+    measure: str = LOSS  #: what decides: loss or score:NAME
 
-    def describe(self, losses: MatchedLosses | None = None) -> str:
+    @property
+    def unit(self) -> str:
+        """Of what it judges."""
+        return UNIT if self.measure == LOSS else "points"
+
+    def describe(self, judged: MatchedRecords | None = None) -> str:
         """`2 % of what full gained (0.0400)`: in nats per token where the losses and the base's are known."""
         if self.kind != "share":
-            return f"{self.value:g} {'nats per token' if self.kind == 'nats' else 'bits per byte'}"
+            names = {"nats": UNIT, "bits_per_byte": "bits per byte", "points": "points"}
+            return f"{self.value:g} {names[self.kind]}"
         amount = ""
-        if losses is not None and losses.base is not None:
-            amount = f" ({self.value * losses.mean_loss(losses.base - losses.full):.4f})"
+        if judged is not None and judged.base is not None:
+            amount = f" ({self.value * judged.mean(judged.base - judged.full):.4f})"
         return f"{100 * self.value:g} % of what full gained{amount}"
 
-    def why_not(self, losses: MatchedLosses) -> str:
-        """Why these losses cannot be held against it, "" where they can."""
-        if self.kind == "share" and losses.base is None:
+    def why_not(self, judged: MatchedRecords) -> str:
+        """Why these records cannot be held against it, "" where they can."""
+        if self.kind == "share" and judged.base is None:
             return "the base's losses of these records are not there"
-        if self.kind == "bits_per_byte" and not losses.num_bytes.all():
+        if self.kind == "bits_per_byte" and not judged.num_bytes.all():
             return "the bytes of these records are not known; give the margin in nats"
         return ""
 
-    def contrast(self, losses: MatchedLosses) -> Matrix:
-        """LoRA's excess beyond the margin in nats, (seeds, units): below 0 is inside. `why_not` must have no reason."""
-        allowed = losses.targets * self.value
+    def contrast(self, judged: MatchedRecords) -> Matrix:
+        """LoRA's excess beyond the margin, (seeds, units): below 0 is inside. `why_not` must have no reason."""
+        allowed = judged.weights * self.value
         if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
-            assert losses.base is not None
-            allowed = self.value * (losses.base - losses.full)
+            assert judged.base is not None
+            allowed = self.value * (judged.base - judged.full)
         elif self.kind == "bits_per_byte":
-            allowed = self.value * (np.log(2) * losses.num_bytes)
-        return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
+            allowed = self.value * (np.log(2) * judged.num_bytes)
+        return np.asarray(judged.lora - judged.full - allowed, dtype=np.float64)
 
 
 DEFAULT_MARGIN = Margin()
 
 
-def parse_margin(text: str) -> Margin:
-    """A number above 0 with its unit, as `2%`, `0.01nats` or `0.005bpb`; UserError otherwise."""
-    kinds: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
+def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
+    """The margin of `measure`, `loss` or `score:NAME`; UserError where the unit is another measure's.
+
+    A number above 0 with its unit: `2%`, `0.01nats` or `0.005bpb` of a loss, `2pt` of a score. None: 2 % or 2 points.
+    """
+    if measure != LOSS and not re.fullmatch(r"score:.+", measure):
+        raise UserError(f"--decide-by {measure}: expected loss or score:NAME, such as score:exact")
+    units: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
         "%": ("share", 0.01, 100),
         "nats": ("nats", 1.0, math.inf),
         "bpb": ("bits_per_byte", 1.0, math.inf),
     }
-    match = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?) *(%|nats|bpb)", text)
-    if match:
-        kind, factor, limit = kinds[match[2]]
+    if measure != LOSS:
+        units = {"pt": ("points", 1.0, 100)}
+    text = text or ("2%" if measure == LOSS else "2pt")
+    match = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?) *(%|nats|bpb|pt)", text)
+    if match and match[2] in units:
+        kind, factor, limit = units[match[2]]
         if 0 < float(match[1]) < limit:
-            return Margin(kind=kind, value=float(match[1]) * factor)
-    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
+            return Margin(kind=kind, value=float(match[1]) * factor, measure=measure)
+    examples = "2%, 0.01nats or 0.005bpb" if measure == LOSS else "2pt"
+    problem = f"expected a number above 0 and its unit, such as {examples}"
+    if measure != LOSS:
+        problem += f" (of {measure})"
+    elif match and match[2] == "pt":
+        problem += "; points are of a score (--decide-by score:NAME)"
+    raise UserError(f"--margin {text}: {problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +161,13 @@ class StudyContext:
     facts: Mapping[str, Any]  #: further content of answer.json
 
 
+class Tradeoff(NamedTuple):
+    """What one setting gained on the judged records and forgot of the retained text, nats per token."""
+
+    gain: PairedInterval
+    forgetting: PairedInterval
+
+
 @dataclass(frozen=True, kw_only=True)
 class FullVsLora:
     """A LoRA group against a full one on the same data; None where a number cannot be had."""
@@ -136,10 +179,14 @@ class FullVsLora:
     margin: Margin
     full_loss: float  #: mean over seeds of what is judged, nats per token
     lora_loss: float
-    losses: MatchedLosses | None
+    losses: MatchedRecords | None
+    judged: MatchedRecords | None  #: by what the answer is drawn: the losses, or a score of the same records
     no_losses: str  #: why single records could not be paired
-    excess: PairedInterval | None
+    excess: PairedInterval | None  #: in the unit of the margin's measure
     contrast: PairedInterval | None  #: excess beyond the margin
+    mcnemar: float | None  #: p of McNemar's exact test, of one seed whose records are right or wrong
+    tradeoffs: Mapping[str, Tradeoff]  #: by mode, where both measured what they forgot
+    forgetting: PairedInterval | None  #: LoRA's minus full's, nats per token of the retained text
     doubts: Mapping[str, str]  #: why these records do not let an answer be given that its interval would, by answer
     decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
     parameters: float  #: trainable ones, LoRA's / full's
@@ -160,6 +207,18 @@ class FullVsLora:
         }
         shown = (answer for answer, is_shown in answers.items() if is_shown and answer not in self.doubts)
         return next(shown, "cannot tell")
+
+    @property
+    def loss_excess(self) -> float:
+        """LoRA's loss minus full's, nats per token."""
+        return self.lora_loss - self.full_loss
+
+    @property
+    def base_loss(self) -> float | None:
+        """The loss before the first step on the judged records, None where it was not evaluated."""
+        if self.losses is not None:
+            return None if self.losses.base is None else self.losses.mean(self.losses.base)
+        return self.pairs[0][0].initial_loss if self.pairs else None
 
     @property
     def doubt(self) -> str:
@@ -207,39 +266,32 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         ]
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
     reasons += [group.divergence for group in (full, lora) if group.divergence]
-    losses, no_losses, excess, contrast = None, "", None, None
-    doubts, decisive = dict[str, str](), tuple[tuple[str, float], ...]()
+    losses, judged, no_losses = None, None, ""
+    answer = _Answer()
     full_loss, lora_loss = full.best_loss, lora.best_loss
+    tradeoffs, forgetting = dict[str, Tradeoff](), None
     try:
-        losses = None if reasons else match_losses(pairs)
+        if not reasons:
+            frames = read_records(pairs)
+            losses = judged = match_records(pairs, frames, judged_split(frames))
+            if margin.measure != LOSS:
+                judged = match_records(pairs, frames, "test", margin.measure)
+            tradeoffs, forgetting = measure_forgetting(pairs, frames, losses)
     except RefusedError as error:
         reasons = [str(error)]
     except MatchError as error:
         no_losses = str(error)
 
-    if losses is not None:
-        full_loss, lora_loss = losses.mean_loss(losses.full), losses.mean_loss(losses.lora)
-        differences = losses.lora - losses.full
-        excess = paired_interval(differences, losses.targets)
-        doubts["better"] = question_units(losses, differences, excess, "better")
-        order = most_influential(differences, losses.targets, excess)
-        if not margin.why_not(losses):
-            beyond = margin.contrast(losses)
-            contrast = paired_interval(beyond, losses.targets)
-            doubts["good enough"] = question_units(losses, beyond, contrast, "good enough")
-            order = most_influential(beyond, losses.targets, contrast)
-        means = differences.mean(axis=0) / losses.targets
-        decisive = tuple((str(losses.units[i]), float(means[i])) for i in order)
-        if len(losses.units) < MIN_UNITS:
-            few = f"{len(losses.units)} {losses.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
-            doubts = dict.fromkeys(("better", "good enough", "worse"), few)
-    elif no_losses:  # without single records: whole losses, and intervals over seeds alone
+    if losses is not None and judged is not None:
+        full_loss, lora_loss = losses.mean(losses.full), losses.mean(losses.lora)
+        answer = judge_records(judged, margin)
+    elif no_losses and margin.measure == LOSS:  # without single records: whole losses, and intervals over seeds alone
         best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
         full_loss, lora_loss = (sum(of_mode) / len(best) for of_mode in zip(*best, strict=True))
         if len(pairs) > 1:
-            excess = seeds_interval([b - a for a, b in best])
+            answer = answer._replace(excess=seeds_interval([b - a for a, b in best]))
         if len(pairs) > 1 and margin.kind == "nats":
-            contrast = seeds_interval([b - a - margin.value for a, b in best])
+            answer = answer._replace(contrast=seeds_interval([b - a - margin.value for a, b in best]))
 
     if step_time is None:  # runs' own clocks hold whatever else the machine did: 0.98 and 1.14 of the very same runs
         step_time = compare_costs(full, lora, "wall_seconds")
@@ -254,24 +306,90 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         full_loss=full_loss,
         lora_loss=lora_loss,
         losses=losses,
+        judged=judged,
         no_losses=no_losses,
-        excess=excess,
-        contrast=contrast,
-        doubts={answer: doubt for answer, doubt in doubts.items() if doubt},
-        decisive=decisive,
+        tradeoffs=tradeoffs,
+        forgetting=forgetting,
+        **answer._asdict(),
         parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
         time=step_time,
         memory=compare_costs(full, lora, "peak_memory_bytes"),
     )
 
 
-def most_influential(values: Matrix, targets: NDArray[np.float64], interval: PairedInterval) -> NDArray[np.int64]:
+class _Answer(NamedTuple):
+    """What `FullVsLora` holds under the same names."""
+
+    excess: PairedInterval | None = None
+    contrast: PairedInterval | None = None
+    mcnemar: float | None = None
+    doubts: Mapping[str, str] = {}
+    decisive: tuple[tuple[str, float], ...] = ()
+
+
+def judge_records(judged: MatchedRecords, margin: Margin) -> _Answer:
+    """The intervals of these records and what speaks against an answer by them.
+
+    A record's score has an end at 0 and at 100, so no few of them can carry an answer as losses do: `score_interval`.
+    """
+    is_loss, interval_of = judged.measure == LOSS, paired_interval if judged.measure == LOSS else score_interval
+    differences, contrast, doubts = judged.lora - judged.full, None, dict[str, str]()
+    excess = interval_of(differences, judged.weights)
+    order = most_influential(differences, judged.weights, excess)
+    if is_loss:
+        doubts["better"] = question_units(judged, differences, excess, "better")
+    if not margin.why_not(judged):
+        beyond = margin.contrast(judged)
+        contrast = interval_of(beyond, judged.weights)
+        order = most_influential(beyond, judged.weights, contrast)
+        if is_loss:
+            doubts["good enough"] = question_units(judged, beyond, contrast, "good enough")
+    if len(judged.units) < MIN_UNITS:
+        few = f"{len(judged.units)} {judged.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
+        doubts = dict.fromkeys(("better", "good enough", "worse"), few)
+    means = differences.mean(axis=0) / judged.weights
+    mcnemar = None
+    if not is_loss and len(differences) == 1 and judged.is_of_right_answers:
+        mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
+    return _Answer(
+        excess=excess,
+        contrast=contrast,
+        mcnemar=mcnemar,
+        doubts={answer: doubt for answer, doubt in doubts.items() if doubt},
+        decisive=tuple((str(judged.units[i]), float(means[i])) for i in order),
+    )
+
+
+def measure_forgetting(
+    pairs: Pairs, frames: Sequence[pd.DataFrame], losses: MatchedRecords
+) -> tuple[dict[str, Tradeoff], PairedInterval | None]:
+    """(gain and forgetting of each mode, LoRA's forgetting minus full's), by the interval of the judged losses.
+
+    Nothing where a run left no losses of retained text before its first step and at its end.
+    """
+    try:
+        retained = match_records(pairs, frames, "retain")
+    except MatchError:
+        return {}, None
+    if retained.base is None or losses.base is None:
+        return {}, None
+    tradeoffs = {
+        mode: Tradeoff(
+            paired_interval(losses.base - getattr(losses, mode), losses.weights),
+            paired_interval(getattr(retained, mode) - retained.base, retained.weights),
+        )
+        for mode in MODE_NAMES
+    }
+    return tradeoffs, paired_interval(retained.lora - retained.full, retained.weights)
+
+
+def most_influential(values: Matrix, weights: NDArray[np.float64], interval: PairedInterval) -> NDArray[np.int64]:
     """The few units of `values` (seeds, units) that move their interval most."""
-    return np.argsort(-np.abs(values.mean(axis=0) - interval.estimate * targets))[:NUM_LEFT_OUT]
+    return np.argsort(-np.abs(values.mean(axis=0) - interval.estimate * weights))[:NUM_LEFT_OUT]
 
 
 def question_units(
-    losses: MatchedLosses, values: Matrix, interval: PairedInterval, answer: Literal["better", "good enough"]
+    losses: MatchedRecords, values: Matrix, interval: PairedInterval, answer: Literal["better", "good enough"]
 ) -> str:
     """Why these units do not let LoRA be called so, though the interval of `values` (seeds, units) is below 0.
 
@@ -283,8 +401,8 @@ def question_units(
     if interval.effective_units < MIN_UNITS:
         worth = f"{len(losses.units)} {name} count for {interval.effective_units:.0f}, as a few of them differ most"
         return f"{worth}, and at least {MIN_UNITS} are needed"
-    order = most_influential(values, losses.targets, interval)
-    again = paired_interval(np.delete(values, order, axis=1), np.delete(losses.targets, order))
+    order = most_influential(values, losses.weights, interval)
+    again = paired_interval(np.delete(values, order, axis=1), np.delete(losses.weights, order))
     if getattr(again, bound) >= 0:
         return f"without the {NUM_LEFT_OUT} {name} that differ most it would not be {answer}"
     return ""

@@ -1,4 +1,4 @@
-"""The losses of single records of runs paired by seed, each held against the row that its run reported."""
+"""The losses and scores of single records of runs paired by seed, each held against the row that its run reported."""
 
 import math
 from collections.abc import Sequence
@@ -13,26 +13,29 @@ from trainer.config.choices import MAX_SHARED_FRACTION
 from trainer.config.errors import UserError
 from trainer.report.interval import Matrix, sum_by_unit
 from trainer.report.run_data import RunData
-from trainer.tracking.eval_records import read_evaluations
+from trainer.tracking.eval_records import SCORE_PREFIX, read_evaluations, score_name
 
+LOSS = "loss"  # the measure beside `score:NAME`
 SPLIT_NAMES = {"test": "test", "val": "validation", "retain": "retained"}
 _RECORD_KEY = ["id", "occurrence"]
 Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchedLosses:
-    """Summed negative log-likelihoods (nats) a seed and unit, of both modes and of the base where it was evaluated.
+class MatchedRecords:
+    """What is worse the larger it is, summed a seed and unit, of both modes and of the base where it was evaluated.
 
+    Of a loss the negative log-likelihoods (nats), of a score what is missing to full marks (points, 0 to 100 a record).
     A unit is a record, a block, or a cluster of records that share a meaning.
     """
 
-    split: str  #: test or val
+    measure: str  #: loss or score:NAME
+    split: str  #: test, val or retain
     lora: Matrix  #: (seeds, units)
     full: Matrix  #: (seeds, units)
     base: Matrix | None  #: (seeds, units), of full's base before the first step
     units: NDArray[np.str_]  #: (units,), ids of records, or of what records of a cluster share
-    targets: NDArray[np.float64]  #: (units,)
+    weights: NDArray[np.float64]  #: (units,), target tokens of a loss, records of a score
     num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
     num_records: int
     num_in_train: int  #: further records, left out because they equal a training record
@@ -47,9 +50,18 @@ class MatchedLosses:
             return f"clusters of {split_name} records"
         return f"{split_name} {'blocks' if self.are_blocks else 'records'}"
 
-    def mean_loss(self, values: Matrix) -> float:
-        """Nats per token over all seeds and units."""
-        return math.fsum(values.ravel()) / (len(values) * math.fsum(self.targets))
+    @property
+    def is_of_right_answers(self) -> bool:
+        """Whether each record is right or wrong, so that a score is a share of right answers."""
+        return not self.has_clusters and bool(np.isin((self.full, self.lora), (0.0, 100.0)).all())
+
+    def score(self, mode: str) -> float:
+        """The mean score of `full` or `lora`, 0 to 100; of a score alone."""
+        return 100 - self.mean(getattr(self, mode))
+
+    def mean(self, values: Matrix) -> float:
+        """Nats per token, or missing points, over all seeds and units."""
+        return math.fsum(values.ravel()) / (len(values) * math.fsum(self.weights))
 
 
 class MatchError(Exception):
@@ -60,16 +72,15 @@ class RefusedError(MatchError):
     """No answer can be drawn: too many of the records were trained on, or they are not those that a run reported."""
 
 
-def match_losses(pairs: Pairs) -> MatchedLosses:
-    """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
+def read_records(pairs: Pairs) -> list[pd.DataFrame]:
+    """The records of each run, full and LoRA by turns: at its chosen checkpoint, at its end and of its base.
 
-    MatchError where a run left no losses, records or their targets differ, or too many were trained on.
+    MatchError where a run left none, or they are damaged.
     """
-    runs = [run for pair in pairs for run in pair]  # full and LoRA by turns
+    frames, runs = [], [run for pair in pairs for run in pair]
     for run in runs:  # run.json counts whole records even where rows are blocks
         for split in SPLIT_NAMES:
             _check_shared(split, run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records"))
-    frames = []
     for run in runs:
         if run.eval_records_path is None:
             raise MatchError(f"{run.name} left no losses of single records")
@@ -78,9 +89,31 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
         except UserError as error:  # this pair has no interval, others may
             raise MatchError(f"{run.name}: {error}") from error
         _check_mean(run, frames[-1])
-    split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
+    return frames
+
+
+def judged_split(frames: Sequence[pd.DataFrame]) -> str:
+    """The test split where all runs have it, else the validation split."""
+    return "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
+
+
+def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:
+    """The records of `split` that all runs evaluated at their chosen checkpoints; `frames`: of `read_records`.
+
+    MatchError where records or their targets differ, or too many were trained on; UserError where a run has no such
+    score.
+    """
+    runs = [run for pair in pairs for run in pair]
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]
+    column = "nll" if measure == LOSS else SCORE_PREFIX + score_name(measure.partition(":")[2])
+    if measure != LOSS:
+        for run, frame in zip(runs, trained, strict=True):
+            if column not in frame or not frame[column].notna().any():
+                known = [name.removeprefix(SCORE_PREFIX) for name in frame if name.startswith(SCORE_PREFIX)]
+                has = f"scores {', '.join(known)}" if known else "no scores; train with --score"
+                raise UserError(f"--decide-by {measure}: the test records of {run.name} have {has}")
+        trained, base = [frame[frame[column].notna()] for frame in trained], [frame[:0] for frame in base]
     num_in_train = int(trained[0]["in_train"].sum())
     _check_shared(split, num_in_train, len(trained[0]))
     trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
@@ -99,22 +132,25 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
                 raise MatchError(f"other evaluation records ({num_unshared:,} are not in both runs)")
             if not np.array_equal(first["targets"].to_numpy(), frame["targets"].to_numpy()):
                 raise MatchError("other targets in the same records")
-            if not np.isfinite(frame["nll"].to_numpy()).all():
+            if not np.isfinite(frame[column].to_numpy()).all():
                 raise MatchError("a record's loss is not finite")
-        return sum_by_unit(np.stack([frame["nll"].to_numpy(np.float64) for frame in frames]), units)
+        values = np.stack([frame[column].to_numpy(np.float64) for frame in frames])
+        return sum_by_unit(values if measure == LOSS else 100 * (1 - values), units)
 
-    return MatchedLosses(
+    weights = first["targets"].to_numpy(np.float64) if measure == LOSS else np.ones(len(first))
+    return MatchedRecords(
+        measure=measure,
         split=split,
         full=stack(trained[::2]),
         lora=stack(trained[1::2]),
         base=stack(base) if all(map(len, base)) else None,
         units=np.unique(units),
-        targets=sum_by_unit(first["targets"].to_numpy(np.float64), units),
+        weights=sum_by_unit(weights, units),
         num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
         num_records=len(first),
         num_in_train=num_in_train,
         has_clusters=bool(has_group.any()),
-        are_blocks=runs[0].get("data.objective") == "blocks",
+        are_blocks=split == "retain" or runs[0].get("data.objective") == "blocks",
     )
 
 

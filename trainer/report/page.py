@@ -29,6 +29,7 @@ from trainer.config.text import (
     shorten,
 )
 from trainer.report import plots
+from trainer.report.answer_file import to_answer
 from trainer.report.comparable import (
     COMPARABILITY_KEYS,
     IGNORED_METADATA,
@@ -42,7 +43,7 @@ from trainer.report.comparable import (
 from trainer.report.judge import DEFAULT_MARGIN, Margin, StudyContext, difference_to_reference
 from trainer.report.load import LoadProblem
 from trainer.report.run_data import TRAINER_MODE, RunData
-from trainer.report.sentence import Verdict, build_verdict, to_answer
+from trainer.report.sentence import Verdict, build_verdict
 
 FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json")
 REFERENCE_LABEL = "card"

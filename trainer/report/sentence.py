@@ -1,19 +1,29 @@
 """What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import fsum, log
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
+from trainer.report.advice import describe_needed_records, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
-from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm, plan_sample_size
-from trainer.report.judge import DEFAULT_MARGIN, FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
+from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
+from trainer.report.judge import (
+    DEFAULT_MARGIN,
+    UNIT,
+    FullVsLora,
+    Margin,
+    StudyContext,
+    compare_sets,
+    difference_to_reference,
+    parse_margin,
+)
+from trainer.report.matched import LOSS, SPLIT_NAMES
 from trainer.report.views import View, describe_views
 
-UNIT = "nats per token"
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
     "the losses of single records of runs paired by seed; it holds for the compared rates, not for others."
@@ -29,7 +39,7 @@ COST_SETTINGS = {
 
 
 class Headline(NamedTuple):
-    """One of the three numbers of the first screen."""
+    """One of the numbers of the first screen."""
 
     label: str
     value: str
@@ -39,11 +49,23 @@ class Headline(NamedTuple):
         return f"{self.label}: {self.value} ({self.note})"
 
 
+class Statement(NamedTuple):
+    """The sentence on one data set: what was found, and for which records, seeds and rates it holds."""
+
+    claim: str
+    scope: str = ""
+
+    def __str__(self) -> str:
+        return f"{capitalize(self.claim)}{self.scope}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The sentence, three numbers, what explains them, and the comparisons behind (the primary one first)."""
+    """The sentence, its numbers, what explains them, and the comparisons behind (the primary one first)."""
 
     sentence: str
+    statement: Statement  #: the sentence's first part: of the primary comparison, where there is one
+    next_step: str = ""
     headlines: tuple[Headline, ...] = ()
     details: tuple[str, ...] = ()
     comparisons: tuple[FullVsLora, ...] = ()
@@ -65,17 +87,18 @@ def build_verdict(
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
     diverged = [f"{capitalize(group.divergence)}." for group in groups if group.divergence and not group.finished_runs]
     if not finished:
-        sentence = "No run is finished and evaluated, so there is nothing to compare yet."
-        return Verdict(sentence=" ".join([sentence, *diverged]), num_not_counted=num_left_out)
+        statement = Statement("no run is finished and evaluated, so there is nothing to compare yet")
+        sentence = " ".join([str(statement), *diverged])
+        return Verdict(sentence=sentence, statement=statement, num_not_counted=num_left_out)
     sets = compare_sets(finished, margin, study)
-    sentences = [_describe_set(*members, study) for members in sets] or [_describe_unpaired(finished)]
-    sentences += diverged
+    statements = [_describe_set(*members, study) for members in sets] or [Statement(_describe_unpaired(finished))]
+    sentences = [*map(str, statements), *diverged]
     if num_left_out:
         plural = "s" if num_left_out > 1 else ""
         sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
-    details = [line for comparison in comparisons for line in describe_numbers(comparison)]
+    details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
     others = [(pair, pair.excess) for members, _, _ in sets for pair in members[1:] if pair.excess]
     if others:
         adjusted = holm([excess.p_value for _, excess in others])
@@ -99,6 +122,8 @@ def build_verdict(
             details.append(f"{group.label} ended {position} {end}.")
     return Verdict(
         sentence=" ".join(sentences),
+        statement=statements[0],
+        next_step=next_step(*sets[0], study) if sets else "",
         headlines=_build_headlines(comparisons[0]) if comparisons else (),
         details=tuple(details),
         comparisons=tuple(comparisons),
@@ -116,9 +141,9 @@ def _describe_set(
     full_groups: Sequence[SeedGroup],
     lora_groups: Sequence[SeedGroup],
     study: StudyContext | None,
-) -> str:
+) -> Statement:
     """The sentence on the best LoRA group of a data set against the best full one, or on the one of a study."""
-    pair, excess, losses = comparisons[0], comparisons[0].excess, comparisons[0].losses
+    pair, excess = comparisons[0], comparisons[0].excess
     names, ranked = [], [comparison for comparison in comparisons if not comparison.blockers] or comparisons
     for group, num_groups in ((pair.lora, 1 if study else len(ranked)), (pair.full, len(full_groups))):
         mode_name, name = MODE_NAMES[group.mode], group.label_with_lr
@@ -127,81 +152,106 @@ def _describe_set(
         names.append(name)
     lora, full = names
     if pair.blockers:
-        return f"{capitalize(lora)} and {full} are not ranked: {'; '.join(pair.blockers)}."
+        return Statement(f"{lora} and {full} are not ranked: {'; '.join(pair.blockers)}")
     if excess is None:
-        return (
-            f"Cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
-            f"{pair.full_loss:.4f}, a difference without an interval ({pair.no_losses}, and there is one seed)."
-        )
+        reason = pair.no_losses + ", and there is one seed" * (pair.margin.measure == LOSS)
+        claim = f"cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
+        return Statement(claim + f"{pair.full_loss:.4f}, a difference without an interval ({reason})")
 
-    sentence = ""
+    claim = ""
     if excess.num_seeds == 1:
-        sentence = "of these two models, "
+        claim = "of these two models, "
     elif excess.num_seeds < MIN_SEEDS:
-        sentence = f"provisionally, with {excess.num_seeds} seeds, "
+        claim = f"provisionally, with {excess.num_seeds} seeds, "
+    claim += (_claim_of_losses if pair.margin.measure == LOSS else _claim_of_scores)(pair, excess, lora, full)
+    if pair.forgetting is not None:
+        low, high, word = pair.forgetting.low, pair.forgetting.high, "more"
+        if pair.forgetting.estimate < 0:
+            low, high, word = -high, -low, "less"
+        claim += f", and forgets {abs(pair.forgetting.estimate):.4f} [{low:+.4f}, {high:+.4f}] {UNIT} {word}"
+    return Statement(claim, _describe_scope(comparisons, ranked, full_groups, lora_groups, study))
 
-    interval, margin = f"{UNIT} [{excess.low:+.4f}, {excess.high:+.4f}]", pair.margin.describe(losses)
+
+def _claim_of_losses(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
+    interval, margin = f"{UNIT} [{excess.low:+.4f}, {excess.high:+.4f}]", pair.margin.describe(pair.losses)
     amount = f"{abs(excess.estimate):.4f} {interval}"
     if pair.answer == "better":
-        sentence += f"{lora} is better than {full} by {amount}"
-    elif pair.answer == "good enough":
+        return f"{lora} is better than {full} by {amount}"
+    if pair.answer == "good enough":
         side = "worse" if excess.estimate > 0 else "better"
-        sentence += f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {margin}"
-    elif pair.answer == "worse":
-        sentence += f"{lora} is worse than {full} by {amount}"
-        sentence += f", more than the margin of {margin}" if pair.contrast else ""
-    else:
-        sentence += f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by "
-        sentence += f"{excess.estimate:+.4f} {interval}" + (f", beside a margin of {margin}" if pair.contrast else "")
+        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {margin}"
+    if pair.answer == "worse":
+        return f"{lora} is worse than {full} by {amount}" + f", more than the margin of {margin}" * bool(pair.contrast)
+    claim = f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
+    return claim + interval + f", beside a margin of {margin}" * bool(pair.contrast)
 
+
+def _claim_of_scores(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
+    """`LoRA answers 1.2 points fewer correctly than full (71.0 % against 72.2 %; ...): good enough by your margin`."""
+    assert pair.judged is not None
+    are_answers = pair.judged.is_of_right_answers
+    fewer, more = ("fewer", "more") if are_answers else ("lower", "higher")
+    low, high = f"{abs(excess.low):.1f}", f"{abs(excess.high):.1f}"
+    interval = f"{low} {more} to {high} {fewer}"
+    if excess.excludes_zero:
+        interval = f"{low} to {high} {fewer}" if excess.low > 0 else f"{high} to {low} {more}"
+    points = f"{abs(excess.estimate):.1f} points {fewer if excess.estimate > 0 else more}"
+    scores = [f"{score:.1f}{' %' * are_answers}" for score in (pair.judged.score("lora"), pair.judged.score("full"))]
+    verb = f"answers {points} correctly than {full}"
+    if not are_answers:
+        verb = f"scores {points} than {full} by {pair.margin.measure.partition(':')[2]}"
+    margin = f"your margin of {pair.margin.describe()}"
+    end = {
+        "better": "better",
+        "good enough": f"good enough by {margin}",
+        "worse": f"worse, by more than {margin}",
+    }.get(pair.answer, f"cannot tell yet whether that is good enough by {margin}")
+    return f"{lora} {verb} ({scores[0]} against {scores[1]}; {100 * LEVEL:.3g} % interval {interval}): {end}"
+
+
+def _describe_scope(
+    comparisons: Sequence[FullVsLora],
+    ranked: Sequence[FullVsLora],
+    full_groups: Sequence[SeedGroup],
+    lora_groups: Sequence[SeedGroup],
+    study: StudyContext | None,
+) -> str:
+    """Of which records, seeds and rates it holds; what else differs between the modes, and what would tell more."""
+    pair, judged = comparisons[0], comparisons[0].judged
     records = "on this validation set alone"
-    if losses:
-        num_units = len(losses.targets) if losses.has_clusters else losses.num_records
-        records = f"on {num_units:,} {losses.unit_name}"
+    if judged:
+        num_units = len(judged.units) if judged.has_clusters else judged.num_records
+        records = f"on {num_units:,} {judged.unit_name}"
     seeds = [str(full_run.get("settings.train.seed")) for full_run, _ in pair.pairs]
     steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
-    sentence += f", {records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, "
-    sentence += f"{' and '.join(f'{step:,}' for step in steps)} steps"
+    scope = f", {records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, "
+    scope += f"{' and '.join(f'{step:,}' for step in steps)} steps"
 
-    if excess.num_seeds == 1:
-        sentence += "; one seed says nothing of the methods"
+    if len(pair.pairs) == 1:
+        scope += "; one seed says nothing of the methods"
+    if pair.mcnemar is not None:
+        scope += f"; McNemar's exact test: p = {pair.mcnemar:.2g}"
     for group in (pair.full, pair.lora):
         alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
         if alone:
-            sentence += f"; of {MODE_NAMES[group.mode]} also seed {join_words(alone, 'and')}, which has no partner"
+            scope += f"; of {MODE_NAMES[group.mode]} also seed {join_words(alone, 'and')}, which has no partner"
     full_run, lora_run = pair.full.runs[0], pair.lora.runs[0]
     if quant := lora_run.get("settings.model.quant"):
-        sentence += f"; LoRA on {quant} weights"
+        scope += f"; LoRA on {quant} weights"
     sizes = [f"{run.get('resolved.micro_batch')} on {run.get('resolved.ranks')}" for run in (lora_run, full_run)]
     if sizes[0] != sizes[1] and (full_run.get("resolved.dropout") or lora_run.get("settings.lora.dropout")):
-        sentence += f"; dropout drew other masks (micro-batch {sizes[0]} against {sizes[1]} ranks)"
+        scope += f"; dropout drew other masks (micro-batch {sizes[0]} against {sizes[1]} ranks)"
     if pair.answer == "cannot tell":
-        sentence += f"; {pair.doubt or _describe_needed_records(pair, excess)}"
+        scope += f"; {pair.doubt or describe_needed_records(pair)}"
     if study is not None:
-        return capitalize(sentence) + f"; {study.choice}."
-    if pair.margin != DEFAULT_MARGIN:
-        sentence += "; the margin was chosen after the runs"
+        return f"{scope}; {study.choice}"
+    if pair.margin not in (DEFAULT_MARGIN, parse_margin(None, pair.margin.measure)):
+        scope += "; the margin was chosen after the runs"
     for other in comparisons if ranked[0] is pair else ():
-        sentence += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""
-    if (len(ranked) > 1 or len(full_groups) > 1) and not (losses and losses.split == "test"):
-        sentence += "; exploratory, for the settings were chosen on these records"
-    return capitalize(sentence) + _describe_rates(pair, full_groups, lora_groups) + "."
-
-
-def _describe_needed_records(pair: FullVsLora, excess: PairedInterval) -> str:
-    """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
-    unit_name = pair.losses.unit_name if pair.losses else "validation records"
-    options = [] if pair.contrast and excess.estimate >= 0 else [plan_sample_size(excess)]
-    if pair.contrast is not None:
-        options.append(plan_sample_size(pair.contrast, is_one_sided=pair.contrast.estimate < 0))
-    seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
-    units = min((option.num_units for option in options if option.num_units), default=None)
-    if seeds is not None:
-        return f"at least {seeds} seeds are needed"
-    floor = f"with these {unit_name} no number of seeds resolves less than ±{options[-1].floor:.4f}"
-    if units is not None:
-        return f"{floor}: at least {units:,} {unit_name} are needed"
-    return f"{floor}, and the difference is too close to the margin for 200 times as many"
+        scope += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""
+    if (len(ranked) > 1 or len(full_groups) > 1) and not (judged and judged.split == "test"):
+        scope += "; exploratory, for the settings were chosen on these records"
+    return scope + _describe_rates(pair, full_groups, lora_groups)
 
 
 def _describe_rates(pair: FullVsLora, full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup]) -> str:
@@ -234,57 +284,62 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     if full_groups and lora_groups:
         reasons = comparison_blockers(lora_groups[0].finished_runs[0], full_groups[0].finished_runs[0])
         short_reasons = ", ".join(dict.fromkeys(reason.split(" (", 1)[0] for reason in reasons))
-        return f"LoRA and full are not comparable with one another ({short_reasons}): {descriptions}."
+        return f"LoRA and full are not comparable with one another ({short_reasons}): {descriptions}"
     missing_mode = "LoRA" if full_groups else "full"
-    return f"{capitalize(descriptions)}; there is no finished {missing_mode} run to compare with."
+    return f"{capitalize(descriptions)}; there is no finished {missing_mode} run to compare with"
 
 
-# --- the three numbers, and what explains them ---
+# --- the numbers, and what explains them ---
 
 
 def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
-    """Loss, time and memory, each with its interval or the reason why there is none."""
-    loss = Headline("Loss", "-", "; ".join(pair.blockers) or "no interval: " + pair.no_losses)
-    if pair.excess is not None:
-        interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
-        note = f"{interval} {UNIT}{_bits_per_byte(pair)}, LoRA − full"
-        loss = Headline("Loss", f"{pair.excess.estimate:+.4f}", note)
-    headlines = [loss]
+    """Losses, scores and costs, each only where there is a number."""
+    if pair.blockers:
+        return ()
+    judged, base = pair.judged, pair.base_loss
+    where = f"{UNIT} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records{_bits_per_byte(pair)}"
+    before = "" if base is None else f"{base:.4f} → "
+    headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} (full), {pair.lora_loss:.4f} (LoRA)", where)]
+    if judged is not None and judged.measure != LOSS:
+        values = f"{judged.score('full'):.1f} (full), {judged.score('lora'):.1f} (LoRA)"
+        headlines.append(Headline("Score", values, f"{judged.measure.partition(':')[2]}, of 100"))
+    for mode, tradeoff in pair.tradeoffs.items():
+        headlines.append(Headline(f"Forgotten by {MODE_NAMES[mode]}", f"{tradeoff.forgetting.estimate:+.4f}", UNIT))
     for label, cost, format_value in (("Time", pair.time, format_duration), ("Memory", pair.memory, format_bytes)):
-        values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
-        is_measured = cost.lora is not None and cost.full is not None
-        if cost.is_of_a_step and is_measured:
-            values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
         if cost.ratio is not None:
+            values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
+            if cost.is_of_a_step:
+                values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
             headlines.append(Headline(label, f"{cost.ratio:.2f}x", values))
-        else:
-            headlines.append(Headline(label, "-", f"not compared: {cost.reason}" + f" ({values})" * is_measured))
-    return tuple(headlines)
+    weights = Headline("Trained weights", format_percent(pair.parameters), "LoRA's, of full's")
+    return (*headlines, weights)
 
 
 def _bits_per_byte(pair: FullVsLora) -> str:
-    """` = +0.0100 bits per byte` of the excess, "" where the bytes of the records are not known."""
-    if pair.losses is None or pair.excess is None or not pair.losses.num_bytes.all():
+    """`; LoRA - full +0.0100 bits per byte`, "" where the bytes of the records are not known."""
+    if pair.losses is None or not pair.losses.num_bytes.all():
         return ""
-    nats = pair.excess.estimate * fsum(pair.losses.targets)  # the same summed loss over these records' bytes
-    return f" = {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
+    nats = fsum((pair.losses.lora - pair.losses.full).ravel()) / len(pair.losses.lora)
+    return f"; LoRA − full {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
 
 
-def describe_numbers(pair: FullVsLora) -> list[str]:
-    """The losses behind a comparison, what cannot be had, and what the costs depend on."""
-    names, losses = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}", pair.losses
+def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
+    """What is behind a comparison and the sentence does not say of it, and what cannot be had."""
+    names, losses, judged = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}", pair.losses, pair.judged
     if pair.blockers:
-        return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
-    line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
-    line += f", {UNIT}" if pair.excess is None else f", difference {pair.excess} {UNIT}"
-    line += _bits_per_byte(pair)
+        return [] if pair is primary else [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
+    parts, unit = [], pair.margin.unit
+    if pair is not primary:
+        parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {UNIT}")
+        if pair.excess is not None:
+            parts.append(f"difference {pair.excess} {unit}")
     if pair.contrast is not None:
-        line += f"; beyond the margin of {pair.margin.describe(losses)}: at most {pair.contrast.upper:+.4f} "
-        line += f"(one-sided {100 * LEVEL:.3g} %)"
+        bound = f"at most {pair.contrast.upper:+.4f} {unit} (one-sided {100 * LEVEL:.3g} %)"
+        parts.append(f"beyond the margin of {pair.margin.describe(judged)} {bound}")
     elif pair.excess is not None:
-        reason = pair.margin.why_not(losses) if losses else "that needs the losses of single records"
-        line += f"; whether it is within the margin is not known: {reason}"
-    lines = [line + "."]
+        reason = pair.margin.why_not(judged) if judged else "that needs the losses of single records"
+        parts.append(f"whether it is within the margin is not known: {reason}")
+    lines = [f"{names}: {'; '.join(parts)}."] if parts else []
     if losses and losses.num_in_train:
         lines.append(f"{names}: {losses.num_in_train:,} records that equal a training record are left out.")
     if losses and losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
@@ -292,10 +347,10 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
             f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "
             "it may be too narrow, and --objective completion keeps records apart."
         )
-    if losses and pair.excess:
+    if judged and judged.measure == LOSS and pair.excess:
         records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
         lines.append(
-            f"{names}: {len(losses.units):,} {losses.unit_name} count for {pair.excess.effective_units:,.0f} equal "
+            f"{names}: {len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
             f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; LoRA's excess a token where it "
             f"counts most: {records}."
         )
@@ -364,42 +419,3 @@ def _describe_forgetting(groups: Sequence[SeedGroup]) -> list[str]:
             parts.append(f"{name} gains {max(gains):.4f}" if gains else f"no {name} setting forgets so little")
         lines.append(f"Exploratory: at equal forgetting (at most {budget:+.4f}) {', '.join(parts)}.")
     return lines
-
-
-# --- for machines ---
-
-
-def to_answer(verdict: Verdict) -> dict[str, Any]:
-    """The content of answer.json: the sentence, the three numbers, and each comparison with its interval."""
-    comparisons = []
-    for pair in verdict.comparisons:
-        content: dict[str, Any] = {"answer": pair.answer, "not_ranked_because": list(pair.blockers)}
-        for mode, group, loss in (("full", pair.full, pair.full_loss), ("lora", pair.lora, pair.lora_loss)):
-            run_ids = [run.run_id for run in group.finished_runs]
-            content[mode] = {"label": group.label_with_lr, "lr": group.lr, "runs": run_ids, "loss": loss}
-        content |= {
-            "seeds": [full.get("settings.train.seed") for full, _ in pair.pairs],
-            "split": pair.losses.split if pair.losses else None,
-            "records": pair.losses.num_records if pair.losses else None,
-            "no_records_because": pair.no_losses,
-            "excess": asdict(pair.excess) if pair.excess else None,
-            "beyond_margin": asdict(pair.contrast) if pair.contrast else None,
-            "margin": asdict(pair.margin),
-            "doubt": pair.doubt,
-            "decisive_records": [{"id": unit, "excess": excess} for unit, excess in pair.decisive],
-            "is_margin_under_floor": pair.is_margin_under_floor,
-            "parameters": pair.parameters,
-            "time": asdict(pair.time),
-            "memory": asdict(pair.memory),
-        }
-        comparisons.append(content)
-    return {
-        "format": 1,
-        "sentence": verdict.sentence,
-        "answer": verdict.primary.answer if verdict.primary else None,
-        "numbers": [headline._asdict() for headline in verdict.headlines],
-        "comparisons": comparisons,
-        "views": [asdict(view) | {"favours": view.favours} for view in verdict.views],
-        "not_counted": verdict.num_not_counted,
-        **({"study": dict(verdict.study.facts)} if verdict.study else {}),
-    }

@@ -67,7 +67,7 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     for text in (
         "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
         "Memory: 0.43x (430.0 MB against 1.00 GB)",
-        "Time: - (not compared: not timed in alternation on one machine",
+        "Loss: 4.0000 → 2.0222 (full), 2.1211 (LoRA) (nats per token on validation records)",
         "not comparable with the card: other data",
         "report: comparison/report.html",
     ):
@@ -164,6 +164,9 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["full", "--no-card"], "--no-card: the card is left out unless it belongs there, and --card asks for it"),
         (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
+        (["full", "--decide-by", "exact"], "--decide-by exact: expected loss or score:NAME"),
+        (["full", "--margin", "2pt"], "--margin 2pt: expected a number above 0 and its unit, such as 2%"),
+        (["full", "--decide-by", "score:exact", "--margin", "2%"], "--margin 2%: expected a number above 0 and its"),
         (["full", "--tolerance", "-1"], "--tolerance: -1: expected a number from 0"),
         (["full", "--tolerance", "nan"], "--tolerance: nan: expected a number from 0"),
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),

@@ -18,9 +18,11 @@ from trainer.report import interval as interval_module
 from trainer.report.interval import (
     VarianceComponents,
     holm,
+    mcnemar_p,
     paired_interval,
     plan_sample_size,
     predict_half_width,
+    score_interval,
     seeds_interval,
     sum_by_unit,
 )
@@ -125,9 +127,16 @@ def test_an_interval_over_seeds_alone_is_the_paired_t_interval():
     assert (interval.low, interval.high) == pytest.approx((low, high))
 
 
+@pytest.mark.parametrize(("num_worse", "num_better"), [(0, 0), (3, 9), (12, 1), (5, 5)])
+def test_mcnemars_test_is_the_sign_test_of_the_records_that_differ(num_worse, num_better):
+    total = num_worse + num_better
+    expected = stats.binomtest(num_worse, total).pvalue if total else 1.0
+    assert mcnemar_p(num_worse, num_better) == pytest.approx(expected)
+
+
 def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_gain():
     base, full = np.full((1, 4), 4.0), np.full((1, 4), 2.0)
-    losses = SimpleNamespace(lora=full + 0.02 * (base - full), full=full, base=base, targets=np.ones(4))
+    losses = SimpleNamespace(lora=full + 0.02 * (base - full), full=full, base=base, weights=np.ones(4))
     np.testing.assert_allclose(Margin().contrast(losses), 0, atol=1e-12)
 
 
@@ -169,7 +178,7 @@ def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_
         for _ in range(num_studies):
             excess, targets = simulate(rng, normal, case, num_seeds=num_seeds, excess=0.02)
             gain = targets * (1 + 0.3 * normal(rng, NUM_UNITS)) + 0.1 * targets * normal(rng, num_seeds, NUM_UNITS)
-            losses = SimpleNamespace(lora=excess, full=np.zeros_like(excess), base=gain, targets=targets)
+            losses = SimpleNamespace(lora=excess, full=np.zeros_like(excess), base=gain, weights=targets)
             called.append(paired_interval(Margin().contrast(losses), targets).upper < 0)
         assert print_share(f"{num_seeds} seeds, {case}: good enough at the margin", called) <= MAX_SIZE
 
@@ -235,7 +244,9 @@ def test_unequal_records_do_not_make_lora_good_enough(shape, num_studies, num_se
         differences, targets, truth = simulate_shape(rng, shape, num_seeds, num_units)
         margin = Margin(kind="nats", value=truth)
         units = {"units": np.arange(num_units).astype(str), "unit_name": "records"}
-        losses = SimpleNamespace(lora=differences, full=np.zeros_like(differences), targets=targets, **units)
+        losses = SimpleNamespace(
+            lora=differences, full=np.zeros_like(differences), weights=targets, measure="loss", **units
+        )
         beyond = margin.contrast(losses)
         contrast = paired_interval(beyond, targets)
         covered.append(covers(differences, targets, truth))
@@ -244,6 +255,37 @@ def test_unequal_records_do_not_make_lora_good_enough(shape, num_studies, num_se
     label = f"{shape}, {num_seeds} seeds, {num_units} records"
     assert print_share(f"{label}: coverage", covered) >= (0.82 if is_rare else 0.92) - slack
     assert print_share(f"{label}: good enough at the margin", called) <= (0.18 if is_rare else 0.08) + slack
+
+
+@pytest.mark.parametrize(
+    ("num_studies", "num_seeds", "num_units"),
+    [
+        *((300, s, 200) for s in (1, 3)),
+        *(pytest.param(3000, s, n, marks=pytest.mark.sweep) for s in (1, 3, 5) for n in (20, 50, 200, 1000)),
+    ],
+)
+@pytest.mark.parametrize(("differing", "excess"), [(0.0, 0.0), (0.02, 0.0), (0.02, 0.02), (0.1, 0.02), (0.3, 0.05)])
+def test_scores_of_right_and_wrong_keep_the_interval(differing, excess, num_studies, num_seeds, num_units):
+    """Of each record a mode's chance to be right is drawn once (the records are a sample), its answers for each seed.
+
+    `differing`: the records on which the modes' chances differ, `excess` by which share LoRA is wrong on more of them.
+    """
+    rng, covered, called, truth = np.random.default_rng([9, num_seeds, num_units]), [], [], 100 * excess
+    for _ in range(num_studies):
+        chance = rng.beta(0.4, 0.2, num_units)  # most records are easy or hard
+        side = rng.choice([0, 1, 2], num_units, p=[1 - differing, (differing + excess) / 2, (differing - excess) / 2])
+        chances = [np.choose(side, [chance, 1.0, 0.0]), np.choose(side, [chance, 0.0, 1.0])]
+        full, lora = (100.0 * (rng.random((num_seeds, num_units)) < chances_of_mode) for chances_of_mode in chances)
+        if not differing:  # the very same model
+            lora = full
+        interval, counts = score_interval(full - lora, np.ones(num_units)), np.ones(num_units)
+        beyond = score_interval(full - lora - max(truth, 2.0) * counts, counts)
+        covered.append(interval.low <= truth <= interval.high)
+        called.append(beyond.upper < 0 and truth >= 2.0)
+    label = f"{differing:.0%} differ, {num_seeds} seeds, {num_units} records"
+    slack = 0.0 if num_studies == 3000 else 0.03
+    assert print_share(f"{label}: coverage", covered) >= MIN_COVERAGE - slack
+    assert print_share(f"{label}: good enough at the margin", called) <= MAX_SIZE + slack
 
 
 @each_size

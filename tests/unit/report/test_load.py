@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
+from trainer.report.answer_file import to_answer
 from trainer.report.load import load_runs
 from trainer.report.page import compare, json_text, render_markdown
 from trainer.report.run_data import read_folder
-from trainer.report.sentence import to_answer
 from trainer.tracking.records import EventRecord, StepRecord, to_line
 
 

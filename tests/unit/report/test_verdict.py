@@ -3,58 +3,27 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.fake_runs import make_metadata, write_eval_records
+from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
 from trainer.config.errors import UserError
+from trainer.report.answer_file import to_answer
 from trainer.report.comparable import group_by_seed
 from trainer.report.interval import paired_interval
 from trainer.report.judge import DEFAULT_MARGIN, CostRatio, Margin, StudyContext, parse_margin
-from trainer.report.run_data import RunData, read_folder
-from trainer.report.sentence import Verdict, build_verdict, to_answer
+from trainer.report.run_data import read_folder
+from trainer.report.sentence import build_verdict
 from trainer.tracking.eval_records import read_evaluations
 from trainer.tracking.records import EventRecord, to_line
 
-TARGETS = np.random.default_rng(1).integers(5, 60, 120)
 GPU = {"resolved__device": "cuda", "hardware__gpu": "H100", "hardware__gpus": 1}
-MakeRun = Callable[..., RunData]
 OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
-
-
-def make_study(
-    make_run: MakeRun,
-    *,
-    num_seeds: int,
-    excess: float,
-    unit_sd: float = 0.05,
-    seed_sd: float = 0.002,
-    **record_options: Any,
-) -> list[RunData]:
-    """Full and LoRA of each seed, LoRA `excess` nats per token worse; full gains 2 nats over the base."""
-    rng = np.random.default_rng(3)
-    base = 4.0 + 0.3 * rng.standard_normal(len(TARGETS))
-    unit = unit_sd * rng.standard_normal(len(TARGETS))
-    runs = []
-    for seed in range(num_seeds):
-        full = base - 2.0 + 0.1 * rng.standard_normal(len(TARGETS))
-        lora = full + excess + seed_sd * rng.standard_normal() + unit + 0.02 * rng.standard_normal(len(TARGETS))
-        for mode, losses in (("full", full), ("lora", lora)):
-            mean_loss = float(np.average(losses, weights=TARGETS))
-            records = {
-                "record_losses": {0: base, 30: losses},
-                "record_options": {"targets": TARGETS.tolist()} | record_options,
-            }
-            runs.append(make_run(mode, [4.0, mean_loss], seed=seed, **records))
-    return runs
-
-
-def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin = DEFAULT_MARGIN) -> Verdict:
-    return build_verdict(group_by_seed(runs), with_card, margin)
 
 
 # --- the answer ---
@@ -76,9 +45,13 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
     (comparison,) = answer["comparisons"]
     assert (answer["answer"], comparison["seeds"], comparison["lora"]["lr"]) == ("worse", [0, 1, 2], 0.005)
     assert comparison["excess"]["low"] == pair.excess.low > 0
+    table = pd.json_normalize([answer, to_answer(judge_runs(make_run("full"), make_run("lora", seed=7)))])
+    columns = ["model.name", "data.source", "scope", "num_seeds", "records", "answer", "base_loss", "lora.loss"]
+    columns += ["model.fingerprint", "data.fingerprint", "effective_records", "margin.value", "excess.high"]
+    assert table[columns].notna().sum(axis=1).tolist() == [13, 8], "one row a study, nothing where it is not ranked"
+    assert table["schema_version"].unique().tolist() == [2]
     unsure = dataclasses.replace(pair.excess, low=-0.01)  # as where full lost, and the margin is below 0
     assert dataclasses.replace(pair, excess=unsure).answer == "cannot tell"
-    assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
 
 
 def worse(**options: Any) -> dict[str, Any]:
@@ -132,8 +105,9 @@ def test_the_sentence_and_what_follows_it_say_the_answer_and_what_it_rests_on(
     assert verdict.primary.answer == answer
     assert verdict.sentence.startswith(start)
     assert said in "\n".join([verdict.sentence, *verdict.details])
+    assert verdict.next_step
     if answer == "not ranked":
-        assert verdict.headlines[0].value == "-"
+        assert verdict.headlines == ()
     else:
         interval = verdict.primary.excess
         assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
@@ -144,9 +118,16 @@ def test_a_margin_is_a_number_with_its_unit() -> None:
     assert parse_margin("2%") == Margin()
     assert parse_margin("1e-2nats") == Margin(kind="nats", value=0.01)
     assert parse_margin(".005 bpb") == Margin(kind="bits_per_byte", value=0.005)
-    for text in ("0%", "-1nats", "100%", "a", "%", "nannats", "0.01", "2"):
+    assert parse_margin("2.5pt", "score:exact") == Margin(kind="points", value=2.5, measure="score:exact")
+    assert (parse_margin(None), parse_margin(None, "score:f1").value) == (Margin(), 2)
+    for text in ("0%", "-1nats", "100%", "a", "%", "nannats", "0.01", "2", "2pt"):
         with pytest.raises(UserError, match=r"--margin .*: expected a number above 0 and its unit"):
             parse_margin(text)
+    for text in ("2%", "0.01nats", "0pt", "100pt"):
+        with pytest.raises(UserError, match=r"--margin .*, such as 2pt \(of score:exact\)"):
+            parse_margin(text, "score:exact")
+    with pytest.raises(UserError, match="--decide-by exact: expected loss or score:NAME"):
+        parse_margin(None, "exact")
 
 
 def test_blocks_of_one_source_are_said_to_be_taken_for_independent(make_run: MakeRun) -> None:
@@ -415,8 +396,8 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
     own_clocks = judge_runs(full, lora)
     pair = own_clocks.primary
     assert (pair.time.ratio, pair.memory.ratio, pair.parameters) == (None, 0.43, 0.0095)  # 19,000 / 2,000,000
-    note = "not compared: not timed in alternation on one machine (8.0 s against 3.3 min)"
-    assert own_clocks.headlines[1] == ("Time", "-", note)
+    assert [headline.label for headline in own_clocks.headlines] == ["Loss", "Memory", "Trained weights"]
+    assert any("time not compared (not timed in alternation on one machine)" in line for line in own_clocks.details)
     step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
     study = StudyContext(choice="", lines=(), rate_curves=(), views=(), step_time=step_time, rule={}, facts={})
     timed = build_verdict(group_by_seed([full, lora]), False, DEFAULT_MARGIN, study).headlines[1]

@@ -70,9 +70,9 @@ def judge(groups: Mapping[Candidate, SeedGroup], rule: Rule) -> FullVsLora:
         raise AnswerRefusedError(f"refused to rank: {'; '.join(pair.blockers)}")
     if pair.losses is None or pair.losses.split != "test":
         raise AnswerRefusedError(f"refused to rank: {pair.no_losses or 'not every run has losses of test records'}")
-    if len(pair.losses.targets) < MIN_UNITS:
+    if len(pair.losses.units) < MIN_UNITS:
         raise UserError(
-            f"{len(pair.losses.targets)} test records that can be told apart: expected {MIN_UNITS} or more; "
+            f"{len(pair.losses.units)} test records that can be told apart: expected {MIN_UNITS} or more; "
             "raise --test-fraction or give --test-data"
         )
     if pair.contrast is None:

@@ -1,0 +1,85 @@
+"""What to do after a verdict: which seeds or records would decide, and what these runs say LoRA was short of."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from trainer.report.comparable import SeedGroup
+from trainer.report.interval import plan_sample_size
+from trainer.report.judge import FullVsLora, StudyContext
+from trainer.report.matched import LOSS
+
+MIN_SHRINK = 0.8  # longer training is advised where the gap fell under this share of the shorter runs' gap
+RANK_FACTOR = 4
+
+
+def next_step(
+    comparisons: Sequence[FullVsLora],
+    full_groups: Sequence[SeedGroup],
+    lora_groups: Sequence[SeedGroup],
+    study: StudyContext | None,
+) -> str:
+    """One sentence on what to do after the answer of the first comparison."""
+    pair = comparisons[0]
+    more_seeds = "start a study with more --seeds" if study else "repeat both with more seeds, and compare all at once"
+    if pair.answer == "better":
+        return "Use LoRA here; launch/export.py publishes it."
+    if pair.answer == "good enough":
+        return "Use LoRA if its memory or its small files help you; launch/export.py publishes it."
+    if pair.answer == "not ranked":
+        is_diverged = any(group.divergence for group in (pair.full, pair.lora))
+        repeat = "all seeds at that lower rate" if is_diverged else "one of them, so that only the method differs"
+        return f"Repeat {repeat}."
+    if pair.answer == "worse":
+        return _advise_worse(pair, {group.lr for group in lora_groups}, study)
+    if pair.doubt:
+        return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
+    if pair.excess is None or "seeds are needed" in describe_needed_records(pair):
+        return f"{more_seeds[0].upper()}{more_seeds[1:]}."
+    return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
+
+
+def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext | None) -> str:
+    """Other rates, longer training, a higher rank or another method: the first that the runs speak for."""
+    if study is None and len(lora_rates) == 1:
+        return "Search LoRA's rate before judging it, as one was tried: launch/study.py."
+    longest = max((curve.num_steps for curve in study.rate_curves), default=0) if study else 0
+    gaps = {}
+    for steps in sorted({curve.num_steps for curve in study.rate_curves} if study else ()):
+        best = {c.mode: min(c.losses.values()) for c in study.rate_curves if c.num_steps == steps and c.losses}  # type: ignore[union-attr]
+        if len(best) == 2:
+            gaps[steps] = best["lora"] - best["full"]
+    shorter = max((steps for steps in gaps if steps < longest), default=None)
+    if shorter and longest in gaps and gaps[longest] < MIN_SHRINK * gaps[shorter]:
+        fell = f"from {gaps[shorter]:.2f} to {gaps[longest]:.2f} between {shorter:,} and {longest:,} steps"
+        return f"Train longer: LoRA's gap on validation fell {fell}."
+    lora_train, full_train = (_final_train_loss(group) for group in (pair.lora, pair.full))
+    rank = pair.lora.runs[0].get("settings.lora.rank")
+    if lora_train is not None and full_train is not None and rank and lora_train - full_train > pair.loss_excess / 2:
+        ranks = f"--lora-ranks {rank},{RANK_FACTOR * rank}" if study else f"--lora-rank {RANK_FACTOR * rank}"
+        return f"Try a higher rank ({ranks}): LoRA's training loss is behind too, {lora_train:.2f} to {full_train:.2f}."
+    return "Train every weight, or try another adapter: LoRA fits the training data, so rank is not what it lacks."
+
+
+def _final_train_loss(group: SeedGroup) -> float | None:
+    """The mean over seeds of the last epoch's training loss, None where a run has none."""
+    ends = [float(run.epochs["train_loss"][-1]) for run in group.finished_runs if len(run.epochs["train_loss"])]
+    return fmean(ends) if ends and len(ends) == len(group.finished_runs) else None
+
+
+def describe_needed_records(pair: FullVsLora) -> str:
+    """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
+    excess, judged, is_loss = pair.excess, pair.judged, pair.margin.measure == LOSS
+    assert excess is not None
+    unit_name = judged.unit_name if judged else "validation records"
+    options = [] if pair.contrast and excess.estimate >= 0 else [plan_sample_size(excess)]
+    if pair.contrast is not None:
+        options.append(plan_sample_size(pair.contrast, is_one_sided=pair.contrast.estimate < 0))
+    seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
+    units = min((option.num_units for option in options if option.num_units), default=None)
+    if seeds is not None:
+        return f"at least {seeds} seeds are needed"
+    amount = f"{options[-1].floor:.4f}" if is_loss else f"{options[-1].floor:.1f} points"
+    floor = f"with these {unit_name} no number of seeds resolves less than ±{amount}"
+    if units is not None:
+        return f"{floor}: at least {units:,} {unit_name} are needed"
+    return f"{floor}, and the difference is too close to the margin for 200 times as many"
