@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,15 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             global_batch=settings.train.global_batch,
             max_positions=max_positions,
             log=log,
+            heartbeat=context.watchdog.heartbeat,
         ).folder
         with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
         hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights, log=log)
         return folder
 
-    data = load(context.on_rank_zero(prepare_folder, per_node=True))
+    watch_work = partial(context.watchdog.watch_work, settings.engine.hang_timeout)
+    with watch_work(hf_hub.unfinished_bytes):
+        data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
     if args.show_example and context.rank == 0:
         if data.metadata["tokenizer"] is None:
@@ -137,10 +141,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         return 0
     if args.find_batch:
         return find_micro_batch_size(plan, data)
-    model = build_planned_model(plan, with_fingerprint=True)
-    fingerprint = model.metadata["fingerprint"]
-    digests = {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())}
-    refuse_differences(context, {**digests, "the base model": fingerprint})
+    with watch_work():
+        model = build_planned_model(plan, with_fingerprint=True)
+        fingerprint = model.metadata["fingerprint"]
+        digests = {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())}
+        refuse_differences(context, {**digests, "the base model": fingerprint})
     plan = replace(plan, model_info={**plan.model_info, "fingerprint": fingerprint})
     if args.find_lr is not None:
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
@@ -184,10 +189,11 @@ def _train_and_export(
 ) -> int:
     """The run itself, which holds its folder; `previous`: run.json of the run that goes on."""
     context, settings, folder = plan.dist_context, plan.settings, Path(plan.settings.run_folder)
-    source, metadata = context.on_rank_zero(
-        lambda: run_folder.begin_run(plan, previous, args.resume, args.allow_change)
-    )
-    engine, state = build_engine(plan, model, source)
+    with context.watchdog.watch_work(settings.engine.hang_timeout):
+        source, metadata = context.on_rank_zero(
+            lambda: run_folder.begin_run(plan, previous, args.resume, args.allow_change)
+        )
+        engine, state = build_engine(plan, model, source)
     if previous is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
         context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", state.step))
     recorder = Recorder(plan, data, engine, metadata, state)
@@ -251,7 +257,8 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
             "is_own_export": True,
             "data_folder": str(data.folder),
         }
-        result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
+        with context.watchdog.watch_work(settings.engine.hang_timeout):
+            result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
     elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
     facts = {
         "wall_seconds": elapsed_seconds,

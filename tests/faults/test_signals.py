@@ -164,6 +164,22 @@ def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
     assert not (out / "stacks").exists()
 
 
+def test_a_rank_that_hangs_while_it_prepares_is_named(argv, out, tmp_path):
+    hang = fault_at("trainer.data.prepare:encode", 1, partial(time.sleep, 300), rank=0)
+    group = RankProcesses(
+        [*argv, "--hang-timeout", "5"], out=out, world_size=3, fault=hang, env={"TRAINER_CACHE": str(tmp_path)}
+    )
+    assert group.wait() == [1, 1, 1], group.output
+    assert "no rank made progress for 5 s (--hang-timeout): rank 0 hangs at prepare.py:" in group.error_line
+    assert re.search(r"ranks 1, 2 waiting at process_group\.py:\d+ in all_gather_object$", group.error_line)
+
+
+def test_a_rank_that_prepares_slowly_is_not_reported_as_hanging(argv, out, tmp_path):
+    slow = fault_at("trainer.data.prepare:content_hash", range(1, 20), partial(time.sleep, 0.5))
+    group = RankProcesses([*argv, "--hang-timeout", "5"], out=out, fault=slow, env={"TRAINER_CACHE": str(tmp_path)})
+    assert group.wait(120) == [0, 0], group.output
+
+
 def raise_failure(kind: str) -> None:
     from trainer.config.errors import TrainingError
 

@@ -73,18 +73,19 @@ def prepare(
     global_batch: int,
     max_positions: int | None = None,
     log: LogFn = lambda line: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
 
     UserError for a mistake of the user's, before anything slow; also where there are fewer training examples
     than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
-    the one that was taken stands in `metadata`.
+    the one that was taken stands in `metadata`. `heartbeat`: called at each record and file, while others wait.
     """
     cache_root = store.resolve_cache_dir()
     sources = find_sources(settings)
     has_val = any(source.split == "val" for source in sources)
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
-    sources = [open_source(source, settings, fractions) for source in sources]
+    sources = [open_source(replace(source, heartbeat=heartbeat), settings, fractions) for source in sources]
     first = sources[0].record_format
     for other in sources[1:]:  # the loss of one format says nothing of another; what is retained is plain text
         formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}
@@ -164,6 +165,7 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
 def _hash_files(source: Source) -> tuple[str, ...]:
     hashes = []
     for file in source.files:
+        source.heartbeat()
         try:
             hashes.append(store.sha256(file))
         except Exception as error:  # of a decompressor too

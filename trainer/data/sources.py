@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Source:
     dataset: Any = None
     split: str = "train"  #: "train", "val", "test" or "retain"
     notices: tuple[str, ...] = ()  #: which files became what, and what was left out
+    heartbeat: Callable[[], None] = lambda: None  #: called at each record, as the ranks that wait need to know
     # what `prepare` finds out of it:
     record_format: RecordFormat = FORMATS[-1]
     hashes: tuple[str, ...] = ()  #: of its files
@@ -74,9 +75,11 @@ class Source:
         if self.dataset is not None:
             batches = self.dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS)
             for place, record in iter_batches(batches, columns):
+                self.heartbeat()
                 yield f"{self.locate()}, {place}", record
         for file in self.files if self.dataset is None else ():
             for place, record in read_file(file, self.where(file), columns):
+                self.heartbeat()
                 yield f"{self.locate(file)}, {place}", record
 
     def first_record(self, file: Path | None = None) -> Record:

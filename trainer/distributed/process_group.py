@@ -33,7 +33,7 @@ from trainer.distributed.watch import Watchdog
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=MAX_HANG_TIMEOUT_SECONDS)  # that of the groups which DeepSpeed makes for itself
-PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
+PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises or exports, and moves, while the others wait
 LEAVE_SECONDS = 2.0  # that rank 0 stays for the others, with the store from which they read what it has read
 
 
@@ -134,6 +134,7 @@ class DistContext:
         ]
 
         def receive(tensor: torch.Tensor) -> None:
+            self.watchdog.heartbeat()
             for ranks, group in groups:
                 if self.rank in ranks:
                     dist.broadcast(tensor, ranks[0], group=group)

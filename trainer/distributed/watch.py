@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from trainer.distributed.launch_environment import reporting_rank
+from trainer.distributed.work import WorkMeter
 
 TICK_SECONDS = 1.0  # between two looks at the launcher, and at the other ranks
 PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when another has failed
@@ -174,7 +175,7 @@ class Watchdog:
         self._progress_tick = 0  # when any of them last moved
         self._failure_tick: int | None = None  # when this rank learnt that another has failed
         self._is_reported = False  # whether that one reports it
-        self._has_failed = self._is_store_lost = self._is_watching = False
+        self._has_failed = self._is_store_lost = self._is_watching = self._counts_work = False
         self._hang_timeout_seconds = math.inf
         self._last_tick_time = time.monotonic()
         self._silent_until_tick = -1.0  # after this process was frozen
@@ -213,6 +214,29 @@ class Watchdog:
             self._delete_stacks()  # kept on an error: the end of a hung rank fails the collective of one that waits
         finally:
             self._is_watching, self._stacks_path = False, None
+
+    @contextlib.contextmanager
+    def watch_work(self, hang_timeout_seconds: float, count_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """The same around work that is a library's, before and after the steps: a rank also moves while it computes,
+        reads, writes or receives (`WorkMeter`). One collective in which all ranks are may take longer."""
+        if self._store is None:
+            yield
+            return
+        meter, has_ended = WorkMeter(count_bytes), threading.Event()
+
+        def follow() -> None:
+            while not has_ended.wait(TICK_SECONDS):
+                if meter.has_moved(TICK_SECONDS):
+                    self.heartbeat()
+
+        threading.Thread(target=follow, daemon=True).start()
+        self._counts_work = True
+        try:
+            with self.watch_for_hangs(hang_timeout_seconds):
+                yield
+        finally:
+            has_ended.set()
+            self._counts_work = False
 
     def _delete_stacks(self) -> None:
         if self._stacks_path is not None:
@@ -321,8 +345,8 @@ class Watchdog:
                 if not is_said and self.rank == self._deputy:
                     print_error(self.describe_lost_peer())
                 os._exit(1)
-            elif self._is_watching and self._states and still_seconds > self._hang_timeout_seconds:
-                self._report_hang()
+            is_still = self._is_watching and self._states and still_seconds > self._hang_timeout_seconds
+            if is_still and self._report_hang():
                 os._exit(1)
 
     def _write_stacks(self, path: Path) -> None:
@@ -333,14 +357,17 @@ class Watchdog:
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"Timeout: no progress for {self._hang_timeout_seconds:g} s\n{memory.read()}", "utf-8")
 
-    def _report_hang(self) -> None:
-        """One rank names those that hang; the others wait until it has: a launcher ends all after the first."""
+    def _report_hang(self) -> bool:
+        """One rank names those that hang; the others wait until it has: a launcher ends all after the first. False
+        where no rank hangs."""
         ranks, states = range(self.world_size), self._states
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
         silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]
         if is_store_frozen := self.rank in silent_ranks:  # it does not even give back what this rank has said
             silent_ranks = [0]
         hung_ranks = silent_ranks
+        if not hung_ranks and self._counts_work and all(state["is_waiting"] for state in states):
+            return False
         if not hung_ranks:  # those a step behind the others; where all are in one step, those outside of a collective
             first_step = min(state["step"] for state in states)
             hung_ranks = [rank for rank in ranks if states[rank]["step"] == first_step]
@@ -357,8 +384,10 @@ class Watchdog:
             if self._stacks_path is not None:
                 message += f"; the stacks are in {self._stacks_path.parent}"
             seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
-            print_error(f"no rank made progress for {seconds}: {message}; {RESUME_HINT}")
+            hint = f"; {RESUME_HINT}" * (not self._counts_work)
+            print_error(f"no rank made progress for {seconds}: {message}{hint}")
         time.sleep(3 * TICK_SECONDS)
+        return True
 
 
 def call_with_timeout(timeout_seconds: float, fn: Callable[[], Any]) -> Any:
