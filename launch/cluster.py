@@ -87,13 +87,14 @@ def main(argv: Sequence[str]) -> int:
     args.sbatch, setup = dict(args.sbatch), ""
     if args.setup is not None:
         setup = read_text_file(args.setup, f"--setup {args.setup}", "a file of shell lines").rstrip() + "\n"
-    cli_args = parse_args(run_argv, companion=parser)
+    num_ranks = sum(args.hosts.values()) or args.nodes * args.ranks_per_node
+    cli_args = parse_args(run_argv, companion=parser, num_ranks=num_ranks)
     settings, folder = cli_args.settings, args.folder.absolute()
     if cli_args.dry_run or cli_args.runs_finder:
         raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
     if cli_args.resume not in (None, "auto", "latest"):
         raise UserError(f"--resume {cli_args.resume}: each start would go back there; expected --resume auto, or none")
-    settings.train.batch(sum(args.hosts.values()) or args.nodes * args.ranks_per_node)
+    settings.train.batch(num_ranks)
 
     script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
     is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were

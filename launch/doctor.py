@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
         print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
         return 0
-    cli_args = parse_args(run_argv, companion=parser)
+    cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
     if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
         other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"
         raise UserError(f"--prove with {other}: a proof runs here; expected one of them")

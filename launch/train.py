@@ -1,11 +1,12 @@
 """Fine-tune GPT-2: `deepspeed launch/train.py --mode full|lora`; --help lists the rest."""
 
+import contextlib
 import os
 import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
-from trainer.distributed.launch_environment import is_first_of_host
+from trainer.distributed.launch_environment import is_first_of_host, read_launch_environment
 from trainer.distributed.watch import SignalHandler
 from trainer.tools.program import prepare_libraries
 from trainer.tracking.safe_stream import protect_standard_streams
@@ -14,7 +15,10 @@ from trainer.tracking.safe_stream import protect_standard_streams
 def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
     try:
-        cli_args = parse_args()
+        num_ranks = 1
+        with contextlib.suppress(UserError):  # the run itself says what is wrong
+            num_ranks = read_launch_environment(os.environ).world_size
+        cli_args = parse_args(num_ranks=num_ranks)
         # before the imports that take seconds, in which a launcher may end
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
         prepare_libraries(verbose=cli_args.verbose)

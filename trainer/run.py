@@ -134,6 +134,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     lengths, global_batch = data.train.lengths(), settings.train.global_batch
     step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
     plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
+    plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         is_in_use = args.dry_run and args.resume is None and not run_folder.is_unused(Path(settings.run_folder))
         show_plan([*plan.summary_lines(), *[("note", f"{settings.run_folder} {run_folder.IN_USE}")] * is_in_use])

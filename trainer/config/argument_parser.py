@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import functools
 import os
 import re
 import sys
@@ -11,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from trainer.config.errors import UserError, mask_credentials
 from trainer.config.files import expand_user_path
+from trainer.config.spellings import FALSE, read_table, translate
 
 TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
+SPELLED_PARTS = ("same", "switches", "together", "no_effect", "only")
 
 
 def whole_number(text: str, least: int = 1, most: int = 2**31 - 1) -> int:
@@ -54,60 +53,81 @@ def user_path(text: str) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises UserError in place of printing the usage; the caller prints one line, once."""
+    """Raises UserError in place of printing the usage, with all mistakes of a command line at once."""
 
     def __init__(self, *, companion: "ArgumentParser | None" = None, **options: Any):
-        super().__init__(**{"allow_abbrev": False, **options})
+        super().__init__(**{"allow_abbrev": False, "exit_on_error": False, **options})
         self.register("type", Path, lambda text: Path(user_path(text)))
         self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
+        self.expected: dict[
+            str, Callable[[str], str]
+        ] = {}  # {flag: what it takes in place of a value, "" for a right one}
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """argparse's own; UserError for a word that holds a key, a token or a login (run.json would keep it), and for
-        a value that can be no file's name."""
-        argv = sys.argv[1:] if args is None else args
-        try:
-            os.getcwd()
-        except OSError:  # which libraries do not expect
-            raise UserError("the folder that this shell is in has been removed; change to another one") from None
-        for i, word in enumerate(argv):
-            if mask_credentials(word) != word:
-                flag = next((name for name in reversed(argv[: i + 1]) if name.startswith("--")), word)
-                raise UserError(
-                    f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
-                    "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
-                )
-            flag, _, text = word.partition("=")
-            if flag.startswith("--") and text == "--":  # of which argparse makes an empty list
-                raise UserError(f"{flag} --: expected another value")
-        parsed = super().parse_known_args(argv, namespace)
+        """argparse's own; UserError for all values that a flag does not take, and for keys, tokens and logins."""
+        parsed, problems = self._parse(sys.argv[1:] if args is None else args, namespace)
+        if problems:
+            raise UserError(*problems)
+        return parsed
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The parsed arguments; UserError also for flags that are not known, with the ones that were meant."""
+        parsed, problems = self.parse_all(sys.argv[1:] if args is None else args, namespace)
+        if problems:
+            raise UserError(*problems)
+        return parsed
+
+    def parse_all(
+        self, argv: Sequence[str], namespace: Any = None, places: Mapping[str, str] | None = None
+    ) -> tuple[Any, list[str]]:
+        """(the parsed arguments, the mistakes); `places`: {flag: where it stands} of those from a file."""
+        (parsed, unknown), problems = self._parse(argv, namespace)
+        strays = []
+        while unknown:
+            flag, has_value, value = unknown.pop(0).partition("=")
+            if not flag.startswith("-"):
+                strays.append(f"{flag}{has_value}{value}")
+                continue
+            if not has_value and unknown and not unknown[0].startswith("--"):
+                value = unknown.pop(0)
+            problems.append((places or {}).get(flag, "") + self._answer_unknown(flag, value))
+        if strays:
+            quote = "; quote a text that has blanks: --prompt 'Describe {column}'" if "{" in " ".join(strays) else ""
+            problems.append(f"{' '.join(strays)}: expected a flag (--help lists the flags){quote}")
+        return parsed, problems
+
+    def _parse(self, argv: Sequence[str], namespace: Any) -> tuple[tuple[Any, list[str]], list[str]]:
+        """((arguments, unknown words) without those whose values are refused, the refusals)."""
+        _refuse_words(argv)
+        words: list[str] = list(argv)
+        problems: list[str] = []
+        while True:
+            try:
+                parsed = super().parse_known_args(words, namespace)
+                break
+            except argparse.ArgumentError as error:
+                problems.append(f"{str(error).removeprefix('argument ')} (--help lists the flags)")
+                names = (error.argument_name or "").split("/")
+                at = next((i for i, word in enumerate(words) if word.partition("=")[0] in names), None)
+                if at is None:  # of an argument without a flag
+                    raise UserError(*problems) from None
+                takes_next = "=" not in words[at] and words[at + 1 : at + 2] and not words[at + 1].startswith("-")
+                del words[at : at + 1 + bool(takes_next)]
+            except UserError as error:  # what is missing
+                raise UserError(*problems, *error.args) from None
         for action in self._actions:
             values, flags = getattr(parsed[0], action.dest, None), action.option_strings
             for value in values if isinstance(values, list | tuple) else [values]:
                 if isinstance(value, str | Path) and TEXT_FLAGS.isdisjoint(flags) and not _is_name(value):
-                    raise UserError(
+                    problems.append(
                         f"{'/'.join(flags) or action.metavar} {str(value)[:40]}: expected a name of a file, "
                         "at most 255 bytes between two slashes, 4,095 in all"
                     )
-        return parsed
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag, *rest = next((unknown[i:] for i, word in enumerate(unknown) if word.startswith("-")), unknown)
-            if not flag.startswith("-"):
-                raise UserError(f"{flag}: expected a flag (--help lists the flags)")
-            name, has_value, value = flag.partition("=")
-            if not has_value and rest and not rest[0].startswith("--"):
-                value = rest[0]
-            raise UserError(
-                suggest_flag(name, value, self.flags() | (self.companion.flags() if self.companion else {}))
-            )
-        return parsed
+        return parsed, problems
 
     def flags(self) -> dict[str, bool]:
         """The flags that --help lists, and whether each takes a value."""
@@ -118,6 +138,66 @@ class ArgumentParser(argparse.ArgumentParser):
             if action.help != argparse.SUPPRESS
         }
 
+    def _answer_unknown(self, flag: str, value: str) -> str:
+        """One line that answers an unknown flag with the nearest one, and its value where that is taken."""
+        takes_value = self.flags() | (self.companion.flags() if self.companion else {})
+        table, shown = read_table(), f"{flag} {value}".rstrip()
+        answers = {name: a for name, a in table["elsewhere"].items() if a[0] != "-" or a.split()[0] in takes_value}
+        if "--lr" in takes_value:  # a run's flags
+            names = [name for part in SPELLED_PARTS for name in table[part]]
+            answers |= {name: "" for name in names if table["same"].get(name, "--lr").split()[0] in takes_value}
+        answers |= {name.lstrip("-").replace("-", "_"): name for name in takes_value}
+        name = flag.lstrip("-").lower().replace("-", "_")
+        nearest = next(iter(difflib.get_close_matches(name, answers, n=1, cutoff=0.8)), None)
+        if nearest is None:
+            return f"{shown}: unknown flag (--help lists the flags)"
+        answer = answers[nearest]
+        if answer and not answer.startswith("-"):
+            return f"{shown}: {answer}"
+        if " " in answer:  # a switch there
+            is_off = value.lower() in (*FALSE, "none")
+            return f"{shown}: leave it out; {answer} would turn it on" if is_off else f"{shown}: did you mean {answer}?"
+        argv = [f"{answer or f'--{nearest}'}{f'={value}' if value else ''}"]
+        translation = translate(argv, takes_value)
+        if translation.problems:
+            return f"{shown}: did you mean --{nearest}? {value}: {translation.problems[0].rpartition(': ')[2]}"
+        if not translation.words:
+            return f"{shown}: did you mean --{nearest} {value}".rstrip() + "? It can be left out"
+        ours, _, value = translation.words[0].partition("=")
+        if expected := self._expected_by(ours, value):
+            return f"{shown}: did you mean {ours}? It takes {expected}"
+        return f"{shown}: did you mean {' '.join(translation.words).replace('=', ' ')}?"
+
+    def _expected_by(self, flag: str, value: str) -> str:
+        if not value or flag in self.expected:
+            return self.expected[flag](value) if value else ""
+        parse = next((action.type for action in self._actions if flag in action.option_strings), None)
+        try:
+            if callable(parse):
+                parse(value)
+        except argparse.ArgumentTypeError as error:
+            return str(error).partition("expected ")[2]
+        return ""
+
+
+def _refuse_words(argv: Sequence[str]) -> None:
+    """UserError for a word that holds a key, a token or a login (run.json would keep it), for an empty list, and for a
+    folder that is gone."""
+    try:
+        os.getcwd()
+    except OSError:  # which libraries do not expect
+        raise UserError("the folder that this shell is in has been removed; change to another one") from None
+    for i, word in enumerate(argv):
+        if mask_credentials(word) != word:
+            flag = next((name for name in reversed(argv[: i + 1]) if name.startswith("--")), word)
+            raise UserError(
+                f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
+                "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
+            )
+        flag, _, text = word.partition("=")
+        if flag.startswith("--") and text == "--":  # of which argparse makes an empty list
+            raise UserError(f"{flag} --: expected another value")
+
 
 def _is_name(value: str | Path) -> bool:
     try:
@@ -125,35 +205,3 @@ def _is_name(value: str | Path) -> bool:
     except UnicodeEncodeError:  # half of a pair of JSON's or YAML's `\\ud800`
         return False
     return 0 not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255  # Linux: PATH_MAX, NAME_MAX
-
-
-@functools.cache
-def read_suggestions() -> tuple[dict[str, str], dict[str, str]]:
-    """({spelling elsewhere: our answer}, {value elsewhere: ours}), from the table beside this file."""
-    table = yaml.safe_load(Path(__file__).with_name("flag_suggestions.yaml").read_text(encoding="utf-8"))
-    values = table.pop("values")
-    return {spelling: answer for answer, spellings in table.items() for spelling in spellings.split()}, values
-
-
-def suggest_flag(flag: str, value: str, takes_value: Mapping[str, bool]) -> str:
-    """One line that answers an unknown flag, the value (empty: none) carried over.
-
-    `takes_value`: the flags that exist, and whether each is followed by a value; only those are suggested.
-    """
-    suggestions, values = read_suggestions()
-    answers = {
-        name: answer for name, answer in suggestions.items() if answer.split()[0] in takes_value or answer[0] != "-"
-    }
-    answers |= {name.lstrip("-").replace("-", "_"): name for name in takes_value}
-    nearest = difflib.get_close_matches(flag.lstrip("-").lower().replace("-", "_"), answers, n=1, cutoff=0.8)
-    shown = f"{flag} {value}".rstrip()
-    if not nearest:
-        return f"{shown}: unknown flag (--help lists the flags)"
-    answer = answers[nearest[0]]
-    if not answer.startswith("-"):
-        return f"{shown}: {answer}"
-    if " " not in answer and takes_value[answer]:
-        return f"{shown}: did you mean {answer} {values.get(value, value)}".rstrip() + "?"
-    if value.lower() in ("false", "no", "0", "off", "none"):
-        return f"{shown}: leave it out; {answer} would turn it on"
-    return f"{shown}: did you mean {answer}?"

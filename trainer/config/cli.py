@@ -1,24 +1,30 @@
 """The command line of a run, generated from the settings' fields, and `--config FILE`, a command line in a file."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
-from trainer.config.argument_parser import ArgumentParser, suggest_flag, whole_number
-from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
+from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS, Mode, Preset
 from trainer.config.errors import UserError
-from trainer.config.fields import flag_of, unwrap
+from trainer.config.fields import Accepts, flag_of, unwrap, what_is_expected
 from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings, resolve
+from trainer.config.spellings import translate
+
+LR_RANGE = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
+ResumePoint = Annotated[str, Accepts("step-N, best, auto or latest", pattern="^(step-[0-9]+|best|auto|latest)$")]
 
 
 class LRRange(NamedTuple):
@@ -41,8 +47,7 @@ class LRRange(NamedTuple):
                 return sweep
         except (ValueError, TypeError):
             pass
-        accepted = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
-        raise UserError(f"--find-lr {text}: expected {accepted}")
+        raise UserError(f"--find-lr {text}: expected {LR_RANGE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ class CliArgs:
     find_lr: LRRange | None = None  #: a range test instead of the run
     find_batch: bool = False  #: trials of micro-batches instead of the run
     verbose: bool = False  #: whether the libraries' own messages are shown
+    notes: tuple[str, ...] = ()  #: what spellings of other programs were taken for
 
     @property
     def runs_finder(self) -> bool:
@@ -64,13 +70,19 @@ class CliArgs:
         return self.find_lr is not None or self.find_batch
 
 
-def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser | None = None) -> CliArgs:
-    """What a command line asks for; UserError on any mistake, SystemExit(0) after --help.
+def parse_args(
+    argv: Sequence[str] | None = None, *, companion: ArgumentParser | None = None, num_ranks: int = 1
+) -> CliArgs:
+    """What a command line asks for; UserError with all mistakes, SystemExit(0) after --help.
 
-    `companion`: the parser that has taken its own flags from the line before.
+    `companion`: the parser that has taken its own flags from the line before. `num_ranks`: processes of the run, by
+    which a batch per device is multiplied.
     """
     parser = build_parser(companion)
-    args = vars(parser.parse_args(expand_config(sys.argv[1:] if argv is None else argv, parser)))
+    words, places = expand_config(sys.argv[1:] if argv is None else argv, parser)
+    translation = translate(words, parser.flags(), num_ranks, places)
+    parsed, problems = parser.parse_all(translation.words, places=places)
+    problems, args = [*translation.problems, *problems], vars(parsed)
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
@@ -78,22 +90,39 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
             if (key := f"{name}.{field.name}") in args:
                 overrides[name][field.name] = args[key]
                 overridden_flags.append(flag_of(field))
-    if args["mode"] is None:
-        raise UserError(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
+    if args["mode"] is None and "did you mean --mode " not in "".join(problems):
+        problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     commands = ("find_lr", "find_batch", "dry_run", "show_example", "resume")
     actions = [f"--{name.replace('_', '-')}" for name in commands if args[name]]
     if len(actions) > 1 and actions[0] in ("--find-lr", "--find-batch"):
-        raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
+        problems.append(f"{actions[0]} and {actions[1]}: one at a time")
+    try:
+        mode = args["mode"] or "lora"  # which refuses least
+        settings = resolve(mode, args["preset"], overrides, tuple(overridden_flags))
+        find_lr = LRRange.parse(args["find_lr"], mode) if args["find_lr"] else None
+    except UserError as error:
+        problems += error.args
+    if problems:
+        raise UserError(*problems)
     return CliArgs(
-        settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),
+        settings=settings,
         resume=args["resume"],
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
         dry_run=args["dry_run"] or args["show_example"] > 0,
         show_example=args["show_example"],
-        find_lr=LRRange.parse(args["find_lr"], args["mode"]) if args["find_lr"] else None,
+        find_lr=find_lr,
         find_batch=args["find_batch"],
         verbose=args["verbose"],
+        notes=tuple(translation.notes),
     )
+
+
+def to_own_flags(argv: Sequence[str], *, num_ranks: int) -> list[str]:
+    """Words of a command line in our flags; UserError for what has no equivalent."""
+    translation = translate(argv, build_parser().flags(), num_ranks)
+    if translation.problems:
+        raise UserError(*translation.problems)
+    return translation.words
 
 
 def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -147,6 +176,11 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         section = parser.add_argument_group({"lora": "LoRA (with --mode lora)", "train": "training"}.get(name, name))
         for field in dataclasses.fields(group):
             _add_flag(section.add_argument, name, field)
+            parser.expected[flag_of(field)] = functools.partial(_expected, field)
+    parser.expected["--mode"] = functools.partial(what_is_expected, Mode)
+    parser.expected["--preset"] = functools.partial(what_is_expected, Preset)
+    parser.expected["--resume"] = functools.partial(what_is_expected, ResumePoint)
+    parser.expected["--find-lr"] = _expected_range
     return parser
 
 
@@ -184,26 +218,37 @@ def _parse(kind: type, text: str) -> Any:
         return text
 
 
-def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """`argv`, behind the flags of each --config FILE: of a flag that is given twice the last one counts.
+def _expected_range(text: str) -> str:
+    with contextlib.suppress(UserError):
+        return "" if LRRange.parse(text, "full") else LR_RANGE
+    return LR_RANGE
 
-    UserError, in one line that names the file, where it cannot be read or holds what is no flag of `parser`.
-    """
+
+def _expected(field: dataclasses.Field[Any], text: str) -> str:
+    """What a field's flag takes in place of a text, "" where it takes that."""
+    kind = unwrap(field.type)
+    value = tuple(text.split(",")) if typing.get_origin(kind) is tuple else text
+    return what_is_expected(field.type, _parse(kind, text) if kind in (int, float) else value)
+
+
+def expand_config(argv: Sequence[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
+    """(`argv` behind the words of each --config FILE, {key: its file and line}): of a flag that is given twice the last
+    one counts. UserError, in one line that names the file, where it cannot be read."""
     finder = ArgumentParser(add_help=False)
     finder.add_argument("--config", type=Path, action="append", default=[])
-    expanded: list[str] = []
+    expanded, places = list[str](), dict[str, str]()
     for path in finder.parse_known_args(argv)[0].config:
         if path.suffix != ".json":
-            expanded += _yaml_to_argv(path, parser.flags())
+            expanded += _yaml_to_argv(path, parser.flags(), places)
             continue
         if not path.exists():
             raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
         settings = Settings.from_dict(read_run_metadata(path)["settings"])
         expanded += to_argv(settings, {"output": {"output_dir": None}})  # not the run's folder, which is taken
-    return [*expanded, *argv]
+    return [*expanded, *argv], places
 
 
-def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool]) -> list[str]:
+def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str, str]) -> list[str]:
     """The flags of a YAML file, from its text as it stands: of `off`, `1e-4` and `no` YAML would make other values."""
     text = read_text_file(path, f"--config {path}", "lines like `lr: 1e-4`, or a run.json")
     try:
@@ -215,24 +260,33 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool]) -> list[str]:
         raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
-    argv: dict[str, list[str]] = {}
+    argv: dict[str, str] = {}
     for key_node, node in root.value if root is not None else []:
         where, key = f"--config {path}, line {key_node.start_mark.line + 1}", key_node.value
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{where}: expected lines like `lr: 1e-4`, or a run.json")
-        flag = f"--{key.lstrip('-').replace('_', '-')}"
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        is_plain = all(isinstance(item, yaml.ScalarNode) for item in items)
-        value = ",".join(item.value for item in items) if is_plain else ""
+        key = key.lstrip("-").replace("-", "_")
+        flag = f"--{key.replace('_', '-')}"
         if flag in ("--config", "--help"):
-            raise UserError(f"{where}: {flag} {value}".rstrip() + ": is for the command line alone")
-        if flag not in takes_value:
-            raise UserError(f"{where}: {suggest_flag(f'--{key}', value, takes_value)}")
-        if flag in argv:
-            raise UserError(f"{where}: {key} stands there twice; expected it once")
+            raise UserError(f"{where}: {flag}: is for the command line alone")
+        if key in argv:
+            raise UserError(f"{where}: {key_node.value} stands there twice; expected it once")
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        source = text[node.start_mark.index : node.end_mark.index].strip()
+        if all(isinstance(item, yaml.ScalarNode) for item in items):
+            value = ",".join(item.value for item in items)
+        elif flag in takes_value:
+            is_template = isinstance(node, yaml.MappingNode) and "\n" not in source
+            remedy = f'; write {key}: "{source}"' if is_template else ""
+            raise UserError(
+                f"{where}: {key_node.value}: expected a number, a text (in quotes) or a list of them{remedy}"
+            )
+        else:  # of another program
+            value = " ".join(source.split())
+        if flag in takes_value and not takes_value[flag] and value.lower() not in ("true", "false", "", "null", "~"):
+            raise UserError(f"{where}: {key_node.value}: expected true or false")
+        name = flag if flag in takes_value else f"--{key}"
+        places[key] = places[name] = f"{where}: "
         is_null = node.tag == "tag:yaml.org,2002:null"
-        if not is_plain or (not takes_value[flag] and value.lower() not in ("true", "false") and not is_null):
-            expected = "a number, a text (in quotes) or a list of them" if takes_value[flag] else "true or false"
-            raise UserError(f"{where}: {key}: expected {expected}")
-        argv[flag] = [] if is_null else [f"{flag}={value}"] if takes_value[flag] else [flag] * (value.lower() == "true")
-    return [word for words in argv.values() for word in words]
+        argv[key] = "" if is_null else f"{name}={value}"
+    return [word for word in argv.values() if word]

@@ -14,12 +14,18 @@ MASK = "***"
 
 
 class _OneLineError(Exception):
+    @property
+    def lines(self) -> list[str]:
+        """A line for each argument."""
+        return [escape_controls(mask_credentials(str(text))) for text in self.args]  # names of files and runs are data
+
     def __str__(self) -> str:
-        return escape_controls(mask_credentials(super().__str__()))  # names of files, columns and runs are data
+        return "; ".join(self.lines)
 
 
 class UserError(_OneLineError):
-    """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted."""
+    """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted. Several
+    independent mistakes are several arguments, and a line each."""
 
     exit_code = 2
 
@@ -36,8 +42,8 @@ def permission_denied(error: PermissionError) -> UserError:
 
 
 def report_error(error: UserError | TrainingError) -> int:
-    """Print the error as one line, control characters escaped; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    """Print each mistake as one line, control characters escaped; returns the exit code."""
+    print("\n".join(f"error: {line}" for line in error.lines or [""]), file=sys.stderr)
     return error.exit_code
 
 

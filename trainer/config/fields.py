@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -84,7 +84,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings_class(cls: type[T]) -> type[T]:
-    """A frozen pydantic dataclass. A value that is not accepted is a UserError: flag, value, what is accepted."""
+    """A frozen pydantic dataclass. Values that are not accepted are a UserError: flag, value, what is accepted."""
     settings: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
     validate = settings.__init__
     flags = {field.name: flag_of(field) for field in dataclasses.fields(settings)}
@@ -93,9 +93,8 @@ def settings_class(cls: type[T]) -> type[T]:
         try:
             validate(self, **values)
         except ValidationError as error:
-            problem = first_problem(error)
-            flag = flags[problem.key.partition(".")[0]]  # "target_modules.0" is the first of several names
-            raise UserError(f"{flag} {problem.value}: expected {problem.expected}") from None
+            problems = [(flags[p.key.partition(".")[0]], p) for p in find_problems(error)]  # "target_modules.0": a name
+            raise UserError(*(f"{flag} {p.value}: expected {p.expected}" for flag, p in problems)) from None
 
     settings.__init__ = __init__
     return typing.cast(type[T], settings)
@@ -103,10 +102,17 @@ def settings_class(cls: type[T]) -> type[T]:
 
 def check_value(annotation: Any, name: str, value: object) -> None:
     """UserError, in one line that begins with `name`, where a value is not of a type."""
+    if expected := what_is_expected(annotation, value):
+        raise UserError(f"{name} {value}: expected {expected}")
+
+
+def what_is_expected(annotation: Any, value: object) -> str:
+    """What a value should be that is not of a type; "" for one that is."""
     try:
         TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{name} {value}: expected {first_problem(error).expected}") from None
+        return first_problem(error).expected
+    return ""
 
 
 class Problem(NamedTuple):
@@ -120,12 +126,17 @@ class Problem(NamedTuple):
 
 def first_problem(error: ValidationError) -> Problem:
     """The first thing that pydantic found wrong."""
-    first = error.errors(include_url=False)[0]
+    return next(find_problems(error))
+
+
+def find_problems(error: ValidationError) -> Iterator[Problem]:
+    """What pydantic found wrong."""
     kinds = {"missing": "what a run writes", "unexpected_keyword_argument": "no setting of this name"}
     kinds |= dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "an object")
     kinds |= dict.fromkeys(("list_type", "tuple_type"), "a list") | {"too_short": "a list of at least one"}
-    expected = kinds.get(first["type"], first["msg"].removeprefix("Input should be ").replace("'", ""))
-    return Problem(".".join(map(str, first["loc"])), first["input"], expected, first["type"] == "missing")
+    for found in error.errors(include_url=False):
+        expected = kinds.get(found["type"], found["msg"].removeprefix("Input should be ").replace("'", ""))
+        yield Problem(".".join(map(str, found["loc"])), found["input"], expected, found["type"] == "missing")
 
 
 def unwrap(annotation: Any) -> Any:

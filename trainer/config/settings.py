@@ -31,10 +31,10 @@ from trainer.config.fields import (
     UserPath,
     WandbProject,
     WandbTag,
-    check_value,
     flag_of,
     option,
     settings_class,
+    what_is_expected,
 )
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
@@ -132,16 +132,19 @@ class DataSettings:
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
 
     def __post_init__(self) -> None:
+        problems, most = [], 1 - (self.val_fraction if self.val_data is None else 0)
         if self.block_size == 1:
-            raise UserError("--block-size 1: expected 2 tokens or more, or 0: from the data")
-        if self.test_fraction >= (most := 1 - (self.val_fraction if self.val_data is None else 0)):
-            raise UserError(
+            problems.append("--block-size 1: expected 2 tokens or more, or 0: from the data")
+        if self.test_fraction >= most:
+            problems.append(
                 f"--test-fraction {self.test_fraction:g}: expected a share under {most:g}, beside validation"
             )
         if self.test_data is not None and self.test_fraction:
-            raise UserError(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
+            problems.append(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
         if self.prompt is not None and self.completion is None:
-            raise UserError(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
+            problems.append(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
+        if problems:
+            raise UserError(*problems)
 
 
 @settings_class
@@ -284,45 +287,48 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse settings that are right alone and exclude one another."""
         lora, train, quant, precision = self.lora, self.train, self.model.quant, self.engine.precision
+        problems: list[str] = []
         if self.model.quant_double and quant not in ("nf4", "fp4"):
-            raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
+            problems.append("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
         if train.warmup_steps and train.warmup_ratio:
-            raise UserError(f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}")
+            problems.append(f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}")
         if train.min_lr > train.lr:
-            raise UserError(f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}")
+            problems.append(f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}")
         if train.min_lr and train.schedule == "constant":
-            raise UserError(f"--min-lr {train.min_lr}: expected with --schedule linear, cosine or wsd")
+            problems.append(f"--min-lr {train.min_lr}: expected with --schedule linear, cosine or wsd")
         if train.early_stop and self.output.eval_every == "never":
-            raise UserError(f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps")
+            problems.append(f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps")
         if self.engine.execution == "graphs" and self.graph_blocker:
-            raise UserError(f"--execution graphs: not with {self.graph_blocker}; expected auto or eager")
+            problems.append(f"--execution graphs: not with {self.graph_blocker}; expected auto or eager")
         if train.optim in choices.EIGHT_BIT_OPTIMIZERS and precision == "fp16":
-            raise UserError(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
+            problems.append(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
         if self.mode == "full":
             if quant:
-                raise UserError(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
+                problems.append(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
             for flag, value, default in (
                 ("--adapter", lora.adapter, "lora"),
                 ("--lora-plus-ratio", lora.plus_ratio, 1.0),
                 ("--modules-to-save", ",".join(lora.modules_to_save), ""),
             ):
                 if value != default:
-                    raise UserError(f"{flag} {value}: is about adapters; expected --mode lora")
+                    problems.append(f"{flag} {value}: is about adapters; expected --mode lora")
         elif quant:
             if lora.adapter == "pissa":
-                raise UserError(
+                problems.append(
                     f"--quant {quant}: its rounding is larger than what pissa changes; expected another adapter"
                 )
             if quant == "int8" and lora.adapter == "dora":
-                raise UserError("--quant int8: peft loses its scales where dora takes norms; expected nf4 or fp4")
+                problems.append("--quant int8: peft loses its scales where dora takes norms; expected nf4 or fp4")
             if "bias" in lora.modules_to_save:
-                raise UserError(
+                problems.append(
                     f"--modules-to-save bias: bitsandbytes rounds the biases of {quant} layers; expected others"
                 )
             if precision == "fp16":
-                raise UserError(
+                problems.append(
                     f"--precision fp16: rounds the packed weights of --quant {quant}; expected bf16 or fp32"
                 )
+        if problems:
+            raise UserError(*problems)
 
     @property
     def graph_blocker(self) -> str:
@@ -420,9 +426,13 @@ def resolve(
         is_own_data = overrides.get("data", {}).get("data", DEMO_DATA) != DEMO_DATA
         chosen = model or ("gpt2" if is_own_data else DEMO_MODEL)
         preset = "demo" if chosen == DEMO_MODEL else "gpt2" if chosen in GPT2_NAMES else "finetune"
-    check_value(choices.Preset, "--preset", preset)
+    problems = []
+    for name, values, value in (("--mode", choices.Mode, mode), ("--preset", choices.Preset, preset)):
+        if expected := what_is_expected(values, value):
+            problems.append(f"{name} {value}: expected {expected}")
     if preset == "finetune" and model is None:
-        raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
+        problems.append("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
+    preset = "demo" if problems else preset  # to look at the other values
     groups: dict[str, dict[str, Any]] = {
         name: {
             field.name: field.metadata["presets"][preset]
@@ -435,9 +445,14 @@ def resolve(
         groups["train"]["lr"] *= choices.LORA_LR_FACTOR
     if "warmup_steps" in overrides.get("train", {}):  # two words for one thing: the user's counts
         groups["train"].pop("warmup_ratio", None)
-    settings: dict[str, Any] = {
-        name: group(**{**groups[name], **overrides.get(name, {})}) for name, group in GROUPS.items()
-    }
+    settings: dict[str, Any] = {}
+    for name, group in GROUPS.items():
+        try:
+            settings[name] = group(**{**groups[name], **overrides.get(name, {})})
+        except UserError as error:
+            problems += error.args
+    if problems:
+        raise UserError(*problems)
     return Settings(mode=mode, preset=preset, overridden=overridden, **settings)  # type: ignore[arg-type]
 
 

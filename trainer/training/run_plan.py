@@ -57,6 +57,7 @@ class RunPlan:
     dropout: float  #: the largest dropout probability of the base model
     #: of a rank under a ZeRO file; `row_length` in tokens and `micro_batch_size`: left out, those of the run
     estimate_memory: Callable[..., MemoryEstimate]
+    spellings: tuple[str, ...] = ()  #: what flags of other programs were taken for
     host_lines: tuple[tuple[str, str], ...] = ()  #: what there is to say of several hosts, (what, value)
 
     @property
@@ -103,8 +104,10 @@ class RunPlan:
             ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
+        if self.spellings:
+            lines.insert(2, ("spellings", "; ".join(self.spellings)))
         if data_info.get("test", {}).get("examples"):
-            lines.insert(6, ("test", describe_split("test")))
+            lines.insert(6 + bool(self.spellings), ("test", describe_split("test")))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]

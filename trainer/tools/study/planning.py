@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.argument_parser import ArgumentParser
-from trainer.config.cli import parse_args
+from trainer.config.cli import parse_args, to_own_flags
 from trainer.config.errors import UserError, report_error
 from trainer.report.interval import MIN_UNITS
 from trainer.report.judge import parse_margin
@@ -35,7 +35,9 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
 
     `args`: the flags of launch/study.py, `train_argv`: those of launch/train.py. UserError.
     """
-    slots, names = make_slots(args.workers, args.gpus_per_trial), [flag.partition("=")[0] for flag in train_argv]
+    slots = make_slots(args.workers, args.gpus_per_trial)
+    train_argv = to_own_flags(train_argv, num_ranks=len(slots[0].gpus) or 1)
+    names = [flag.partition("=")[0] for flag in train_argv]
     for name, argument in zip(names, train_argv, strict=True):
         if name in RESERVED_FLAGS:
             raise UserError(

@@ -1,0 +1,262 @@
+"""Flags and values of transformers, TRL and peft as ours, by the table spellings.yaml: exactly, or not at all."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config.errors import UserError
+
+TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("", "none", "null", "~")
+LIST_FLAGS = ("--report-to", "--lora-target-modules", "--modules-to-save")  # elsewhere separated by blanks
+TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device and save_steps that it takes itself
+
+
+@functools.cache
+def read_table() -> dict[str, Any]:
+    """The table, turned round: {section: {spelling: what it becomes}}; `values` as it stands."""
+    table = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text(encoding="utf-8"))
+    for part in ("same", "switches", "no_effect", "elsewhere"):
+        table[part] = {name: ours for ours, names in table[part].items() for name in names.split()}
+    table["together"] = dict.fromkeys(table["together"].split(), "")
+    table["only"] = {
+        k: (v.lower().split(), answer) for answer, names in table["only"].items() for k, v in names.items()
+    }
+    return table
+
+
+@dataclass
+class Translation:
+    """A command line in our flags, what the plan says of it, and what has no equivalent."""
+
+    words: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def value_of(self, flag: str) -> str | None:
+        """The value of a flag of ours where it was given last."""
+        return next((w.partition("=")[2] for w in reversed(self.words) if w.startswith(f"{flag}=")), None)
+
+    def put(self, spelling: str, *words: str) -> None:
+        """Take words of ours for a spelling, and say so once."""
+        self.words += words
+        note = f"{spelling} is {' '.join(words).replace('=', ' ')} here"
+        self.notes += [note] if note not in self.notes else []
+
+
+def translate(
+    argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1, places: Mapping[str, str] | None = None
+) -> Translation:
+    """A command line in our flags; words that nobody knows stay as they are.
+
+    `takes_value`: our flags and whether each is followed by a value; `num_ranks`: processes, by which a batch per
+    device is multiplied; `places`: {spelling: where it stands, with a colon} of those from a file.
+    """
+    table, result, rest, given = read_table(), Translation(), list(argv), dict[str, str]()
+    ignored: dict[str, list[str]] = {}
+    while rest:
+        word = rest.pop(0)
+        name, is_joined, value = word.partition("=")
+        key, flag = name[2:].replace("-", "_"), name.replace("_", "-")
+        part = next((part for part in ("together", "switches", "no_effect", "only", "same") if key in table[part]), "")
+        ours = flag if flag in takes_value else table["same"].get(key, "").partition(" ")[0]
+        if not name.startswith("--") or not (part or ours) or (ours and ours not in takes_value):
+            result.words.append(word)
+            continue
+        is_switch = not takes_value[ours] if ours else part == "switches"
+        values = [value] if is_joined else []
+        while rest and (not values or (ours in LIST_FLAGS and not is_joined)):
+            is_value = not rest[0].startswith("-") or re.match(r"-[\d.]", rest[0])
+            if is_joined or not is_value or (is_switch and rest[0].lower() not in TRUE + FALSE):
+                break
+            values.append(rest.pop(0))
+        value, is_given = ",".join(values), bool(values)
+        try:
+            if part:
+                given[key] = value if is_given else "true"
+            if part == "no_effect":
+                ignored.setdefault(table[part][key], []).append(key)
+            elif part == "only":
+                accepted, answer = table[part][key]
+                if given[key].lower() not in (*accepted, *NONE):
+                    raise UserError(answer)
+            elif is_switch:
+                if is_given and value.lower() not in TRUE + FALSE + NONE:
+                    raise UserError("expected true or false")
+                if not is_given or value.lower() in TRUE:
+                    own = [flag] if ours else table[part][key].replace(" ", "=", 1).split()
+                    result.put(key, *own) if key != own[0][2:].replace("-", "_") else result.words.extend(own)
+            elif part != "together" and (part != "same" or value.lower() not in NONE):
+                changed = table["values"].get(ours, {}).get(value.lower(), value)
+                if changed.startswith("!"):
+                    raise UserError(changed[1:])
+                own = [changed] if changed.startswith("--") else [f"{ours}={changed}"] if is_given else [ours]
+                if part == "same" or changed not in ("", value):
+                    remark = table["same"].get(key, "").partition(" ")[2]
+                    result.words += own
+                    said = f"{key} {value} is {own[0].replace('=', ' ')}" if changed != value else f"{key} is {ours}"
+                    result.notes.append(f"{said} here{' ' * bool(remark)}{remark}")
+                elif changed or not value:
+                    result.words += own
+        except UserError as error:
+            result.problems.append(f"{(places or {}).get(key, '')}{name} {value}".rstrip() + f": {error}")
+    take_batch = functools.partial(_take_batch, num_ranks=num_ranks)
+    for take in (take_batch, _take_intervals, _take_precision, _take_quant, _take_method, _take_schedule, _take_rest):
+        try:
+            take(result, given)
+        except UserError as error:
+            result.problems.append(str(error))
+    result.notes += [f"{', '.join(names)}: without effect, {reason}" for reason, names in ignored.items()]
+    return result
+
+
+def _first(given: Mapping[str, str], *names: str) -> tuple[str, str] | tuple[None, None]:
+    """(name, value) of the first of some spellings that was given and is not none."""
+    return next(((n, given[n]) for n in names if n in given and given[n].lower() not in NONE), (None, None))
+
+
+def _is_on(given: Mapping[str, str], name: str) -> bool | None:
+    value = given.get(name, "").lower()
+    if value not in TRUE + FALSE + NONE:
+        raise UserError(f"--{name} {value}: expected true or false")
+    return None if value in NONE else value in TRUE
+
+
+def _whole(name: str, value: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,9}", value):
+        raise UserError(f"--{name} {value}: expected a whole number from 1")
+    return int(value)
+
+
+def _take_batch(result: Translation, given: Mapping[str, str], *, num_ranks: int) -> None:
+    """Per device x accumulation x processes is our global batch; what is missing is what transformers takes."""
+    name, per_device = _first(given, "per_device_train_batch_size", "per_gpu_train_batch_size")
+    _, accumulation = _first(given, "gradient_accumulation_steps")
+    if name is None and accumulation is None:
+        return
+    own_batch, own_micro = result.value_of("--global-batch"), result.value_of("--micro-batch")
+    steps = _whole("gradient_accumulation_steps", accumulation) if accumulation is not None else None
+    micro = per_device or own_micro
+    if micro is None and own_batch is not None and steps is not None:
+        micro = str(_whole("global-batch", own_batch) // (steps * num_ranks))
+    size = _whole(name or "micro-batch", micro or TRANSFORMERS_BATCH)
+    batch = size * (steps or 1) * num_ranks
+    product = f"per device {size} x accumulation {steps or 1} x {num_ranks} process{'es' * (num_ranks > 1)}"
+    if own_batch is None:
+        result.put(product, f"--micro-batch={size}", f"--global-batch={batch}")
+    elif steps is None or own_batch == str(batch):
+        result.put(product, f"--micro-batch={size}")
+    else:
+        raise UserError(f"--global-batch {own_batch}: {product} makes {batch}; expected one of them")
+
+
+def _take_intervals(result: Translation, given: Mapping[str, str]) -> None:
+    for flag, strategies, steps_name in (
+        ("--eval-every", ("eval_strategy", "evaluation_strategy"), "eval_steps"),
+        ("--save-every", ("save_strategy",), "save_steps"),
+    ):
+        name, strategy = _first(given, *strategies)
+        _, steps = _first(given, steps_name)
+        if strategy is None and steps is None:
+            continue
+        if strategy is not None and strategy.lower() not in ("no", "false", "epoch", "steps"):
+            raise UserError(f"--{name} {strategy}: expected no, epoch or steps, as {flag} never, epoch or a number")
+        if strategy is not None and strategy.lower() != "steps":
+            result.put(f"{name} {strategy}", f"{flag}={'epoch' if strategy.lower() == 'epoch' else 'never'}")
+            continue
+        steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else given.get("logging_steps"))
+        if steps is None:
+            raise UserError(f"--{name} {strategy}: expected --{steps_name} N too")
+        result.put(f"{steps_name} {steps}", f"{flag}={_whole(steps_name, steps)}")
+
+
+def _take_precision(result: Translation, given: Mapping[str, str]) -> None:
+    bf16, fp16 = _is_on(given, "bf16"), _is_on(given, "fp16")
+    name, dtype = _first(given, "dtype", "torch_dtype")
+    by_dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "", "auto": "", None: ""}
+    short = dtype.removeprefix("torch.") if dtype else None
+    if short not in by_dtype:
+        raise UserError(f"--{name} {dtype}: expected bfloat16, float16, float32 or auto")
+    wanted = {"bf16" if bf16 else "", "fp16" if fp16 else "", by_dtype[short]} - {""}
+    if len(wanted) > 1 or (bf16 is False and "bf16" in wanted) or (fp16 is False and "fp16" in wanted):
+        raise UserError(
+            f"--bf16, --fp16 and --{name or 'dtype'}: exclude one another; expected --precision bf16 or fp16"
+        )
+    if bf16 is False and not wanted:
+        wanted = {"fp32"}
+    for precision in wanted:
+        is_dtype = by_dtype[short] == precision
+        spelling = f"{name} {dtype}" if is_dtype else "bf16 false" if precision == "fp32" else precision
+        result.put(spelling, f"--precision={precision}")
+        result.notes[-1] += " (weights that are trained stay in float32)" if is_dtype else ""
+
+
+def _take_quant(result: Translation, given: Mapping[str, str]) -> None:
+    in_4_bits, in_8_bits = _is_on(given, "load_in_4bit"), _is_on(given, "load_in_8bit")
+    kind = given.get("bnb_4bit_quant_type", "nf4")
+    if in_4_bits and in_8_bits:
+        raise UserError("--load_in_4bit and --load_in_8bit: expected one of them")
+    if kind not in ("nf4", "fp4", *NONE):
+        raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4 or fp4")
+    if in_4_bits or in_8_bits:
+        spelling = "load_in_4bit" if in_4_bits else "load_in_8bit"
+        result.put(spelling, f"--quant={'int8' if in_8_bits else kind or 'nf4'}")
+
+
+def _take_method(result: Translation, given: Mapping[str, str]) -> None:
+    uses_peft, mode = _is_on(given, "use_peft"), result.value_of("--mode")
+    if uses_peft is not None:
+        if mode not in (None, own := "lora" if uses_peft else "full"):
+            raise UserError(f"--mode {mode}: use_peft {given['use_peft']} is --mode {own}; expected one of them")
+        result.put(f"use_peft {given['use_peft']}", f"--mode={own}")
+    kinds = [kind for kind in ("dora", "rslora") if _is_on(given, f"use_{kind}")]
+    init = given.get("init_lora_weights", "true").lower()
+    if init == "pissa":
+        kinds.append("pissa")
+    elif init not in TRUE + NONE:
+        raise UserError(f"--init_lora_weights {init}: expected true (B is zero) or pissa")
+    if len(kinds) > 1:
+        raise UserError(f"{' and '.join(kinds)}: not together; expected one --adapter")
+    for kind in kinds:
+        result.put("init_lora_weights pissa" if kind == "pissa" else f"use_{kind}", f"--adapter={kind}")
+
+
+def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
+    _, kind = _first(given, "lr_scheduler_type")
+    steps, ratio = result.value_of("--warmup-steps"), result.value_of("--warmup-ratio")
+    if steps is not None and re.fullmatch(r"0?\.\d+", steps):  # a share, since transformers 5
+        result.words = [word for word in result.words if not word.startswith("--warmup-steps=")]
+        result.put(f"warmup_steps {steps}", f"--warmup-ratio={steps}")
+        ratio, steps = steps, None
+    if kind is None:
+        return
+    changed = read_table()["values"]["--schedule"].get(kind, kind)
+    if changed.startswith("!"):
+        raise UserError(f"--lr_scheduler_type {kind}: {changed[1:]}")
+    if changed not in ("linear", "cosine", "constant"):
+        raise UserError(f"--lr_scheduler_type {kind}: expected linear, cosine, constant or constant_with_warmup")
+    if kind == "constant" and (set(f"{steps or ''}{ratio or ''}") & set("123456789")):
+        raise UserError("--lr_scheduler_type constant: has no warm-up in transformers; expected constant_with_warmup")
+    no_warmup = ["--warmup-ratio=0"] if kind == "constant" else []
+    result.put("lr_scheduler_type", f"--schedule={changed}", *no_warmup)
+
+
+def _take_rest(result: Translation, given: Mapping[str, str]) -> None:
+    _, checkpoint = _first(given, "resume_from_checkpoint")
+    if checkpoint is not None and checkpoint.lower() not in FALSE:
+        which = "latest" if checkpoint.lower() in TRUE else re.sub(r"^.*checkpoint-(\d+)/?$", r"step-\1", checkpoint)
+        if not re.fullmatch(r"latest|best|auto|step-\d+", which):
+            raise UserError(f"--resume_from_checkpoint {checkpoint}: expected true or checkpoint-N of a run here")
+        result.put(f"resume_from_checkpoint {checkpoint}", f"--resume={which}")
+    name, config = given.get("dataset_name", ""), given.get("dataset_config", "")
+    if config.lower() not in NONE and (name.lower() in NONE or ":" in name):
+        raise UserError(f"--dataset_config {config}: expected with --dataset_name ID, or as --data ID:CONFIG")
+    if name.lower() not in NONE:
+        result.put("dataset_name", f"--data={name}{f':{config}' if config.lower() not in NONE else ''}")
+    _, data_seed = _first(given, "data_seed")
+    if data_seed not in (None, seed := result.value_of("--seed") or "42"):
+        raise UserError(f"--data_seed {data_seed}: expected --seed, here {seed}, for weights, order and dropout alike")
