@@ -112,11 +112,12 @@ class ArgumentParser(argparse.ArgumentParser):
             except argparse.ArgumentError as error:
                 problems.append(f"{str(error).removeprefix('argument ')} (--help lists the flags)")
                 names = (error.argument_name or "").split("/")
-                at = next((i for i, word in enumerate(words) if word.partition("=")[0] in names), None)
-                if at is None:  # of an argument without a flag
+                places = [i for i, word in enumerate(words) if word.partition("=")[0] in names]
+                if not places:  # of an argument without a flag
                     raise UserError(*problems) from None
-                takes_next = "=" not in words[at] and words[at + 1 : at + 2] and not words[at + 1].startswith("-")
-                del words[at : at + 1 + bool(takes_next)]
+                for i in reversed(places):
+                    takes_next = "=" not in words[i] and words[i + 1 : i + 2] and not words[i + 1].startswith("-")
+                    del words[i : i + 1 + bool(takes_next)]
             except UserError as error:  # what is missing
                 raise UserError(*problems, *error.args) from None
         for action in self._actions:
