@@ -42,7 +42,11 @@ def build_parser() -> ArgumentParser:
     add("--max-lr", action="append", default=[], metavar="METHOD=LR", help=max_lr_help)
     add("--margin", default="2%", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
-    add("--dry-run", action="store_true", help="print trials, steps and an estimate of the time; run no trial")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print trials, steps, minutes and the difference that can be shown; run no trial",
+    )
     return parser
 
 

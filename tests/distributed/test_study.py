@@ -435,11 +435,15 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
 
 def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, capsys):
     assert run_study(["--dry-run"]) == 0
-    first, full, lora, minutes = capsys.readouterr().out.splitlines()
+    first, full, lora, minutes, power = capsys.readouterr().out.splitlines()
     assert first == "reading the data and loading full, lora"
     assert full.split(":") == ["full", lora.split(":")[1]], "the same budget for both"
     assert lora.startswith("lora: ")
     assert re.fullmatch(r"about \d+ minutes: an estimate from 2 timed steps of each method", minutes)
+    assert power.startswith(
+        "3 seeds and 40 test records can show about 0.052 nats per token (assumed: differences vary by"
+    )
+    assert power.endswith("method only); a margin of 0.02 nats needs about 200 records")
     assert not count_log(stub_dir, "began"), "but the timed runs"
     assert not (stub_dir / "study").exists()
 

@@ -157,6 +157,7 @@ class StudyContext:
     rate_curves: tuple[RateCurve, ...]  #: of its searches, the whole runs last
     views: tuple[View, ...]  #: both modes at equal cost, on the searches' curves
     step_time: CostRatio  #: of a step of each mode, timed in alternation
+    memory: CostRatio  #: their peak memory, from the same runs
     rule: Mapping[str, Any]  #: the content of its rule.json
     facts: Mapping[str, Any]  #: further content of answer.json
 
@@ -254,8 +255,8 @@ class FullVsLora:
         return build_views(curves["full"], curves["lora"], no_seconds=self.time.reason)
 
 
-def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: CostRatio | None = None) -> FullVsLora:
-    """The comparison of two groups on the same data, of which each has a finished run."""
+def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: StudyContext | None = None) -> FullVsLora:
+    """The comparison of two groups on the same data, of which each has a finished run; `study`: has their costs."""
     pairs = pair_by_seed(full, lora)
     reasons = [reason for pair in pairs for reason in ranking_blockers(*pair)]
     reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
@@ -293,10 +294,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         if len(pairs) > 1 and margin.kind == "nats":
             answer = answer._replace(contrast=seeds_interval([b - a - margin.value for a, b in best]))
 
-    if step_time is None:  # runs' own clocks hold whatever else the machine did: 0.98 and 1.14 of the very same runs
-        step_time = compare_costs(full, lora, "wall_seconds")
-        reason = step_time.reason or "not timed in alternation on one machine"
-        step_time = replace(step_time, ratio=None, reason=reason)
+    time = compare_costs(full, lora, "wall_seconds")  # runs' own clocks hold whatever else the machine did: 0.98 and
+    time = replace(time, ratio=None, reason=time.reason or "not timed in alternation on one machine")  # 1.14 of equals
     return FullVsLora(
         full=full,
         lora=lora,
@@ -312,8 +311,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, step_time: 
         forgetting=forgetting,
         **answer._asdict(),
         parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
-        time=step_time,
-        memory=compare_costs(full, lora, "peak_memory_bytes"),
+        time=study.step_time if study else time,
+        memory=study.memory if study else compare_costs(full, lora, "peak_memory_bytes"),
     )
 
 
@@ -457,12 +456,13 @@ def compare_sets(
         if study is None:
             full_groups.sort(key=lambda group: group.best_loss)
             lora_groups.sort(key=lambda group: group.best_loss)
-        comparisons = []
+        comparisons: list[FullVsLora] = []
         for lora in lora_groups:
             pairs = {i: pair_by_seed(full, lora) for i, full in enumerate(full_groups)}
             may_be_ranked = (i for i in pairs if pairs[i] and not any(ranking_blockers(*pair) for pair in pairs[i]))
             full = full_groups[next(may_be_ranked, 0)]
-            comparisons.append(compare_groups(full, lora, margin, study.step_time if study else None))
+            is_timed = study is not None and not comparisons  # the finalists, which its first groups are
+            comparisons.append(compare_groups(full, lora, margin, study if is_timed else None))
         if study is None:
             comparisons.sort(key=lambda comparison: bool(comparison.blockers))
         sets.append((comparisons, full_groups, lora_groups))

@@ -289,20 +289,25 @@ def test_scores_of_right_and_wrong_keep_the_interval(differing, excess, num_stud
 
 
 @each_size
-@pytest.mark.parametrize(("num_seeds", "num_units"), [(4, 200), (6, 200), (6, 400), (8, 600)])
-def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies, num_seeds, num_units):
-    """Predicted from three seeds and 200 units; the later study has its own draws."""
+@pytest.mark.parametrize(
+    ("num_pilot_units", "num_seeds", "num_units"),
+    [(200, 4, 200), (200, 6, 200), (200, 6, 400), (200, 8, 600), (64, 3, 136)],
+)
+def test_predicted_half_widths_are_those_of_later_studies_on_average(
+    num_studies, num_pilot_units, num_seeds, num_units
+):
+    """Predicted from three seeds; the later study has its own draws. The last: a study's, from its search."""
     ratios = []
     for case in CASES:
         rng, predicted, later = np.random.default_rng([10, num_seeds]), [], []
         for _ in range(num_studies // 4):
-            pilot = paired_interval(*simulate(rng, normal, case, num_seeds=3))
+            pilot = paired_interval(*simulate(rng, normal, case, num_seeds=3, num_units=num_pilot_units))
             predicted.append(predict_half_width(pilot.components, num_seeds, num_units))
             interval = paired_interval(*simulate(rng, normal, case, num_seeds=num_seeds, num_units=num_units))
             later.append(interval.high - interval.estimate)
         ratios.append(np.mean(predicted) / np.mean(later))
     print(f"{num_seeds} seeds, {num_units} units: predicted over later half widths {np.round(ratios, 3)}")
-    assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15)
+    assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15 if num_pilot_units == 200 else 0.2)
 
 
 def test_plan_sample_size_counts_the_seeds_or_says_that_records_are_the_floor():

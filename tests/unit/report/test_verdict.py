@@ -399,7 +399,9 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
     assert [headline.label for headline in own_clocks.headlines] == ["Loss", "Memory", "Trained weights"]
     assert any("time not compared (not timed in alternation on one machine)" in line for line in own_clocks.details)
     step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
-    study = StudyContext(choice="", lines=(), rate_curves=(), views=(), step_time=step_time, rule={}, facts={})
+    study = StudyContext(
+        choice="", lines=(), rate_curves=(), views=(), step_time=step_time, memory=step_time, rule={}, facts={}
+    )
     timed = build_verdict(group_by_seed([full, lora]), False, DEFAULT_MARGIN, study).headlines[1]
     assert timed == ("Time", "0.50x", "0.4 s a step against 0.8 s, in alternation")
 

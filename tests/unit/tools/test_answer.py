@@ -19,6 +19,7 @@ from trainer.report.judge import Margin
 from trainer.report.page import write_report
 from trainer.report.wandb_report import to_spec_json
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
+from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import write_rule
 from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
@@ -29,6 +30,19 @@ TARGETS = np.random.default_rng(1).integers(5, 60, 60).tolist()
 WINNERS = {"full": make_candidate("full", -16), "lora": make_candidate("lora", -12)}
 ANSWERS = [TrialSpec(phase="answer", candidate=w, num_steps=30, seed=seed) for seed in SEEDS for w in WINNERS.values()]
 make_rule = partial(make_study_rule, 30, rungs=(30,), margin=Margin(kind="nats", value=0.02))
+
+
+def test_what_a_study_can_show_before_its_search_is_by_stated_assumptions():
+    """The issue's example: 3 seeds and 136 records show 0.03 nats or 6 points, and 2 points need 900 records."""
+    line = describe_power(make_rule(margin=Margin()), 136)
+    assert (
+        "3 seeds and 136 test records can show about 0.028 nats per token (assumed: differences vary by 0.16 na" in line
+    )
+    assert line.endswith(
+        "or 6 points of a score (assumed: 1 record of 8 is right with one method only); a margin of 0.02 "
+        "nats needs about 200 records"
+    )
+    assert describe_power(make_rule(margin=Margin(kind="nats", value=0.1)), 136).endswith("0.1 nats is within reach")
 
 
 def write_run(
@@ -96,7 +110,13 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
             losses = {s.name: 2 + abs(s.candidate.rate_index - winner.rate_index) for s in missing}
             results |= losses if method != "pissa" else dict.fromkeys(losses, math.inf)
             for spec in missing if method in WINNERS else ():
-                write_run(tmp_path, spec, run_id=f"id-{spec.name}".replace(".", "-"))
+                write_run(
+                    tmp_path,
+                    spec,
+                    run_id=f"id-{spec.name}".replace(".", "-"),
+                    splits=("val",),
+                    data__test={"units": 40},
+                )
     outcomes = {method: MethodSearch(rule, method, results) for method in rule.methods}
     timing = Timing(
         step_seconds={"full": [[0.4], [0.4]], "lora": [[0.22], [0.22]]},
@@ -112,7 +132,15 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         "chosen on validation (17 trials of full, 17 of LoRA; choosing again would move the difference by about 0), "
         "fresh seeds."
     )
-    assert [h.value for h in comparison.verdict.headlines if h.label == "Time"] == ["0.55x"]
+    assert {h.label: h.value for h in comparison.verdict.headlines}.items() >= {
+        "Time": "0.55x",
+        "Memory": "0.75x",
+    }.items()
+    losses, num_records = read_search_losses(tmp_path, state)
+    assert (losses.split, losses.lora.shape, num_records) == ("val", (3, 60), 40)
+    assert describe_power(rule, num_records, losses).startswith(
+        "3 seeds and 40 test records can show about 0.0054 nats per token (by the search's validation records), or "
+    )
     write_report(comparison, tmp_path)
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert (answer["sentence"], answer["answer"]) == (sentence, "worse")

@@ -110,6 +110,7 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         rate_curves=rate_curves(state, results),
         views=study_views(study_folder, rule, state, results, timing),
         step_time=timing.cost,
+        memory=timing.memory,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
         facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes}
         | {"choice_noise": noise},

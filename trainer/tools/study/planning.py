@@ -18,9 +18,10 @@ from trainer.report.interval import MIN_UNITS
 from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_process, start_run
+from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, write_rule
-from trainer.tools.study.search import expected_trials
-from trainer.tools.study.trials import DEFAULT_ARGV
+from trainer.tools.study.search import expected_trials, study_state
+from trainer.tools.study.trials import DEFAULT_ARGV, read_results
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
 #: Flags of launch/train.py that the study sets for each of its runs.
@@ -92,6 +93,12 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     if args.dry_run:  # trials side by side are taken to be as fast as one alone, and what comes after to take nothing
         minutes = seconds / len(slots) / 60
         print(f"about {minutes:,.0f} minutes: an estimate from {NUM_TIMED_STEPS} timed steps of each method")
+        known = None
+        if (args.output_dir / RULE_FILE).exists():
+            write_rule(args.output_dir, rule, working_dir="")  # which it refuses where it is another one
+            state = study_state(rule, read_results(args.output_dir))
+            known = read_search_losses(args.output_dir, state) if state.answers else None
+        print(describe_power(rule, num_units, known[0] if known else None))
     else:
         write_rule(args.output_dir, rule, working_dir=str(Path.cwd()))
         print(f"rule {rule.sha256[:12]} in {args.output_dir / RULE_FILE}", flush=True)

@@ -1,13 +1,83 @@
-"""What a study can show: the noise of its choice of rates."""
+"""What a study can show: by its number of seeds and test records, and by the noise of its choice of rates."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from trainer.tools.study.search import MethodSearch, Results
+from trainer.config.errors import UserError
+from trainer.report.interval import ONE_SIDED, VarianceComponents, paired_interval, predict_half_width
+from trainer.report.matched import MatchedLosses, MatchError, match_losses
+from trainer.report.run_data import read_folder
+from trainer.tools.study.rule import Rule
+from trainer.tools.study.search import MethodSearch, Results, StudyState
+from trainer.tools.study.trials import run_folder
 
 NUM_DRAWS = 4000
+#: Assumed before a search: of LoRA's excess in nats per token, standard deviations of seed, record and rest...
+ASSUMED_NATS = VarianceComponents(seed=0.005**2, unit=0.16**2, rest=0.05**2)
+#: ... and in shares of right answers, where one record in eight is right with one method only.
+ASSUMED_SHARE = VarianceComponents(seed=0.005**2, unit=0.105, rest=0.05)
+ASSUMED_GAIN = 1.0  # nats per token that full gains
+
+
+def describe_power(rule: Rule, num_records: int, losses: MatchedLosses | None = None) -> str:
+    """`3 seeds and 136 test records can show about 0.03 nats per token; ...`: what the answer's intervals will resolve.
+
+    From the losses of the search's runs where there are any, otherwise from the assumptions above, which it names.
+    Half of a two-sided interval is what can be shown; the margin needs a one-sided bound below it for methods that are
+    equal. `num_records`: test records, or groups of them.
+    """
+    nats, margin, source = ASSUMED_NATS, rule.margin, "by the search's validation records"
+    size = margin.value * (ASSUMED_GAIN if margin.kind == "share" else 1.0)
+    beyond = nats
+    if losses is None:
+        deviations = [f"{math.sqrt(variance):g}" for variance in (nats.unit, nats.seed)]
+        source = f"assumed: differences vary by {deviations[0]} nats with the record, by {deviations[1]} with the seed"
+        source += f"; full gains {ASSUMED_GAIN:g} nat" if margin.kind == "share" else ""
+    else:
+        differences = losses.lora - losses.full
+        nats = paired_interval(differences, losses.targets).components
+        if not margin.why_not(losses):
+            contrast = margin.contrast(losses)
+            beyond = paired_interval(contrast, losses.targets).components
+            size = losses.mean_loss(differences - contrast)
+    num_seeds = len(rule.answer_seeds)
+    shown, points = (predict_half_width(c, num_seeds, num_records) for c in (nats, ASSUMED_SHARE))
+    line = f"{num_seeds} seeds and {num_records:,} test records can show about {shown:.2g} nats per token ({source})"
+    line += f", or {100 * points:.1g} points of a score (assumed: 1 record of 8 is right with one method only)"
+    return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, f'{size:.2g} nats')}"
+
+
+def _describe_needed(components: VarianceComponents, num_seeds: int, num_records: int, size: float, name: str) -> str:
+    """What a margin of this size needs, in the units of the components."""
+
+    def is_enough(seeds: int, records: int) -> bool:
+        return predict_half_width(components, seeds, records, quantile=ONE_SIDED) < size
+
+    sizes = (digits * 10**power for power in range(5) for digits in range(10, 100))  # two digits are enough to plan by
+    needed = next((n for n in sizes if is_enough(num_seeds, n)), None)
+    more_seeds = next((n for n in range(num_seeds, 65) if is_enough(n, num_records)), None)
+    if more_seeds == num_seeds:
+        return f"a margin of {name} is within reach"
+    options = [f"about {needed:,} records" if needed else "", f"{more_seeds} seeds" if more_seeds else ""]
+    return f"a margin of {name} needs {' or '.join(filter(None, options)) or 'more records and more seeds'}"
+
+
+def read_search_losses(study_folder: Path, state: StudyState) -> tuple[MatchedLosses, int] | None:
+    """(Validation losses of the chosen settings of full and LoRA with the seeds of the choice, number of test records).
+
+    None where they are not known.
+    """
+    try:
+        full, lora = (
+            [read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(search.chosen_among[0], -1)]
+            for search in list(state.outcomes.values())[:2]
+        )
+        return match_losses(list(zip(full, lora, strict=True))), int(full[0].get("data.test.units"))
+    except (UserError, MatchError, LookupError, TypeError, ValueError):  # it costs a line of text, not the study
+        return None
 
 
 def choice_noise(searches: Sequence[MethodSearch], results: Results) -> float | None:

@@ -19,6 +19,7 @@ from trainer.report.page import write_report
 from trainer.report.wandb_report import save_report
 from trainer.tools.processes import Slot, make_slots
 from trainer.tools.study import answer
+from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import PRIMARY, Rule, read_rule
 from trainer.tools.study.search import expected_trials, study_state
 from trainer.tools.study.timing import time_finalists
@@ -65,7 +66,7 @@ class Study:
         """
         running: dict[int, RunningTrial] = {}  # by slot
         problems: list[str] = []
-        num_expected = len(expected_trials(self.rule))
+        num_expected, has_said_power = len(expected_trials(self.rule)), False
 
         def finish_ended(*, is_stopping: bool) -> None:
             for number, trial in list(running.items()):
@@ -78,9 +79,14 @@ class Study:
 
         try:
             while not (should_stop.is_set() or problems):
-                needed = study_state(self.rule, read_results(self.folder)).needed
+                state = study_state(self.rule, read_results(self.folder))
+                needed = state.needed
                 if not (needed or running):
                     break
+                if state.answers and not has_said_power:  # before the answer's runs
+                    has_said_power, known = True, read_search_losses(self.folder, state)
+                    if known is not None:
+                        log(f"searched: {describe_power(self.rule, known[1], known[0])}")
                 for number in set(range(len(slots))) - set(running):
                     own = {trial.spec for trial in running.values()}
                     specs = [spec for spec in needed if spec not in own]

@@ -65,17 +65,23 @@ class Timing(BaseModel):
         ratio = lora / full if full and lora and not reason else None
         return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora, is_of_a_step=True)
 
+    @property
+    def memory(self) -> CostRatio:
+        """LoRA's peak memory beside full's, other work or not: that takes none of a process's own."""
+        full, lora = (self.peak_memory_bytes.get(method) for method in PRIMARY)
+        return CostRatio(ratio=lora / full if full and lora else None, reason=self.reason, full=full, lora=lora)
+
     def describe(self) -> str:
         if self.reason:
             return f"time and memory: not compared ({self.reason})"
-        memory, cost, ratios = self.peak_memory_bytes["lora"] / self.peak_memory_bytes["full"], self.cost, self.ratios
+        cost, ratios = self.cost, self.ratios
         time = f"not compared ({cost.reason})"
         if cost.ratio is not None:
             time = (
                 f"{cost.ratio:.2f}x full's ({ratios[0]:.2f} to {ratios[-1]:.2f} without one of {self.num_rounds} "
                 f"rounds, in alternation on {self.machine})"
             )
-        return f"LoRA's time of a step: {time}; its peak memory: {memory:.2f}x full's"
+        return f"LoRA's time of a step: {time}; its peak memory: {self.memory.ratio:.2f}x full's"
 
 
 def time_finalists(
