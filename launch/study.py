@@ -30,7 +30,11 @@ def build_parser() -> ArgumentParser:
     seeds_help = "of the answer's runs (default: 101,102,103)"
     search_help = "of the search's runs, none of --seeds (default: 1)"
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
-    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
+    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
+    margin_help += "2%%); of a score points of 100 (default: 2pt)"
+    decide_help = (
+        "loss, or score:NAME of a --score NAME; rates are chosen by validation loss all the same (default: loss)"
+    )
     add("--output-dir", type=Path, default=Path("study"), metavar="DIR", help="folder of the study (default: study)")
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
@@ -40,7 +44,8 @@ def build_parser() -> ArgumentParser:
     add("--seeds", type=whole_numbers, default=(101, 102, 103), metavar="N,N", help=seeds_help)
     add("--search-seeds", type=whole_numbers, default=(1,), metavar="N,N", help=search_help)
     add("--max-lr", action="append", default=[], metavar="METHOD=LR", help=max_lr_help)
-    add("--margin", default="2%", metavar="X", help=margin_help)
+    add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
+    add("--margin", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
     add(
         "--dry-run",

@@ -129,7 +129,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert sentence.startswith("LoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.0")
     assert sentence.endswith(
         ", more than the margin of 0.02 nats per token, on 58 test blocks, seeds 101, 102 and 103, 30 steps; rates "
-        "chosen on validation (17 trials of full, 17 of LoRA; choosing again would move the difference by about 0), "
+        "chosen by validation loss (17 trials of full, 17 of LoRA; choosing again would move the loss by about 0), "
         "fresh seeds."
     )
     assert {h.label: h.value for h in comparison.verdict.headlines}.items() >= {

@@ -103,9 +103,9 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     primary = list(outcomes.values())[:2]
     num_full, num_lora = (len(outcome.trials) for outcome in primary)
     noise = choice_noise(primary, results)
-    moved = "" if noise is None else f"; choosing again would move the difference by about {noise:.2g}"
+    moved = "" if noise is None else f"; choosing again would move the loss by about {noise:.2g}"
     study = StudyContext(
-        choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
+        choice=f"rates chosen by validation loss ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
         rate_curves=rate_curves(state, results),
         views=study_views(study_folder, rule, state, results, timing),

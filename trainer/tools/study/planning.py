@@ -67,7 +67,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         search_seeds=args.search_seeds,
         answer_seeds=args.seeds,
         max_lrs=dict(map(parse_max_lr, args.max_lr)),
-        margin=parse_margin(args.margin),
+        margin=parse_margin(args.margin, args.decide_by),
         train_argv=tuple(own_argv),
         data="",
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.report.interval import ONE_SIDED, VarianceComponents, paired_interval, predict_half_width
-from trainer.report.matched import MatchedLosses, MatchError, match_losses
+from trainer.report.matched import LOSS, MatchedRecords, MatchError, match_records, read_records
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, Results, StudyState
@@ -17,37 +17,39 @@ from trainer.tools.study.trials import run_folder
 NUM_DRAWS = 4000
 #: Assumed before a search: of LoRA's excess in nats per token, standard deviations of seed, record and rest...
 ASSUMED_NATS = VarianceComponents(seed=0.005**2, unit=0.16**2, rest=0.05**2)
-#: ... and in shares of right answers, where one record in eight is right with one method only.
-ASSUMED_SHARE = VarianceComponents(seed=0.005**2, unit=0.105, rest=0.05)
+#: ... and in points of a score, where one record in eight is right with one method only.
+ASSUMED_POINTS = VarianceComponents(seed=0.5**2, unit=1050.0, rest=500.0)
 ASSUMED_GAIN = 1.0  # nats per token that full gains
 
 
-def describe_power(rule: Rule, num_records: int, losses: MatchedLosses | None = None) -> str:
-    """`3 seeds and 136 test records can show about 0.03 nats per token; ...`: what the answer's intervals will resolve.
+def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None = None) -> str:
+    """`3 seeds and 136 test records can show about 0.03 nats per token ...`: what the answer's intervals will resolve.
 
-    From the losses of the search's runs where there are any, otherwise from the assumptions above, which it names.
-    Half of a two-sided interval is what can be shown; the margin needs a one-sided bound below it for methods that are
-    equal. `num_records`: test records, or groups of them.
+    From the losses of the search's runs where there are any, otherwise from the assumptions above, which it names; of
+    scores there are none in a search. Half of a two-sided interval is what can be shown; the margin needs a one-sided
+    bound below it for methods that are equal. `num_records`: test records, or groups of them.
     """
     nats, margin, source = ASSUMED_NATS, rule.margin, "by the search's validation records"
-    size = margin.value * (ASSUMED_GAIN if margin.kind == "share" else 1.0)
-    beyond = nats
+    beyond, size = nats, margin.value * (ASSUMED_GAIN if margin.kind == "share" else 1.0)
     if losses is None:
         deviations = [f"{math.sqrt(variance):g}" for variance in (nats.unit, nats.seed)]
         source = f"assumed: differences vary by {deviations[0]} nats with the record, by {deviations[1]} with the seed"
         source += f"; full gains {ASSUMED_GAIN:g} nat" if margin.kind == "share" else ""
     else:
         differences = losses.lora - losses.full
-        nats = paired_interval(differences, losses.targets).components
-        if not margin.why_not(losses):
+        nats = paired_interval(differences, losses.weights).components
+        if margin.measure == LOSS and not margin.why_not(losses):
             contrast = margin.contrast(losses)
-            beyond = paired_interval(contrast, losses.targets).components
-            size = losses.mean_loss(differences - contrast)
+            beyond = paired_interval(contrast, losses.weights).components
+            size = losses.mean(differences - contrast)
+    name = f"{size:.2g} nats"
+    if margin.measure != LOSS:
+        beyond, name = ASSUMED_POINTS, f"{size:g} points"
     num_seeds = len(rule.answer_seeds)
-    shown, points = (predict_half_width(c, num_seeds, num_records) for c in (nats, ASSUMED_SHARE))
+    shown, points = (predict_half_width(c, num_seeds, num_records) for c in (nats, ASSUMED_POINTS))
     line = f"{num_seeds} seeds and {num_records:,} test records can show about {shown:.2g} nats per token ({source})"
-    line += f", or {100 * points:.1g} points of a score (assumed: 1 record of 8 is right with one method only)"
-    return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, f'{size:.2g} nats')}"
+    line += f", or {points:.1g} points of a score (assumed: 1 record of 8 is right with one method only)"
+    return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, name)}"
 
 
 def _describe_needed(components: VarianceComponents, num_seeds: int, num_records: int, size: float, name: str) -> str:
@@ -65,7 +67,7 @@ def _describe_needed(components: VarianceComponents, num_seeds: int, num_records
     return f"a margin of {name} needs {' or '.join(filter(None, options)) or 'more records and more seeds'}"
 
 
-def read_search_losses(study_folder: Path, state: StudyState) -> tuple[MatchedLosses, int] | None:
+def read_search_losses(study_folder: Path, state: StudyState) -> tuple[MatchedRecords, int] | None:
     """(Validation losses of the chosen settings of full and LoRA with the seeds of the choice, number of test records).
 
     None where they are not known.
@@ -75,7 +77,8 @@ def read_search_losses(study_folder: Path, state: StudyState) -> tuple[MatchedLo
             [read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(search.chosen_among[0], -1)]
             for search in list(state.outcomes.values())[:2]
         )
-        return match_losses(list(zip(full, lora, strict=True))), int(full[0].get("data.test.units"))
+        pairs = list(zip(full, lora, strict=True))
+        return match_records(pairs, read_records(pairs), "val"), int(full[0].get("data.test.units"))
     except (UserError, MatchError, LookupError, TypeError, ValueError):  # it costs a line of text, not the study
         return None
 
