@@ -39,6 +39,14 @@ class Conversation:
             if i >= self.num_context and message["role"] == "assistant" and message.get("weight") != 0
         ]
 
+    def text(self, num_messages: int | None = None, *, with_system: bool = True) -> str:
+        """What there is to read of the first so many messages, all of them where it is None."""
+        return "\n".join(
+            f"{message['content']} {message.get('tool_calls') or ''}"
+            for message in self.messages[:num_messages]
+            if with_system or message["role"] not in ("system", "developer")
+        )
+
 
 def from_messages(record: Record) -> Conversation:
     """OpenAI's and TRL's `messages`; RecordError names the message that cannot be used."""

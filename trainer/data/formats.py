@@ -65,6 +65,12 @@ class Example:
             return json.dumps(self.conversation.messages, sort_keys=True)
         return f"{self.prompt}{separator}{self.completion}"
 
+    def text(self, *, with_system: bool = True) -> str:
+        """What there is to read of it; of a conversation without its system messages if asked for."""
+        if self.conversation is not None:
+            return self.conversation.text(with_system=with_system)
+        return f"{self.prompt} {self.completion}"
+
 
 def content_hash(content: str | bytes) -> int:
     """64 bits of SHA-256."""

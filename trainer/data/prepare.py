@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +22,9 @@ from trainer.data.dataset import SPLITS, PreparedDataset, Row
 from trainer.data.formats import Example, choose_format, content_hash
 from trainer.data.readers import read_error
 from trainer.data.sources import Source, find_sources
-from trainer.data.split_writer import SPLIT_NAMES, SplitWriter
+from trainer.data.split_writer import SplitWriter
 from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from trainer.data.unseen import SPLIT_NAMES, SeenRecords
 from trainer.data.values import RecordError, list_columns, value_text
 
 LogFn = Callable[[str], None]
@@ -200,13 +200,13 @@ def block_size_for(lengths: Sequence[int], objective: Objective | None, max_posi
 # --- the first reading: every record is checked before one is tokenised ---
 
 
-def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], set[int], int]:
-    """Render and count every record, so that a mistake in the last row is found before the first one is tokenised.
+def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], dict[str, list[bool]], int]:
+    """Render and compare all records, so that a mistake in the last row is found before the first one is tokenised.
 
-    Returns (what run.json says of them, the hashes of evaluation records that equal a training record, the largest
+    Returns (what run.json says of them, {evaluation split: whether each of its records was seen before}, the largest
     token id of records that are ids).
     """
-    hashes = {split: array("Q") for split in (*SPLITS, "joined train")}
+    seen = SeenRecords(settings.split_by)
     split_keys: set[int] = set()  # some of those by which training records are split
     notices: list[str] = []
     max_token_id = 0
@@ -217,11 +217,9 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 counts["blank"] += 1
                 continue
             counts["records"] += 1
-            hashes[example.split].append(content_hash(example.content("" if example.split == "retain" else "\0")))
+            seen.add(example)
             if source.split == "train" and len(split_keys) < 2:
                 split_keys.add(content_hash(example.split_key()))
-            if example.split == "train" and settings.retain_data is not None:  # a text that is a pair's, joined
-                hashes["joined train"].append(content_hash(example.content("")))
             if example.ids is not None:
                 max_token_id = max(max_token_id, *example.ids)
             if example.prompt and not (example.prompt[-1].isspace() or example.completion[:1].isspace()):
@@ -244,28 +242,26 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             )
         if source.record_format.name == "input_ids" and "labels" in source.first_record():
             notices.append(f"{source.spec}: the column `labels` is not used, every token counts")
-    num_shared, shared_hashes = {}, set()
-    for split in ("val", "test", "retain"):
-        is_shared = np.isin(hashes[split], hashes["joined train" if split == "retain" else "train"])
-        number, num_records = int(is_shared.sum()), len(hashes[split])
-        num_shared[split] = number
-        shared_hashes |= set(np.asarray(hashes[split])[is_shared].tolist())
-        shared = f"{number} of {num_records} {SPLIT_NAMES[split]} records also stand in the training data"
-        if number > MAX_SHARED_FRACTION * num_records and (len(hashes["test"]) or split == "retain"):
-            remedy = "take them out"
-            if split != "retain":
-                remedy += ", or split by a column that they share (--split-by): a test says nothing of new records else"
+    seen.find(example for source in sources for example in iter_examples(source) if example is not None)
+    num_seen = {}
+    for split, reasons in seen.reasons.items():
+        number, name = sum(map(bool, reasons)), SPLIT_NAMES[split]
+        num_seen[split] = number
+        if not number:
+            continue
+        records = f"all {number:,}" if number == len(reasons) else f"{number:,} of {len(reasons):,}"
+        problem = f"{records} {name} records are not new: {seen.describe(split)}"
+        if number > MAX_SHARED_FRACTION * len(reasons) and (split != "val" or seen.reasons["test"]):
+            remedy = "take them out, or name by --split-by the column whose values belong together"
             limit = f"expected at most {MAX_SHARED_FRACTION:.0%}"
-            raise UserError(f"{name_split(settings, split)}: {shared}; {limit}, {remedy}")
+            raise UserError(f"{name_split(settings, split)}: {problem}; {limit}: {remedy}")
         if split == "val":
-            refuse_leakage(settings, number, num_records)
-        if number >= WARN_SHARED_FRACTION * num_records > 0:
-            notices.append(f"warning: {shared}, so their loss says little of new ones")
-        elif number:
-            notices.append(shared)
-    num_repeated = len(hashes["train"]) - len(np.unique(hashes["train"]))
-    facts = {"equal_to_train": num_shared, "repeated_in_train": num_repeated, "notices": notices}
-    return facts, shared_hashes, max_token_id
+            refuse_leakage(settings, number, len(reasons), problem)
+        meaning = "means nothing" if number == len(reasons) else "says little about new ones"
+        is_many = number >= WARN_SHARED_FRACTION * len(reasons)
+        notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
+    facts = {"num_seen": num_seen, "repeated_in_train": seen.num_repeated, "notices": notices}
+    return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}, max_token_id
 
 
 # --- the second reading: tokenise and write ---
@@ -275,11 +271,11 @@ def write_rows(
     folder: Path, settings: DataSettings, sources: list[Source], tokenizer: Any, chat: ChatTemplate | None, log: LogFn
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
-    checked, shared_hashes, max_token_id = check_records(settings, sources)
+    checked, is_seen, max_token_id = check_records(settings, sources)
     vocabulary = vocabulary_size(tokenizer) if tokenizer is not None else 1 + max_token_id
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
-    options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat, "shared_hashes": shared_hashes}
-    writers = {split: SplitWriter(folder, split, settings, **options) for split in SPLITS}
+    options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
+    writers = {s: SplitWriter(folder, s, settings, is_seen=is_seen.get(s, ()), **options) for s in SPLITS}
     try:
         for source in sources:
             is_joined = settings.objective == "blocks" or source.split == "retain"
@@ -291,7 +287,6 @@ def write_rows(
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
-    train_block_ids = set(writers["train"].block_ids()) if settings.objective == "blocks" else set()
     used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].counts["records"]]
     facts = {
         **checked,
@@ -311,7 +306,7 @@ def write_rows(
         "objective": settings.objective,
         "block_size": settings.block_size,
         "train": writers["train"].counts,
-        **{s: writers[s].counts | writers[s].write_row_info(train_block_ids) for s in SPLITS if s != "train"},
+        **{s: writers[s].counts | writers[s].write_row_info() for s in SPLITS if s != "train"},
         "notices": [
             *(line for writer in writers.values() for line in writer.notices(settings.unusable_records)),
             *checked["notices"],
@@ -371,19 +366,18 @@ def name_split(settings: DataSettings, split: str) -> str:
     return f"--{split}-data {spec}" if spec is not None else f"--data {settings.data}"
 
 
-def refuse_leakage(settings: DataSettings, num_shared: int, num_records: int) -> None:
-    """UserError where too many validation records are training records, unless --allow-leakage."""
-    if num_shared >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
-        raise UserError(
-            f"{name_split(settings, 'val')}: {num_shared} of {num_records} validation records also "
-            f"stand in the training data; expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
-        )
+def refuse_leakage(settings: DataSettings, num_seen: int, num_records: int, problem: str = "") -> None:
+    """UserError where too many validation records are not new, unless --allow-leakage."""
+    if num_seen >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
+        problem = problem or f"{num_seen:,} of {num_records:,} validation records are not new"
+        limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
+        raise UserError(f"{name_split(settings, 'val')}: {problem}; {limit}")
 
 
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
     """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
     `check_records` refuses, of rows that were prepared with --allow-leakage."""
-    refuse_leakage(settings, dataset.metadata["equal_to_train"]["val"], dataset.metadata["val"]["records"])
+    refuse_leakage(settings, dataset.metadata["num_seen"]["val"], dataset.metadata["val"]["records"])
     has_given_val = settings.val_data is not None
     for split, is_expected, least, remedy in (
         ("train", True, global_batch, "lower --global-batch, or give more data"),

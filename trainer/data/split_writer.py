@@ -1,6 +1,7 @@
 """What becomes of the records of one split: rows of token ids in files, who they are, and what is left out."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,6 @@ from trainer.data.dataset import Row, TokenDataset, TokenIds, map_rows
 from trainer.data.formats import Example, content_hash
 from trainer.data.tokenizer import count_target_bytes, mark_targets
 
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
 #: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
@@ -44,28 +44,31 @@ class SplitWriter:
         dtype: str,
         tokenizer: Any,
         chat: ChatTemplate | None,
-        shared_hashes: set[int],
+        is_seen: Sequence[bool] = (),
     ):
         self.folder, self.split, self.dtype = folder, split, dtype
-        self.tokenizer, self.chat, self.shared_hashes = tokenizer, chat, shared_hashes
+        self.tokenizer, self.chat, self._is_seen = tokenizer, chat, iter(is_seen)
         self.block_size, self.is_blocks = settings.block_size, settings.objective == "blocks" or split == "retain"
         self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
         self.problems: dict[str, tuple[int, str]] = {}
         self.example = ""  # the first training row, with its target tokens marked
         #: the first validation prompts, each with the records of it as (prompt, completion): references of one prompt
         self.texts: dict[str, list[tuple[str, str]]] = {}
-        self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether it equals a training record)
+        self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether the record was seen before)
         self._files: dict[str, BinaryIO] = {
             name: open(folder / f"{split}.{name}.bin", "wb")  # noqa: SIM115
             for name in ("ids", "offsets", "mask")[: 2 if self.is_blocks else 3]
         }
         self._pending: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
+        self._pending_is_seen = np.empty(0, dtype=bool)  # whether each token of it is of a record that was seen
+        self._seen_blocks: list[bool] = []  # whether each block has such a token
         self._hash = hashlib.sha256(f"blocks {self.block_size}\n".encode() if self.is_blocks else b"completion \n")
         self._files["offsets"].write(bytes(8))
 
     def add(self, example: Example, row: Row | MaskError) -> None:
         """A record as a row, or joined to the text that is cut into blocks. A pair that is longer than a block is left
         out, a conversation is cut; what cannot be trained on is counted."""
+        is_seen = next(self._is_seen, False)
         if isinstance(row, MaskError):
             self._add_problem("unusable", f"{example.where}: {row}")
             return
@@ -96,6 +99,11 @@ class SplitWriter:
             stream = np.concatenate([self._pending, ids])
             full_length = len(stream) - len(stream) % self.block_size
             self._pending = stream[full_length:].copy()
+            seen_tokens = np.concatenate([self._pending_is_seen, np.full(len(ids), is_seen)])
+            self._seen_blocks += np.logical_or.reduce(
+                seen_tokens[:full_length].reshape(-1, self.block_size), axis=1
+            ).tolist()
+            self._pending_is_seen = seen_tokens[full_length:]
             blocks = stream[:full_length].reshape(-1, self.block_size)
             self._append(blocks, len(blocks) * (self.block_size - 1))
             return
@@ -112,7 +120,7 @@ class SplitWriter:
         if self.split != "train":
             record_hash = content_hash(example.content())
             group = None if example.group is None else f"{content_hash(example.group):016x}"
-            self.rows.append((f"{record_hash:016x}", group, record_hash in self.shared_hashes))
+            self.rows.append((f"{record_hash:016x}", group, is_seen))
 
     def _add_problem(self, kind: str, where: str) -> None:
         number, first = self.problems.get(kind, (0, where))
@@ -151,21 +159,17 @@ class SplitWriter:
         """The rows, once the writer is closed."""
         return map_rows(self.folder, self.split, self.dtype, self.counts, "mask" in self._files)
 
-    def block_ids(self) -> list[str]:
-        """What tells blocks apart, which are no single records: a hash of the token ids of each."""
-        blocks = self._read_back()
-        return [f"{content_hash(blocks.row(i).astype('<u4').tobytes()):016x}" for i in range(len(blocks))]
-
-    def write_row_info(self, train_block_ids: set[str]) -> dict[str, int]:
+    def write_row_info(self) -> dict[str, int]:
         """Write who the rows of an evaluation split are; returns the sums of it."""
         import pandas as pd
 
         dataset, rows = self._read_back(), self.rows
-        if self.is_blocks:
-            rows = [(row_id, None, row_id in train_block_ids) for row_id in self.block_ids()]
-        frame = pd.DataFrame(rows, columns=["id", "group", "in_train"])
+        if self.is_blocks:  # told apart by a hash of their token ids, as they are no single records
+            hashes = [content_hash(dataset.row(i).astype("<u4").tobytes()) for i in range(len(dataset))]
+            rows = [(f"{block:016x}", None, seen) for block, seen in zip(hashes, self._seen_blocks, strict=True)]
+        frame = pd.DataFrame(rows, columns=["id", "group", "is_seen"])
         frame["occurrence"] = frame.groupby("id").cumcount()
         frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)
         frame.to_parquet(self.folder / f"{self.split}.rows.parquet", compression="zstd")
-        units = {group or row_id for row_id, group, in_train in rows if not in_train}  # which an interval tells apart
+        units = {group or row_id for row_id, group, is_seen in rows if not is_seen}  # which an interval tells apart
         return {"target_bytes": int(frame["bytes"].sum()), "units": len(units)}

@@ -1,0 +1,216 @@
+"""Which evaluation records are not new: equal to earlier records, near copies of one, or with the prompt of one.
+
+Records are compared across all files and splits: validation with training, test with both, retained text with all.
+Blanks, case and invisible characters do not tell two apart. A near copy shares 0.8 or more of its shingles of 13 tokens
+(words, punctuation marks, single Chinese and Japanese characters, or token ids) with one earlier record. Shingles that
+a tenth of the training records have are a template's, not a record's, and do not count; nor do system messages.
+"""
+
+import re
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config.text import list_some
+from trainer.data.dataset import SPLITS, Int64
+from trainer.data.formats import Example, content_hash
+
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
+SHINGLE_TOKENS, NEAR_COPY_SHARE = 13, 0.8
+TEMPLATE_SHARE, MIN_TEMPLATE_RECORDS = 0.1, 10  # of the distinct training records that have a shingle
+BATCH_TOKENS = 2**17  # whose shingles are looked up at a time
+MAX_PLACES = 10  # that a message names
+TABLE_BITS = 22  # of a shingle's hash, by which most are known to be of no evaluation record
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+#: Powers of an odd number, by which the hashes of a shingle's tokens are added up modulo 2^64.
+FACTORS = np.array([pow(0x9E3779B97F4A7C15, j, 2**64) for j in range(SHINGLE_TOKENS)], dtype=np.uint64)
+
+Hashes = NDArray[np.uint64]
+
+
+def normalise(text: str) -> str:
+    """The text without what does not tell two apart: case, kinds of blanks, invisible characters, composed accents."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    return " ".join(text.casefold().split())
+
+
+class SeenRecords:
+    """Finds the evaluation records that are not new: `add` every record, then `find`.
+
+    reasons: {split: [why each of its records is not new, empty where it is]}.
+    """
+
+    def __init__(self, split_by: str | None) -> None:
+        self._split_by = split_by
+        self._contents = {split: array("Q") for split in SPLITS}
+        self._groups = {split: array("Q") for split in SPLITS}  # 0: none
+        self._places: dict[str, list[str]] = {split: [] for split in SPLITS[1:]}
+        self._tokens: dict[tuple[str, int], Hashes] = {}  # of evaluation records, by split and number
+        self.reasons: dict[str, list[str]] = {}
+
+    def add(self, example: Example) -> None:
+        """One more record; of training records two hashes are kept."""
+        split, group = example.split, example.group
+        if example.conversation is not None and self._split_by is None:
+            group = example.conversation.text(example.conversation.target_turns()[0])
+        self._contents[split].append(_content_hash(example))
+        has_group = group is not None and split != "retain"
+        self._groups[split].append(content_hash(normalise(group or "")) if has_group else 0)
+        if split != "train":
+            if len(tokens := _hash_tokens(example)) >= SHINGLE_TOKENS:
+                self._tokens[split, len(self._places[split])] = tokens
+            self._places[split].append(example.where)
+
+    @property
+    def num_repeated(self) -> int:
+        """Training records that equal an earlier one."""
+        return len(self._contents["train"]) - len(set(self._contents["train"]))
+
+    def find(self, examples: Iterable[Example]) -> None:
+        """`examples`: the records that were added, once more; read only where there are long ones to compare."""
+        self.reasons = {split: [""] * len(self._contents[split]) for split in SPLITS[1:]}
+        self._mark(self._contents, "equal to {} records")
+        records = [key for key in self._tokens if not self.reasons[key[0]][key[1]]]
+        near_copies = find_near_copies(
+            [(SPLITS.index(key[0]), self._tokens[key]) for key in records],
+            _iter_distinct(examples),
+            max_records=max(MIN_TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(set(self._contents["train"])))),
+        )
+        for number, (earlier, place) in near_copies.items():
+            split, i = records[number]
+            self._places[split][i] += f" as {place}"
+            self.reasons[split][i] = f"near copies of {SPLIT_NAMES[SPLITS[earlier]]} records"
+        self._mark(self._groups, f"with the {self._split_by or 'prompt'} of {{}} records")
+
+    def _mark(self, hashes: Mapping[str, Sequence[int]], reason: str) -> None:
+        """Give the reason to the records without one whose hash an earlier split has, too."""
+        for number, split in enumerate(SPLITS[1:], start=1):
+            for earlier in SPLITS[:number]:
+                for i in np.flatnonzero(np.isin(hashes[split], hashes[earlier])).tolist():
+                    if hashes[split][i] and not self.reasons[split][i]:
+                        self.reasons[split][i] = reason.format(SPLIT_NAMES[earlier])
+
+    def describe(self, split: str) -> str:
+        """Why records are not new, and where the first ones stand."""
+        counts = Counter(reason for reason in self.reasons[split] if reason)
+        places = [place for place, reason in zip(self._places[split], self.reasons[split], strict=True) if reason]
+        file = places[0].partition(" as ")[0].rpartition(", ")[0] + ", "  # which is named once
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
+        return f"{reasons} ({file}{list_some(places, MAX_PLACES).replace(file, '')})"
+
+
+def _content_hash(example: Example) -> int:
+    return content_hash(example.content() if example.ids is not None else normalise(example.text()))
+
+
+def _hash_tokens(example: Example) -> Hashes:
+    """A hash of each token of its text, or its ids; uint64 [tokens]."""
+    if example.ids is not None:
+        return np.asarray(example.ids, dtype=np.uint64)
+    tokens = TOKEN.findall(normalise(example.text(with_system=False)))
+    return np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens)).view(np.uint64)
+
+
+def _iter_distinct(examples: Iterable[Example]) -> Iterator[tuple[int, str, Hashes]]:
+    """(number of the split, place, tokens) of all but the retained records, each content once."""
+    contents: set[int] = set()
+    for example in examples:
+        if example.split != "retain" and (content := _content_hash(example)) not in contents:
+            contents.add(content)
+            yield SPLITS.index(example.split), example.where, _hash_tokens(example)
+
+
+def _shingles(records: Sequence[Hashes]) -> tuple[Int64, Hashes]:
+    """(number of the record, hash) of each shingle of the records, in order."""
+    owners = np.repeat(np.arange(len(records)), [len(tokens) for tokens in records])
+    num_windows = len(owners) - SHINGLE_TOKENS + 1
+    if num_windows <= 0:
+        return owners[:0], np.empty(0, dtype=np.uint64)
+    tokens, hashes = np.concatenate(records), np.zeros(num_windows, dtype=np.uint64)
+    for j, factor in enumerate(FACTORS):
+        hashes += tokens[j : j + num_windows] * factor
+    is_whole = owners[:num_windows] == owners[SHINGLE_TOKENS - 1 :]
+    return owners[:num_windows][is_whole], hashes[is_whole]
+
+
+def find_near_copies(
+    records: Sequence[tuple[int, Hashes]], candidates: Iterable[tuple[int, str, Hashes]], *, max_records: int
+) -> dict[int, tuple[int, str]]:
+    """{number of a record: (split, place) of the first candidate of an earlier split that it is a near copy of}.
+
+    `records`: (number of the split, tokens); `candidates` have a place, too. A shingle that more than `max_records`
+    candidates of the training data (split 0) have does not count.
+    """
+    owners, hashes = _shingles([tokens for _, tokens in records])
+    shingles, ids = np.unique(hashes, return_inverse=True)
+    if not len(shingles):
+        return {}
+    splits, size = np.asarray([split for split, _ in records]), len(shingles)
+    is_known, shift = np.zeros(2**TABLE_BITS, dtype=bool), np.uint64(64 - TABLE_BITS)
+    is_known[shingles >> shift] = True
+    num_train, num_all = np.zeros((2, size), dtype=np.int64)  # candidates that have each shingle
+    found: list[tuple[Int64, list[str], Int64]] = []  # splits and places of candidates, and candidate * size + shingle
+    for batch in _iter_batches(candidates):
+        batch_splits = np.asarray([split for split, _, _ in batch])
+        candidate, hashes = _shingles([tokens for _, _, tokens in batch])
+        candidate, hashes = candidate[is_known[hashes >> shift]], hashes[is_known[hashes >> shift]]
+        shingle = np.minimum(np.searchsorted(shingles, hashes), size - 1)
+        is_same = shingles[shingle] == hashes
+        keys = np.unique(candidate[is_same] * size + shingle[is_same])
+        candidate, shingle = np.divmod(keys, size)
+        num_all += np.bincount(shingle, minlength=size)
+        num_train += np.bincount(shingle[batch_splits[candidate] == 0], minlength=size)
+        found.append((batch_splits, [place for _, place, _ in batch], keys[num_train[shingle] <= max_records]))
+
+    owners, ids = np.divmod(np.unique(owners * size + ids), size)
+    owners, ids = owners[num_train[ids] <= max_records], ids[num_train[ids] <= max_records]
+    rarest_first = np.lexsort((num_all[ids], owners))
+    owners, ids = owners[rarest_first], ids[rarest_first]
+    num_ids = np.bincount(owners, minlength=len(records))
+    first_id = np.cumsum(num_ids) - num_ids
+    # Who shares so many of a record's shingles has at least one of the others and one more: the rarest are looked up.
+    least_shared = np.ceil(NEAR_COPY_SHARE * num_ids - 1e-9).astype(np.int64)
+    is_rare = np.arange(len(ids)) - first_id[owners] <= (num_ids - least_shared)[owners]
+    rare_owners, rare_ids = owners[is_rare], ids[is_rare]
+    by_id = np.argsort(rare_ids, kind="stable")
+    num_owners = np.bincount(rare_ids, minlength=size)
+    first_owner, owners_by_id = np.cumsum(num_owners) - num_owners, rare_owners[by_id]
+    near_copies: dict[int, tuple[int, str]] = {}
+    for batch_splits, places, keys in found:
+        candidate, shingle = np.divmod(keys, size)
+        which, positions = _ranges(first_owner[shingle], num_owners[shingle])
+        pairs = np.unique(candidate[which] * len(records) + owners_by_id[positions])
+        candidate, record = np.divmod(pairs, len(records))
+        is_earlier = batch_splits[candidate] < splits[record]
+        candidate, record = candidate[is_earlier], record[is_earlier]
+        which, positions = _ranges(first_id[record], num_ids[record])
+        is_shared = np.isin(candidate[which] * size + ids[positions], keys)
+        is_near = np.bincount(which[is_shared], minlength=len(record)) >= least_shared[record]
+        for place, number in zip(candidate[is_near].tolist(), record[is_near].tolist(), strict=True):
+            near_copies.setdefault(number, (int(batch_splits[place]), places[place]))
+    return near_copies
+
+
+def _ranges(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
+    """(which range, number) of all numbers start, start + 1, ... of ranges of such lengths."""
+    which = np.repeat(np.arange(len(starts)), lengths)
+    return which, np.arange(len(which)) - (np.cumsum(lengths) - lengths - starts)[which]
+
+
+def _iter_batches(candidates: Iterable[tuple[int, str, Hashes]]) -> Iterator[list[tuple[int, str, Hashes]]]:
+    batch: list[tuple[int, str, Hashes]] = []
+    num_tokens = 0
+    for candidate in candidates:
+        batch.append(candidate)
+        num_tokens += len(candidate[2])
+        if num_tokens >= BATCH_TOKENS:
+            yield batch
+            batch, num_tokens = [], 0
+    if batch:
+        yield batch
