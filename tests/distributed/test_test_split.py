@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launch_ranks import train
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
 
 from trainer.report.run_data import read_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
@@ -17,9 +17,12 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 def split_argv(tiny_model, data_files, session_dir) -> list[str]:
     retained = session_dir / "retained.txt"  # 5 blocks of 32: 34 texts of 4 tokens and their ends, 10 left out
     retained.write_text("".join(f"w{i} w{i + 1} w{i + 2} w{i + 3}\n" for i in range(34)))
+    val, test = (
+        write_records(session_dir / f"{name}-twin.jsonl", num_records=9, seed=2, unknown_word=name)
+        for name in ("val", "test")
+    )
     return (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
-        f"--test-data {data_files[1]} "
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {val} --test-data {test} "
         f"--retain-data {retained} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 "
         "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.1 --wandb disabled --preset demo"
     ).split() + list(TEMPLATE_FLAGS)
@@ -42,7 +45,7 @@ def best_run(split_argv, session_dir) -> Path:
 
 
 def assert_best_weights_were_tested(events, records) -> None:
-    """The records of the test are those of validation."""
+    """The records of the test have the tokens of those of validation."""
     best = min((record for record in records if record["kind"] == "eval"), key=lambda record: record["loss"])
     assert next(event["facts"]["loss"] for event in events if event["step"] == best["step"]) == best["loss"]
 

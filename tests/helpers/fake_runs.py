@@ -158,7 +158,7 @@ def write_eval_records(
     split: EvalSplit = "val",
     groups: Sequence[str | None] | None = None,
     ids: Sequence[str] | None = None,
-    num_in_train: int = 0,
+    num_seen: int = 0,
     bytes_per_target: int = 4,
     scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Path:
@@ -170,7 +170,7 @@ def write_eval_records(
         "group": groups or [None] * len(targets),
         "targets": targets,
         "bytes": [bytes_per_target * n for n in targets],
-        "in_train": [i < num_in_train for i in range(len(targets))],
+        "is_seen": [i < num_seen for i in range(len(targets))],
     }
     for step, losses in losses_by_step.items():
         nll = np.asarray(losses, np.float64) * np.asarray(targets)

@@ -37,14 +37,18 @@ def make_tiny_gpt2(folder: Path, *, dropout: float, seed: int = 0, hidden_size: 
     return str(folder)
 
 
-def write_records(path: Path, *, num_records: int, seed: int) -> str:
-    """A JSONL of prompts and completions with a pattern to learn: words count upwards, with noise."""
+def write_records(path: Path, *, num_records: int, seed: int, unknown_word: str = "") -> str:
+    """A JSONL of prompts and completions with a pattern to learn: words count upwards, with noise.
+
+    `unknown_word`: around each prompt. Files with different ones are of the same tokens, as the vocabulary has none.
+    """
     rng = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(num_records):
             length, prompt_length, first_word = rng.randint(8, 18), rng.randint(2, 6), rng.randrange(1, VOCAB_SIZE)
             words = [f"w{1 + (first_word + n + rng.randrange(2)) % (VOCAB_SIZE - 1)}" for n in range(length)]
             prompt, completion = " ".join(words[:prompt_length]), " ".join(words[prompt_length:])
+            prompt = f"{unknown_word} {prompt} {unknown_word}".strip()
             record = {"prompt": prompt, "completion": f" {completion}"}
             file.write(json.dumps(record) + "\n")
     return str(path)

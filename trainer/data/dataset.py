@@ -102,8 +102,9 @@ class PreparedDataset:
 
         id: 16 hex digits, a hash of the record's text, of the token ids where rows are blocks; occurrence: equal rows
         before it; group: hash of what keeps rows together (--split-by, else the prompt), None where a row is a unit by
-        itself; targets: target tokens; bytes: UTF-8 bytes of their text, 0 where there is no tokenizer; in_train:
-        whether the row equals a training record (or block). ValueError where the folder is not whole.
+        itself; targets: target tokens; bytes: UTF-8 bytes of their text, 0 where there is no tokenizer; is_seen:
+        whether it is a record that was seen before (`trainer.data.unseen`), or a block with part of one. ValueError
+        where the folder is not whole.
         """
         import pandas as pd
 

@@ -252,9 +252,10 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
         records = f"all {number:,}" if number == len(reasons) else f"{number:,} of {len(reasons):,}"
         problem = f"{records} {name} records are not new: {seen.describe(split)}"
         if number > MAX_SHARED_FRACTION * len(reasons) and (split != "val" or seen.reasons["test"]):
-            remedy = "take them out, or name by --split-by the column whose values belong together"
-            limit = f"expected at most {MAX_SHARED_FRACTION:.0%}"
-            raise UserError(f"{name_split(settings, split)}: {problem}; {limit}: {remedy}")
+            remedy = f"expected at most {MAX_SHARED_FRACTION:.0%}: take them out"
+            if split != "retain":
+                remedy += ", or name by --split-by the column whose values belong together"
+            raise UserError(f"{name_split(settings, split)}: {problem}; {remedy}")
         if split == "val":
             refuse_leakage(settings, number, len(reasons), problem)
         meaning = "means nothing" if number == len(reasons) else "says little about new ones"

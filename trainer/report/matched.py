@@ -38,7 +38,7 @@ class MatchedRecords:
     weights: NDArray[np.float64]  #: (units,), target tokens of a loss, records of a score
     num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
     num_records: int
-    num_in_train: int  #: further records, left out because they equal a training record
+    num_seen: int  #: further records, left out because they were seen before
     has_clusters: bool  #: whether units are clusters of records that share a meaning
     are_blocks: bool  #: whether a row is a block of joined texts, not a record
 
@@ -78,9 +78,9 @@ def read_records(pairs: Pairs) -> list[pd.DataFrame]:
     MatchError where a run left none, or they are damaged.
     """
     frames, runs = [], [run for pair in pairs for run in pair]
-    for run in runs:  # run.json counts whole records even where rows are blocks
+    for run in runs:  # whole records, even where rows are blocks
         for split in SPLIT_NAMES:
-            _check_shared(split, run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records"))
+            _check_shared(split, run.get(f"data.num_seen.{split}"), run.get(f"data.{split}.records"))
     for run in runs:
         if run.eval_records_path is None:
             raise MatchError(f"{run.name} left no losses of single records")
@@ -100,7 +100,7 @@ def judged_split(frames: Sequence[pd.DataFrame]) -> str:
 def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:
     """The records of `split` that all runs evaluated at their chosen checkpoints; `frames`: of `read_records`.
 
-    MatchError where records or their targets differ, or too many were trained on; UserError where a run has no such
+    MatchError where records or their targets differ, or too many were seen before; UserError where a run has no such
     score.
     """
     runs = [run for pair in pairs for run in pair]
@@ -114,9 +114,8 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
                 has = f"scores {', '.join(known)}" if known else "no scores; train with --score"
                 raise UserError(f"--decide-by {measure}: the test records of {run.name} have {has}")
         trained, base = [frame[frame[column].notna()] for frame in trained], [frame[:0] for frame in base]
-    num_in_train = int(trained[0]["in_train"].sum())
-    _check_shared(split, num_in_train, len(trained[0]))
-    trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
+    num_seen = int(trained[0]["is_seen"].sum())
+    trained, base = ([frame[~frame["is_seen"]] for frame in members] for members in (trained, base))
     first = trained[0]
     if not len(first):
         raise MatchError(f"{runs[0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
@@ -148,7 +147,7 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
         weights=sum_by_unit(weights, units),
         num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
         num_records=len(first),
-        num_in_train=num_in_train,
+        num_seen=num_seen,
         has_clusters=bool(has_group.any()),
         are_blocks=split == "retain" or runs[0].get("data.objective") == "blocks",
     )
@@ -157,7 +156,7 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
 def _check_shared(split: str, number: Any, total: Any) -> None:
     if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
         records = f"{number:,} of {total:,} {SPLIT_NAMES[split]} records"
-        raise RefusedError(f"{records} also stand in the training data, over {MAX_SHARED_FRACTION:.0%}")
+        raise RefusedError(f"{records} are not new, over {MAX_SHARED_FRACTION:.0%}")
 
 
 def _check_mean(run: RunData, frame: pd.DataFrame) -> None:

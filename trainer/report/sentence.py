@@ -340,8 +340,8 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
         reason = pair.margin.why_not(judged) if judged else "that needs the losses of single records"
         parts.append(f"whether it is within the margin is not known: {reason}")
     lines = [f"{names}: {'; '.join(parts)}."] if parts else []
-    if losses and losses.num_in_train:
-        lines.append(f"{names}: {losses.num_in_train:,} records that equal a training record are left out.")
+    if losses and losses.num_seen:
+        lines.append(f"{names}: {losses.num_seen:,} records that are not new (see the plan) are left out.")
     if losses and losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
         lines.append(
             f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "

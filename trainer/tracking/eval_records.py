@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         pa.field("nll", pa.float64(), nullable=False),
         pa.field("targets", pa.int32(), nullable=False),
         pa.field("bytes", pa.int32(), nullable=False),
-        pa.field("in_train", pa.bool_(), nullable=False),
+        pa.field("is_seen", pa.bool_(), nullable=False),
     ]
 )
 SCORE_PREFIX = "score_"

@@ -67,14 +67,18 @@ class RunPlan:
     def summary_lines(self) -> list[tuple[str, str]]:
         """(what, value) lines of the plan for people."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
-        train, unit = data_info["train"], "blocks" if data_info["objective"] == "blocks" else "rows"
+        train, unit = data_info["train"], "blocks" if data_info["objective"] == "blocks" else "examples"
 
         def describe_split(split: str) -> str:
             counts = data_info[split]
-            groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
-            if data_info["equal_to_train"].get(split):  # which are no groups of an interval
-                groups = f" ({counts['units']:,} groups of records that are not in the training data)"
-            return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
+            what = f"values of {data_info['split_by']}" if data_info["split_by"] else "prompts"
+            groups = "" if counts["units"] == counts["examples"] else f" with {counts['units']:,} distinct {what}"
+            if num_seen := data_info["num_seen"].get(split):  # whose groups are not counted
+                groups = f" ({num_seen:,} of {counts['records']:,} records are not new)"
+            text = f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
+            fraction = {"val": settings.data.val_fraction, "test": settings.data.test_fraction}[split]
+            is_split_off = data_info["split"] != "given" if split == "val" else fraction
+            return text + (f" ({fraction:.3g} of the records, split off by hash)" if is_split_off else "")
 
         trained = "every weight"
         if model_info["lora_targets"]:
@@ -91,7 +95,7 @@ class RunPlan:
             ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
-            ("validation", f"{describe_split('val')} ({data_info['split']})"),
+            ("validation", describe_split("val")),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("objective", OBJECTIVES[data_info["objective"]]),
             ("example", data_info["example"] or "token ids"),

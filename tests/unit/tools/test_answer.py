@@ -54,7 +54,7 @@ def write_run(
     by_unit: float = 0.0,
     splits: tuple[str, ...] = ("val", "test"),
     targets: list[int] = TARGETS,
-    num_in_train: int = 0,
+    num_seen: int = 0,
     **overrides: Any,
 ) -> None:
     """A run of one epoch, base 3 nats and full 2."""
@@ -71,7 +71,7 @@ def write_run(
         if split == "val":  # the run's row is their mean
             trained += loss - np.average(trained, weights=targets)
         losses = {0: [3.0] * len(targets), 30: trained}
-        write_eval_records(run, losses, targets=targets, split=split, num_in_train=num_in_train)
+        write_eval_records(run, losses, targets=targets, split=split, num_seen=num_seen)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     answers = [*ANSWERS, *(TrialSpec(phase="answer", candidate=dora, num_steps=30, seed=seed) for seed in SEEDS)]
     results: dict[str, float] = {}
     for spec in answers:
-        write_run(tmp_path, spec, num_in_train=2)
+        write_run(tmp_path, spec, num_seen=2)
     for method in rule.methods:
         winner = WINNERS.get(method, WINNERS["lora"])
         while missing := MethodSearch(rule, method, results).missing:
@@ -154,7 +154,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     details = "\n".join(comparison.verdict.details)
     assert "Exploratory: all comparisons but the first; that their loss differs, after Holm: LoRA (dora" in details
     assert "LoRA's time of a step: 0.55x full's (0.55 to 0.55 without one of 2 rounds" in details
-    assert "2 records that equal a training record are left out" in details
+    assert "2 records that are not new (see the plan) are left out" in details
     page = (tmp_path / "report.html").read_text()
     first = page.split('<section class="first">')[1].split("</section>")[0]
     assert "Loss by learning rate" in first
@@ -189,7 +189,11 @@ def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, messag
         ({}, {"splits": ("val",)}, "refused to rank: not every run has losses of test records"),
         ({}, {"model__fingerprint": "ff"}, "refused to rank: other base weights"),
         ({}, {"data__fingerprint": "ff"}, r"refused to rank: other data \(d1d1d1d1d1d1d1d1 against ff"),
-        ({"num_in_train": 4}, {}, "refused to rank: 4 of 60 test records also stand in the training data, over 5%"),
+        (
+            {"data__num_seen": {"test": 4}, "data__test": {"records": 60}},
+            {},
+            "refused to rank: 4 of 60 test records are not new, over 5%",
+        ),
     ],
 )
 def test_too_few_test_records_other_records_or_none_are_refused_in_one_line(tmp_path, options, last_options, message):

@@ -54,7 +54,7 @@ def add_evaluation(folder: Path, step: int) -> None:
         "group": [None, "g"],
         "targets": [3, 4],
         "bytes": 9,
-        "in_train": False,
+        "is_seen": False,
     }
     write_evaluation(folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split="val", nll=[1.0 * step, 2.0])
 

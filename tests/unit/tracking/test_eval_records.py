@@ -45,7 +45,7 @@ def make_rows(num_rows: int = 5) -> pd.DataFrame:
             "group": ["g", *[None] * (num_rows - 1)],
             "targets": range(1, num_rows + 1),
             "bytes": 7,
-            "in_train": [False] * (num_rows - 1) + [True],
+            "is_seen": [False] * (num_rows - 1) + [True],
         }
     )
 
@@ -77,7 +77,7 @@ def test_the_stored_sums_give_the_reported_loss_to_the_last_bit(tmp_path):
     logger.log(EventRecord(event="x", step=3, message="", time=0.0))
     frame = read_evaluations(tmp_path / EVAL_RECORDS_FOLDER)
     assert math.fsum(frame["nll"]) / frame["targets"].sum() == reported
-    assert list(frame) == ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "in_train"]
+    assert list(frame) == ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "is_seen"]
     assert list(frame["nll"]) == nll
     assert not frame.duplicated(["id", "occurrence"]).any(), "equal records are told apart"
     assert frame["occurrence"].iloc[[0, 171, -1]].tolist() == [0, 1, 2]

@@ -1,0 +1,211 @@
+"""Evaluation records that are not new: found whatever they look like, named, left out, and many refused."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers.data_helpers import write_records
+
+from trainer.config.errors import UserError
+from trainer.config.settings import DataSettings
+from trainer.data.formats import choose_format
+from trainer.data.unseen import NEAR_COPY_SHARE, SHINGLE_TOKENS, SeenRecords, find_near_copies
+
+COMPLETION = {"objective": "completion", "prompt": "{mr}:", "completion": " {ref}"}
+
+
+def make_pairs(seed, number=20, num_words=80):
+    rng = np.random.default_rng(seed)
+    return [
+        {"prompt": f"{seed}-{i}", "completion": " ".join(rng.choice(500, num_words).astype(str))} for i in range(number)
+    ]
+
+
+TRAIN, OTHERS, LONG = make_pairs(1), make_pairs(2), "Answer in one word, as a sailor would. " * 20
+
+
+def edit(pairs, column, change):
+    return [{**pair, column: change(pair[column])} for pair in pairs]
+
+
+def replace_words(text, *places):
+    return " ".join("other" if i in places else word for i, word in enumerate(text.split()))
+
+
+def chats(pairs, last="Yes.", system=LONG):
+    turns = [[pair["prompt"], pair["completion"], "Sure?", last] for pair in pairs]
+    roles = ("user", "assistant", "user", "assistant")
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": system},
+                *({"role": r, "content": c} for r, c in zip(roles, t, strict=True)),
+            ]
+        }
+        for t in turns
+    ]
+
+
+def ids(pairs):
+    return [{"input_ids": [int(word) for word in pair["completion"].split()]} for pair in pairs]
+
+
+NEW_PROMPTS = edit(TRAIN, "prompt", "x{}".format)
+COPIES, PROMPTS = "equal to training records", "with the prompt of training records"
+NEAR, NEW = "near copies of training records", ""
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ({"test": TRAIN}, COPIES),
+        ({"test": [dict(reversed(pair.items())) for pair in TRAIN]}, COPIES),
+        ({"test": edit(TRAIN, "completion", "{} ".format)}, COPIES),
+        ({"test": edit(TRAIN, "completion", lambda text: "\u200b" + text.replace(" ", "\u00a0\u3000"))}, COPIES),
+        (
+            {
+                "train": edit(TRAIN, "prompt", "Caf\u00e9 {}".format),
+                "test": edit(TRAIN, "prompt", "CAFE\u0301 {}".format),
+            },
+            COPIES,
+        ),
+        ({"test": edit(TRAIN, "completion", str.swapcase), "val": OTHERS}, COPIES),
+        (
+            {"test": [{**other, "prompt": f" {pair['prompt']}"} for pair, other in zip(TRAIN, OTHERS, strict=True)]},
+            PROMPTS,
+        ),
+        ({"test": NEW_PROMPTS}, NEAR),
+        ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 40))}, NEAR),
+        ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 30, 60))}, NEW),
+        ({"test": OTHERS, "val": OTHERS}, "equal to validation records"),
+        ({"test": edit(OTHERS, "prompt", "x{}".format), "val": OTHERS}, "near copies of validation records"),
+        ({"val": OTHERS, "test": make_pairs(3)}, NEW),
+        # under 13 tokens, and what a template or a system message says: records differ where they have their own words
+        ({"train": make_pairs(1, num_words=5), "test": make_pairs(2, num_words=5)}, NEW),
+        (
+            {
+                "train": edit(make_pairs(1, num_words=3), "prompt", LONG.__add__),
+                "test": edit(make_pairs(2, num_words=3), "prompt", LONG.__add__),
+            },
+            NEW,
+        ),
+        ({"train": chats(TRAIN), "test": chats(OTHERS)}, NEW),
+        ({"train": chats(TRAIN), "test": chats(TRAIN)}, COPIES),
+        ({"train": chats(TRAIN), "test": chats(TRAIN, last="No.")}, NEAR),
+        ({"train": chats(TRAIN), "test": chats(edit(TRAIN, "completion", str), last=LONG)}, PROMPTS),
+        ({"train": ids(TRAIN), "test": ids(TRAIN)}, COPIES),
+        ({"train": ids(TRAIN), "test": ids(edit(TRAIN, "completion", "7 {}".format))}, NEAR),
+        ({"train": ids(TRAIN), "test": ids(OTHERS)}, NEW),
+        (
+            {
+                "train": [
+                    {"text": "\u6c34\u706b" + "".join(map(chr, range(0x4E00 + 40 * i, 0x4E28 + 40 * i)))}
+                    for i in range(20)
+                ],
+                "test": [{"text": "".join(map(chr, range(0x4E00 + 40 * i, 0x4E28 + 40 * i)))} for i in range(20)],
+            },
+            NEAR,
+        ),
+    ],
+)
+def test_records_that_are_not_new_are_found_in_whatever_form(records, reason):
+    records = {"train": TRAIN, **records}
+    seen, examples = SeenRecords(None), []
+    for split, split_records in records.items():
+        record_format = choose_format(split_records[0], DataSettings(data="x", block_size=64), split)
+        for record in split_records:
+            examples.append(record_format.render(record))
+            examples[-1].split = split
+    for example in examples:
+        seen.add(example)
+    seen.find(examples)
+    assert Counter(seen.reasons["test"]) == {reason: 20}
+
+
+def test_near_copies_are_those_that_share_so_many_shingles_with_one_candidate():
+    """Against their definition, on records cut out of a few long texts."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 2**63, 300).astype(np.uint64) for _ in range(6)]
+
+    def draw():
+        start, length = rng.integers(0, 200), rng.integers(5, 100)
+        return texts[rng.integers(6)][start : start + length]
+
+    def shingles(tokens):
+        return {tuple(tokens[i : i + SHINGLE_TOKENS]) for i in range(len(tokens) - SHINGLE_TOKENS + 1)}
+
+    records = [(int(rng.integers(1, 4)), draw()) for _ in range(200)]
+    candidates = [(int(rng.integers(0, 3)), f"row {i}", draw()) for i in range(300)]
+    counts = Counter(shingle for split, _, tokens in candidates if split == 0 for shingle in shingles(tokens))
+    expected = {}
+    for number, (split, tokens) in enumerate(records):
+        own = {shingle for shingle in shingles(tokens) if counts[shingle] <= 12}
+        for earlier, place, candidate in candidates:
+            if earlier < split and own and len(own & shingles(candidate)) >= NEAR_COPY_SHARE * len(own) - 1e-9:
+                expected.setdefault(number, (earlier, place))
+    assert 20 < len(expected) < 180
+    assert find_near_copies(records, candidates, max_records=12) == expected
+
+
+def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refused(tmp_path, prepare_file):
+    pairs = [{"doc": f"d{i}", "mr": f"Town {i}", "ref": f"People met {i} times."} for i in range(100)]
+    train = write_records(tmp_path / "train.csv", pairs[:50])
+    few = write_records(tmp_path / "few.csv", [*pairs[50:90], pairs[0], {**pairs[90], "doc": "D1"}])
+    some = write_records(tmp_path / "some.csv", [*pairs[50:90], *pairs[:3]])
+    prepared = prepare_file(train, test_data=str(few), **COMPLETION)
+    problem = f"1 of 42 test records are not new: 1 equal to training records ({few}, row 41 (line 42))"
+    assert f"warning: {problem}, so the test loss says little about new ones" in prepared.metadata["notices"]
+    assert prepared.row_info("test")["is_seen"].tolist() == [False] * 40 + [True, False]
+    assert prepared.metadata["num_seen"] == {"val": 0, "test": 1, "retain": 0}
+    blocks = prepare_file(train, test_data=str(few), block_size=8, **{**COMPLETION, "objective": "blocks"})
+    assert 0 < blocks.row_info("test")["is_seen"].sum() < 6, "the blocks with a part of the record"
+    by_doc = prepare_file(train, test_data=str(few), split_by="doc", **COMPLETION).metadata["notices"]
+    assert any("1 equal to validation records, 1 with the doc of training records" in notice for notice in by_doc)
+    upper = [*pairs, *({**pair, "mr": pair["mr"].upper()} for pair in pairs)]
+    old = write_records(tmp_path / "old.txt", "".join(f"{pair['mr']}: {pair['ref']}\n" for pair in pairs[50:90]))
+    twice, of_some = (
+        write_records(tmp_path / "twice.csv", upper),
+        r"3 of 43 .* \(.*some.csv, row 41 \(line 42\), row 42",
+    )
+    for file, options, expected in (
+        (train, {"test_data": str(some)}, of_some),
+        (train, {"val_data": str(few), "test_data": str(few)}, "all 42 .*: 41 equal to validation records, 1 equal"),
+        (
+            train,
+            {"test_data": str(few), "retain_data": str(old)},
+            "--retain-data .*: all 40 retained records are not new: 40 equal to test",
+        ),
+        (
+            twice,
+            {"test_fraction": 0.2},
+            "--data .* 9 of 12 validation records are not new: 9 equal to training rec.*: take them",
+        ),
+    ):
+        with pytest.raises(UserError, match=expected):
+            prepare_file(file, **options, **COMPLETION)
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, prepare_file, objective):
+    pairs = [{"mr": f"Town {i}", "ref": f"People met {i} times."} for i in range(400)]
+    file, options = write_records(tmp_path / "a.csv", pairs[:200]), {**COMPLETION, "objective": objective}
+    for num_shared, start in ((1, ""), (2, "warning: "), (99, "warning: ")):
+        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
+        notices = prepare_file(file, val_data=str(val), **options).metadata["notices"]
+        problem = f"{start}{num_shared} of 200 validation records are not new: {num_shared} equal to training records ("
+        assert sum(notice.startswith(problem) for notice in notices) == 1
+    for num_shared in (100, 200):
+        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
+        number = "all 200" if num_shared == 200 else f"{num_shared} of 200"
+        problem = f"--val-data .*v.csv: {number} validation records are not new: .* under 50%, or --allow-leakage"
+        with pytest.raises(UserError, match=problem):
+            prepare_file(file, val_data=str(val), **options)
+        prepared = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
+        assert prepared.metadata["val"]["records"] == 200
+        assert prepared.row_info("val")["is_seen"].all() == (num_shared == 200)
+        with pytest.raises(UserError, match=f"{num_shared} of 200 validation records are not new; expected under 50%"):
+            prepare_file(file, val_data=str(val), **options)
+    for name in ("train", "validation"):
+        write_records(tmp_path / "folder" / f"{name}.csv", pairs)
+    with pytest.raises(UserError, match=r"^--data .*folder: all 400 validation records are not new"):
+        prepare_file(tmp_path / "folder", **options)
