@@ -22,7 +22,6 @@ from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
-from trainer.config.text import shorten
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
@@ -220,11 +219,12 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
     runs, _ = load_runs([str(run) for run in sampled_and_plain_runs])
     comparison = compare(runs)
     write_report(comparison, tmp_path)
-    scores, samples = comparison.optional_tables[-2:]
+    scores = comparison.optional_tables[-1]
     events = read_events(sampled_and_plain_runs[0], "samples")
     first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
-    assert samples.rows == [
-        [shorten(cell, 300) for cell in (text["prompt"], text["reference"], begun["completion"], text["completion"])]
+    shown = [(sample.prompt, *sample.texts.values()) for sample in comparison.samples]
+    assert shown == [
+        tuple(cell.strip() for cell in (text["prompt"], text["reference"], begun["completion"], text["completion"]))
         for begun, text in zip(first, last, strict=True)
     ]
     chrf = scores.headings.index("chrF (0-100)")

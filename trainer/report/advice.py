@@ -56,7 +56,8 @@ def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext 
     rank = pair.lora.runs[0].get("settings.lora.rank")
     if lora_train is not None and full_train is not None and rank and lora_train - full_train > pair.loss_excess / 2:
         ranks = f"--lora-ranks {rank},{RANK_FACTOR * rank}" if study else f"--lora-rank {RANK_FACTOR * rank}"
-        return f"Try a higher rank ({ranks}): LoRA's training loss is behind too, {lora_train:.2f} to {full_train:.2f}."
+        behind = f"LoRA's training loss is behind too, {lora_train:.2f} against {full_train:.2f}"
+        return f"Try a higher rank ({ranks}): {behind}."
     return "Train every weight, or try another adapter: LoRA fits the training data, so rank is not what it lacks."
 
 

@@ -14,12 +14,13 @@ from trainer.report import wandb_report
 from trainer.report.checks import FAILED, NOT_COMPARABLE, CheckResult, check_runs, exit_code, parse_condition
 from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
-from trainer.report.page import FILES, Table, compare, write_report
+from trainer.report.page import FILES, compare, write_report
 from trainer.report.run_data import TRAINER_MODE
 from trainer.report.sentence import Verdict
+from trainer.report.tables import Table
 
 REFUSED_EXIT_CODE = 3
-MAX_CONSOLE_ROWS = 40
+MAX_CONSOLE_ROWS, MAX_CONSOLE_COLUMNS = 40, 7
 
 
 def run_comparison(args: argparse.Namespace) -> int:
@@ -89,21 +90,23 @@ def run_comparison(args: argparse.Namespace) -> int:
 
 
 def print_epochs(table: Table) -> None:
-    """The table by epoch without its examples; where it is long, a line that says where it is."""
+    """The table by epoch, without its training losses where they would not fit beside the others."""
     if len(table.rows) > MAX_CONSOLE_ROWS:
         print(f"{len(table.rows)} rows by epoch: see the report")
         return
-    short_headings = {"validation loss": "val loss", "loss − card's": "to card"}
-    columns = [i for i, name in enumerate(table.headings) if name != "examples"]
-    headings = [short_headings.get(table.headings[i], table.headings[i]) for i in columns]
+    is_wide = len(table.headings) > MAX_CONSOLE_COLUMNS
+    columns = [i for i, name in enumerate(table.headings) if not (is_wide and name.endswith(", train"))]
     rows = [[row[i] for i in columns] for row in table.rows]
-    alignment = ["left" if name == "run" else "right" for name in headings]
+    alignment = ["right" if table.is_numeric[i] else "left" for i in columns]
+    headings = [table.headings[i] for i in columns]
     print(tabulate(rows, headings, tablefmt="github", disable_numparse=True, colalign=alignment) + "\n")
 
 
 def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:
-    """Print the sentence, the three numbers and what follows them: broken at words on a terminal, else a line each."""
+    """Print the sentence, what to do next, the numbers and what follows: broken at words on a terminal, else a line
+    each."""
     console = Console(highlight=False)
-    for n, line in enumerate([verdict.sentence, *map(str, verdict.headlines), *lines]):
+    advice = [f"Next: {verdict.next_step}"] if verdict.next_step else []
+    for n, line in enumerate([verdict.sentence, *advice, *map(str, verdict.headlines), *lines]):
         style = "bold" if console.is_terminal and not n else None
         console.print(escape_controls(line), markup=False, soft_wrap=not console.is_terminal, style=style)

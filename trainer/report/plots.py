@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from trainer.config import reference
 from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
-from trainer.report.judge import FullVsLora, RateCurve
+from trainer.report.judge import UNIT, FullVsLora, RateCurve
+from trainer.report.matched import LOSS
 from trainer.report.run_data import TRAINER_MODE, RunData
 from trainer.report.sentence import Verdict
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676", TRAINER_MODE: "#00785a"}  # light ground
+COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676", TRAINER_MODE: "#00785a"}
+COLOURS["good"] = "#1a7f37"  # all for a light ground
 DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6)), TRAINER_MODE: "-."}
 MORE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 MARKERS = {"full": "o", "lora": "D", "card": "s", TRAINER_MODE: "^"}
@@ -55,14 +57,18 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.formatter.useoffset": False,
 }
 PNG_DPI = 120
 PLOT_SIZE_INCHES = (4.5, 3.4)  # of one plot, so that its text is still legible on a phone
-PICTURE_SIZE_INCHES = (4.8, 3.6)  # of the first one
+PICTURE_SIZE_INCHES = (5.4, 3.1)  # of the first ones
+DIFFERENCE_SIZE_INCHES = (5.4, 1.1)
+MAX_VALUES = 120  # that a plot shows under the pointer
 MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
 MAX_POINTS = 200  # of one line
 LOSS_LABEL = "loss (nats per token)"
 RATES_TITLE = "Loss by learning rate"
+TRADEOFF_TITLE = "Gain against forgetting"
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -78,8 +84,9 @@ class PlotSpec(NamedTuple):
 
     def curve(self, run: RunData) -> Curve:
         """x and y of a run; a line of many points as means of equal bins, without what is not finite."""
-        rows = getattr(run, self.series)
-        x, y = rows["epoch"], rows[self.y]
+        rows, steps_per_epoch = getattr(run, self.series), run.get("resolved.steps_per_epoch")
+        # an epoch's last batch may be short: by examples its step is one too, and a straight line would have a kink
+        x, y = rows["step"] / steps_per_epoch if steps_per_epoch else rows["epoch"], rows[self.y]
         is_finite = np.isfinite(x) & np.isfinite(y)
         x, y = x[is_finite], y[is_finite]
         if len(x) <= MAX_POINTS:
@@ -115,22 +122,35 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
             write_atomically(output_dir / f"curves.{file_format}", render(figure, file_format))
 
 
-def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> tuple[str, str]:
-    """(title, SVG) of the first picture: loss against rate where a mode has several, else the curves by epoch."""
-    pair = verdict.primary
+def render_pictures(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> list[tuple[str, str]]:
+    """(title, SVG) of the first ones: the difference beside 0 and the margin, then loss against rate.
+
+    Where no mode has several rates, the losses by epoch.
+    """
+    pair, pictures = verdict.primary, []
+    if pair is not None and pair.excess is not None and not pair.blockers:
+        digits, name = (4, f"LoRA − full, {UNIT}") if pair.margin.measure == LOSS else (1, "Points that LoRA has fewer")
+        low, high = f"{pair.excess.low:+.{digits}f}", f"{pair.excess.high:+.{digits}f}"
+        title = f"{name}: {pair.excess.estimate:+.{digits}f} [{low}, {high}]"
+        draw_it = partial(draw_difference, pair=pair)
+        pictures.append((title, _render_svg(draw_it, "difference", title, DIFFERENCE_SIZE_INCHES)))
     curves: Sequence[RateCurve] = verdict.study.rate_curves if verdict.study else ()
     if pair is not None and not curves:
         full_run = pair.full.runs[0]
-        curves = rate_curves([group for group in groups if not comparison_blockers(group.runs[0], full_run)])
+        comparable = [group for group in groups if not comparison_blockers(group.runs[0], full_run)]
+        curves = rate_curves([group for group in comparable if group.mode != TRAINER_MODE])
     title, draw = LOSS_PLOT.title, partial(draw_plot, plot=LOSS_PLOT, groups=groups, with_reference=with_reference)
     if pair is not None and max((len(curve.losses) for curve in curves), default=0) > 1:
         title, draw = RATES_TITLE, partial(draw_rates, curves=curves, pair=pair)
-    return title, _render_svg(draw, "picture", title, PICTURE_SIZE_INCHES)
+    return [*pictures, (title, _render_svg(draw, "picture", title, PICTURE_SIZE_INCHES))]
 
 
-def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
+def render_svgs(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
     drawings = []
+    if any(pair.tradeoffs for pair in verdict.comparisons):
+        draw = partial(draw_tradeoffs, pairs=verdict.comparisons)
+        drawings.append((TRADEOFF_TITLE, _render_svg(draw, "tradeoff", TRADEOFF_TITLE, PLOT_SIZE_INCHES)))
     for plot in PLOTS:
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         drawings.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
@@ -138,22 +158,43 @@ def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
-    """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has."""
+    """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has.
+
+    A browser shows the value of a point under the pointer.
+    """
     with styled_figure(size, facecolor="none") as figure:
         axis = figure.subplots()
         draw(axis)
         axis.set_title("")  # the page has it as a heading
         add_legend(figure, [axis])
         svg = render(figure, "svg").decode()
+        values = _point_values(figure, axis)
     opening, rest = svg[svg.index("<svg") :].split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
     svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    # hundredths of a point are enough
+    svg = re.sub(r'(?<= [dxy]=")[^"]*', lambda match: re.sub(r"(\d\.\d\d)\d+", r"\1", match[0]), svg)
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return svg
+    return svg.rstrip().removesuffix("</svg>") + values + "</svg>\n"
+
+
+def _point_values(figure: "Figure", axis: "Axes") -> str:
+    """Unseen circles over the points of the lines, each with its value; of many points some."""
+    lines = [line for line in axis.get_lines() if len(np.asarray(line.get_xdata())) and line.get_linestyle() != "None"]
+    stride = -(-sum(len(np.asarray(line.get_xdata())) for line in lines) // MAX_VALUES)
+    scale, circles = 72 / figure.dpi, []  # an SVG has 72 points an inch
+    for line in lines:
+        name = str(line.get_label())
+        x, y = (np.asarray(data, float)[::stride] for data in line.get_data())
+        for (x_pixel, y_pixel), x_value, y_value in zip(axis.transData.transform(np.c_[x, y]), x, y, strict=True):
+            text = f"{'' if name.startswith('_') else name + ', '}{axis.get_xlabel()} {x_value:.4g}: {y_value:.4g}"
+            place = f'cx="{x_pixel * scale:.1f}" cy="{figure.bbox.height * scale - y_pixel * scale:.1f}"'
+            circles.append(f'<circle {place} r="5" fill="transparent"><title>{escape(text)}</title></circle>')
+    return "".join(circles)
 
 
 def render(figure: "Figure", file_format: str) -> bytes:
@@ -226,7 +267,10 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
             axis.set_yscale("log")
     # few ticks, whole epochs where there are several
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis.get_xlim()[1] > 1.5))
-    axis.yaxis.set_major_formatter(EngFormatter(sep="") if plot.name == "tokens_per_second" else "{x:g}")
+    if plot.name in ("lr", "tokens_per_second"):
+        axis.yaxis.set_major_formatter(EngFormatter(sep="") if plot.name == "tokens_per_second" else format_power)
+    elif axis.get_yscale() == "log":
+        axis.yaxis.set_major_formatter("{x:g}")
     axis.set(title=plot.title, xlabel="epoch", ylabel=plot.y_label)
 
 
@@ -250,36 +294,89 @@ def rate_curves(groups: Sequence[SeedGroup]) -> list[RateCurve]:
 def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
     """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
 
-    The interval stands at LoRA's chosen rate: full's loss there and the interval of the difference.
+    What ended above the loss before training stands at the upper edge, as an arrow: it would flatten the rest.
     """
     lengths = sorted({curve.num_steps for curve in curves})
-    groups, chosen = {"full": pair.full, "lora": pair.lora}, dict[str, float]()
-    for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
-        mode = curve.mode
-        style: dict[str, Any] = {"color": COLOURS[mode], "linestyle": DASHES[mode], "marker": MARKERS[mode]}
-        style |= {"linewidth": 1.6, "markersize": 4, "alpha": (1 + lengths.index(curve.num_steps)) / len(lengths)}
-        label = MODE_NAMES[mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else "")
-        axis.plot(list(curve.losses), list(curve.losses.values()), label=label, **style)
-        chosen[mode] = curve.losses.get(groups[mode].lr, groups[mode].best_loss)
-    for mode, group in groups.items():
-        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.5}
-        axis.plot([group.lr], [chosen[mode]], linestyle="none", color=COLOURS[mode], **ring)
-    if pair.excess is not None:
-        ends = [chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high]
-        bar: dict[str, Any] = {"color": COLOURS["lora"], "linewidth": 2.4, "marker": "_", "markersize": 9}
-        axis.plot(
-            [pair.lora.lr * 1.3] * 2, ends, label=f"{100 * pair.excess.level:.3g} % interval of LoRA's loss", **bar
-        )
-        axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)
-    # leave out what ended above the loss before training: diverged runs would flatten the rest
+    groups = {"full": pair.full, "lora": pair.lora}
     base = [run.initial_loss for run in (*pair.full.runs, *pair.lora.runs) if run.initial_loss is not None]
-    low, high = axis.get_ylim()
-    if base and low < max(base) < high:
-        axis.set_ylim(low, max(base))
+    top = max(base, default=np.inf)
+    for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
+        mode, is_longest = curve.mode, curve.num_steps == lengths[-1]
+        style: dict[str, Any] = {"color": COLOURS[mode], "marker": MARKERS[mode], "markersize": 4}
+        style["alpha"] = (1 + lengths.index(curve.num_steps)) / len(lengths)
+        label = MODE_NAMES[mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else "")
+        rates, losses = np.array(list(curve.losses)), np.array(list(curve.losses.values()))
+        is_inside = losses <= top
+        axis.plot(
+            rates[is_inside],
+            losses[is_inside],
+            label=label if is_longest else f"_{label}",
+            linestyle=DASHES[mode],
+            linewidth=1.6,
+            **style,
+        )
+        arrows = {**style, "marker": "^", "linestyle": "none"}
+        axis.plot(rates[~is_inside], np.full((~is_inside).sum(), top), **arrows)
+        if is_longest:
+            group = groups[mode]
+            ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.5}
+            chosen = curve.losses.get(group.lr, group.best_loss)
+            axis.plot([group.lr], [chosen], linestyle="none", color=COLOURS[mode], **ring)
+    if len(lengths) > 1:
+        shorter = " and ".join(f"{steps:,}" for steps in lengths[:-1])
+        axis.plot([], [], color=TEXT_COLOUR, alpha=0.4, label=f"pale: runs of {shorter} steps")
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter(format_power)
     axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
+
+
+def draw_difference(axis: "Axes", pair: FullVsLora) -> None:
+    """The difference with its interval on its own axis, and 0 and the margin as lines: the decision."""
+    excess, colour = pair.excess, COLOURS["lora"]
+    assert excess is not None
+    ends, digits = [0.0, excess.low, excess.high], 4 if pair.margin.measure == LOSS else 1
+    axis.axvline(0, color=TEXT_COLOUR, linewidth=1.2)
+    names = {0.0: "equal"}
+    if pair.contrast is not None:
+        margin = excess.estimate - pair.contrast.estimate
+        ends.append(margin)
+        names[margin] = f"margin {margin:.{digits}f}"
+        axis.axvline(margin, color=COLOURS["good"], linewidth=1.6, linestyle=(0, (4, 2)))
+        axis.axvspan(min(ends) - 9 * abs(margin), margin, color=COLOURS["good"], alpha=0.10, linewidth=0)
+    width = max(ends) - min(ends) or 1.0
+    axis.plot(
+        [excess.low, excess.high], [0, 0], color=colour, linewidth=3, marker="|", markersize=13, label="_interval"
+    )
+    axis.plot([excess.estimate], [0], color=colour, marker="D", markersize=8, linestyle="-", label="_LoRA − full")
+    for place, name in names.items():
+        axis.text(place, -0.45, f" {name} ", ha="left" if place == max(names) else "right", va="top", fontsize=8.5)
+    axis.set(ylim=(-1.2, 0.8), xlim=(min(ends) - 0.22 * width, max(ends) + 0.22 * width), yticks=[])
+    axis.spines["left"].set_visible(False)
+    axis.grid(visible=False)
+
+
+def draw_tradeoffs(axis: "Axes", pairs: Sequence[FullVsLora]) -> None:
+    """What each setting gained against what it forgot, both with their intervals."""
+    drawn = set[str]()
+    for pair in pairs:
+        for mode, tradeoff in pair.tradeoffs.items():
+            label = (pair.full if mode == "full" else pair.lora).label_with_lr
+            if label in drawn:
+                continue
+            drawn.add(label)
+            x, y = tradeoff.forgetting, tradeoff.gain
+            bars = [[[i.estimate - i.low], [i.high - i.estimate]] for i in (x, y)]
+            style: dict[str, Any] = {"color": COLOURS[mode], "marker": MARKERS[mode], "capsize": 3, "markersize": 6}
+            axis.errorbar(
+                [x.estimate], [y.estimate], xerr=bars[0], yerr=bars[1], label=label, linestyle="none", **style
+            )
+    axis.set(title=TRADEOFF_TITLE, xlabel="forgotten (nats per token)", ylabel="gained (nats per token)")
+
+
+def format_power(value: float, position: float = 0) -> str:
+    """`1e-4`, `2.5e-3` and `0`: one way for all rates."""
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def plot_lr_range_test(
@@ -296,7 +393,7 @@ def plot_lr_range_test(
     with styled_figure((1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1])) as figure:
         axis = figure.subplots()
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")  # the page's style draws no formulas
+        axis.xaxis.set_major_formatter(format_power)
         axis.plot(lrs, losses, ".", color=TEXT_COLOUR, alpha=0.3, markersize=4)
         axis.plot(lrs, smoothed_losses, "-", color=COLOURS[mode], linewidth=2)
         if smoothed_losses:

@@ -38,17 +38,17 @@ STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on 
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 
 
-#: a text on one line, without what a terminal would act on
-Line = Annotated[str, AfterValidator(lambda text: escape_controls(" ".join(text.split())))]
+#: a text without what a terminal would act on
+Text = Annotated[str, AfterValidator(lambda text: "\n".join(map(escape_controls, text.strip().splitlines())))]
 
 
 class SampleText(BaseModel):
     """A completion of a validation prompt beside its reference, and what the base made of it where that was asked."""
 
-    prompt: Line
-    reference: Line
-    completion: Line
-    base: Line | None = None
+    prompt: Text
+    reference: Text
+    completion: Text
+    base: Text | None = None
 
 
 class Samples(BaseModel):
@@ -57,7 +57,7 @@ class Samples(BaseModel):
     texts: list[SampleText]
     epoch: Float
     scored: Int | None = None
-    scores: dict[Line, Float] | None = None
+    scores: dict[Text, Float] | None = None
 
 
 @dataclass(kw_only=True, eq=False)

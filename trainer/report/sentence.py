@@ -1,4 +1,4 @@
-"""What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
+"""What the comparison comes to: one sentence with its interval, its numbers, and what explains them line by line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -302,7 +302,7 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} (full), {pair.lora_loss:.4f} (LoRA)", where)]
     if judged is not None and judged.measure != LOSS:
         values = f"{judged.score('full'):.1f} (full), {judged.score('lora'):.1f} (LoRA)"
-        headlines.append(Headline("Score", values, f"{judged.measure.partition(':')[2]}, of 100"))
+        headlines.insert(0, Headline("Score", values, f"{judged.measure.partition(':')[2]}, points of 100"))
     for mode, tradeoff in pair.tradeoffs.items():
         headlines.append(Headline(f"Forgotten by {MODE_NAMES[mode]}", f"{tradeoff.forgetting.estimate:+.4f}", UNIT))
     for label, cost, format_value in (("Time", pair.time, format_duration), ("Memory", pair.memory, format_bytes)):

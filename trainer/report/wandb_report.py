@@ -9,7 +9,7 @@ from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.text import shorten
 from trainer.data.dataset import resolve_cache_dir
-from trainer.report.page import Comparison, markdown_list, markdown_section, markdown_verdict
+from trainer.report.page import Comparison, markdown_list, markdown_samples, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
 from trainer.tracking.wandb_keys import data_name, reference_row
 from trainer.tracking.wandb_logger import define_metrics, is_logged_in, prepare_environment, wandb_mode
@@ -133,9 +133,10 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     if comparison.problems:
         blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
     notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
-    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, comparison.by_run)]
+    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, *comparison.by_run)]
     sections.append(("Same and different", f"{notes}\n\n{differing}"))
     sections += [(table.title, markdown_section(table)) for table in comparison.optional_tables]
+    sections += [("Samples", markdown_samples(comparison.samples))] if comparison.samples else []
     for heading, text in sections:
         blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
     return wr.Report(

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
+from helpers.fake_studies import MakeRun, make_study
 
 from trainer.config import reference
 from trainer.config.text import escape_markdown
 from trainer.report import plots
+from trainer.report.answer_file import to_answer
 from trainer.report.load import load_runs
 from trainer.report.page import Comparison, compare, render_html, render_markdown, write_report
+from trainer.report.run_data import read_folder
+from trainer.tracking.records import EventRecord, to_line
 
 Plain = tuple[Comparison, dict[str, str]]
 CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
@@ -59,19 +63,18 @@ def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_plots")
 def test_every_report_format_has_the_card_full_lora_and_their_difference(card_like: Comparison, tmp_path: Path) -> None:
     table, files = card_like.by_epoch, write_texts(card_like, tmp_path / "out")
-    names = [("0", "full"), ("0", "LoRA"), *itertools.product("123", ("card", "full", "LoRA"))]
-    rows = {tuple(row[:2]): dict(zip(table.headings, row, strict=True)) for row in table.rows}
-    assert list(rows) == names
-    card_losses = [rows[f"{row.epoch}", "card"]["validation loss"] for row in reference.CURVE]
-    assert card_losses == ["1.2262", "1.0048", "0.9414"]
-    assert (rows["1", "full"]["step"], rows["1", "full"]["examples"]) == ("6,621", "13,242")
-    assert rows["2", "LoRA"]["loss − card's"] == "+0.0952"  # 1.1 - 1.0048
-    assert rows["0", "LoRA"]["loss − card's"] == "-"
-    assert [rows[epoch, "LoRA"]["validation loss"] for epoch in "0123"] == ["4.0000", "1.3000", "1.1000", "1.0000"]
+    columns = dict(zip(table.headings, zip(*table.rows, strict=True), strict=True))
+    assert list(columns)[:6] == ["epoch", "step", "card", "full", "LoRA", "LoRA − full"]
+    assert columns["epoch"] == ("0", "1", "2", "3"), "one row an epoch"
+    assert columns["card"] == ("", *(f"{row.val_loss:.4f}" for row in reference.CURVE))
+    assert columns["step"][1] == "6,621"
+    assert columns["LoRA − card"][:3] == ("-", "+0.0738", "+0.0952")  # 1.3 - 1.2262, 1.1 - 1.0048
+    assert columns["LoRA"] == ("4.0000", "1.3000", "1.1000", "1.0000")
+    assert columns["LoRA − full"] == ("+0.0000",) * 4
     for text in itertools.chain(*table.rows):
         assert f">{text}<" in files["report.html"]
         assert f" {escape_markdown(text)} " in files["report.md"]
-    assert ["trainable parameters", "124,439,808", "1,179,648"] in card_like.by_run.rows
+    assert ["trainable parameters", "124,439,808", "1,179,648"] in card_like.by_run[1].rows
     assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json"]
 
 
@@ -82,7 +85,7 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
     comparison = make_comparison(tmp_path, *contents, losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25})
     files = write_texts(comparison, tmp_path / "out")
     assert json.loads(files["answer.json"])["comparisons"] == []
-    assert {row[-1] for row in comparison.by_epoch.rows} == {"", "-"}
+    assert not any("−" in heading for heading in comparison.by_epoch.headings), "no difference"
     differences = {f"{abs(a - b):.4f}" for a in (4.0, 3.0, 2.5, 2.25) for b in (1.2262, 1.0048, 0.9414)}
     for name in ("answer.json", "report.md", "report.html", "curves.svg"):
         assert not differences & set(re.findall(r"(?<!\d)\d\.\d{4}", files[name])), name
@@ -130,43 +133,59 @@ def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     check_page(files["report.html"])
     assert not re.search("(?<!\\\\)<script", files["report.md"] + files["curves.svg"]), "not escaped"
     assert not any(re.search("[\x1b\u202e]", files[file]) for file in files if file != "curves.png")
-    lines = files["report.md"].split("## By run")[1].split("##")[0].strip().splitlines()
+    lines = files["report.md"].split("## Settings")[1].split("##")[0].strip().splitlines()
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
     assert len(columns) == 1, "a name added a column"
 
 
-def test_the_page_opens_with_the_sentence_three_numbers_and_one_picture_and_the_parts_follow(plain: Plain) -> None:
-    comparison, files = plain
-    html = files["report.html"]
-    before, first = html.split("</section>")[0].split('<section class="first">')
-    assert comparison.verdict.sentence in first
-    assert re.findall(r"<dt>(\w+)</dt>", first) == ["Loss", "Memory"]
-    assert first.count("<svg") == 1
-    assert "Validation loss by epoch" in first
-    assert "<table" not in before
-    packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', first)
-    assert base64.b64decode(packed[1]).decode() == files["answer.json"]
-    for anchor in re.findall(r'href="#(rule|runs)"', first):
-        assert f'id="{anchor}"' in html
-    for text in (html, files["report.md"]):
-        parts = ("Cannot tell", "Loss", "By epoch", "By run", "Same and different", "Different", "Same, where known")
-        places = [text.index(part) for part in parts]
-        assert places == sorted(places)
-    for table in (comparison.by_run, comparison.differing_settings, comparison.shared_settings):
-        assert all(set(column) - {"", "-", "unknown"} for column in zip(*table.rows, strict=True))
-    summaries = re.findall(r"<details( open)?><summary>([A-Za-z]+)", html)
-    assert summaries == [(" open", "Different"), ("", "Same")]
+def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and_the_rest_is_folded(
+    make_run: MakeRun,
+) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    comparison = compare(runs, with_reference=False)
+    html, pair = render_html(comparison), comparison.verdict.primary
+    first = html.split('<section class="first">')[1].split("</section>")[0]
+    assert "<h1>Was LoRA good enough for acled-demo on demo-base?</h1>" in first
+    assert re.search('<p class="badge bad"><span aria-hidden="true">✗</span> LoRA was not good enough</p>', first)
+    assert f">{pair.base_loss:.4f} → {pair.full_loss:.4f} (full), {pair.lora_loss:.4f} (LoRA)<" in first
+    assert "<b>Next:</b> Search LoRA" in first
+    titles = re.findall("<figcaption>(.*?)</figcaption>", html)
+    assert titles[:2] == [f"LoRA − full, nats per token: {pair.excess}", "Validation loss by epoch"]
+    assert len(titles) == len(set(titles)), "the same picture twice"
+    assert comparison.verdict.statement.claim[1:] in first
+    assert html.count(comparison.verdict.statement.claim[1:]) == 1, "said once"
+    assert len(re.findall("<dt>(.*?)</dt>", html)) == len(re.findall(r"<dd>[^<]*\d[^<]*</dd><dd>", html)), "no number"
+    packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', html)
+    assert json.loads(base64.b64decode(packed[1])) == json.loads(json.dumps(to_answer(comparison.verdict)))
+    summaries = re.findall(r"<details[^>]*?( open)?><summary>([A-Za-z]+ \w+)", html)
+    assert [text for is_open, text in summaries if not is_open] == ["What it", "The runs", "What may", "Same where"][:3]
+    assert "<title>full, n = 3: " in html, "the value of a point under the pointer"
+    assert len(html.encode()) < 300_000
+    for path in ("report.md",):
+        assert comparison.verdict.next_step.split("launch")[0] in render_markdown(comparison), path
 
 
-def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(plain: Plain) -> None:
-    """The style moves columns by their number, so each must be where the style thinks it is."""
-    comparison, html = plain[0], plain[1]["report.html"]
-    assert html.count('<table class="epochs">') == 1
-    headings = ["epoch", "run", "step", "examples", "train loss", "validation loss"]
-    assert comparison.by_epoch.headings[:6] == headings
-    moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
-    for child, order in moved.items():
-        assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html)
+def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_no_path_of_the_machine(
+    make_run: MakeRun,
+) -> None:
+    metadata = {"execution": [{"step": 0, "reason": "as planned", "path": "eager"}]}
+    runs = [make_run(mode, [4.0, 2.0], data__source="/home/me/x.csv", **metadata) for mode in ("full", "lora")]
+    text = {"prompt": "Name\n<two>", "reference": "one\n  two", "completion": "o\x1bne", "base": ""}
+    for run in runs:
+        path = Path(run.source) / "metrics.jsonl"
+        facts = {"texts": [text | {"completion": run.mode}], "epoch": 1.0}
+        event = EventRecord(event="samples", step=30, message="", time=1.0, facts=facts)
+        path.write_text(path.read_text() + to_line(event) + "\n")
+    comparison = compare([read_folder(Path(run.source)) for run in runs], with_reference=False)
+    html, markdown = render_html(comparison), render_markdown(comparison)
+    assert '<pre class="prompt">Name\n&lt;two&gt;</pre>' in html
+    names = re.findall(r"<dt class=.*?>(.*?)</dt><dd><pre>([^<]*)</pre>", html)
+    base = ("base (demo-base)", "(nothing)")
+    assert names == [("reference", "one\n  two"), base, ("full", "full"), ("LoRA", "lora")]
+    assert "- Name<br>\\<two\\>\n  - **reference**: one<br>two\n" in markdown
+    for text_of_page in (html, markdown):
+        assert "/home/me" not in text_of_page
+        assert "&#39;step&#39;" not in text_of_page
 
 
 @pytest.mark.usefixtures("few_plots")
@@ -201,7 +220,7 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
 
     loras = [make_metadata("lora", resolved__lr=lr) for lr in (1e-3, 5e-3, 2e-2)]
     comparison = make_comparison(tmp_path, make_metadata("full"), *loras)
-    assert plots.render_picture(comparison.groups, comparison.verdict, True)[0] == "Loss by learning rate"
+    assert plots.render_pictures(comparison.groups, comparison.verdict, True)[-1][0] == "Loss by learning rate"
     pair = comparison.verdict.primary
     axis = Figure().subplots()
     plots.draw_rates(axis, plots.rate_curves(comparison.groups), pair)
@@ -254,7 +273,7 @@ def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: P
 
 def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
     def thin(x: Any, y: Any) -> Any:
-        return plots.PLOTS[1].curve(SimpleNamespace(steps={"epoch": x, "loss": y}))
+        return plots.PLOTS[1].curve(SimpleNamespace(steps={"epoch": x, "step": x, "loss": y}, get=lambda path: None))
 
     x = np.arange(20_000.0)
     few_x, few_y = thin(x, np.sin(x) + 1)
