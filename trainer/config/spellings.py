@@ -22,6 +22,7 @@ def read_table() -> dict[str, Any]:
     table = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text(encoding="utf-8"))
     for part in ("same", "switches", "no_effect", "elsewhere"):
         table[part] = {name: ours for ours, names in table[part].items() for name in names.split()}
+    table["elsewhere"] |= dict(word.split("=") for word in table["nearest"].split())
     table["together"] = dict.fromkeys(table["together"].split(), "")
     table["only"] = {
         k: (v.lower().split(), answer) for answer, names in table["only"].items() for k, v in names.items()
@@ -36,16 +37,17 @@ class Translation:
     words: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)  #: {spelling: among which words it was given last}
+    late: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  #: words still to be put there
 
     def value_of(self, flag: str) -> str | None:
         """The value of a flag of ours where it was given last."""
         return next((w.partition("=")[2] for w in reversed(self.words) if w.startswith(f"{flag}=")), None)
 
-    def put(self, spelling: str, *words: str) -> None:
-        """Take words of ours for a spelling, and say so once."""
-        self.words += words
-        note = f"{spelling} is {' '.join(words).replace('=', ' ')} here"
-        self.notes += [note] if note not in self.notes else []
+    def put(self, key: str, *words: str, said: str = "") -> None:
+        """Take words of ours where a spelling was given, as of two flags the last one counts, and say so."""
+        self.late.append((self.places[key], words))
+        self.notes.append(f"{said or key} is {' '.join(words).replace('=', ' ')} here")
 
 
 def translate(
@@ -77,7 +79,7 @@ def translate(
         value, is_given = ",".join(values), bool(values)
         try:
             if part:
-                given[key] = value if is_given else "true"
+                given[key], result.places[key] = value if is_given else "true", len(result.words)
             if part == "no_effect":
                 ignored.setdefault(table[part][key], []).append(key)
             elif part == "only":
@@ -88,12 +90,16 @@ def translate(
                 if is_given and value.lower() not in TRUE + FALSE + NONE:
                     raise UserError("expected true or false")
                 if not is_given or value.lower() in TRUE:
-                    own = [flag] if ours else table[part][key].replace(" ", "=", 1).split()
-                    result.put(key, *own) if key != own[0][2:].replace("-", "_") else result.words.extend(own)
+                    if ours:
+                        result.words.append(ours)
+                    else:
+                        result.put(key, table[part][key].replace(" ", "="))
             elif part != "together" and (part != "same" or value.lower() not in NONE):
                 changed = table["values"].get(ours, {}).get(value.lower(), value)
                 if changed.startswith("!"):
                     raise UserError(changed[1:])
+                if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5
+                    changed = f"--warmup-ratio={value}"
                 own = [changed] if changed.startswith("--") else [f"{ours}={changed}"] if is_given else [ours]
                 if part == "same" or changed not in ("", value):
                     remark = table["same"].get(key, "").partition(" ")[2]
@@ -110,6 +116,8 @@ def translate(
             take(result, given)
         except UserError as error:
             result.problems.append(str(error))
+    for place, words in sorted(result.late, reverse=True):
+        result.words[place:place] = words
     result.notes += [f"{', '.join(names)}: without effect, {reason}" for reason, names in ignored.items()]
     return result
 
@@ -146,10 +154,11 @@ def _take_batch(result: Translation, given: Mapping[str, str], *, num_ranks: int
     size = _whole(name or "micro-batch", micro or TRANSFORMERS_BATCH)
     batch = size * (steps or 1) * num_ranks
     product = f"per device {size} x accumulation {steps or 1} x {num_ranks} process{'es' * (num_ranks > 1)}"
+    key = max(("gradient_accumulation_steps", name or ""), key=lambda key: result.places.get(key, -1))
     if own_batch is None:
-        result.put(product, f"--micro-batch={size}", f"--global-batch={batch}")
+        result.put(key, f"--micro-batch={size}", f"--global-batch={batch}", said=product)
     elif steps is None or own_batch == str(batch):
-        result.put(product, f"--micro-batch={size}")
+        result.put(key, f"--micro-batch={size}", said=product)
     else:
         raise UserError(f"--global-batch {own_batch}: {product} makes {batch}; expected one of them")
 
@@ -165,13 +174,15 @@ def _take_intervals(result: Translation, given: Mapping[str, str]) -> None:
             continue
         if strategy is not None and strategy.lower() not in ("no", "false", "epoch", "steps"):
             raise UserError(f"--{name} {strategy}: expected no, epoch or steps, as {flag} never, epoch or a number")
-        if strategy is not None and strategy.lower() != "steps":
-            result.put(f"{name} {strategy}", f"{flag}={'epoch' if strategy.lower() == 'epoch' else 'never'}")
+        if name is not None and strategy is not None and strategy.lower() != "steps":
+            every = "epoch" if strategy.lower() == "epoch" else "never"
+            result.put(name, f"{flag}={every}", said=f"{name} {strategy}")
             continue
         steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else given.get("logging_steps"))
         if steps is None:
             raise UserError(f"--{name} {strategy}: expected --{steps_name} N too")
-        result.put(f"{steps_name} {steps}", f"{flag}={_whole(steps_name, steps)}")
+        key = steps_name if steps_name in given else name or ""
+        result.put(key, f"{flag}={_whole(steps_name, steps)}", said=f"{steps_name} {steps}")
 
 
 def _take_precision(result: Translation, given: Mapping[str, str]) -> None:
@@ -189,9 +200,9 @@ def _take_precision(result: Translation, given: Mapping[str, str]) -> None:
     if bf16 is False and not wanted:
         wanted = {"fp32"}
     for precision in wanted:
-        is_dtype = by_dtype[short] == precision
-        spelling = f"{name} {dtype}" if is_dtype else "bf16 false" if precision == "fp32" else precision
-        result.put(spelling, f"--precision={precision}")
+        is_dtype = name is not None and by_dtype[short] == precision
+        key = str(name) if is_dtype else "bf16" if precision == "fp32" else precision
+        result.put(key, f"--precision={precision}", said=f"{key} {given[key]}")
         result.notes[-1] += " (weights that are trained stay in float32)" if is_dtype else ""
 
 
@@ -200,38 +211,28 @@ def _take_quant(result: Translation, given: Mapping[str, str]) -> None:
     kind = given.get("bnb_4bit_quant_type", "nf4")
     if in_4_bits and in_8_bits:
         raise UserError("--load_in_4bit and --load_in_8bit: expected one of them")
-    if kind not in ("nf4", "fp4", *NONE):
+    if kind not in ("nf4", "fp4"):
         raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4 or fp4")
     if in_4_bits or in_8_bits:
-        spelling = "load_in_4bit" if in_4_bits else "load_in_8bit"
-        result.put(spelling, f"--quant={'int8' if in_8_bits else kind or 'nf4'}")
+        result.put("load_in_4bit" if in_4_bits else "load_in_8bit", f"--quant={kind if in_4_bits else 'int8'}")
 
 
 def _take_method(result: Translation, given: Mapping[str, str]) -> None:
-    uses_peft, mode = _is_on(given, "use_peft"), result.value_of("--mode")
-    if uses_peft is not None:
-        if mode not in (None, own := "lora" if uses_peft else "full"):
-            raise UserError(f"--mode {mode}: use_peft {given['use_peft']} is --mode {own}; expected one of them")
-        result.put(f"use_peft {given['use_peft']}", f"--mode={own}")
-    kinds = [kind for kind in ("dora", "rslora") if _is_on(given, f"use_{kind}")]
+    if (uses_peft := _is_on(given, "use_peft")) is not None:
+        result.put("use_peft", f"--mode={'lora' if uses_peft else 'full'}", said=f"use_peft {given['use_peft']}")
     init = given.get("init_lora_weights", "true").lower()
-    if init == "pissa":
-        kinds.append("pissa")
-    elif init not in TRUE + NONE:
+    if init not in ("pissa", *TRUE, *NONE):
         raise UserError(f"--init_lora_weights {init}: expected true (B is zero) or pissa")
+    kinds = {f"use_{kind}": kind for kind in ("dora", "rslora") if _is_on(given, f"use_{kind}")}
+    kinds |= {"init_lora_weights": "pissa"} if init == "pissa" else {}
     if len(kinds) > 1:
-        raise UserError(f"{' and '.join(kinds)}: not together; expected one --adapter")
-    for kind in kinds:
-        result.put("init_lora_weights pissa" if kind == "pissa" else f"use_{kind}", f"--adapter={kind}")
+        raise UserError(f"{' and '.join(kinds.values())}: not together; expected one --adapter")
+    for key, kind in kinds.items():
+        result.put(key, f"--adapter={kind}")
 
 
 def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
     _, kind = _first(given, "lr_scheduler_type")
-    steps, ratio = result.value_of("--warmup-steps"), result.value_of("--warmup-ratio")
-    if steps is not None and re.fullmatch(r"0?\.\d+", steps):  # a share, since transformers 5
-        result.words = [word for word in result.words if not word.startswith("--warmup-steps=")]
-        result.put(f"warmup_steps {steps}", f"--warmup-ratio={steps}")
-        ratio, steps = steps, None
     if kind is None:
         return
     changed = read_table()["values"]["--schedule"].get(kind, kind)
@@ -239,7 +240,8 @@ def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
         raise UserError(f"--lr_scheduler_type {kind}: {changed[1:]}")
     if changed not in ("linear", "cosine", "constant"):
         raise UserError(f"--lr_scheduler_type {kind}: expected linear, cosine, constant or constant_with_warmup")
-    if kind == "constant" and (set(f"{steps or ''}{ratio or ''}") & set("123456789")):
+    warmup = f"{result.value_of('--warmup-steps')}{result.value_of('--warmup-ratio')}"
+    if kind == "constant" and re.search("[1-9]", warmup):
         raise UserError("--lr_scheduler_type constant: has no warm-up in transformers; expected constant_with_warmup")
     no_warmup = ["--warmup-ratio=0"] if kind == "constant" else []
     result.put("lr_scheduler_type", f"--schedule={changed}", *no_warmup)
@@ -251,12 +253,13 @@ def _take_rest(result: Translation, given: Mapping[str, str]) -> None:
         which = "latest" if checkpoint.lower() in TRUE else re.sub(r"^.*checkpoint-(\d+)/?$", r"step-\1", checkpoint)
         if not re.fullmatch(r"latest|best|auto|step-\d+", which):
             raise UserError(f"--resume_from_checkpoint {checkpoint}: expected true or checkpoint-N of a run here")
-        result.put(f"resume_from_checkpoint {checkpoint}", f"--resume={which}")
-    name, config = given.get("dataset_name", ""), given.get("dataset_config", "")
-    if config.lower() not in NONE and (name.lower() in NONE or ":" in name):
+        result.put("resume_from_checkpoint", f"--resume={which}")
+    _, name = _first(given, "dataset_name")
+    _, config = _first(given, "dataset_config")
+    if config is not None and (name is None or ":" in name):
         raise UserError(f"--dataset_config {config}: expected with --dataset_name ID, or as --data ID:CONFIG")
-    if name.lower() not in NONE:
-        result.put("dataset_name", f"--data={name}{f':{config}' if config.lower() not in NONE else ''}")
+    if name is not None:
+        result.put("dataset_name", f"--data={name}{f':{config}' if config else ''}")
     _, data_seed = _first(given, "data_seed")
     if data_seed not in (None, seed := result.value_of("--seed") or "42"):
         raise UserError(f"--data_seed {data_seed}: expected --seed, here {seed}, for weights, order and dropout alike")

@@ -72,7 +72,7 @@ def test_every_field_of_transformers_trl_and_peft_is_known_once_and_its_default_
         ("--use_dora True --use_rslora false", "--adapter dora", "use_dora is --adapter dora here"),
         ("--init_lora_weights pissa", "--adapter pissa", ""),
         ("--load_in_4bit --bnb_4bit_quant_type fp4", "--quant fp4", "load_in_4bit is --quant fp4 here"),
-        ("--bf16 --fp16 False --packing true", "--precision bf16 --packing", "bf16 is --precision bf16 here"),
+        ("--bf16 --fp16 False --packing true", "--precision bf16 --packing", "bf16 true is --precision bf16 here"),
         ("--bf16 false", "--precision fp32", "bf16 false is --precision fp32 here"),
         ("--torch_dtype bfloat16", "--precision bf16", "(weights that are trained stay in float32)"),
         ("--gradient_checkpointing --dtype float32", "--activation-checkpointing", ""),
@@ -106,7 +106,8 @@ def test_a_flag_of_another_program_is_taken_with_its_value_and_the_plan_says_so(
 def test_peft_decides_the_mode_and_a_checkpoint_of_the_trainer_is_ours():
     assert parse("--use_peft").settings.mode == parse("--use_peft true --mode lora").settings.mode == "lora"
     assert parse("--use_peft false").settings.mode == "full"
-    assert refusals("--use_peft --mode full") == ["--mode full: use_peft true is --mode lora; expected one of them"]
+    assert parse("--use_peft true --mode full --eval_strategy no --eval-every 5").settings.output.eval_every == "5"
+    assert parse("--mode full --eval-every 5 --eval_strategy no").settings.output.eval_every == "never"
     assert parse("--mode full --resume_from_checkpoint True").resume == "latest"
     assert parse("--mode full --resume_from_checkpoint runs/a/checkpoint-500").resume == "step-500"
 
@@ -216,7 +217,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         ("--frob\nnicate", ["--frob\\nnicate: unknown flag"]),
-        ("--ways lora", ["--ways lora: unknown flag"]),  # --methods is study.py's
+        ("--methods lora", ["--methods lora: unknown flag"]),  # of study.py
         ("--modee full", ["--modee full: did you mean --mode full?"]),
     ],
 )
@@ -292,7 +293,7 @@ def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
     ("program", "argv", "answer"),
     [
         ("train", "--mode full --lrate 1e-4", "--lrate 1e-4: unknown flag"),
-        ("study", "--ways lora", "--ways lora: did you mean --methods lora?"),
+        ("study", "--method lora", "--method lora: did you mean --methods lora?"),
         ("study", "--learning_rate 1e-4", "--lr=1e-4: the study sets it for each of its runs"),
         ("doctor", "--mode full --rank 2", "--rank 2: did you mean --ranks 2?"),
         ("compare", "--out=x", "--out x: did you mean --output-dir x?"),
