@@ -6,9 +6,8 @@ Exit code 0: measured; 1: a measurement failed; 2: a mistake in the flags.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, number, whole_number, whole_numbers
+from trainer.config.argument_parser import ArgumentParser, number, output_folder, whole_number, whole_numbers
 from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 from trainer.config.errors import UserError
 from trainer.tools.program import program
@@ -82,7 +81,7 @@ def build_parser(name: str) -> ArgumentParser:
     add("--window", type=whole_number, default=4, metavar="N", help="steps of a window (default: 4)")
     add("--warmup", type=whole_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
     add("--rounds", type=whole_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
-    add("--output-dir", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
+    add("--output-dir", type=output_folder, default="bench", metavar="DIR", help="for the table (default: bench)")
     return parser
 
 

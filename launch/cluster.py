@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.argument_parser import ArgumentParser, output_folder, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
     setup_help = "shell lines for each host before the ranks start, such as `module load cuda`"
     parser.add_argument("--setup", type=Path, metavar="FILE", help=setup_help)
     folder_help = "where the files go (default: cluster)"
-    parser.add_argument("--folder", type=Path, default=Path("cluster"), metavar="DIR", help=folder_help)
+    parser.add_argument("--folder", type=output_folder, default="cluster", metavar="DIR", help=folder_help)
     return parser
 
 

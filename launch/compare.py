@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, number, user_path
+from trainer.config.argument_parser import ArgumentParser, number, output_folder, user_path
 from trainer.tools.program import program
 
 
@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     tolerance_help = "widens the limit of each check, in its unit (default: 0)"
     output_help = "where the report goes (default: comparison)"
     add("runs", nargs="*", type=user_path, metavar="RUN", help=runs_help)
-    add("--output-dir", type=Path, default=Path("comparison"), metavar="DIR", help=output_help)
+    add("--output-dir", type=output_folder, default="comparison", metavar="DIR", help=output_help)
     card_help = "compare with the card too (default: for --preset card, ACLED data and runs comparable with it)"
     add("--card", action="store_true", help=card_help)
     add("--margin", metavar="X", help=margin_help)

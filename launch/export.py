@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, output_folder
 from trainer.config.choices import ExportDtype
 from trainer.tools.program import prepare_libraries, program
 
@@ -34,7 +34,7 @@ def build_parser() -> ArgumentParser:
     add("--dtype", choices=get_args(ExportDtype), default="fp32", help=dtype_help)
     add("--push", metavar="NAMESPACE/NAME", help=push_help)
     add("--private", action="store_true", help="with --push: make a new repository a private one")
-    add("--output-dir", type=Path, metavar="DIR", help=output_help)
+    add("--output-dir", type=output_folder, metavar="DIR", help=output_help)
     return parser
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
+from trainer.config.argument_parser import ArgumentParser, output_folder, whole_number, whole_numbers
 from trainer.config.errors import UserError
 from trainer.report.wandb_report import parse_target
 from trainer.tools.program import program
@@ -35,7 +35,7 @@ def build_parser() -> ArgumentParser:
     decide_help = (
         "loss, or score:NAME of a --score NAME; rates are chosen by validation loss all the same (default: loss)"
     )
-    add("--output-dir", type=Path, default=Path("study"), metavar="DIR", help="folder of the study (default: study)")
+    add("--output-dir", type=output_folder, default=Path("study"), metavar="DIR", help="of the study (default: study)")
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
     add("--gpus-per-trial", type=per_trial, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")

@@ -27,7 +27,7 @@ from trainer.distributed.preflight import config_digest, program_facts, refuse_d
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
-from trainer.export.folder import refuse_foreign_files
+from trainer.export.folder import refuse_lost_files
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.find_batch import find_micro_batch_size
@@ -88,7 +88,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         validate_early(settings, context, is_dry_run=args.dry_run)
         check_loggers(settings.output)
         if settings.output.export != "none" and not args.dry_run:
-            refuse_foreign_files(Path(settings.run_folder) / "model")
+            refuse_lost_files(Path(settings.run_folder) / "model")
         return settings, previous
 
     settings, previous = context.on_rank_zero(check_request)

@@ -90,8 +90,8 @@ def test_rounds_are_compared_one_by_one_and_what_failed_says_so_and_is_not_tried
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bench.json", '{"mine": 1}', "bench.json there is of somebody else; expected another folder or file"),
-        ("bench.md", "mine", "bench.md there is of somebody else; expected another folder or file"),
+        ("bench.json", '{"mine": 1}', "bench.json there was not written by this program; name another"),
+        ("bench.md", "mine", "bench.md there was not written by this program; name another"),
         ("", "", "cannot write there (Not a directory)"),
     ],
 )

@@ -319,6 +319,7 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     state = broken / "checkpoints" / "step-000006" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     base = shutil.copytree(lora_run, tmp_path / "rebased") / "base" / "model.safetensors"
+    shutil.rmtree(shutil.copytree(lora_run, tmp_path / "baseless") / "base")
     stored = load_file(base)
     stored["transformer.wpe.weight"] += 1
     save_file(stored, base, metadata={"format": "pt"})
@@ -331,6 +332,10 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     for arguments, expected in (
         ([changed], "the config.json of"),
         ([tmp_path / "rebased"], "its adapters were trained on another base model"),
+        (
+            [tmp_path / "baseless"],
+            "base: the random weights that its adapters stand on are gone; restore",
+        ),
         ([tmp_path / "none"], "no run.json there"),
         ([tmp_path / "odd"], "schema_version is missing; expected what a run writes"),
         ([full_run, "--merge"], "--merge: "),

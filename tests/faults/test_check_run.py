@@ -61,6 +61,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "tensors a folder": put_instead(f"{NEWEST}/{STATE}", Path.mkdir),
     "tensors a pipe": put_instead(f"{NEWEST}/{STATE}", os.mkfifo),
     "checkpoints gone": remove("checkpoints"),
+    "checkpoints a file": put_instead("checkpoints", Path.touch),
+    "requeue a folder": lambda run: (run / "requeue").mkdir(),
     "checkpoints and rows gone": remove("checkpoints", ROWS, "eval_records"),
     "rows twice": rewrite(ROWS, lambda content: content + content),
     "rows gone": remove(ROWS),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config.errors import UserError, mask_credentials
-from trainer.config.files import expand_user_path
+from trainer.config.files import expand_user_path, require_place_for_folder
 from trainer.config.spellings import FALSE, read_table, translate
 
 TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
@@ -50,6 +50,16 @@ def user_path(text: str) -> str:
         return expand_user_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def output_folder(text: str) -> Path:
+    """The `type` of a flag that takes the folder to write into, there or not."""
+    folder = Path(user_path(text))
+    try:
+        require_place_for_folder(folder, text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return folder
 
 
 class ArgumentParser(argparse.ArgumentParser):

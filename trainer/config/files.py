@@ -71,6 +71,16 @@ def require_utf8_path(path: Path, name: str) -> None:
         raise UserError(f"{name}: its path is not UTF-8; name another folder") from None
 
 
+def require_place_for_folder(folder: Path, name: str) -> None:
+    """UserError, which begins with `name`, where no folder is or can be made that this user may write into: there, or
+    above it, is something else. Nothing is made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"{name}: {existing} is not a folder; name another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: this user may not write into {existing}; name another folder")
+
+
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """A file to write the new content of `path` to: it takes its place at the end, or on an error nothing.
@@ -195,4 +205,4 @@ def refuse_foreign_files(
     except UserError:
         is_foreign = True
     if is_foreign:
-        raise UserError(f"{flag}: {existing[0].name} there is of somebody else; expected another folder or file")
+        raise UserError(f"{flag}: {existing[0].name} there was not written by this program; name another")

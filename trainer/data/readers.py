@@ -4,6 +4,7 @@ Each record comes with its place, `line 3` or `row 2 (line 3)`, both from 1. Wha
 with file, place and remedy; `where` is how it names the file.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -69,7 +70,7 @@ def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> I
             return
         with open_bytes(file) as stream:
             if kind == "JSON":
-                yield from _read_json(stream, where)
+                yield from _read_json(stream, where, is_list=_holds_list(file))
             elif kind == "text":
                 for number, line in enumerate(_iter_lines(stream, where), start=1):
                     yield f"line {number}", {"text": line.rstrip("\r\n")}
@@ -142,10 +143,17 @@ def explain_json(error: ValueError) -> str:
     return reason.partition("; use sys.")[0]  # Python's own advice on numbers of more than 4,300 digits
 
 
-def _read_json(stream: BinaryIO, where: str) -> Iterator[PlacedRecord]:
+def _holds_list(file: Path) -> bool:
+    """Whether `[` is the first thing in a file that is no blank."""
+    with open_bytes(file) as stream:
+        while chunk := stream.read(2**16):
+            if content := chunk.removeprefix(codecs.BOM_UTF8).lstrip():
+                return content.startswith(b"[")
+    return False
+
+
+def _read_json(stream: BinaryIO, where: str, *, is_list: bool) -> Iterator[PlacedRecord]:
     """One object a line, or one list of objects, which is read as a whole."""
-    beginning = cast(io.BufferedReader, stream).peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    is_list = beginning[:1] == b"["
     texts: Iterable[str] = [_decode(stream.read(), where)] if is_list else _iter_lines(stream, where)
     for number, text in enumerate(texts, start=1):
         if not text.strip():

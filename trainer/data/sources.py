@@ -144,15 +144,17 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     if path.is_dir() and not is_saved:
         root = path
         paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
-        for folder in (path, *paths):  # rglob leaves out in silence what it may not look into
-            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-                raise UserError(f"{flag} {folder}: permission denied; let this user read the folder, or name its files")
+        for folder in (path, *paths):
+            _refuse_closed_folder(folder, flag)
         files = sorted(p for p in paths if p.is_file())
     elif path.exists() and not is_saved:
         if not path.is_file():
             raise UserError(f"{flag} {spec}: not a regular file (a pipe or a device); write it to a file first")
         root, files = path, [path]
     elif glob.has_magic(spec) and not is_saved:
+        for n in range(1, len(path.parts) + (path.name == "**")):
+            for above in glob.iglob(str(Path(*path.parts[:n])), recursive=True):
+                _refuse_closed_folder(Path(above), flag)
         files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         root = Path(os.path.commonpath([p.parent for p in files])) if files else path
     else:
@@ -191,6 +193,12 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
             )
         splits[split] = Source(flag=flag, spec=spec, kind=str(file_kind(group[0])), files=tuple(group))
     return splits
+
+
+def _refuse_closed_folder(folder: Path, flag: str) -> None:
+    """UserError for a folder that this user may not look into: glob and rglob leave it out in silence."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: permission denied; let this user read the folder, or name its files")
 
 
 def split_of(file: Path, root: Path) -> str:

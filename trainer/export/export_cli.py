@@ -29,7 +29,7 @@ from trainer.export.folder import (
     check_push,
     find_base,
     push_folder,
-    refuse_foreign_files,
+    refuse_lost_files,
     save_adapter,
     save_plain_model,
     save_tokenizer,
@@ -93,7 +93,8 @@ def export_checkpoint(
     is_empty = destination.is_dir() and not any(destination.iterdir())
     if output_dir is not None and destination.exists() and not is_empty and not is_own_export:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
-    refuse_foreign_files(destination)
+    refuse_lost_files(destination)
+    base = find_base(metadata["model"], run_folder) if is_adapter else None
 
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
     module, is_tied = model.module, model.has_tied_embeddings
@@ -117,7 +118,6 @@ def export_checkpoint(
         _round_weights(state_dict, dtype)
         logits = verify.compute_logits(module, input_ids, device)
 
-    base = find_base(metadata["model"]["name"], run_folder) if is_adapter else None
     data_info = data.metadata if data is not None else metadata["data"]
     with whole_folder(destination) as folder:
         if base is None:

@@ -47,7 +47,7 @@ class BaseModel(NamedTuple):
     revision: str | None  #: commit of the hub, where known
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def refuse_lost_files(folder: Path) -> None:
     """UserError where what an export would replace is not a folder of an export alone."""
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder, which an export would replace; move it")
@@ -68,7 +68,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     try:
         with new_folder(destination, previous=previous_folder) as folder:
             yield folder
-            refuse_foreign_files(destination)
+            refuse_lost_files(destination)
             for path in folder.iterdir():
                 shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
         shutil.rmtree(previous_folder, ignore_errors=True)
@@ -134,9 +134,13 @@ def save_tokenizer(folder: Path, model: str, chat_template: str | None, generati
     config.save_pretrained(folder)
 
 
-def find_base(model_name: str, run_folder: Path) -> BaseModel:
-    """What an adapter stands on: the hub id or folder of the run's model, or the random weights that the run kept."""
-    base_folder = run_folder / "base"
+def find_base(model_info: Mapping[str, Any], run_folder: Path) -> BaseModel:
+    """What an adapter stands on: the hub id or folder of the run's model (`model` of its run.json), or the random
+    weights that the run kept; UserError where these are gone."""
+    model_name, base_folder = model_info["name"], run_folder / "base"
+    if model_info["init"] == "random" and not base_folder.is_dir():
+        problem = "the random weights that its adapters stand on are gone"
+        raise UserError(f"{base_folder}: {problem}; restore the folder, or pass --merge")
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model_name)
     location = str(hf_hub.find_model_folder(path)) if is_hub_id(path) else path
     # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.

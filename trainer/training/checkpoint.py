@@ -119,6 +119,13 @@ class Checkpoint:
         return None if digest == self.metadata["sha256"] else f"{name}: {STATE_FILE} was changed since it was written"
 
 
+def any_checkpoint(folder: Path) -> bool:
+    """Whether one stands under `folder`, whole or not; UserError where `folder` is something else."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; restore the checkpoints of the run")
+    return bool(_numbered_folders(folder))
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those under `folder` with a whole state.json, oldest first. Half-written ones have other names."""
     checkpoints = []
@@ -155,6 +162,7 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     """
     if not re.fullmatch(r"latest|best|step-\d+", which, re.ASCII):
         raise UserError(f"{flag} {which}: expected step-N, best or latest")
+    any_checkpoint(folder)
     if which == "latest":
         reasons: list[str] = []
         for _, checkpoint, damage in iter_checked_checkpoints(folder):

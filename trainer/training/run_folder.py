@@ -9,7 +9,13 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.files import free_path, remove_leftovers, require_utf8_path, write_atomically
+from trainer.config.files import (
+    free_path,
+    remove_leftovers,
+    require_place_for_folder,
+    require_utf8_path,
+    write_atomically,
+)
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.distributed.preflight import refuse_full_disk
@@ -19,7 +25,7 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_eval
 from trainer.tracking.records import METRICS_FILE, EventRecord, find_changed_rows, read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
-from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, resolve_checkpoint
+from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, any_checkpoint, resolve_checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
@@ -35,6 +41,7 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
     settings = args.settings
     folder = Path(settings.run_folder)
     require_utf8_path(folder, f"--output-dir {folder}")
+    require_place_for_folder(folder, f"--output-dir {folder}")
     if args.resume is None:
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
@@ -125,8 +132,10 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
     model than `base`, its fingerprint, or rows cannot be read; or, unless `allows_records` (--allow-change records),
     where rows differ, or there was a checkpoint and none is there.
     """
+    if (folder / REQUEUE_FILE).is_dir():
+        raise UserError(f"--resume: {folder / REQUEUE_FILE} is a folder, where a file is written; move it away")
     rows = folder / METRICS_FILE
-    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
+    if which == "latest" and not any_checkpoint(folder / "checkpoints"):
         refuse_unreadable(rows)
         records = read_records(rows, with_steps=False) if rows.exists() else ()
         events = [record for record in records if isinstance(record, EventRecord)]

@@ -72,6 +72,33 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     assert "~no-such-user/x: there is no home folder of ~no-such-user" in line
 
 
+@pytest.mark.parametrize("place", ["/dev/null", "FILE", "FILE/below", "CLOSED", "CLOSED/below"])
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        ("train", "--mode full --dry-run --output-dir"),
+        ("bench", "steps --output-dir"),
+        ("cluster", "--hosts a:1 --mode full --folder"),
+        ("compare", "RUN --output-dir"),
+        ("export", "RUN --output-dir"),
+        ("study", "--dry-run --output-dir"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_refused_by_every_program(program, argv, place, capsys, monkeypatch, home):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "CLOSED")  # root may write anywhere
+    monkeypatch.setattr("trainer.distributed.watch.SignalHandler.__init__", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.distributed.watch.SignalHandler.defer_signals", contextlib.nullcontext)
+    (home / "FILE").touch()
+    (home / "CLOSED").mkdir()
+    argv = [*argv.split(), str(home / place)]
+    monkeypatch.setattr("sys.argv", [program, *argv])
+    main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
+    assert (main() if program == "train" else main(argv)) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    problem = "this user may not write into" if "CLOSED" in place else "is not a folder"
+    assert re.match(rf"error: {argv[-2]}:? {re.escape(argv[-1])}: .*{problem}", line)
+
+
 @pytest.mark.parametrize("name", ["TRAINER_CACHE", "XDG_CACHE_HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_DIR"])
 def test_a_home_folder_is_put_for_a_tilde_in_a_variable_and_one_of_nobody_is_one_line(name, monkeypatch, home):
     for variable in ("TRAINER_CACHE", "WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):

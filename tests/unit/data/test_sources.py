@@ -342,5 +342,15 @@ def test_a_folder_within_that_may_not_be_read_is_not_left_out_in_silence(tmp_pat
     monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path.name))
     assert find_source(tmp_path).files == (tmp_path / "a.txt",), "whose hidden folders are no data"
     (tmp_path / "locked").mkdir()
-    with pytest.raises(UserError, match=f"^--data {tmp_path}/locked: permission denied; let this user read the folder"):
-        find_splits(str(tmp_path), "--data")
+    for spec in ("", "/*/*.txt", "/**/*.txt", "/locked/*.txt"):
+        with pytest.raises(UserError, match=f"^--data {tmp_path}/locked: permission denied; let this user read the fo"):
+            find_splits(f"{tmp_path}{spec}", "--data")
+    assert find_source(f"{tmp_path}/*.txt").files == (tmp_path / "a.txt",)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_list_is_read_behind_any_number_of_blanks(name, tmp_path):
+    text = (" " * 5000 + "\n") * 30 + json.dumps(PAIRS)
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert read_records(file) == PAIRS

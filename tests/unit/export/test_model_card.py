@@ -84,4 +84,4 @@ def test_hub_names_and_paths_are_told_apart(tmp_path):
         (f"/x/hub/models--gpt2/snapshots/{commit}", "gpt2", commit),
         ("/x/models/gpt2", "gpt2", None),
     ):
-        assert find_base(path, tmp_path) == (path, name, revision)
+        assert find_base({"name": path, "init": "pretrained"}, tmp_path) == (path, name, revision)

@@ -138,7 +138,7 @@ def build_perturbed(model: str, flags: str) -> Any:
 def test_modules_to_save_are_exported_with_the_adapter(adapter, family, tmp_path):
     biases = "" if family.endswith("llama") else ",bias"  # Llama has none
     built = build_perturbed(family, f"--adapter {adapter} --modules-to-save wte,lm_head,layernorm{biases}")
-    base = find_base(built.metadata["name"], tmp_path)
+    base = find_base(built.metadata, tmp_path)
     trained = {n: p.detach() for n, p in built.module.named_parameters() if p.requires_grad}
     save_adapter(tmp_path, built, trained, base, "fp32")
     module = load_folder(tmp_path, base.path, torch.device("cpu"))  # as its user would

@@ -59,6 +59,8 @@ def inspect_run(folder: Path) -> Inspection:
     except UserError as error:
         found.add("run.json", f"{error}; restore it: without it nothing can be done with the run", "")
         blockers["metadata"] = "run.json cannot be read"
+    if (folder / "checkpoints").is_file():
+        found.add("checkpoints", "is not a folder", "")
     newest = None  # whole checkpoint
     for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
         if found.add(path.name, damage, "whole", path) and newest is None:
