@@ -6,7 +6,7 @@ import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
-from trainer.distributed.launch_environment import is_first_of_host, read_launch_environment
+from trainer.distributed.launch_environment import is_first_of_host, read_launch_environment, reporting_rank
 from trainer.distributed.watch import SignalHandler
 from trainer.tools.program import prepare_libraries
 from trainer.tracking.safe_stream import protect_standard_streams
@@ -21,6 +21,8 @@ def main() -> int:
         cli_args = parse_args(num_ranks=num_ranks)
         # before the imports that take seconds, in which a launcher may end
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
+        if reporting_rank(os.environ) == 0:
+            print("Loading PyTorch, transformers and DeepSpeed ...", flush=True)
         prepare_libraries(verbose=cli_args.verbose)
         from trainer.run import run
 

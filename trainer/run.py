@@ -137,7 +137,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         is_in_use = args.dry_run and args.resume is None and not run_folder.is_unused(Path(settings.run_folder))
-        show_plan([*plan.summary_lines(), *[("note", f"{settings.run_folder} {run_folder.IN_USE}")] * is_in_use])
+        in_use = ("", [("note", f"{settings.run_folder} {run_folder.IN_USE}")])
+        show_plan([*plan.sections(), *[in_use] * is_in_use], plan.set_by_user())
     if args.dry_run:
         return 0
     if args.find_batch:

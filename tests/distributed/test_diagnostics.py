@@ -175,7 +175,7 @@ def test_each_fault_is_diagnosed_once_and_nothing_else_is(name):
     assert finding.cause
     assert all(value is not None for value in finding.evidence.values())
     line = finding.to_record(7, 1.5)
-    assert line.message.startswith(f"{TOPICS[code]}: {finding.seen}; likely cause: ")
+    assert line.message.startswith(f"{TOPICS[code]}: {finding.seen}. Likely cause: ")
     json.dumps(line.facts, allow_nan=False)
     if name == "by heart":
         assert [finding.evidence[key] for key in ("since_step", "since_epoch", "epochs")] == [100, 2.0, 1.0]
@@ -395,7 +395,7 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
     (event,) = read_events(out, "diagnosis")
     assert event["facts"]["code"] == "flat_loss"
     assert event["step"] == 50
-    assert output.count("not learning: in 50 steps the training loss has no fall that stands out of its noise") == 1
+    assert output.count("warning: not learning: the training loss did not measurably fall in 50 steps") == 1
     assert f"- step 50: {event['message']}" in (out / "model" / "README.md").read_text()
 
     again = tmp_path / "again"

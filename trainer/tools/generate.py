@@ -22,7 +22,7 @@ from trainer.data.values import RecordError, require_valid_unicode
 from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
-from trainer.tracking.console import show_plan
+from trainer.tracking.console import show_lines
 from trainer.training.checkpoint import hold_checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts, text_scores
 
@@ -67,7 +67,7 @@ def generate(args: argparse.Namespace) -> int:
         lines = [("prompt", prompt.text)]
         for number, reference in enumerate(prompt.references, start=1):
             lines.append(("reference" if len(prompt.references) == 1 else f"reference {number}", reference))
-        show_plan([*lines, *((label, completions[i]) for label, completions in texts.items())])
+        show_lines([*lines, *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
     for label, completions in texts.items() if args.score else ():
         scores = text_scores([completions[i] for i in scored], [prompts[i].references for i in scored])
@@ -101,7 +101,7 @@ def _talk(models: dict[str, Any], completer: "_Completer") -> int:
         except UserError as error:
             print(f"error: {error}", flush=True)
         else:
-            show_plan([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])
+            show_lines([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])
 
 
 class _Completer:

@@ -1,12 +1,14 @@
 """What a run prints: the plan, its progress (a bar on a terminal, else a plain line a minute), the table at the end."""
 
+import io
 import logging
 import math
 import os
 import sys
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -20,10 +22,11 @@ from trainer.config.text import format_clock
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 
 LINE_INTERVAL_SECONDS = 60.0
-MAX_SUMMARY_ROWS = 20
+KEY_WIDTH = 13  # of a plan: the longest key
+WARNING_STYLE = "yellow"
 #: lines that were printed, without the bar, until a logger takes them
 printed_lines: deque[str] = deque(maxlen=1000)
-HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
+HEADINGS = ("step", "epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
 
 
 def is_terminal() -> bool:
@@ -34,7 +37,7 @@ def is_terminal() -> bool:
 def make_console() -> Console:
     """A rich console on stdout; colours only on a terminal, and none under NO_COLOR."""
     width = None if is_terminal() else 1000  # in a file no number is cut to fit
-    return Console(file=sys.stdout, force_terminal=is_terminal(), highlight=False, width=width)
+    return Console(file=sys.stdout, force_terminal=is_terminal(), highlight=False, emoji=False, width=width)
 
 
 class ProgressBar:
@@ -48,7 +51,8 @@ class ProgressBar:
         self._total_steps = total_steps
         self._epochs_text = f"{round(num_epochs, 2):g}" if num_epochs >= 1 else f"{num_epochs:.2g}"
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
-        self._last_print_time = -math.inf  # when the last plain line was printed
+        self._last_print_time = -math.inf  # when the last plain line of a step was due
+        self.speeds = array("f")  #: tokens per second of each step of this process
         self._bar: Progress | None = None
         if is_terminal():
             texts = (
@@ -70,18 +74,17 @@ class ProgressBar:
             losses = f"validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
             self.print_line(f"{self._position('eval', record)}  {losses}")
         elif isinstance(record, EpochRecord):
-            self.print_line(f"{self._position('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
-        elif record.message:
-            self.print_line(record.message)
+            self.print_line(f"{self._position('train', record)}  mean loss {record.train_loss:.4f}")
+        elif record.message and record.event != "finished":  # which the lines at the end tell
+            self.print_line(record.message, is_warning=record.event == "diagnosis")
 
-    def print_line(self, line: str) -> None:
+    def print_line(self, line: str, *, is_warning: bool = False) -> None:
         """Print one line, above the bar where there is one."""
-        line = "\n".join(map(escape_controls, line.split("\n")))
+        line = "warning: " * is_warning + "\n".join(map(escape_controls, line.split("\n")))
         printed_lines.append(line)
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, soft_wrap=True)
-        else:
-            print(line, flush=True)
+        console = make_console() if self._bar is None else self._bar.console
+        console.print(line, markup=False, soft_wrap=True, style=WARNING_STYLE if is_warning else None)
+        console.file.flush()
 
     def close(self, exit_code: int) -> None:
         """Let go of the bar; a second call does nothing."""
@@ -93,23 +96,28 @@ class ProgressBar:
         first_step, start_time = self._start = self._start or (record.step, now)
         steps_left = max(0, self._total_steps - record.step)
         if steps_left and record.step <= first_step:  # no speed is known yet
-            time_left = "?"
+            time_left = "--:--"
         else:
             time_left = format_clock((now - start_time) / max(1, record.step - first_step) * steps_left)
+        self.speeds.append(record.tokens_per_second)
         speed = _format_short(record.tokens_per_second)
-        text = f"loss {record.loss:.4f}  lr {record.lr:.1e}  {speed} tok/s  {time_left} left"
+        text = f"loss {record.loss:.4f}  lr {record.lr:.1e}  {speed} tok/s  ETA {time_left}"
+        is_line_due = now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left
+        line = f"{self._position('step', record)}  {text}"
+        if is_line_due:
+            self._last_print_time = now
         if self._bar is not None:
             task, text = self._bar.task_ids[0], text.replace("  ", " ")
             epoch = f"{record.epoch:.2f}"
             self._bar.update(task, completed=record.step, description=text, epoch=epoch, refresh=not steps_left)
-        elif now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left:
-            self._last_print_time = now
-            self.print_line(f"{self._position('step', record)}  {text}")
+            printed_lines.extend([line] * is_line_due)  # for W&B's Logs, which are not to depend on the terminal
+        elif is_line_due:
+            self.print_line(line)
 
     def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
         step = f"{record.step:>{len(str(self._total_steps))}}/{self._total_steps}"
-        return f"{label} {step}  epoch {record.epoch:.2f}/{self._epochs_text}"
+        return f"{label:<5} {step}  epoch {record.epoch:.2f}/{self._epochs_text}"
 
 
 class LogLines(logging.Handler):
@@ -126,7 +134,8 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        self._progress_bar.print_line(mask_credentials(record.getMessage()))
+        is_warning = record.levelno >= logging.WARNING
+        self._progress_bar.print_line(mask_credentials(record.getMessage()), is_warning=is_warning)
 
     def close(self) -> None:
         """Leave the logging as it was."""
@@ -136,60 +145,72 @@ class LogLines(logging.Handler):
 
 
 def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool) -> None:
-    """Print the losses of all epochs and evaluations, of many the whole epochs, the best and the last; then the best.
+    """Print a table of every evaluation and of every epoch's train loss, and which evaluation is the best.
 
-    `reasons`: why the run is not comparable with the reference run. `with_reference`: beside its curve and with the
-    reasons; else one short line stands for them.
+    `with_reference`: beside the curve of the reference run, and with `reasons` why the run is not comparable with it.
     """
-    train_losses: dict[float, float] = {}
-    evals: dict[float, EvalRecord] = {}  # where a resumed run has evaluated twice the later one counts
+    train_losses: dict[int, EpochRecord] = {}
+    evals: dict[int, EvalRecord] = {}  # by step: where a resumed run has evaluated twice the later one counts
     for record in records:
         if isinstance(record, EvalRecord):
-            evals[float(record.epoch)] = record
+            evals[record.step] = record
         elif isinstance(record, EpochRecord):
-            train_losses[float(record.epoch)] = record.train_loss
-    best_epoch = min(evals, key=lambda epoch: (evals[epoch].loss, epoch), default=None)
+            train_losses[record.step] = record
+    best = min(evals.values(), key=lambda record: (record.loss, record.step), default=None)
     references = {float(row.epoch): row for row in reference.CURVE}
 
     table = Table(box=box.SIMPLE_HEAD if is_terminal() else box.MARKDOWN)
     headings = HEADINGS if with_reference else HEADINGS[:-2]
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
-    epochs = sorted({*train_losses, *evals})
-    if len(epochs) > MAX_SUMMARY_ROWS:
-        epochs = [e for e in epochs if e in train_losses or e.is_integer() or e in (best_epoch, max(evals))]
-    for epoch in epochs:
-        cells = [f"{round(epoch, 2):g}", *["-"] * 5]
-        if epoch in train_losses:
-            cells[1] = f"{train_losses[epoch]:.4f}"
-        if epoch in evals:
-            loss, perplexity = evals[epoch].loss, evals[epoch].perplexity
-            cells[2:4] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
+        style = "dim" if heading.startswith("card") else ""
+        table.add_column(heading, justify="right", style=style, no_wrap=not is_terminal())
+    for step in sorted({*train_losses, *evals}):
+        epoch = float((evals.get(step) or train_losses[step]).epoch)
+        cells = [f"{step:,}", f"{round(epoch, 2):g}", *["-"] * 5]
+        if step in train_losses:
+            cells[2] = f"{train_losses[step].train_loss:.4f}"
+        if step in evals:
+            loss, perplexity = evals[step].loss, evals[step].perplexity
+            cells[3:5] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
         if epoch in references:
-            cells[4:6] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
-        table.add_row(*cells[: len(headings)], style="bold" if epoch == best_epoch else "")
+            cells[5:7] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
+        table.add_row(*cells[: len(headings)], style="bold" if best and step == best.step else "")
     make_console().print(table)
-
-    if best_epoch is not None:
-        best = evals[best_epoch]
-        print(f"best validation loss {best.loss:.4f} at epoch {round(best_epoch, 2):g} (step {best.step})")
+    table.box, text = box.MARKDOWN, io.StringIO()
+    Console(file=text, width=1000).print(table)
+    printed_lines.extend(line.rstrip() for line in text.getvalue().splitlines())
+    if best is not None:
+        print(f"best validation loss {best.loss:.4f} at epoch {round(best.epoch, 2):g} (step {best.step})")
     if reasons and with_reference:
         print("not comparable with the card: " + escape_controls("; ".join(reasons)))
-    elif reasons:
-        print(f"not comparable with the card {reference.NAME}; launch/compare.py says why")
     sys.stdout.flush()
 
 
-def show_plan(lines: Sequence[tuple[str, str]]) -> None:
-    """Print `key  value` lines, the values aligned; on a terminal long values go on under themselves."""
-    width = max((len(key) for key, _ in lines), default=0)
-    grid = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+def show_plan(sections: Iterable[tuple[str, Sequence[tuple[str, str]]]], set_by_user: Container[str] = ()) -> None:
+    """Print the sections of a plan, (heading, lines); a `*` stands before the lines that the user decided."""
+    for heading, lines in sections:
+        if heading and lines:
+            make_console().print(heading, style="bold", markup=False)
+            printed_lines.append(heading)
+        rows = [(f"{'* ' if key in set_by_user else '  '}{key}", escape_controls(value)) for key, value in lines]
+        show_lines(rows, min_width=2 + KEY_WIDTH)
+
+
+def show_lines(lines: Sequence[tuple[str, str]], min_width: int = 0, *, folds: bool = True) -> None:
+    """Print `key  value` lines, the values aligned; the lines of a text go on under its first, as does on a terminal
+    what is long, unless `folds` is False: a command is copied whole. Warnings are yellow there, and what the user
+    decided is bright."""
+    width = max([min_width, *(len(key) for key, _ in lines)])
+    grid = Table.grid(Column(width=width, no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for key, value in lines:
-        value = escape_controls(value)
-        grid.add_row(Text(key), Text(value), style="bold yellow" if key == "warning" else "")
-        if not is_terminal():
-            print(f"{key:<{width}}  {value}")
-    if is_terminal():
+        parts = list(map(escape_controls, value.expandtabs(4).split("\n")))
+        plain = [f"{key if number == 0 else '':<{width}}  {part}" for number, part in enumerate(parts)]
+        printed_lines.extend(plain)
+        style = WARNING_STYLE if key.strip() == "warning" else "bold cyan" if key.startswith("* ") else ""
+        grid.add_row(Text(key, style="" if style else "bold"), Text("\n".join(parts)), style=style)
+        if not is_terminal() or not folds:
+            print("\n".join(plain))
+    if is_terminal() and folds:
         make_console().print(grid)
     sys.stdout.flush()
 

@@ -50,7 +50,7 @@ class Diagnostic:
     def to_record(self, step: int, time: float) -> EventRecord:
         """The event that keeps it; its message is the one line for the console."""
         topic = TOPICS[self.code]
-        message = f"{topic}: {self.seen}; likely cause: {self.cause}; try {self.remedy}"
+        message = f"{topic}: {self.seen}. Likely cause: {self.cause}; try {self.remedy}"
         facts = {"code": self.code, "topic": topic, **vars(self)}
         return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
 
@@ -266,8 +266,8 @@ class DiagnosticsMonitor:
             if t > FLAT_MAX_T and is_visible:
                 has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
                 mean, new_lr = fmean(self.losses), self.lr / 10 if has_risen else self.lr * 10
-                seen = f"in {n} steps the training loss has no fall that stands out of its noise (slope {slope:+.1e} a "
-                seen += f"step, t {t:+.1f}, mean {mean:.4f})"
+                seen = f"the training loss did not measurably fall in {n} steps (mean {mean:.4f}, slope {slope:+.1e} a "
+                seen += f"step, t {t:+.1f})"
                 cause = f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}"
                 evidence = {"steps": n, "slope": slope, "t": _finite_or_none(t), "mean": mean}
                 evidence |= {"recent": fmean(self.losses[-WINDOW_STEPS:])}

@@ -73,7 +73,8 @@ def train(
             yield _save(checkpoints, engine, state)
             last_saved_step = state.step
     if state.stop_requested:
-        message = f"stopped by a signal after step {state.step}; --resume goes on from there"
+        where = f"after step {state.step}, checkpoint saved" if state.step else "before the first step"
+        message = f"interrupted {where}; continue with the same command and --resume"
         yield EventRecord(event="interrupted", step=state.step, message=message, time=stopwatch())
     return state
 

@@ -1,15 +1,20 @@
 """What becomes of the records of a run: logged on rank 0, and looked at on all ranks for what else is to be said."""
 
+import shlex
+import sys
 import time
 from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from trainer.config import reference
+from trainer.config.errors import mask_credentials
+from trainer.config.text import format_bytes, format_clock
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
-from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summary
+from trainer.tracking.console import LogLines, ProgressBar, printed_lines, show_lines, show_plan, show_summary
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.optional_loggers import OptionalLogger, ProfileLogger, TensorBoardLogger
 from trainer.tracking.records import (
@@ -59,13 +64,13 @@ class Recorder:
     def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
         schedule, output = self.plan.schedule, self.plan.settings.output
         rows_file, evaluations = self.folder / METRICS_FILE, self.folder / EVAL_RECORDS_FOLDER
-        show_plan(self.plan.summary_lines())
+        show_plan(self.plan.sections(), self.plan.set_by_user())
         if is_resumed:
             if rows_file.exists():
                 self.num_truncated = rewind(rows_file, state.step or -1, eval_pending=state.eval_pending)
             rewind_evaluations(evaluations, state.step or -1, eval_pending=state.eval_pending)
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
-        self._log_lines = LogLines(progress_bar)
+        self._progress_bar, self._log_lines = progress_bar, LogLines(progress_bar)
         self._evaluations = EvalRecordsLogger(self.folder, data.row_info("val"))
         self._rows = JsonlLogger(rows_file, resume=is_resumed)
         previous = read_records(rows_file) if is_resumed else None
@@ -160,11 +165,37 @@ class Recorder:
     def close(self, exit_code: int) -> None:
         if not self.loggers:
             return
+        self._progress_bar.close(exit_code)
+        rows = list(read_records(self.folder / METRICS_FILE, with_steps=False)) if exit_code == 0 else []
+        if error := sys.exc_info()[1]:
+            printed_lines.append(mask_credentials(f"error: {error}"))  # the caller prints it, when W&B is closed
+        if exit_code == 0:  # before W&B is closed, whose Logs have it too
+            reasons = self.plan.incomparable_reasons() if reference.is_worth_a_word(self.metadata) else []
+            show_summary(rows, reasons, with_reference=reference.is_asked_for(self.plan.settings.preset, reasons))
         for logger in self.loggers:
             logger.close(exit_code)
         self._log_lines.close()
         if exit_code == 0:
-            reasons = self.plan.incomparable_reasons() if reference.is_worth_a_word(self.metadata) else []
-            with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
-            rows = read_records(self.folder / METRICS_FILE, with_steps=False)
-            show_summary(rows, reasons, with_reference=with_reference)
+            print(flush=True)
+            show_lines(self._describe_end(rows[-1]), folds=False)
+
+    def _describe_end(self, end: Record) -> list[tuple[str, str]]:
+        """(what, value) lines on a finished run: what it took, where it is, and two commands to go on with."""
+        assert isinstance(end, EventRecord), "a finished run's last row"
+        facts, settings, folder = end.facts, self.plan.settings, shlex.quote(str(self.folder))
+        speed = median(self._progress_bar.speeds) if self._progress_bar.speeds else 0.0
+        took = f"{end.step:,} steps in {format_clock(facts['wall_seconds'])}, {speed:,.0f} tokens/s, "
+        took += f"peak memory {format_bytes(facts['peak_memory_bytes'])}"
+        lines = [("done", took), ("folder", str(self.folder))]
+        if exported := facts["exported"]:
+            step = f" (step {exported['step']:,}, the best)" * (exported["step"] != end.step)
+            lines.append(("model", f"{self.folder / 'model'}{step}: {facts['export'].partition(':')[0]}"))
+        data_name = settings.run_name.removeprefix(f"{settings.method}-")
+        other = self.folder.parent / f"{'lora' if settings.mode == 'full' else 'full'}-{data_name}"
+        runs = " ".join(sorted((folder, shlex.quote(str(other)))))
+        commands = [f"python launch/export.py {folder} --push NAMESPACE/NAME"]
+        if (other / METRICS_FILE).exists():
+            commands.insert(0, f"python launch/compare.py {runs}")
+        elif self.plan.data_info["tokenizer"] is not None:
+            commands.insert(0, f"python launch/generate.py {folder}")
+        return [*lines, ("next", "\n".join(commands))]

@@ -1,5 +1,6 @@
 """Everything that is decided or refused before the first step: what `--dry-run` prints and run.json keeps."""
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
+from trainer.config.cli import to_argv
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings, preset_notes
+from trainer.config.text import join_words, shorten
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import TrainBatches, padding_share
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
@@ -36,6 +39,24 @@ PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
 OBJECTIVES = {
     "blocks": "blocks: loss on every token, records joined and cut",
     "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
+}
+#: line of the plan -> how the flags begin from which its value follows
+FLAGS_OF_LINES = {
+    "model": ("--model", "--init", "--quant", "--dropout"),
+    "trainable": ("--lora-", "--adapter", "--modules-to-save"),
+    "data": ("--data", "--block-size", "--max-samples"),
+    "validation": ("--val-", "--split-by"),
+    "test": ("--test-",),
+    "format": ("--format", "--prompt", "--completion", "--chat-template"),
+    "objective": ("--objective", "--prompt", "--completion"),
+    "batch": ("--global-batch", "--micro-batch", "--packing"),
+    "padding": ("--packing",),
+    "steps": ("--epochs", "--max-steps", "--global-batch"),
+    "learning rate": ("--lr", "--schedule", "--warmup-", "--min-lr"),
+    "precision": ("--precision",),
+    "ZeRO file": ("--ds-config",),
+    "execution": ("--execution", "--activation-checkpointing"),
+    "output": ("--output-dir", "--run-name"),
 }
 WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
@@ -65,7 +86,17 @@ class RunPlan:
         return self.execution.precision
 
     def summary_lines(self) -> list[tuple[str, str]]:
-        """(what, value) lines of the plan for people."""
+        """(what, value) lines of the plan for people, without the headings."""
+        return [line for _, lines in self.sections() for line in lines]
+
+    def set_by_user(self) -> set[str]:
+        """The lines of the plan whose value follows from a flag that the user gave."""
+        is_full = self.settings.mode == "full"  # where the flags of adapters decide nothing
+        flags = [flag for flag in self.settings.overridden if not (is_full and flag.startswith("--lora-"))]
+        return {key for key, prefixes in FLAGS_OF_LINES.items() if any(flag.startswith(prefixes) for flag in flags)}
+
+    def sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """(heading, (what, value) lines) of the plan for people: what is trained, on what, how and where; notes."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
         train, unit = data_info["train"], "blocks" if data_info["objective"] == "blocks" else "examples"
 
@@ -89,34 +120,51 @@ class RunPlan:
         lr_shape = describe_schedule(
             settings.train.schedule, min_lr=settings.train.min_lr, warmup_steps=schedule.num_warmup_steps
         )
-        lines = [
+        example, words = data_info["example"], to_argv(settings, {})[4:]  # behind mode and preset
+        run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
-            ("overridden", " ".join(settings.overridden) or "nothing"),
+            ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
+        ]
+        if self.spellings:
+            run.append(("spellings", "; ".join(self.spellings)))
+        model = [
             ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
+        ]
+        data = [
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
             ("validation", describe_split("val")),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("objective", OBJECTIVES[data_info["objective"]]),
-            ("example", data_info["example"] or "token ids"),
+            ("example", f"{example} (⟦ ⟧ around target tokens)" if example else "token ids"),
+        ]
+        training = [
             ("batch", str(schedule.batch)),
             ("padding", self.padding),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
+        ]
+        machine = [
+            ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self.execution.describe()),
-            ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
-        if self.spellings:
-            lines.insert(2, ("spellings", "; ".join(self.spellings)))
         if data_info.get("test", {}).get("examples"):
-            lines.insert(6 + bool(self.spellings), ("test", describe_split("test")))
+            data.insert(2, ("test", describe_split("test")))
         if self.dist_context.world_size > 1:
-            lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
+            machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
-        lines += [("note", note) for note in notes if not note.startswith(WARNING)]
-        return lines + [("warning", note.removeprefix(WARNING)) for note in notes if note.startswith(WARNING)]
+        warnings = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
+        return [
+            ("", run),
+            ("What is trained", model),
+            ("On what", data),
+            ("How", training),
+            ("Where", machine),
+            ("Notes", [("note", n) for n in notes if not n.startswith(WARNING)]),
+            ("Warnings", [("warning", warning) for warning in warnings]),
+        ]
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         return self.execution.as_entry(step, "as planned")
@@ -207,7 +255,7 @@ def validate_early(settings: Settings, dist_context: DistContext, *, is_dry_run:
     if engine.execution == "graphs" and on_cpu:
         raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto or eager")
     if engine.precision == "fp16" and on_cpu:
-        raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
+        raise UserError("--precision fp16: not supported on a CPU; use fp32 or bf16")
     if engine.ds_config is not None:
         validate_stage(settings, read_deepspeed_file(engine.ds_config))
     block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
@@ -375,7 +423,7 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     notes = []
     lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
     if lora_flags and settings.mode == "full":
-        notes.append(f"{', '.join(lora_flags)}: of no effect with --mode full")
+        notes.append(f"{join_words(lora_flags, 'and')}: ignored with --mode full")
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     if settings.model.quant:

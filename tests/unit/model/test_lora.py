@@ -229,7 +229,7 @@ def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing_and_which_flags_do
     full = parse_settings("gpt2", f"--mode full {flags}")
     facts = build_model(full, on_meta=True).metadata
     assert facts["kept_in_32_bits"]["kept_parameters"] == WTE + 1024 * D + BIASES + NORMS - LAYERS * 2 * D - D
-    assert collect_notes(full, {}) == ["--lora-rank: of no effect with --mode full"]
+    assert collect_notes(full, {}) == ["--lora-rank: ignored with --mode full"]
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])

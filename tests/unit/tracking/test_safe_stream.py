@@ -15,9 +15,9 @@ PROGRAM = r"""
 import os, sys
 from trainer.tracking.safe_stream import protect_standard_streams
 protect_standard_streams()
-from trainer.tracking.console import ProgressBar, show_plan
+from trainer.tracking.console import ProgressBar, show_lines
 own = os.open("own", os.O_WRONLY | os.O_CREAT)  # must not get the number of a stream that was closed
-show_plan([("data", "\u6f22\u5b57 \udcff")])
+show_lines([("data", "\u6f22\u5b57 \udcff")])
 progress = ProgressBar(10, 1.0)
 for number in range(2000):
     progress.print_line("line %d \xe9 " % number + "x" * 100)
@@ -71,7 +71,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2Jdata\nsecond\r\u202e\udcff\x9b31m"
 def test_names_from_outside_reach_the_terminal_escaped(capsys):
     error = str(UserError(f"--data {HOSTILE}: no such file"))
     assert "\\x1b[2J" in error
-    show_plan([("data", HOSTILE)])
+    show_plan([("", [("data", HOSTILE)])])
     ProgressBar(1, 1.0).log(EventRecord(event="note", step=1, message=HOSTILE, time=0.0))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3, "an event's text may have lines, a value of the plan has one"
