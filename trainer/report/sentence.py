@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, log
-from statistics import fmean
 from typing import NamedTuple
 
 from trainer.config import reference
@@ -103,13 +102,11 @@ def build_verdict(
     if others:
         adjusted = holm([excess.p_value for _, excess in others])
         parts = [f"{pair.lora.label_with_lr} p = {p:.2g}" for (pair, _), p in zip(others, adjusted, strict=True)]
-        claims = "all comparisons but the first; that their loss differs, after Holm"
+        claims = "all comparisons but the first; that the modes differ, after Holm"
         details.append(f"Exploratory: {claims}: {', '.join(parts)}.")
     details += [line for members, _, _ in sets for line in _describe_costs(members[0])]
     views = [study.views if study else members[0].views for members, _, _ in sets]
-    for (_, full_groups, lora_groups), views_of_set in zip(sets, views, strict=True):
-        details += describe_views(views_of_set)
-        details += _describe_forgetting([*full_groups, *lora_groups])
+    details += [line for views_of_set in views for line in describe_views(views_of_set)]
     details += study.lines if study else ()
     if any(comparison.losses for comparison in comparisons):
         details.append(INTERVAL_RULE)
@@ -385,37 +382,4 @@ def _describe_costs(pair: FullVsLora) -> list[str]:
             f"Time and memory of {pair.lora.label} and {pair.full.label} were measured with different settings: "
             f"{', '.join(differences)}."
         )
-    return lines
-
-
-def _describe_forgetting(groups: Sequence[SeedGroup]) -> list[str]:
-    """The settings that none beats in both gain and forgetting, and both modes at equal forgetting.
-
-    Of the settings whose runs measured both (--retain-data), in nats per token over seeds.
-    """
-    tradeoffs: list[tuple[SeedGroup, float, float]] = []  # (setting, gain on validation, forgetting)
-    for group in groups:
-        gain, forgetting = group.improvement, [run.forgetting for run in group.finished_runs]
-        known = [value for value in forgetting if value is not None]
-        if gain is not None and known == forgetting:
-            tradeoffs.append((group, gain, fmean(known)))
-    if not tradeoffs:
-        return []
-    front = [
-        f"{group.label_with_lr} {gain:.4f} for {forgetting:+.4f}"
-        for group, gain, forgetting in tradeoffs
-        if not any(g >= gain and f <= forgetting and (g, f) != (gain, forgetting) for _, g, f in tradeoffs)
-    ]
-    lines = [
-        f"Gain for forgetting (nats per token), of {len(tradeoffs)} settings those that none beats: {'; '.join(front)}."
-    ]
-    by_mode = {mode: [(gain, f) for group, gain, f in tradeoffs if group.mode == mode] for mode in ("lora", "full")}
-    if all(by_mode.values()):
-        budget = min(max(forgetting for _, forgetting in members) for members in by_mode.values())
-        parts = []
-        for mode, members in by_mode.items():
-            gains = [gain for gain, forgetting in members if forgetting <= budget]
-            name = MODE_NAMES[mode]
-            parts.append(f"{name} gains {max(gains):.4f}" if gains else f"no {name} setting forgets so little")
-        lines.append(f"Exploratory: at equal forgetting (at most {budget:+.4f}) {', '.join(parts)}.")
     return lines

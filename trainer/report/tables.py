@@ -22,6 +22,7 @@ NOT_STATED = ""  # what the card's cell shows where the card says nothing
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 MAX_GROUPS = 4  # side by side by epoch
+MAX_EVALS = 12  # of a run, which are all shown
 MIN_DEVICE_HOURS = 0.01  # fewer are no cost
 SCORE_NAMES = {"exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L"}
 _SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
@@ -65,8 +66,11 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     Of more than MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference.
     """
     epochs = {float(row.epoch) for row in reference.CURVE} if with_reference else set[float]()
-    for run in (run for group in groups for run in group.runs):  # whole epochs, and the end where it is within one
+    for run in (run for group in groups for run in group.runs):
         evals, final = run.evals, run.final_eval
+        if len(evals["epoch"]) <= MAX_EVALS:
+            epochs |= {round(float(epoch), 4) for epoch in evals["epoch"]}
+            continue  # of many evaluations those at whole epochs, and the end where it is within one
         epochs |= {float(round(e)) for e in evals["epoch"] if run.index_at_epoch(evals, round(e)) is not None}
         if final and run.index_at_epoch(evals, round(final["epoch"])) != len(evals["epoch"]) - 1:
             epochs.add(round(final["epoch"], 4))

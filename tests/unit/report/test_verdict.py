@@ -428,17 +428,15 @@ def test_costs_that_were_not_measured_alike_are_withheld_and_what_they_depend_on
     assert (verdict.primary.memory.ratio is None) == is_withheld
 
 
-def test_forgetting_and_equal_budgets_are_said_beside_the_answer(make_run: MakeRun) -> None:
+def test_equal_budgets_are_said_beside_the_answer(make_run: MakeRun) -> None:
     """LoRA does two thirds of full's work a step and ends worse by 0.1: at equal FLOPs it is ahead."""
     runs = [
-        make_run(mode, losses, seed=seed, model__step_flops=flops, how={"retained": retained})
-        for mode, losses, flops, retained in (
-            ("full", [4.0, 3.0, 2.5, 2.0], 3_000, (1.0, 1.5)),
-            ("lora", [4.0, 3.1, 2.6, 2.1], 1_500, (1.0, 1.1)),
+        make_run(mode, losses, seed=seed, model__step_flops=flops)
+        for mode, losses, flops in (
+            ("full", [4.0, 3.0, 2.5, 2.0], 3_000),
+            ("lora", [4.0, 3.1, 2.6, 2.1], 1_500),
         )
         for seed in (0, 1)
     ]
     details = "\n".join(judge_runs(*runs).details)
     assert "LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in details
-    assert "none beats: full (lr 0.0005) 2.0000 for +0.5000; LoRA (rank 8, lr 0.005) 1.9000 for +0.1000" in details
-    assert "at equal forgetting (at most +0.1000) LoRA gains 1.9000, no full setting" in details
