@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser, number, whole_number
+from trainer.config.choices import SCORERS
 from trainer.config.errors import UserError
 from trainer.tools.program import prepare_libraries, program
 
@@ -40,7 +41,13 @@ def build_parser() -> ArgumentParser:
     add("--top-p", type=number(0.001, 1), default=1.0, metavar="X", help="with --temperature (default: 1)")
     add("--seed", type=partial(whole_number, least=0), default=42, metavar="N", help="with --temperature (default: 42)")
     add("--text", action="store_true", help=text_help)
-    add("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
+    add(
+        "--score",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"mean score over the prompts that have a reference, the best one's of several; repeatable: {SCORERS}",
+    )
     return parser
 
 
@@ -52,10 +59,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--prompt and --prompts: expected one of them")
     prepare_libraries()
     from trainer.tools.generate import generate
-    from trainer.training.generation import check_installed
 
-    if args.score:
-        check_installed("--score")
     return generate(args)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainer.config.choices import scorer_file
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, permission_denied, report_error
 from trainer.config.files import folder_size, write_atomically
@@ -38,7 +39,7 @@ from trainer.tracking.optional_loggers import check_loggers
 from trainer.tracking.run_lock import RunLock
 from trainer.training import checkpoint, run_folder
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits, read_base_evaluations
-from trainer.training.generation import check_prompts_available
+from trainer.training.generation import check_test_records
 from trainer.training.loop import train
 from trainer.training.provenance import describe_hosts
 from trainer.training.recorder import Recorder
@@ -85,6 +86,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
+        for scorer in settings.output.score:  # code runs only where the user has named it
+            if scorer_file(scorer) and scorer not in args.settings.output.score:
+                raise UserError(
+                    f"--score {scorer}: is code that run.json names; give the flag again, or another --score"
+                )
         validate_early(settings, context, is_dry_run=args.dry_run)
         check_loggers(settings.output)
         if settings.output.export != "none" and not args.dry_run:
@@ -125,7 +131,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         tokenizer = load_tokenizer(settings.model.model)
         for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
             print(line)
-    check_prompts_available(settings, data)
+    context.on_rank_zero(lambda: check_test_records(settings, data))
     model_config = load_config(settings.model)
     fingerprints = {"the data": data.metadata["fingerprint"][:12]}
     fingerprints["the configuration of the base model"] = config_digest(model_config)

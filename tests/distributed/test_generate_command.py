@@ -19,6 +19,7 @@ from helpers.tiny_inputs import make_tiny_gpt2
 
 from trainer.config.errors import UserError
 from trainer.training.checkpoint import Checkpoint, hold_checkpoint
+from trainer.training.scorers import score_text
 
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"^(.*?)  +(.*)$", re.M)  # of what is shown: a label and its text
@@ -57,7 +58,7 @@ def generate(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs, generate):
-    code, message = generate(*runs, "--num", 3, "--score")
+    code, message = generate(*runs, "--num", 3, "--score", "exact", "--score", "f1")
     assert code == 0, message
     blocks = message.split("\n\n")[:3]
     last = {run.name: read_events(run, "samples")[-1]["facts"]["texts"] for run in runs}
@@ -68,7 +69,13 @@ def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs
         assert lines["prompt"] == text["full"]["prompt"]
         assert lines["base (tiny)"] == text["full"]["base"].strip() == text["lora"]["base"].strip()
         assert (lines["full"], lines["lora"]) == tuple(text[name]["completion"].strip() for name in ("full", "lora"))
-    assert re.findall(r"^(.+): exact_match .* over 3 prompts$", message, re.M) == ["base (tiny)", "full", "lora"]
+    scores = re.findall(r"^(.+): (\w+) (.+) over 3 prompts$", message, re.M)
+    names = ("base (tiny)", "full", "lora")
+    assert [score[:2] for score in scores] == [(label, name) for label in names for name in ("exact", "f1")]
+    for label, _, mean in scores[1::2]:  # the better of the two references counts
+        completions = [dict(LINE.findall(block)) for block in blocks]
+        best = [max(score_text("f1", c[label], c[f"reference {n}"]) for n in (1, 2)) for c in completions]
+        assert mean == f"{sum(best) / 3:.3g}"
 
 
 def test_a_checkpoint_is_that_which_was_trained_whatever_run_json_says(runs, generate, run_export_script, tmp_path):
@@ -139,7 +146,8 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
         ([runs[0], "--prompts", tmp_path / "none"], "cannot be read"),
         ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),
         ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),
-        ([runs[0], "--prompt", "w1", "--score"], "--score: no prompt has a reference"),
+        ([runs[0], "--prompt", "w1", "--score", "f1"], "--score f1: no prompt has a text to compare with"),
+        ([runs[0], "--prompt", "w1", "--score", "bleurt"], "--score bleurt: expected exact, contains"),
         ([runs[0], "--temperature", "-1"], "--temperature: -1: expected a number from 0 to 100"),
         ([runs[0], "--checkpoint", "step-9"], "whole checkpoints there: step-000006"),
     ):

@@ -14,6 +14,7 @@ STARTS_A_PROGRAM = {"subprocess.run", "subprocess.Popen", "subprocess.call", "su
 #: {(file, call): why no one else's code runs there}; modules imported by a name that stands in the source need no entry
 ALLOWED = {
     ("trainer/tools/doctor/prove.py", "torch.load"): "tensors of its own temporary folder, weights_only",
+    ("trainer/training/scorers.py", "exec_module"): "FILE.py of --score FILE.py:function, never of run.json alone",
     ("trainer/tools/processes.py", "runpy.run_path"): "launch/train.py of this checkout",
 }
 
@@ -30,6 +31,8 @@ def find_risky_calls(tree: ast.Module) -> Iterator[str]:
         first = node.args[0] if node.args else None
         if name in FORBIDDEN_CALLS.split() and not (name == "import_module" and isinstance(first, ast.Constant)):
             yield name
+        if name.endswith("exec_module"):
+            yield "exec_module"
         if name in STARTS_A_PROGRAM and ("shell" in keywords or isinstance(first, ast.Constant | ast.JoinedStr)):
             yield f"{name} by a text"
         if "allow_pickle" in keywords:
@@ -53,9 +56,18 @@ import pickle
 eval(text); torch.load(path); yaml.load(text); import_module(name); import_module("a.b"); np.load(p, allow_pickle=True)
 subprocess.run("ls " + x, shell=True); subprocess.Popen(f"ls {x}"); subprocess.run(["ls", x])
 AutoModel.from_pretrained(x); AutoModel.from_pretrained(x, trust_remote_code=True)
-AutoModel.from_pretrained(x, trust_remote_code=False)
+AutoModel.from_pretrained(x, trust_remote_code=False); spec.loader.exec_module(module)
 """
     question = "AutoModel.from_pretrained with trust_remote_code or a question on the terminal"
     texts = ["subprocess.run by a text", "subprocess.Popen by a text"]
-    expected = ["import pickle", "eval", "torch.load", "yaml.load", "import_module", "allow_pickle", *texts]
+    expected = [
+        "import pickle",
+        "eval",
+        "torch.load",
+        "yaml.load",
+        "import_module",
+        "allow_pickle",
+        "exec_module",
+        *texts,
+    ]
     assert sorted(find_risky_calls(ast.parse(source))) == sorted([*expected, question, question])

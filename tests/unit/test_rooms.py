@@ -39,8 +39,8 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "sacrebleu": {"training/generation"},
-    "rouge_score": {"training/generation"},
+    "sacrebleu": {"training/scorers"},
+    "rouge_score": {"training/scorers"},
 }
 TORCH_FREE = (
     "config.cli",

@@ -14,7 +14,7 @@ from trainer.config.errors import UserError, mask_credentials
 from trainer.config.files import expand_user_path, require_place_for_folder
 from trainer.config.spellings import FALSE, read_table, translate
 
-TEXT_FLAGS = {"--prompt", "--completion"}  # what they hold is no name
+TEXT_FLAGS = {"--prompt", "--completion", "--score"}  # what they hold is no name
 SPELLED_PARTS = ("same", "switches", "together", "no_effect", "only")
 
 

@@ -1,5 +1,6 @@
 """The choices of a run that several files name, as types: flags, checks and annotations derive from them."""
 
+import re
 from typing import Literal, get_args
 
 Mode = Literal["full", "lora"]
@@ -26,7 +27,22 @@ DEMO_MODEL = "demo-base"  # the small GPT-2 that this project ships, see trainer
 DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo/acled-demo.csv
 LORA_LR_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
 MAX_HANG_TIMEOUT_SECONDS = 1800  # the process groups that DeepSpeed creates for itself give up then
-MAX_NUM_SAMPLES = 32  # validation texts that prepared data keep, and that --score-samples scores
+MAX_NUM_SAMPLES = 32  # validation texts that prepared data keep
+SCORER_NAMES = ("exact", "contains", "numeric", "json", "f1", "bleu", "chrf", "rougeL")  # beside regex: and .py:
+SCORERS = f"{', '.join(SCORER_NAMES)}, regex:PATTERN or FILE.py:function"
 WARN_SHARED_FRACTION = 0.01  # of validation records that are training records too, from which on a warning says so
 LEAKAGE_FRACTION = 0.5  # of them from which on a run is refused without --allow-leakage
 MAX_SHARED_FRACTION = 0.05  # of evaluation records that may equal training records before an answer is refused
+
+
+def scorer_file(scorer: str) -> str:
+    """FILE.py of a scorer FILE.py:function; "" of another."""
+    match = re.fullmatch(r"(?!regex:)(.+\.py):[^\W\d]\w*", scorer, re.DOTALL)
+    return match[1] if match else ""
+
+
+def check_scorer(scorer: str) -> str:
+    """The name of a scorer as it is; ValueError where there is none such."""
+    if scorer not in SCORER_NAMES and not re.match("regex:.", scorer, re.DOTALL) and not scorer_file(scorer):
+        raise ValueError(scorer)
+    return scorer

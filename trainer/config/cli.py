@@ -134,6 +134,8 @@ def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> lis
             value = values.get(field.name)
             if unwrap(field.type) is bool:  # a switch turns its default round
                 argv += [flag_of(field)] if field.name in values and value != field.default else []
+            elif field.metadata["is_repeated"]:
+                argv += [f"{flag_of(field)}={item}" for item in value or ()]
             elif value is not None:  # in one word, as a value may begin with a dash
                 argv.append(f"{flag_of(field)}={','.join(value) if isinstance(value, tuple) else value}")
     return argv
@@ -199,6 +201,8 @@ def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
         help_text += f" (default: {field.default})"
     if typing.get_origin(kind) is Literal:
         options["metavar"] = _choice_text(typing.get_args(kind))
+    elif field.metadata["is_repeated"]:
+        options |= {"metavar": "NAME", "action": "append"}
     elif typing.get_origin(kind) is tuple:
         options |= {"metavar": "NAMES", "type": lambda text: tuple(name.strip() for name in text.split(","))}
     else:
@@ -227,7 +231,8 @@ def _expected_range(text: str) -> str:
 def _expected(field: dataclasses.Field[Any], text: str) -> str:
     """What a field's flag takes in place of a text, "" where it takes that."""
     kind = unwrap(field.type)
-    value = tuple(text.split(",")) if typing.get_origin(kind) is tuple else text
+    is_list = typing.get_origin(kind) is tuple
+    value = ((text,) if field.metadata["is_repeated"] else tuple(text.split(","))) if is_list else text
     return what_is_expected(field.type, _parse(kind, text) if kind in (int, float) else value)
 
 
@@ -260,7 +265,9 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
-    argv: dict[str, str] = {}
+    fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
+    repeated_flags = {flag_of(field) for field in fields if field.metadata["is_repeated"]}
+    argv: dict[str, list[str]] = {}
     for key_node, node in root.value if root is not None else []:
         where, key = f"--config {path}, line {key_node.start_mark.line + 1}", key_node.value
         if not isinstance(key_node, yaml.ScalarNode):
@@ -288,5 +295,6 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         name = flag if flag in takes_value else f"--{key}"
         places[key] = places[name] = f"{where}: "
         is_null = node.tag == "tag:yaml.org,2002:null"
-        argv[key] = "" if is_null else f"{name}={value}"
-    return [word for word in argv.values() if word]
+        values = [item.value for item in items] if flag in repeated_flags else [value]
+        argv[key] = [] if is_null else [f"{name}={text}" for text in values]
+    return [word for words in argv.values() for word in words]

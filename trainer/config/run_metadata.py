@@ -14,7 +14,8 @@ from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
 from trainer.config.text import flatten, shorten
 
-SCHEMA_VERSION = 5  # 4: no wandb_group, W&B keys val/*; 3: no allow_leakage; 2: evaluation records in one file
+# 4: no wandb_group, W&B keys val/*, score_samples; 3: no allow_leakage; 2: evaluation records in one file
+SCHEMA_VERSION = 5
 
 
 class SplitBlock(BaseModel):

@@ -51,6 +51,7 @@ RunName = Annotated[
     Accepts("up to 128 letters, digits, . _ + -, not only dots", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128),
 ]
 Seed = Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)]
+Scorer = Annotated[str, Accepts(choices.SCORERS, choices.check_scorer)]
 NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)]
 HangTimeout = Annotated[
     float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
@@ -257,7 +258,15 @@ class OutputSettings:
         "folder of runs: take over their evaluation of the same base before the first step (default: evaluate it)", None
     )
     num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
-    score_samples: Switch = option("score completions of validation prompts: exact match, BLEU, chrF, ROUGE-L", False)
+    score: tuple[Scorer, ...] = option(
+        f"score a greedy text for each test record at the end, 0 to 1; repeatable: {choices.SCORERS}; launch/README.md "
+        "says what each compares with the record's completion",
+        (),
+        is_repeated=True,
+    )
+    score_tokens: PositiveInt | None = option(
+        "most tokens of such a text (default: 8 more than the longest completion of the test records)", None
+    )
 
 
 GROUPS: dict[str, Any] = {

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config.errors import TrainingError, first_line
 from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
-from trainer.distributed.decoding import decode
+from trainer.distributed.decoding import Completion, decode, make_batches
 from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
 from trainer.distributed.machine import peak_memory_bytes, tune_malloc
 from trainer.distributed.process_group import DistContext
@@ -262,26 +263,42 @@ class Engine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_ids: Sequence[int]
-    ) -> list[list[int]] | None:
-        """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        end_token_ids: Sequence[int],
+        *,
+        batch_size: int,
+    ) -> list[Completion]:
+        """Greedy continuations of token ids, of at most `limits` tokens each, for every rank; all must call.
 
-        On one rank, so that no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
+        The batches are the same for any number of ranks, which share them out. ZeRO-3 gathers the weights once, for all
+        tokens. TrainingError, on all ranks alike, where one of them fails.
         """
-        context = self.dist_context
+        context, batches = self.dist_context, make_batches(prompts, limits, batch_size)
         context.watchdog.heartbeat()
         self._set_training(False)
+        own: dict[int, Completion] = {}
+        failure = ""
         with self.state.gathered_model():
-            if context.rank != 0:
-                return None
-            return decode(
-                self.model.causal,
-                prompts,
-                max_new_tokens,
-                end_token_ids,
-                autocast_dtype=self._autocast_dtype,
-                on_token=context.watchdog.heartbeat,
-            )
+            try:
+                for batch in batches[context.rank :: context.world_size]:
+                    completions = decode(
+                        self.model.causal,
+                        [prompts[i] for i in batch],
+                        limits[batch[0]],
+                        end_token_ids,
+                        autocast_dtype=self._autocast_dtype,
+                        on_token=context.watchdog.heartbeat,
+                    )
+                    own.update(zip(batch, completions, strict=True))
+            except RuntimeError as error:  # also of torch, where a device has no memory left
+                failure = f"{context.name_of(context.rank)}: {first_line(error)}"
+        of_ranks = context.all_gather_object((own, failure))
+        if failures := [failure for _, failure in of_ranks if failure]:
+            raise TrainingError(f"no text could be generated on {failures[0]}")
+        everything = {i: completion for completions, _ in of_ranks for i, completion in completions.items()}
+        return [everything[i] for i in range(len(prompts))]
 
     def _set_training(self, is_training: bool) -> None:
         if self._loss_module.training != is_training:  # both walk over all modules

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
+from trainer.config.choices import scorer_file
 from trainer.config.errors import escape_controls
 from trainer.config.text import escape_markdown
 from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import QUANTIZATION_FILE, VerificationResult
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
+from trainer.tracking.eval_records import score_name
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, is_number, perplexity
 from trainer.training.schedule import describe_schedule
 
 
@@ -47,7 +49,12 @@ def render_model_card(
     base_model = {}
     if model["init"] == "pretrained" and is_hub_id(model["name"]):
         base_model = {"base_model": model["name"], "base_model_relation": "adapter" if is_adapter else "finetune"}
-    metrics = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
+    metrics = [] if (loss := verification.loss) is None else [("loss", loss), ("perplexity", perplexity(loss))]
+    results = [("validation", name, value) for name, value in metrics]
+    tests = [r.facts for r in records if isinstance(r, EventRecord) and r.event == "test_scores" and r.step == step]
+    for scorer in metadata["settings"]["output"]["score"] if tests else ():
+        if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
+            results.append(("test", public_name(scorer) if scorer_file(scorer) else scorer, score))
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
     card_data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
@@ -59,12 +66,12 @@ def render_model_card(
                 task_type="text-generation",
                 dataset_type=public_name(data["source"]),
                 dataset_name=public_name(data["source"]),
-                dataset_split="validation",
-                metric_type=name,
-                metric_name=f"validation {name}",
+                dataset_split=split,
+                metric_type=escape_controls(name),
+                metric_name=escape_controls(f"{split} {name}"),
                 metric_value=value,
             )
-            for name, value in metrics.items()
+            for split, name, value in results
         ],
         **base_model,
     )
@@ -81,6 +88,7 @@ def render_model_card(
         train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
         events=[record for record in records if isinstance(record, EventRecord)],
         lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
+        scores=[(name, value) for split, name, value in results if split == "test"],
         verification=verification,
         step=step,
         last_step=last_step,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from trainer.config.errors import UserError, escape_controls
-from trainer.config.fields import Float, Int
+from trainer.config.fields import Float
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name
 from trainer.tracking.records import (
@@ -52,12 +52,10 @@ class SampleText(BaseModel):
 
 
 class Samples(BaseModel):
-    """What an evaluation generated, and its scores where they were asked for."""
+    """What an evaluation generated."""
 
     texts: list[SampleText]
     epoch: Float
-    scored: Int | None = None
-    scores: dict[Text, Float] | None = None
 
 
 @dataclass(kw_only=True, eq=False)

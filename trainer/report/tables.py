@@ -24,7 +24,6 @@ MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 MAX_GROUPS = 4  # side by side by epoch
 MAX_EVALS = 12  # of a run, which are all shown
 MIN_DEVICE_HOURS = 0.01  # fewer are no cost
-SCORE_NAMES = {"exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L"}
 _SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
 _NO_TRAIN_SETTINGS = ("schedule", "dropout", "optimizer", "mode", "model", "trainable_parameters")
 #: what the card states, by our names for it
@@ -213,15 +212,10 @@ def build_diagnostics_table(runs: Sequence[RunData]) -> Table:
 
 
 def build_score_table(runs: Sequence[RunData]) -> Table:
-    """What --score-samples found at the last evaluation of each run that asked for it."""
-    scored = [(run.name, run.samples, run.samples.scores) for run in runs if run.samples and run.samples.scores]
-    names = list(dict.fromkeys(name for *_, scores in scored for name in scores))
-    rows = [
-        [run, f"{samples.epoch:.4g}", _show(samples.scored, ",.0f"), *(_show(scores.get(n), ".4f") for n in names)]
-        for run, samples, scores in scored
-    ]
-    headings = ["run", "epoch", "texts", *(SCORE_NAMES.get(name, name) for name in names)]
-    return Table(title="Completions against their references", headings=headings, rows=rows)
+    """The mean scores of the test records (--score), of each run that has them."""
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    rows = [[run.name, *(_show(run.scores.get(name), ".4f") for name in names)] for run in runs if run.scores]
+    return Table(title="Scores of the test records, 0 to 1", headings=["run", *names], rows=rows)
 
 
 class Sample(NamedTuple):

@@ -19,12 +19,13 @@ from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.data.values import RecordError, require_valid_unicode
-from trainer.distributed.decoding import Sampling, decode
+from trainer.distributed.decoding import Completion, Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_lines
 from trainer.training.checkpoint import hold_checkpoint
-from trainer.training.generation import EvalPrompt, completion_length, make_prompts, text_scores
+from trainer.training.generation import EvalPrompt, completion_length, make_prompts
+from trainer.training.scorers import ScoredText, ScorerError, check_references, check_scorers, score_texts
 
 BATCH_SIZE = 16  # prompts in one batch
 EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
@@ -35,6 +36,7 @@ def generate(args: argparse.Namespace) -> int:
 
     `args`: the flags of launch/generate.py. Returns 0; UserError.
     """
+    check_scorers(args.score)
     all_metadata = [read_run_metadata(folder / "run.json") for folder in args.runs]
     names = [metadata["name"] for metadata in all_metadata]
     loaders: dict[str, Callable[[], TrainableModel]] = {}  # each base once, before the first run on it
@@ -59,9 +61,8 @@ def generate(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
         return _talk({label: load().causal for label, load in loaders.items()}, completer)
     prompts = completer.read_prompts()
-    scored = [i for i, prompt in enumerate(prompts) if prompt.references]
-    if args.score and not scored:
-        raise UserError("--score: no prompt has a reference; expected --prompts FILE with `reference`")
+    pairs = [(i, reference) for i, prompt in enumerate(prompts) for reference in prompt.references]
+    check_references(args.score, [ScoredText("", text, prompts[i].text) for i, text in pairs], "prompt")
     texts = {label: completer.complete(load().causal, prompts) for label, load in loaders.items()}
     for i, prompt in enumerate(prompts):
         lines = [("prompt", prompt.text)]
@@ -69,10 +70,17 @@ def generate(args: argparse.Namespace) -> int:
             lines.append(("reference" if len(prompt.references) == 1 else f"reference {number}", reference))
         show_lines([*lines, *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
-    for label, completions in texts.items() if args.score else ():
-        scores = text_scores([completions[i] for i in scored], [prompts[i].references for i in scored])
-        values = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-        print(f"{label}: {values} over {len(scored)} prompts", flush=True)
+    for label, completions in texts.items():
+        for name in args.score:
+            best: dict[int, float] = {}  # of each prompt, over its references
+            try:
+                scores = score_texts(name, [ScoredText(completions[i], text, prompts[i].text) for i, text in pairs])
+            except ScorerError as error:
+                raise UserError(f"--score {name}: it {error}") from None
+            for (i, _), score in zip(pairs, scores, strict=True):
+                if score is not None:
+                    best[i] = max(score, best.get(i, 0.0))
+            print(f"{label}: {name} {sum(best.values()) / len(best):.3g} over {len(best)} prompts", flush=True)
     return 0
 
 
@@ -180,8 +188,8 @@ class _Completer:
         if args.temperature:
             sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
         ends = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
-        completions: list[list[int]] = []
+        completions: list[Completion] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
             completions += decode(causal, batch, length, ends, sampling=sampling)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        return [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]

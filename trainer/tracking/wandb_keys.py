@@ -29,12 +29,12 @@ RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-
 
 def wandb_row(record: Record) -> dict[str, float]:
     """The history row of a record, without its step; {} for an event, which goes to the summary instead, but for the
-    scores of samples."""
+    axes of samples."""
     if isinstance(record, EventRecord):
         if record.event != "samples":
             return {}
-        facts, scores = {"step": record.step, **record.facts}, record.facts.get("scores") or {}
-        return {axis: facts[name] for axis, name in AXES.items()} | {f"sample/{name}": x for name, x in scores.items()}
+        facts = {"step": record.step, **record.facts}
+        return {axis: facts[name] for axis, name in AXES.items()}
     values = {name: getattr(record, field) for name, field in (AXES | COLUMNS[type(record)]).items()}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -1,23 +1,28 @@
-"""Fixed validation prompts, completed greedily at every evaluation, and how like their references the texts are."""
+"""Texts that are generated greedily: of some validation prompts at every evaluation, to look at, and of all test
+records at a run's end, to be scored."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import zip_longest
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.config.settings import Settings
 from trainer.data.chat import end_token_ids
 from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name, write_evaluation
 from trainer.tracking.records import EvalRecord, EventRecord, Record
+from trainer.training.scorers import ScoredText, ScorerError, check_references, score_texts
 
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
+DOES_NOT_FIT = "the whole model does not fit on one rank beside its share of ZeRO-3"
 EXTRA_COMPLETION_TOKENS = 8  # tokens that a completion may be longer than the longest reference
 MAX_OPENING_TOKENS = 32  # tokens of a text without a prompt that serve as one, at most half of it
 MIN_COMPLETION_TOKENS = 8  # tokens that must be left for a completion
@@ -62,7 +67,7 @@ def completion_length(prompts: Sequence[EvalPrompt], max_positions: int | None) 
 
 
 class GenerationEvaluator:
-    """Completes prompts and, with --score-samples, scores them."""
+    """Completes some validation prompts at each evaluation."""
 
     def __init__(self, engine: Engine, data: PreparedDataset, settings: Settings):
         self.engine, self.settings = engine, settings
@@ -70,17 +75,15 @@ class GenerationEvaluator:
         self.base_completions: list[str] = []  #: of the model before the first step, where they are known
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
-        output = settings.output
-        if not (output.num_samples or output.score_samples) or data.metadata["tokenizer"] is None:
+        if not settings.output.num_samples or data.metadata["tokenizer"] is None:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
         self.end_token_ids = end_token_ids(self.tokenizer, data.metadata.get("chat_template"))
         max_positions = get_max_positions(engine.model.causal.config)
-        prompts = make_prompts(data, self.tokenizer, max_positions)
-        self.prompts = prompts if output.score_samples else prompts[: output.num_samples]
+        self.prompts = make_prompts(data, self.tokenizer, max_positions)[: settings.output.num_samples]
         if self.prompts and not engine.state.fits_unsharded():
             self.prompts = []
-            self.disabled_reason = "the whole model does not fit on one rank beside its share of ZeRO-3"
+            self.disabled_reason = DOES_NOT_FIT
         self.max_new_tokens = completion_length(self.prompts, max_positions)
 
     def replay(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -96,17 +99,14 @@ class GenerationEvaluator:
             yield record
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:
-        """The samples of the weights that were just evaluated; all ranks must call, rank 0 gets the event."""
+        """The samples of the weights that were just evaluated; all ranks must call."""
         if not self.prompts:
             return None
         start_time = time.perf_counter()
-        prompt_ids = [prompt.ids for prompt in self.prompts]
-        completions = self.engine.generate(prompt_ids, self.max_new_tokens, self.end_token_ids)
-        if completions is None:
-            return None
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-        references = [prompt.references for prompt in self.prompts]
-        scores = text_scores(texts, references) if self.settings.output.score_samples else {}
+        number, prompt_ids = len(self.prompts), [prompt.ids for prompt in self.prompts]
+        limits = [self.max_new_tokens] * number
+        completions = self.engine.generate(prompt_ids, limits, self.end_token_ids, batch_size=number)
+        texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         seconds = time.perf_counter() - start_time
         self.elapsed_seconds += seconds
         if record.step == 0:
@@ -116,51 +116,132 @@ class GenerationEvaluator:
             values = (prompt.text, prompt.references[0], len(prompt.references), base, text)
             examples.append(dict(zip(keys, values, strict=True)))
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
-        facts |= {"seconds": seconds, "texts": examples[: self.settings.output.num_samples]}
-        message = ""
-        if scores:
-            facts |= {"scored": len(texts), "scores": scores}
-            summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-            message = f"{len(texts)} completions after step {record.step}: {summary}"
-        now = record.time + seconds
-        return EventRecord(event="samples", step=record.step, message=message, time=now, facts=facts)
+        facts |= {"seconds": seconds, "texts": examples}
+        return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
 
 
-def check_prompts_available(settings: Settings, data: PreparedDataset) -> None:
-    """UserError where --score-samples has nothing to compare: texts without prompts, or token ids."""
-    if settings.output.score_samples and not any(prompt for prompt, _ in data.val_texts):
-        raise UserError(
-            f"--score-samples: {settings.data.data} has no prompts to complete; pass --prompt and --completion, or "
-            "leave --score-samples out"
-        )
+# --- the scores of the test records ---
 
 
-def check_installed(flag: str) -> None:
-    """UserError in one line where what the scores of `flag` need is not installed; imports nothing."""
-    for package in ("sacrebleu", "rouge_score"):
-        if find_spec(package) is None:
-            raise UserError(f"{flag}: needs {package}, which is not installed; pip install '.[metrics]'")
+class TestRow(NamedTuple):
+    """A test record as what a model is asked, and what it should answer."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+    is_whole: bool  #: False where the row was cut within its reference
 
 
-def text_scores(completions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """exact_match and rouge_l (F-measure, mean over the texts) from 0 to 1; bleu and chrf from 0 to 100,
-    sacrebleu's over the whole set with its default settings.
+def split_test_rows(data: PreparedDataset, end_ids: Sequence[int]) -> list[TestRow]:
+    """The test records: the last target tokens of each are the reference, what stands before them is the prompt.
 
-    `references`: one or more of each completion. A match with any of them counts; BLEU and chrF take several as they
-    are defined, of ROUGE-L the highest counts (Lin, 2004).
+    `end_ids`: the tokens at which a generated text ends.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import BLEU, CHRF
+    rows = []
+    for i in range(len(data.test)):
+        ids, is_target = data.test.row(i).tolist(), data.test.is_target(i)
+        end = len(ids) - int(is_target[::-1].argmax())
+        start = end - int((~is_target[:end][::-1]).argmax())
+        is_whole = ids[end - 1] in end_ids or len(ids) < data.metadata["block_size"]
+        rows.append(TestRow(tuple(ids[:start]), tuple(ids[start:end]), is_whole))
+    return rows
 
-    predictions = [text.strip() for text in completions]
-    targets = [[text.strip() for text in texts] for texts in references]
-    pairs = list(zip(predictions, targets, strict=True))
-    scorer = RougeScorer(["rougeL"])
-    rouge = [max(scorer.score(target, text)["rougeL"].fmeasure for target in texts) for text, texts in pairs]
-    streams = [list(stream) for stream in zip_longest(*targets)]  # None where a text has fewer references
-    return {
-        "exact_match": sum(text in texts for text, texts in pairs) / len(pairs),
-        "bleu": BLEU().corpus_score(predictions, streams).score,
-        "chrf": CHRF().corpus_score(predictions, streams).score,
-        "rouge_l": sum(rouge) / len(rouge),
-    }
+
+def _load_test_rows(settings: Settings, data: PreparedDataset) -> tuple[Any, tuple[int, ...], list[TestRow]]:
+    """(the tokenizer, the tokens at which a text ends, the test records)."""
+    tokenizer = load_tokenizer(settings.model.model)
+    end_ids = end_token_ids(tokenizer, data.metadata.get("chat_template"))
+    return tokenizer, end_ids, split_test_rows(data, end_ids)
+
+
+def _scored_texts(tokenizer: Any, rows: Sequence[TestRow], texts: Sequence[str]) -> list[ScoredText]:
+    """What a scorer gets of each record, `texts` being what was generated for it."""
+    prompts = tokenizer.batch_decode([row.prompt for row in rows])
+    references = tokenizer.batch_decode([row.reference for row in rows], skip_special_tokens=True)
+    return [
+        ScoredText(text, reference if row.is_whole else None, prompt)
+        for row, text, reference, prompt in zip(rows, texts, references, prompts, strict=True)
+    ]
+
+
+def check_test_records(settings: Settings, data: PreparedDataset) -> None:
+    """UserError where the test records are not there for --score, or hold nothing that a scorer compares."""
+    output, form = settings.output, data.metadata["form"]
+    if not output.score or output.export == "none":  # then no test record is looked at
+        return
+    if data.metadata["tokenizer"] is None:
+        problem = "the data are token ids; expected records of text"
+    elif not len(data.test):
+        problem = "there are no test records; expected --test-data, or --test-fraction 0.1"
+    elif data.metadata["objective"] == "blocks":
+        problem = "the test records are joined into blocks; expected --objective completion"
+    elif form == "template" and settings.data.prompt is None:
+        problem = "the records have no prompts; expected --prompt beside --completion"
+    else:
+        tokenizer, _, rows = _load_test_rows(settings, data)
+        check_references(output.score, _scored_texts(tokenizer, rows, [""] * len(rows)), "test record")
+        return
+    raise UserError(f"--score {output.score[0]}: {problem}")
+
+
+def score_test_records(
+    settings: Settings, data: PreparedDataset, engine: Engine, *, step: int, row_nll: Sequence[float], now: float
+) -> EventRecord:
+    """Generate a text for every test record and score it; rank 0 writes both beside the record's loss. All ranks must
+    call.
+
+    Equal prompts share a text. What fails is said in the event and costs these scores only. `row_nll`: the losses of
+    the records; `now`: seconds since the run began.
+    """
+    start_time, context = time.perf_counter(), engine.dist_context
+    tokenizer, end_ids, rows = _load_test_rows(settings, data)
+    max_positions = get_max_positions(engine.model.causal.config)
+    limit = settings.output.score_tokens or EXTRA_COMPLETION_TOKENS + max(len(row.reference) for row in rows)
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    limits = [limit if max_positions is None else min(limit, max_positions - len(prompt)) for prompt in prompts]
+    facts: dict[str, Any] = {"step": step, "num_records": len(rows), "num_prompts": len(prompts), "scores": {}}
+    try:
+        if not engine.state.fits_unsharded():
+            raise TrainingError(DOES_NOT_FIT)
+        completions = engine.generate(prompts, limits, end_ids, batch_size=settings.train.eval_batch)
+    except TrainingError as error:
+        message = f"no test scores: {error}"
+        return EventRecord(event="test_scores", step=step, message=message, time=now, facts=facts)
+    generated = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+    texts_by_prompt = dict(zip(prompts, generated, strict=True))
+    texts = [texts_by_prompt[row.prompt] for row in rows]
+
+    def score() -> tuple[dict[str, list[float | None]], dict[str, str]]:
+        """({scorer: score of each record}, {scorer: why there is none}), once they are written."""
+        items, scores, failures = _scored_texts(tokenizer, rows, texts), {}, {}
+        for name in settings.output.score:
+            try:
+                scores[name] = score_texts(name, items, on_wait=context.watchdog.heartbeat)
+            except ScorerError as error:
+                failures[name] = str(error)
+        write_evaluation(
+            Path(settings.run_folder) / EVAL_RECORDS_FOLDER,
+            data.row_info("test"),
+            step=step,
+            split="test",
+            nll=row_nll,
+            texts=texts,
+            scores={score_name(name): values for name, values in scores.items()},
+        )
+        return scores, failures
+
+    scores, failures = context.on_rank_zero(score)
+    parts = []
+    for name, values in scores.items():
+        known = [value for value in values if value is not None]
+        facts["scores"][score_name(name)] = mean = math.fsum(known) / len(known)
+        without = f" ({len(values) - len(known)} others have no reference)" if len(known) < len(values) else ""
+        parts.append(f"{name} {mean:.4f} over {len(known)} records{without}")
+    parts += [f"no scores by {name}: it {failure}" for name, failure in failures.items()]
+    if num_ties := sum(completion.is_near_tie for completion in completions):
+        parts.append(
+            f"in {num_ties} of {len(prompts)} texts two tokens were equally likely up to rounding: with another "
+            "--eval-batch or machine they may read otherwise"
+        )
+    facts |= {"failures": failures, "num_near_ties": num_ties, "seconds": time.perf_counter() - start_time}
+    message = f"test scores with the weights of step {step}: {'; '.join(parts)}"
+    return EventRecord(event="test_scores", step=step, message=message, time=now + facts["seconds"], facts=facts)

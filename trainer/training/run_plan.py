@@ -30,9 +30,9 @@ from trainer.distributed.preflight import config_digest
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.optimizer import MIN_8BIT_SIZE
-from trainer.training.generation import check_installed
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule, describe_schedule
+from trainer.training.scorers import check_scorers
 
 #: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
 PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
@@ -152,6 +152,9 @@ class RunPlan:
         ]
         if data_info.get("test", {}).get("examples"):
             data.insert(2, ("test", describe_split("test")))
+        if (scorers := settings.output.score) and settings.output.export != "none":
+            limit = f"at most {settings.output.score_tokens} tokens" if settings.output.score_tokens else "greedy"
+            training.append(("scores", f"{', '.join(scorers)} of a text ({limit}) for each test record, at the end"))
         if self.dist_context.world_size > 1:
             machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
@@ -250,8 +253,8 @@ def validate_early(settings: Settings, dist_context: DistContext, *, is_dry_run:
     except OSError as error:
         message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
         raise UserError(message) from error
-    if settings.output.score_samples:
-        check_installed("--score-samples")
+    if settings.output.export != "none":  # else no test record is looked at
+        check_scorers(settings.output.score)
     if engine.execution == "graphs" and on_cpu:
         raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto or eager")
     if engine.precision == "fp16" and on_cpu:
@@ -424,6 +427,8 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
     if lora_flags and settings.mode == "full":
         notes.append(f"{join_words(lora_flags, 'and')}: ignored with --mode full")
+    if settings.output.score and settings.output.export == "none":
+        notes.append("--score: ignored with --export none, which leaves the test records unseen")
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     if settings.model.quant:

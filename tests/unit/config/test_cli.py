@@ -34,8 +34,8 @@ SETTINGS = """
 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
---wandb-group=g --wandb-tags=t,u --report-to=tensorboard --profile=5 --export=best --num-samples=5 --score-samples
---base-from=runs
+--wandb-group=g --wandb-tags=t,u --report-to=tensorboard --profile=5 --export=best --num-samples=5 --score=f1
+--score-tokens=9 --base-from=runs
 """
 VALUES = {flag: value for flag, _, value in (word.partition("=") for word in SETTINGS.split())}
 FIELDS = {flag_of(field): (name, field.name) for name, group in GROUPS.items() for field in dataclasses.fields(group)}
@@ -61,6 +61,15 @@ def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
     assert value == settings.overrides[group][field] != default
     assert value == (tuple(typed.split(",")) if isinstance(value, tuple) else type(value)(typed or not default))
     assert set(settings.overridden) == {flag, *more[:1]}
+
+
+def test_scorers_are_one_a_flag_as_their_patterns_may_hold_commas(tmp_path):
+    scorers = ("exact", "regex:a,b ", "-x.py:f")
+    settings = parse("--mode full", *(f"--score={name}" for name in scorers)).settings
+    assert settings.output.score == scorers
+    assert cli.parse_args(cli.to_argv(settings, {})).settings.output.score == scorers
+    (tmp_path / "flags.yaml").write_text("score: [exact, 'regex:a,b ', -x.py:f]\n")
+    assert parse("--mode full --config", str(tmp_path / "flags.yaml")).settings.output.score == scorers
 
 
 def test_no_flags_override_nothing():

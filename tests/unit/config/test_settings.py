@@ -148,6 +148,8 @@ OUT_OF_RANGE = {
     "output.wandb_project": ["a/b", "a\nb", "a" * 129],
     "output.run_name": ["a/b", "", "..", "a" * 129],
     "output.num_samples": [33],
+    "output.score": [["acc"], ["regex:"], ["judge.py"], [".py:f"], ["judge.py:f()"]],
+    "output.score_tokens": [0],
 }
 
 

@@ -1,0 +1,322 @@
+"""Scores of generated texts against their references, from 0 to 1; each scorer runs in a process of its own.
+
+A pattern may take for ever and a user's function may do anything: the process has a time limit for each text, shares
+nothing with the run, and ends with it. `python -m trainer.training.scorers FILE_DESCRIPTOR` is that process.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Context, Decimal
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.config import choices
+from trainer.config.errors import UserError, first_line
+from trainer.config.text import shorten
+from trainer.distributed.launch_environment import without_launcher
+
+START_SECONDS = 60.0  # to load a scorer, and what it imports
+TEXT_SECONDS = 10.0  # for one text
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rougeL": "rouge_score"}
+NEEDS = {"numeric": "a number", "json": "a JSON value"}  # in a reference; else any text
+#: (sign, digits, exponent); a minus behind a letter, a digit or a bracket is a dash or an operator.
+_NUMBER = re.compile(
+    r"((?<![\w)\]])[-−])?\$?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE]([+-]?\d{1,4})\b)?"
+)
+
+
+class ScoredText(NamedTuple):
+    """A text to score, what it is compared with (None: nothing), and the prompt that it was made from."""
+
+    text: str
+    reference: str | None
+    prompt: str
+
+
+class ScorerError(Exception):
+    """Why a scorer gives no scores, in half a sentence."""
+
+
+def check_scorers(names: Sequence[str]) -> None:
+    """UserError in one line where a scorer of --score cannot be used here; loads what the user named."""
+    from trainer.tracking.eval_records import score_name  # with pandas, for which a scorer's process need not wait
+
+    for i, name in enumerate(names):
+        try:
+            choices.check_scorer(name)
+        except ValueError:
+            raise UserError(f"--score {name}: expected {choices.SCORERS}") from None
+        for other in names[:i]:
+            if score_name(other) == score_name(name):
+                column = f"score_{score_name(name)}, as has --score {other}"
+                raise UserError(f"--score {name}: has the column {column}; expected names with other letters or digits")
+        if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
+        if (file := choices.scorer_file(name)) and not Path(file).expanduser().is_file():
+            raise UserError(f"--score {name}: there is no file {file}; expected FILE.py:function")
+        if ":" in name:
+            try:
+                score_texts(name, ())
+            except ScorerError as error:
+                raise UserError(f"--score {name}: {error}") from None
+
+
+def check_references(names: Sequence[str], texts: Sequence[ScoredText], source: str) -> None:
+    """UserError where a scorer finds no reference in the records of `source`, or fails on the first reference itself.
+
+    The texts of `texts` do not matter.
+    """
+    for name in names:
+        found = [item._replace(text=str(item.reference)) for item in texts if has_reference(name, item.reference)]
+        if not found:
+            raise UserError(f"--score {name}: no {source} has {NEEDS.get(name, 'a text')} to compare with")
+        try:
+            score_texts(name, found[: ":" in name])  # what comes with this program needs no trial
+        except ScorerError as error:
+            raise UserError(f"--score {name}: {error}, where text and reference are equal") from None
+
+
+def has_reference(name: str, reference: str | None) -> bool:
+    """Whether a reference holds what a scorer compares."""
+    if reference is None or not reference.strip():
+        return False
+    return EXTRACTORS.get(name, str)(reference) is not None
+
+
+def score_texts(
+    name: str, texts: Sequence[ScoredText], *, on_wait: Callable[[], None] = lambda: None
+) -> list[float | None]:
+    """The score of each text by one scorer, from 0 to 1; None where the reference holds nothing to compare.
+
+    ScorerError where the scorer fails, takes more than TEXT_SECONDS for a text, or returns no such number. `on_wait` is
+    called once a second, and for each text.
+    """
+    scores: list[float | None] = []
+    with _started(on_wait) as ask:
+        ask([name], START_SECONDS)
+        for number, item in enumerate(texts, start=1):
+            score = None
+            if has_reference(name, item.reference):
+                try:
+                    score = ask(item, TEXT_SECONDS)
+                except ScorerError as error:
+                    raise ScorerError(f"{error} (text {number} of {len(texts)})") from None
+            scores.append(score)
+    return scores
+
+
+@contextlib.contextmanager
+def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | None], float], float | None]]:
+    """A scorer's process: a function that sends it a message and returns its answer within so many seconds."""
+    ours, theirs = multiprocessing.Pipe()
+    command = [sys.executable, "-P", "-m", "trainer.training.scorers", str(theirs.fileno())]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with ours, tempfile.TemporaryFile() as output:
+        with theirs:
+            process = subprocess.Popen(
+                command,
+                env={**without_launcher(os.environ), "PYTHONPATH": path},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+        def ask(message: Sequence[str | None], seconds: float) -> float | None:
+            deadline = time.monotonic() + seconds
+            on_wait()
+            try:
+                ours.send_bytes(json.dumps(message).encode())
+                while not ours.poll(max(0.0, min(1.0, deadline - time.monotonic()))):
+                    on_wait()
+                    if time.monotonic() > deadline:
+                        raise ScorerError(f"takes more than {seconds:g} s")
+                answer = json.loads(ours.recv_bytes())
+            except (EOFError, OSError):
+                output.seek(0)
+                lines = output.read()[-2000:].decode(errors="replace").split("\n")
+                last = next((f": {shorten(line, 200)}" for line in reversed(lines) if line.strip()), "")
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the connection alone
+                    process.wait(1)
+                raise ScorerError(f"its process ended with exit code {process.returncode}{last}") from None
+            if "error" in answer:
+                raise ScorerError(answer["error"])
+            score: float | None = answer["score"]
+            return score
+
+        try:
+            yield ask
+        finally:  # with whatever it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# --- the scorers: the score of a text and a reference that holds a text ---
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, None where it has none: `-$1,234.50` is -1234.5, `50%` is 50, `3,4` ends in 4.
+
+    So also of GSM8K's answers, which end in `#### 72`.
+    """
+    if not (numbers := _NUMBER.findall(text)):
+        return None
+    sign, digits, exponent = numbers[-1]
+    return Decimal(f"{'-' if sign else ''}{digits.replace(',', '')}e{exponent or 0}")
+
+
+def json_value(text: str) -> str | None:
+    """A text that is the same for equal JSON values, None for what is no JSON: blanks, the order of keys and how a
+    number is written do not count; 1 and true differ."""
+
+    def number(digits: str) -> Decimal:
+        return Decimal(digits).normalize(Context(prec=100_000))
+
+    with contextlib.suppress(ValueError, ArithmeticError, RecursionError):  # numbers and depths beyond all use, too
+        return repr(
+            json.loads(
+                text,
+                parse_int=number,
+                parse_float=number,
+                parse_constant=int,  # which refuses NaN and Infinity
+                object_pairs_hook=lambda pairs: dict(sorted(dict(pairs).items())),
+            )
+        )
+    return None
+
+
+def _f1(text: str, reference: str) -> float:
+    """F1 of the words that both have, normalised as by SQuAD's evaluate-v2.0.py (Rajpurkar et al., arXiv 1806.03822):
+    lower case, without punctuation and articles; where one has no word, 1 if the other has none either, else 0."""
+
+    def split(text: str) -> list[str]:
+        text = "".join(character for character in text.lower() if character not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    words, expected = split(text), split(reference)
+    num_common = (Counter(words) & Counter(expected)).total()
+    return 2 * num_common / (len(words) + len(expected)) if words and expected else float(words == expected)
+
+
+@cache
+def _library_metric(name: str) -> Callable[[str, str], float]:
+    """sacrebleu's BLEU (of effective order) or chrF of one text, over 100, or rouge_score's F-measure of ROUGE-L."""
+    if name == "rougeL":
+        from rouge_score.rouge_scorer import RougeScorer
+
+        rouge = RougeScorer([name])
+        return lambda text, reference: float(rouge.score(reference, text)[name].fmeasure)
+    from sacrebleu.metrics import BLEU, CHRF
+
+    metric: Any = BLEU(effective_order=True) if name == "bleu" else CHRF()
+    return lambda text, reference: float(metric.sentence_score(text.strip(), [reference.strip()]).score) / 100
+
+
+#: What is compared of a text and a reference; None: it has none.
+EXTRACTORS: dict[str, Callable[[str], object]] = {"exact": str.strip, "numeric": last_number, "json": json_value}
+
+
+def score_text(name: str, text: str, reference: str) -> float:
+    """The score by one of `choices.SCORER_NAMES`, in this process."""
+    if extract := EXTRACTORS.get(name):
+        return float(extract(text) == extract(reference))
+    if name == "contains":
+        return float(reference.strip() in text)
+    return _f1(text, reference) if name == "f1" else _library_metric(name)(text, reference)
+
+
+# --- the process of one scorer ---
+
+
+def _regex_scorer(pattern: str) -> Callable[[str, str, str], float]:
+    """What the pattern finds first (its first group, if it has one) in the text and in the reference; a reference in
+    which it finds nothing is taken whole."""
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ScorerError(f"is no regular expression of Python's re ({first_line(error)})") from None
+
+    def find(text: str) -> str | None:
+        match = compiled.search(text)
+        return None if match is None else match[min(1, compiled.groups)]
+
+    def score(text: str, reference: str, prompt: str) -> float:
+        found, expected = find(text), find(reference)
+        return float(found is not None and found.strip() == (reference if expected is None else expected).strip())
+
+    return score
+
+
+def _file_scorer(file: Path, name: str) -> Callable[[str, str, str], Any]:
+    """The function of a user's file: called with text and reference, and with `prompt=` where it takes that."""
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location("scorer", file)
+    assert spec is not None, "a file of Python"
+    assert spec.loader is not None
+    module = sys.modules["scorer"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ScorerError(f"{file} has no function {name}")
+    takes_prompt = "prompt" in inspect.signature(function).parameters
+    return lambda text, reference, prompt: function(text, reference, **({"prompt": prompt} if takes_prompt else {}))
+
+
+def load_scorer(name: str) -> Callable[[str, str, str], Any]:
+    """The function (text, reference, prompt) of a scorer; runs the file of FILE.py:function."""
+    if file := choices.scorer_file(name):
+        return _file_scorer(Path(file).expanduser().absolute(), name.rpartition(":")[2])
+    if name.startswith("regex:"):
+        return _regex_scorer(name.removeprefix("regex:"))
+    return lambda text, reference, prompt: score_text(name, text, reference)
+
+
+def _answer(scorer: Callable[[str, str, str], Any], message: list[str]) -> float:
+    value = scorer(*message)
+    if not hasattr(value, "__float__") or not 0 <= float(value) <= 1:  # of numpy and torch too
+        raise ScorerError(f"returned {shorten(repr(value), 60)}; expected a number from 0 to 1")
+    return float(value)
+
+
+def main() -> None:
+    """Load the scorer that the first message names, then answer each text, until the connection is closed."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the run ends
+    scorer: Callable[[str, str, str], Any] | None = None
+    with Connection(int(sys.argv[1])) as connection, contextlib.suppress(EOFError):
+        while True:
+            message = json.loads(connection.recv_bytes())
+            answer: dict[str, Any] = {"score": None}
+            try:
+                if scorer is None:
+                    scorer = load_scorer(*message)
+                else:
+                    answer = {"score": _answer(scorer, message)}
+            except ScorerError as error:
+                answer = {"error": str(error)}
+            except (Exception, SystemExit) as error:
+                answer = {"error": f"failed with {type(error).__name__}: {first_line(error)}"}
+            connection.send_bytes(json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    main()
