@@ -338,8 +338,10 @@ def test_the_reference_of_a_conversation_is_its_last_assistant_turn():
         ("--test-fraction 0.2 --score json", "--score json: no test record has a JSON value to compare with"),
     ],
 )
-def test_test_records_that_cannot_be_scored_are_refused_before_the_model_is_built(flags, message, argv):
-    text = f"--score exact --model {argv[3]} --data {argv[5]} --preset demo --block-size 24 {flags}"
+def test_test_records_that_cannot_be_scored_are_refused_before_the_model_is_built(
+    flags, message, tiny_model, data_files
+):
+    text = f"--score exact --model {tiny_model} --data {data_files[0]} --preset demo --block-size 24 {flags}"
     more = "" if "--objective" in flags else "--objective completion"
     settings, data = prepare_settings(f"{text} {more}")
     with pytest.raises(UserError, match=re.escape(message)):
