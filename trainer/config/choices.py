@@ -3,6 +3,8 @@
 import re
 from typing import Literal, get_args
 
+from trainer.config.files import expand_user_path
+
 Mode = Literal["full", "lora"]
 Preset = Literal["demo", "card", "gpt2", "finetune"]
 Init = Literal["pretrained", "random"]
@@ -36,9 +38,9 @@ MAX_SHARED_FRACTION = 0.05  # of evaluation records that may equal training reco
 
 
 def scorer_file(scorer: str) -> str:
-    """FILE.py of a scorer FILE.py:function; "" of another."""
+    """FILE.py of a scorer FILE.py:function; "" of another. ValueError for `~name` of nobody."""
     match = re.fullmatch(r"(?!regex:)(.+\.py):[^\W\d]\w*", scorer, re.DOTALL)
-    return match[1] if match else ""
+    return expand_user_path(match[1]) if match else ""
 
 
 def check_scorer(scorer: str) -> str:

@@ -68,7 +68,7 @@ def check_scorers(names: Sequence[str]) -> None:
                 raise UserError(f"--score {name}: has the column {column}; expected names with other letters or digits")
         if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
-        if (file := choices.scorer_file(name)) and not Path(file).expanduser().is_file():
+        if (file := choices.scorer_file(name)) and not Path(file).is_file():
             raise UserError(f"--score {name}: there is no file {file}; expected FILE.py:function")
         if ":" in name:
             try:
@@ -283,7 +283,7 @@ def _file_scorer(file: Path, name: str) -> Callable[[str, str, str], Any]:
 def load_scorer(name: str) -> Callable[[str, str, str], Any]:
     """The function (text, reference, prompt) of a scorer; runs the file of FILE.py:function."""
     if file := choices.scorer_file(name):
-        return _file_scorer(Path(file).expanduser().absolute(), name.rpartition(":")[2])
+        return _file_scorer(Path(file).absolute(), name.rpartition(":")[2])
     if name.startswith("regex:"):
         return _regex_scorer(name.removeprefix("regex:"))
     return lambda text, reference, prompt: score_text(name, text, reference)
