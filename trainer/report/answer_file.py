@@ -24,6 +24,11 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
         "sentence": verdict.sentence,
         "next_step": verdict.next_step,
         "comparisons": comparisons,
+        "lora_ranks": [
+            {"rank": r.rank, "excess": asdict(r.excess), "p_after_holm": r.p_value, "is_good_enough": r.is_good_enough}
+            for r in verdict.ranks
+        ],
+        "smallest_good_enough_rank": next((r.rank for r in verdict.ranks if r.is_good_enough), None),
         "views": [asdict(view) | {"favours": view.favours} for view in verdict.views],
         "not_counted": verdict.num_not_counted,
         **({"study": dict(verdict.study.facts)} if verdict.study else {}),

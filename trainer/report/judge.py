@@ -160,6 +160,7 @@ class StudyContext:
     memory: CostRatio  #: their peak memory, from the same runs
     rule: Mapping[str, Any]  #: the content of its rule.json
     facts: Mapping[str, Any]  #: further content of answer.json
+    by_length: Sequence[tuple[int, PairedInterval]] = ()  #: LoRA's excess on validation records, by steps of a run
 
 
 class Tradeoff(NamedTuple):

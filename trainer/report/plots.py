@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainer.config import reference
 from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
+from trainer.report.interval import LEVEL, PairedInterval
 from trainer.report.judge import UNIT, FullVsLora, RateCurve
 from trainer.report.matched import LOSS
 from trainer.report.run_data import TRAINER_MODE, RunData
@@ -147,7 +148,7 @@ def render_pictures(groups: Sequence[SeedGroup], verdict: Verdict, with_referenc
 
 def render_svgs(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
-    drawings = []
+    drawings = render_excess(verdict)
     if any(pair.tradeoffs for pair in verdict.comparisons):
         draw = partial(draw_tradeoffs, pairs=verdict.comparisons)
         drawings.append((TRADEOFF_TITLE, _render_svg(draw, "tradeoff", TRADEOFF_TITLE, PLOT_SIZE_INCHES)))
@@ -155,6 +156,37 @@ def render_svgs(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: b
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         drawings.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
     return drawings
+
+
+def render_excess(verdict: Verdict) -> list[tuple[str, str]]:
+    """(title, SVG) of LoRA's excess by rank and by length of training, of what a study has several."""
+    by_rank, drawings = [(float(result.rank), result.excess) for result in verdict.ranks], []
+    by_length = [(float(steps), excess) for steps, excess in (verdict.study.by_length if verdict.study else ())]
+    for name, points, unit in (("LoRA rank", by_rank, None), ("steps of a run", by_length, UNIT)):
+        if len(points) > 1 and verdict.primary is not None:
+            title = f"LoRA's excess by {name}"
+            draw = partial(draw_excess, points=points, x_label=name, pair=verdict.primary, unit=unit)
+            drawings.append((title, _render_svg(draw, name.replace(" ", "-"), title, PLOT_SIZE_INCHES)))
+    return drawings
+
+
+def draw_excess(
+    axis: "Axes", points: Sequence[tuple[float, PairedInterval]], x_label: str, pair: FullVsLora, unit: str | None
+) -> None:
+    """Estimates with their intervals, 0 and, where it has the margin's unit, the margin."""
+    unit = unit or pair.margin.unit
+    x, estimates = [x for x, _ in points], np.array([interval.estimate for _, interval in points])
+    bars = np.abs([(interval.low, interval.high) for _, interval in points] - estimates[:, None]).T
+    label = f"LoRA - full, {100 * LEVEL:g} % interval"
+    axis.errorbar(x, estimates, yerr=bars, color=COLOURS["lora"], marker=MARKERS["lora"], capsize=3, label=label)
+    axis.axhline(0, color=COLOURS["full"], linewidth=1.0, label="full")
+    if pair.excess is not None and pair.contrast is not None and unit == pair.margin.unit:
+        margin = pair.excess.estimate - pair.contrast.estimate
+        axis.axhline(margin, color=COLOURS["card"], linestyle=DASHES["card"], label="margin")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(x, [f"{value:,.0f}" for value in x])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=x_label, ylabel=f"excess ({unit})")
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:

@@ -9,6 +9,7 @@ from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
 from trainer.report.advice import describe_needed_records, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
+from trainer.report.enough import RankResult, describe_lengths, describe_ranks, judge_ranks
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
 from trainer.report.judge import (
     DEFAULT_MARGIN,
@@ -69,6 +70,7 @@ class Verdict:
     details: tuple[str, ...] = ()
     comparisons: tuple[FullVsLora, ...] = ()
     views: tuple[View, ...] = ()  #: both modes at equal cost: the primary comparison's, or the study's
+    ranks: tuple[RankResult, ...] = ()  #: of several that were compared, which are good enough
     num_not_counted: int = 0
     study: StudyContext | None = None  #: where the settings were chosen by one
 
@@ -107,7 +109,9 @@ def build_verdict(
     details += [line for members, _, _ in sets for line in _describe_costs(members[0])]
     views = [study.views if study else members[0].views for members, _, _ in sets]
     details += [line for views_of_set in views for line in describe_views(views_of_set)]
-    details += study.lines if study else ()
+    ranks = judge_ranks(comparisons)
+    details += describe_ranks(ranks)
+    details += [*describe_lengths(study, ranks), *study.lines] if study else ()
     if any(comparison.losses for comparison in comparisons):
         details.append(INTERVAL_RULE)
     last_row = reference.CURVE[-1]
@@ -125,6 +129,7 @@ def build_verdict(
         details=tuple(details),
         comparisons=tuple(comparisons),
         views=views[0] if views else (),
+        ranks=tuple(ranks),
         num_not_counted=num_left_out,
         study=study,
     )

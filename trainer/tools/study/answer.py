@@ -8,6 +8,7 @@ cost: those settings were chosen by what the curves show, so nothing there is a 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_gr
 from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
 from trainer.report.views import View, build_views
-from trainer.tools.study.power import choice_noise
+from trainer.tools.study.power import choice_noise, excess_by_length
 from trainer.tools.study.rule import RULE_FILE, Rule
 from trainer.tools.study.search import Candidate, MethodSearch, Results, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
@@ -102,7 +103,7 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         searches[method] = {"method": method, **facts}
     primary = list(outcomes.values())[:2]
     num_full, num_lora = (len(outcome.trials) for outcome in primary)
-    noise = choice_noise(primary, results)
+    noise, by_length = choice_noise(primary, results), excess_by_length(study_folder, primary)
     moved = "" if noise is None else f"; choosing again would move the loss by about {noise:.2g}"
     study = StudyContext(
         choice=f"rates chosen by validation loss ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
@@ -113,7 +114,8 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         memory=timing.memory,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
         facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes}
-        | {"choice_noise": noise},
+        | {"choice_noise": noise, "by_length": [{"steps": n, "excess": asdict(interval)} for n, interval in by_length]},
+        by_length=by_length,
     )
     runs = [run for group in groups.values() for run in group.runs]
     return compare(runs, with_reference=False, margin=rule.margin, study=study, groups=list(groups.values()))

@@ -97,7 +97,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         if (args.output_dir / RULE_FILE).exists():
             write_rule(args.output_dir, rule, working_dir="")  # which it refuses where it is another one
             state = study_state(rule, read_results(args.output_dir))
-            known = read_search_losses(args.output_dir, state) if state.answers else None
+            known = read_search_losses(args.output_dir, list(state.outcomes.values())[:2]) if state.answers else None
         print(describe_power(rule, num_units, known[0] if known else None))
     else:
         write_rule(args.output_dir, rule, working_dir=str(Path.cwd()))

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.report.interval import ONE_SIDED, VarianceComponents, paired_interval, predict_half_width
+from trainer.report.interval import ONE_SIDED, PairedInterval, VarianceComponents, paired_interval, predict_half_width
 from trainer.report.matched import LOSS, MatchedRecords, MatchError, match_records, read_records
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import Rule
-from trainer.tools.study.search import MethodSearch, Results, StudyState
+from trainer.tools.study.search import MethodSearch, Results
 from trainer.tools.study.trials import run_folder
 
 NUM_DRAWS = 4000
@@ -48,7 +48,7 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
     num_seeds = len(rule.answer_seeds)
     shown, points = (predict_half_width(c, num_seeds, num_records) for c in (nats, ASSUMED_POINTS))
     line = f"{num_seeds} seeds and {num_records:,} test records can show about {shown:.2g} nats per token ({source})"
-    line += f", or {points:.1g} points of a score (assumed: 1 record of 8 is right with one method only)"
+    line += f", or {float(f'{points:.1g}'):g} points of a score (assumed: 1 record of 8 is right with one method only)"
     return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, name)}"
 
 
@@ -67,20 +67,33 @@ def _describe_needed(components: VarianceComponents, num_seeds: int, num_records
     return f"a margin of {name} needs {' or '.join(filter(None, options)) or 'more records and more seeds'}"
 
 
-def read_search_losses(study_folder: Path, state: StudyState) -> tuple[MatchedRecords, int] | None:
-    """(Validation losses of the chosen settings of full and LoRA with the seeds of the choice, number of test records).
+def read_search_losses(
+    study_folder: Path, searches: Sequence[MethodSearch], stage: int = -1
+) -> tuple[MatchedRecords, int] | None:
+    """(Validation losses of full's and LoRA's best settings at a stage, with all its seeds; number of test records).
 
     None where they are not known.
     """
     try:
         full, lora = (
-            [read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(search.chosen_among[0], -1)]
-            for search in list(state.outcomes.values())[:2]
+            [read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(search.best_at(stage), stage)]
+            for search in searches
         )
         pairs = list(zip(full, lora, strict=True))
         return match_records(pairs, read_records(pairs), "val"), int(full[0].get("data.test.units"))
     except (UserError, MatchError, LookupError, TypeError, ValueError):  # it costs a line of text, not the study
         return None
+
+
+def excess_by_length(study_folder: Path, searches: Sequence[MethodSearch]) -> list[tuple[int, PairedInterval]]:
+    """LoRA's excess over full on validation records, each at its best rate, by the steps of a rung's runs."""
+    points = []
+    for rung, num_steps in enumerate(searches[0].rule.rungs):
+        is_last = num_steps == searches[0].rule.total_steps
+        known = read_search_losses(study_folder, searches, -1 if is_last else rung)
+        if known is not None:
+            points.append((num_steps, paired_interval(known[0].lora - known[0].full, known[0].weights)))
+    return points
 
 
 def choice_noise(searches: Sequence[MethodSearch], results: Results) -> float | None:

@@ -110,6 +110,12 @@ class MethodSearch:
         """The winner and its neighbours."""
         return [] if self.winner is None else [self.winner, *self._neighbours(self.winner)]
 
+    def best_at(self, stage: int) -> Candidate:
+        """The candidate with the lowest loss of a stage, of those with all its runs."""
+        return min(
+            {spec.candidate for spec in self.trials}, key=lambda candidate: (self._loss(candidate, stage), candidate)
+        )
+
     def answer_specs(self) -> list[TrialSpec]:
         """The winner's runs with the fresh seeds."""
         assert self.winner is not None

@@ -84,7 +84,7 @@ class Study:
                 if not (needed or running):
                     break
                 if state.answers and not has_said_power:  # before the answer's runs
-                    has_said_power, known = True, read_search_losses(self.folder, state)
+                    has_said_power, known = True, read_search_losses(self.folder, list(state.outcomes.values())[:2])
                     if known is not None:
                         log(f"searched: {describe_power(self.rule, known[1], known[0])}")
                 for number in set(range(len(slots))) - set(running):
