@@ -327,9 +327,10 @@ def _bits_per_byte(pair: FullVsLora) -> str:
 
 def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
     """What is behind a comparison and the sentence does not say of it, and what cannot be had."""
-    names, losses, judged = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}", pair.losses, pair.judged
+    losses, judged = pair.losses, pair.judged
+    names = "" if pair is primary else f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
     if pair.blockers:
-        return [] if pair is primary else [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
+        return [f"{names}not ranked ({'; '.join(pair.blockers)})."] if names else []
     parts, unit = [], pair.margin.unit
     if pair is not primary:
         parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {UNIT}")
@@ -341,50 +342,39 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
     elif pair.excess is not None:
         reason = pair.margin.why_not(judged) if judged else "that needs the losses of single records"
         parts.append(f"whether it is within the margin is not known: {reason}")
-    lines = [f"{names}: {'; '.join(parts)}."] if parts else []
+    lines = [f"{names}{'; '.join(parts)}."] if parts else []
     if losses and losses.num_seen:
-        lines.append(f"{names}: {losses.num_seen:,} records that are not new (see the plan) are left out.")
+        lines.append(f"{names}{losses.num_seen:,} records that are not new (see the plan) are left out.")
     if losses and losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
         lines.append(
-            f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "
+            f"{names}records of one {column} may stand in several blocks, which the interval takes for independent; "
             "it may be too narrow, and --objective completion keeps records apart."
         )
     if judged and judged.measure == LOSS and pair.excess:
         records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
         lines.append(
-            f"{names}: {len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
+            f"{names}{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
             f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; LoRA's excess a token where it "
             f"counts most: {records}."
         )
     if pair.no_losses:
-        lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")
-    return lines
+        lines.append(f"{names}{pair.no_losses}; an interval over seeds alone holds for this validation set only.")
+    return [capitalize(line) for line in lines]
 
 
 def _describe_costs(pair: FullVsLora) -> list[str]:
-    """`LoRA against full: 0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware).`
-
-    And what time and memory depend on and was not the same.
-    """
-    parts = [f"{format_percent(pair.parameters)} of its trainable parameters"]
+    """`Time not compared (other hardware).`, and what time and memory depend on and was not the same."""
     withheld: dict[str, list[str]] = {}
     for name, cost in (("time", pair.time), ("memory", pair.memory)):
         if cost.ratio is None:
             withheld.setdefault(cost.reason, []).append(name)
-        else:
-            parts.append(f"{cost.ratio:.2f}x its {name}")
-    text = join_words(parts, "and")
-    text += "".join(f"; {join_words(names, 'and')} not compared ({why})" for why, names in withheld.items())
-    lines = [f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: {text}."]
+    lines = [f"{capitalize(join_words(names, 'and'))} not compared ({why})." for why, names in withheld.items()]
     lora, full = pair.lora.finished_runs[0], pair.full.finished_runs[0]
     differences = [
         f"{name} {lora.get(path)} against {full.get(path)}"
         for name, path in COST_SETTINGS.items()
         if lora.get(path) != full.get(path)
     ]
-    if differences and len(parts) > 1:
-        lines.append(
-            f"Time and memory of {pair.lora.label} and {pair.full.label} were measured with different settings: "
-            f"{', '.join(differences)}."
-        )
+    if differences and (pair.time.ratio or pair.memory.ratio):
+        lines.append(f"Time and memory were measured with different settings: {', '.join(differences)}.")
     return lines

@@ -51,10 +51,13 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    is_sideways: bool = False  #: whether a row is a fact and a column what it is of
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Whether a column holds numbers alone, which stand to the right."""
+        """Whether a column stands to the right: it holds numbers alone, or one fact of each kind below another."""
+        if self.is_sideways:
+            return [False, *[True] * (len(self.headings) - 1)]
         columns = zip(*self.rows, strict=True)
         return [all(is_number(cell) or cell == "unknown" for cell in column) for column in columns]
 
@@ -202,7 +205,8 @@ def _fold_constant(title: str, names: Sequence[str], columns: Mapping[str, Seque
     lines = [line for line in lines if set(line[1:]) != {NO_VALUE}]
     known = [f"{heading} {cell}" for heading, cell in shared.items() if cell != NO_VALUE]
     notes = [f"The same in all: {', '.join(known)}."] if known else []
-    return Table(title=title, headings=lines[0], rows=lines[1:], notes=notes)
+    is_sideways = len(names) <= MAX_SIDE_BY_SIDE
+    return Table(title=title, headings=lines[0], rows=lines[1:], notes=notes, is_sideways=is_sideways)
 
 
 def build_diagnostics_table(runs: Sequence[RunData]) -> Table:

@@ -131,7 +131,7 @@ def test_a_margin_is_a_number_with_its_unit() -> None:
 
 def test_blocks_of_one_source_are_said_to_be_taken_for_independent(make_run: MakeRun) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.2)
-    said = "records of one mr may stand in several blocks, which the interval takes for independent"
+    said = "Records of one mr may stand in several blocks, which the interval takes for independent"
     assert not any(said in line for line in judge_runs(*runs).details)
     for run in runs:
         run.metadata["data"]["split_by"] = "mr"  # type: ignore[index]
@@ -396,7 +396,7 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
     pair = own_clocks.primary
     assert (pair.time.ratio, pair.memory.ratio, pair.parameters) == (None, 0.43, 0.0095)  # 19,000 / 2,000,000
     assert [headline.label for headline in own_clocks.headlines] == ["Loss", "Memory", "Trained weights"]
-    assert any("time not compared (not timed in alternation on one machine)" in line for line in own_clocks.details)
+    assert any("Time not compared (not timed in alternation on one machine)" in line for line in own_clocks.details)
     step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
     study = StudyContext(
         choice="", lines=(), rate_curves=(), views=(), step_time=step_time, memory=step_time, rule={}, facts={}
@@ -411,10 +411,10 @@ RESUMED = {"settings": make_metadata("lora")["settings"], "changed": {}}
 @pytest.mark.parametrize(
     ("overrides", "said", "is_withheld"),
     [
-        ({"hardware__gpu": "H100"}, "time and memory not compared (other hardware)", True),
-        ({"resolved__ranks": 2}, "time and memory not compared (other number of ranks)", True),
+        ({"hardware__gpu": "H100"}, "Time and memory not compared (other hardware)", True),
+        ({"resolved__ranks": 2}, "Time and memory not compared (other number of ranks)", True),
         # the recorded peak is the last process's: 1.23x was said where 0.52x was true
-        ({"resumed": RESUMED}, "time and memory not compared (lora-s42 was resumed and measured in parts)", True),
+        ({"resumed": RESUMED}, "Time and memory not compared (lora-s42 was resumed and measured in parts)", True),
         ({"resolved__ds_config": "zero2"}, "measured with different settings: ZeRO file zero2 against zero0", False),
         ({"resolved__threads_per_rank": 1}, "different settings: threads per rank 1 against 2", False),
     ],
