@@ -142,9 +142,9 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
     plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
-        is_in_use = args.dry_run and args.resume is None and not run_folder.is_unused(Path(settings.run_folder))
-        in_use = ("", [("note", f"{settings.run_folder} {run_folder.IN_USE}")])
-        show_plan([*plan.sections(), *[in_use] * is_in_use], plan.set_by_user())
+        use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
+        in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []
+        show_plan([*plan.sections(), *in_use], plan.set_by_user())
     if args.dry_run:
         return 0
     if args.find_batch:

@@ -98,7 +98,7 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
         ("--mode full --resume", ["--resume", "no run"]),
         ("--mode full --wandb online", ["--wandb online"]),
         ("--mode full --output-dir file/run", ["file/run: cannot write there", "--output-dir"]),
-        ("--mode full --output-dir taken", ["taken is not empty: pass --resume"]),
+        ("--mode full --output-dir taken", ["taken is not empty; expected another --output-dir"]),
     ],
 )
 def test_each_mistake_names_its_flag(flags, message, tmp_path):
@@ -128,5 +128,5 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
     code, output = run_forked(["--mode", "lora", *argv, "--show-example", "1"], tmp_path)
     assert code == 0, output
     assert "example 1: 16 tokens" in output
-    assert "note           runs/lora-train is not empty: pass --resume" in output
+    assert "runs/lora-train already holds a run; add --resume to continue it" in output
     assert (tmp_path / "runs/lora-train").stat().st_mtime_ns == time_before, "nothing was written beside the run"

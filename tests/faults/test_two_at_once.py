@@ -87,7 +87,7 @@ def runs(tiny_model, data_files, tmp_path) -> Iterator[Runs]:
 def test_a_second_run_into_a_folder_changes_nothing_there(runs):
     first = runs.start("--epochs", "2000", "--lr", "1e-3")
     first.wait_until(lambda: last_logged_step(runs.folder) >= 3)
-    assert "is not empty" in runs.refuse("--epochs", "1", "--lr", "2e-3")
+    assert "already holds a run" in runs.refuse("--epochs", "1", "--lr", "2e-3")
     assert runs.lr() == 1e-3
     line = runs.refuse("--resume")
     assert f"process {first.pid(0)} on " in line

@@ -283,11 +283,10 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         if all(isinstance(item, yaml.ScalarNode) for item in items):
             value = ",".join(item.value for item in items)
         elif flag in takes_value:
-            is_template = isinstance(node, yaml.MappingNode) and "\n" not in source
-            remedy = f'; write {key}: "{source}"' if is_template else ""
-            raise UserError(
-                f"{where}: {key_node.value}: expected a number, a text (in quotes) or a list of them{remedy}"
-            )
+            expected = "expected a number, a text (in quotes) or a list of them"
+            if isinstance(node, yaml.MappingNode) and "\n" not in source:
+                expected = f'YAML reads {source} as a mapping; write {key_node.value}: "{source}"'
+            raise UserError(f"{where}: {key_node.value}: {expected}")
         else:  # of another program
             value = " ".join(source.split())
         if flag in takes_value and not takes_value[flag] and value.lower() not in ("true", "false", "", "null", "~"):

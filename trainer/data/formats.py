@@ -219,7 +219,12 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
             raise UserError(f"{flag}: {where} has no column {unknown!r}; its columns are {list_columns(columns)}")
     if not completion_columns:
         raise UserError(
-            f"--completion {completion!r}: names no column; write one in braces, of {list_columns(columns)}"
+            f"--completion {completion!r}: has no {{column}}; "
+            + (
+                f"did you mean '{{{completion.strip()}}}'?"
+                if completion.strip() in columns
+                else f"expected one of {list_columns(columns)}"
+            )
         )
 
     def fill(pieces: Sequence[Piece], values: Mapping[str, str]) -> str:

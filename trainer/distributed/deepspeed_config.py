@@ -61,9 +61,26 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
         content = parse_json(text)
     except ValueError as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
+    content = _without_auto(content)
     if mistake := next(_find_mistakes(content), None):
         raise UserError(f"--ds-config {path}: {mistake}")
     return DeepSpeedFile(name=name if name in DS_CONFIG_NAMES else path.stem, content=content, reason=reason)
+
+
+def _without_auto(content: Any) -> Any:
+    """A file for transformers without what is "auto" there: it comes from the flags here, or is left to DeepSpeed."""
+
+    def is_auto(key: str, value: Any) -> bool:
+        block = value if isinstance(value, dict) else {}
+        values = [v for path, v in _walk_keys(block) if path.startswith("params.")]
+        is_adamw = key == "optimizer" and block.get("type") == "AdamW" and all(v == "auto" for v in values)
+        return value == "auto" or block.get("enabled") == "auto" or is_adamw
+
+    if not (isinstance(content, dict) and isinstance(content.get("zero_optimization"), dict)):
+        return content
+    zero = {key: value for key, value in content["zero_optimization"].items() if value != "auto" or key == "stage"}
+    rest = {key: value for key, value in content.items() if not is_auto(key, value) and key != "steps_per_print"}
+    return rest | {"zero_optimization": zero}
 
 
 def _find_mistakes(content: Any) -> Iterator[str]:

@@ -29,7 +29,6 @@ from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
-IN_USE = "is not empty: pass --resume to go on with that run, or --run-name or --output-dir for another"
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
 
 
@@ -46,8 +45,8 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
         writes_run = not (args.runs_finder or args.dry_run)  # finders only put their own files there
-        if writes_run and not is_unused(folder, ignored_files):
-            raise UserError(f"{folder} {IN_USE}")
+        if writes_run and (problem := describe_use(folder, ignored_files)):
+            raise UserError(problem)
         return settings, None
     if args.resume == "auto" and is_unused(folder, ignored_files):
         return settings, None
@@ -60,6 +59,15 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
             f"--mode {settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
         )
     return saved.resumed_with(settings), previous
+
+
+def describe_use(folder: Path, ignored_files: Collection[str] = ()) -> str:
+    """What stands in the way of a new run in a folder, and what to do; empty where nothing does."""
+    if is_unused(folder, ignored_files):
+        return ""
+    if (folder / METADATA_FILE).exists():
+        return f"{folder} already holds a run; add --resume to continue it, or --run-name for a new one"
+    return f"{folder} is not empty; expected another --output-dir"
 
 
 def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:

@@ -76,17 +76,21 @@ def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global
 @pytest.mark.parametrize(
     ("sizes", "ranks", "message"),
     [
-        ({}, 3, "--global-batch 2: expected a multiple of 3 ranks; pass for instance --global-batch 3"),
+        ({}, 3, "--global-batch 2: expected a multiple of 3 ranks; try --global-batch 3"),
         (
             {"global_batch": 7},
             2,
-            "--global-batch 7: expected a multiple of 2 ranks; pass for instance --global-batch 8",
+            "--global-batch 7: expected a multiple of 2 ranks; try --global-batch 8",
         ),
-        ({"global_batch": 8, "micro_batch": 3}, 1, "--global-batch 8: expected a multiple of 1 rank x micro-batch 3; "),
+        (
+            {"global_batch": 8, "micro_batch": 3},
+            1,
+            "--global-batch 8: expected a multiple of 3 (micro-batch 3 x 1 rank); try --global-batch 9 or --mic",
+        ),
         (
             {"global_batch": 8, "micro_batch": 8},
             2,
-            "--global-batch 8: expected a multiple of 2 ranks x micro-batch 8; ",
+            "--global-batch 8: expected a multiple of 16 (micro-batch 8 x 2 ranks); try --global-batch 16 or --micro-b",
         ),
     ],
 )

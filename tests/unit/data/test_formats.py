@@ -159,7 +159,8 @@ def test_templates_go_before_token_ids_before_acled_before_text():
     ("columns", "settings", "problem"),
     [
         ("mr ref", {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
-        ("mr", {"completion": "done"}, "--completion 'done': names no column"),
+        ("mr", {"completion": "done"}, r"--completion 'done': has no \{column\}; expected one of mr"),
+        ("mr ref", {"completion": "ref"}, r"--completion 'ref': has no \{column\}; did you mean '\{ref\}'\?"),
         ("mr ref", {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
         ("prompt chosen rejected", {}, r"preferences \(`chosen`, `rejected`\) are not trained on"),
         ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),

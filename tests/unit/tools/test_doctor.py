@@ -266,7 +266,7 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
 @pytest.mark.parametrize(
     ("more", "output", "remedy"),
     [
-        ("--global-batch 5", "--global-batch 5: expected a multiple of 2 ranks", "pass for instance --global-batch 6"),
+        ("--global-batch 5", "--global-batch 5: expected a multiple of 2 ranks", "try --global-batch 6"),
         ("--output-dir {file}/run", "cannot write there: Not a directory", "name another folder with --output-dir"),
         ("--wandb online", "--wandb online: not logged in", "run `wandb login`"),
     ],
