@@ -253,7 +253,7 @@ def check_plan_and_placement(argv: list[str], data: str) -> int:
         params = list(planned.model.module.parameters())
         sizes = [p.numel() for p in params]
         loss_module = CausalLMLoss(planned.model.causal, None)
-        assert place_model(loss_module, planned.model, planned.plan.deepspeed_config, context.device) == ""
+        assert place_model(loss_module, planned.model, planned.plan.deepspeed_config, context) == ""
         whole = [p for p in params if p.numel() > 1]  # a weight that is elsewhere has one element or none
         assert not whole, [tuple(p.shape) for p in whole]
         assert [p.ds_tensor.numel() for p in params] == [-(-size // context.world_size) for size in sizes]
