@@ -97,7 +97,7 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
         ("--mode full --precision fp16", ["--precision fp16"]),
         ("--mode full --resume", ["--resume", "no run"]),
         ("--mode full --wandb online", ["--wandb online"]),
-        ("--mode full --output-dir file/run", ["file/run: cannot write there", "--output-dir"]),
+        ("--mode full --output-dir file/run", ["--output-dir file/run: ", "is not a folder"]),
         ("--mode full --output-dir taken", ["taken is not empty; expected another --output-dir"]),
     ],
 )

@@ -21,7 +21,16 @@ OUTSIDE_FLAGS = (
 #: What a run, a comparison, a study or llama.cpp brings: named in a README, absent from the repository.
 GENERATED = (
     *("STUDY/", "runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/", "run.json"),
-    *("metrics.jsonl", "config.json", "report.html", "answer.json", "rule.json", "bench.json", "convert_hf_to_gguf.py"),
+    *(
+        "metrics.jsonl",
+        "config.json",
+        "report.html",
+        "answer.json",
+        "rule.json",
+        "bench.json",
+        "convert_hf_to_gguf.py",
+        "FILE.py",
+    ),
 )
 OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?|(?!/|--)[\w./*-]*\.(py|md|json|toml|yml|png)"
 
