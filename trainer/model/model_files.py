@@ -22,6 +22,8 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 MAX_LAYERS = 2000  # more than any model has: each is a Python object, so a damaged number would fill the memory
 MAX_LABELS = 100_000
+#: What a model has at least one of, by transformers' names: torch would warn of an empty tensor, or divide by 0.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -49,6 +51,10 @@ def check_config_file(folder: Path) -> None:
             f"config.json: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
             "language models, for instance gpt2 or llama"
         )
+    for key in config:
+        computed = getattr(CONFIG_MAPPING[model_type], key, None)
+        if isinstance(computed, property) and computed.fset is None:  # which transformers would print all of it for
+            raise UserError(f"config.json: {key} is computed by transformers; take it out")
     num_labels = config.get("num_labels", 0)  # transformers makes a name for each
     if type(num_labels) is not int or not 0 <= num_labels <= MAX_LABELS:
         raise UserError(f"config.json: num_labels {num_labels!r:.80}; expected a whole number up to {MAX_LABELS}")
@@ -69,9 +75,14 @@ def check_config(config: Any) -> None:
         raise UserError("config.json: quantization_config: packed weights; expected floats (--quant packs them here)")
     if "/" in str(getattr(config, "_attn_implementation", None) or ""):
         raise UserError("config.json: attn_implementation names code of the hub, which is never run; leave it out")
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    text_config = config.get_text_config()
+    num_layers = getattr(text_config, "num_hidden_layers", None)
     if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MAX_LAYERS):
         raise UserError(f"config.json: {num_layers!r} layers; expected a whole number from 1 to {MAX_LAYERS}")
+    for key in SIZES:
+        size = getattr(text_config, key, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"config.json: {text_config.attribute_map.get(key, key)} {size}; expected 1 or more")
 
 
 def check_weight_files(folder: Path) -> None:

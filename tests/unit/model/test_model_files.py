@@ -244,7 +244,8 @@ def test_an_index_that_is_damaged_or_names_a_file_outside_its_folder_is_refused(
     [
         *[("vocab_size", -5), ("vocab_size", 10**12), ("n_layer", 0), ("n_layer", 10**9), ("n_head", 0), ("n_head", 3)],
         *[("n_embd", "sixteen"), ("n_embd", True), ("n_inner", 2**32), ("n_positions", -1), ("dtype", "x")],
-        *[("num_labels", 10**9), ("num_labels", -1), ("num_labels", "x")],
+        *[("num_labels", 10**9), ("num_labels", -1), ("num_labels", "x"), ("use_return_dict", False)],
+        *[("vocab_size", 0), ("n_head", -1), ("n_positions", 0)],
         *[("n_positions", 64), ("activation_function", "exec"), ("activation_function", None)],
         *[("model_type", ["gpt2"]), ("model_type", "../x"), ("quantization_config", {"quant_method": "x"})],
         *[("transformers_weights", "other.safetensors"), ("attn_implementation", "someone/attention-kernel")],
