@@ -19,7 +19,7 @@ from trainer.config.settings import Settings
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
-from trainer.data.tokenizer import load_tokenizer, resolve_model_path, show_examples
+from trainer.data.tokenizer import find_model, load_tokenizer, show_examples
 from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import find_launch_warning, read_launch_environment
@@ -118,7 +118,10 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             heartbeat=context.watchdog.heartbeat,
         ).folder
         with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
-        hf_hub.download_model(resolve_model_path(settings.model.model), with_weights=with_weights, log=log)
+        source = find_model(settings.model.model)
+        hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
+        if source.adapter:
+            hf_hub.download_model(settings.model.model, with_weights=True, log=log)
         return folder
 
     watch_work = partial(context.watchdog.watch_work, settings.engine.hang_timeout)

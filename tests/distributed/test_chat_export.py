@@ -1,15 +1,14 @@
 """A chat from its records to plain transformers: trained with a template, exported with that one, answers in it."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
 from helpers.launch_ranks import train
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from helpers.model_cards import run_card
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trainer.export.export_cli import export_checkpoint
 
@@ -55,12 +54,8 @@ def test_an_exported_chat_model_answers_in_the_template_it_was_trained_with(run,
     assert tokenizer.chat_template == TEMPLATES["chatml"][0]
     if form == "merged":
         model = AutoModelForCausalLM.from_pretrained(folder)
-    else:  # by the line of the model card, which launch/README.md repeats
-        line = re.search(r"Load it with `(.+?)`", (folder / "README.md").read_text())
-        assert line is not None
-        assert line[1] in (Path(__file__).parents[2] / "launch" / "README.md").read_text()
-        names = {kind.__name__: kind for kind in (PeftModel, AutoModelForCausalLM, GenerationConfig)}
-        model = eval(line[1], {**names, "BASE": run.parent / "base", "ADAPTER": folder})
+    else:
+        model = run_card(folder, run.parent / "base")["model"]
     messages = [{"role": "user", "content": "How are you, 7?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]

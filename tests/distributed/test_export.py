@@ -20,13 +20,14 @@ from helpers.engines import joined_ranks, prepare_data
 from helpers.fake_hub import TOKEN, fake_hub
 from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, run_train_script, train
 from helpers.matrix import launch_jobs, make_job, run_job
+from helpers.model_cards import run_card
 from helpers.process_groups import read_events
 from helpers.tiny_inputs import tiny_argv
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
@@ -79,14 +80,6 @@ def logits_difference(line: str) -> float:
     return float(match[1])
 
 
-def load_adapter(run: Path) -> Any:
-    """A run's adapter on the base that the run kept, by the line that its model card has."""
-    line = re.search(r"Load it with `(.+?)`", (run / "model" / "README.md").read_text())
-    assert line is not None
-    names = {kind.__name__: kind for kind in (PeftModel, AutoModelForCausalLM, GenerationConfig)}
-    return eval(line[1], {**names, "BASE": run / "base", "ADAPTER": run / "model"})
-
-
 def max_difference(model: Any, expected_model: Any) -> float:
     ids = np.arange(1, 33)[None]
     logits = (compute_logits(each, ids, torch.device("cpu")) for each in (model, expected_model))
@@ -117,7 +110,7 @@ def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora_run
     stored = load_file(lora_run / "model" / "adapter_model.safetensors")
     assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
     assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
-    model = load_adapter(lora_run)
+    model = run_card(lora_run / "model", lora_run / "base")["model"]
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert max_difference(model, AutoModelForCausalLM.from_pretrained(lora_run / "base")) > 1e-3
 
@@ -134,25 +127,27 @@ def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):
     assert "adamw8bit: 16 of 16 trained tensors (100% of the parameters)" in plan
     assert run["resolved"]["ds_reason"] == "--optim adamw8bit is not sharded"
     card = (quantized_run / "model" / "README.md").read_text()
-    for text in (
-        "trained on the base in nf4, its scales in 8 bits",
-        run["model"]["fingerprint"],
-        "| base | nf4, double",
-    ):
+    for text in ("on the base in nf4, its scales in 8 bits", run["model"]["fingerprint"], "| base | nf4, double"):
         assert text in card
     quantization = json.loads((quantized_run / "model" / "base_quantization.json").read_text())
     config = quantization.pop("quantization_config")
-    assert quantization == {"base": Path(run["model"]["name"]).name, "fingerprint": run["model"]["fingerprint"]}
+    assert quantization == {"base": run["model"]["name"], "fingerprint": run["model"]["fingerprint"]}
     assert (config["bnb_4bit_use_double_quant"], config["bnb_4bit_quant_type"]) == (True, "nf4")
 
 
 def test_no_exported_file_names_a_place_of_this_machine_and_the_card_has_the_hubs_metadata(
-    full_run, lora_run, quantized_run, tiny_model, session_dir
+    full_run, lora_run, quantized_run, tiny_model, session_dir, tmp_path
 ):
+    """But of adapters in the run's folder, which peft finds on their base as it is."""
     for run, library in ((full_run, "transformers"), (lora_run, "peft"), (quantized_run, "peft")):
         assert not list(run.glob(".*.tmp")), "no temporary file stays beside them"
         assert len({path.stat().st_mode & 0o777 for path in (run / "model").iterdir()}) == 1
-        assert not [path for path in (run / "model").iterdir() if str(session_dir).encode() in path.read_bytes()]
+        names = {path.name for path in (run / "model").iterdir() if str(session_dir).encode() in path.read_bytes()}
+        assert names <= {"adapter_config.json", "base_quantization.json"}
+        exported = export_cli.export_checkpoint(run, output_dir=tmp_path / run.name)
+        assert exported["problems"] == []
+        assert not [p for p in (tmp_path / run.name).iterdir() if str(session_dir).encode() in p.read_bytes()]
+        run_card(run / "model", run / "base" if run is lora_run else tiny_model, generates=run is not quantized_run)
         generation = json.loads((run / "model" / "generation_config.json").read_text())
         assert (generation["eos_token_id"], generation["pad_token_id"]) == (0, 0)
         assert not (run / "model" / "chat_template.jinja").exists(), "trained on bare prompts"
@@ -162,8 +157,16 @@ def test_no_exported_file_names_a_place_of_this_machine_and_the_card_has_the_hub
         assert card.data.base_model is None, "a folder is no hub id, and random weights are nobody's"
         assert all(part in card.text for part in ("### Training hyperparameters", "### Training results"))
         assert "gpt2-acled-t2s" not in card.text, "nobody asked for that card"
-    adapter = json.loads((lora_run / "model" / "adapter_config.json").read_text())
-    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (Path(tiny_model).name, None)
+    for folder, base in ((lora_run / "model", str(lora_run / "base")), (tmp_path / "lora", Path(tiny_model).name)):
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == (base, None)
+    assert (
+        max_difference(
+            AutoPeftModelForCausalLM.from_pretrained(lora_run / "model"),
+            run_card(lora_run / "model", lora_run / "base")["model"],
+        )
+        == 0
+    )
     assert "kept only in the folder `base` of the run" in (lora_run / "model" / "README.md").read_text()
 
 
@@ -221,7 +224,9 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_e
     stored = load_file(folder / "model.safetensors")
     assert not [name for name in stored if name == "lm_head.weight" or "lora" in name]
     assert stored["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # Conv1D: [in, out]
-    assert max_difference(merged, load_adapter(lora_run)) < 1e-4, "W + BA against Wx + BAx; logits up to 30"
+    assert max_difference(merged, run_card(lora_run / "model", lora_run / "base")["model"]) < 1e-4, (
+        "W + BA against Wx + BAx; logits up to 30"
+    )
     card = ModelCard.load(folder / "README.md")
     assert "one tensor, stored once after the adapters were folded in" in card.text
     assert card.data.library_name == "transformers"

@@ -20,6 +20,8 @@ from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import assert_resumed_bitwise, launch_jobs, make_job, read_job_result, run_jobs
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from trainer.config import cli
@@ -59,11 +61,13 @@ def launch_whole_and_resumed(world_size: int, jobs: Iterable[dict[str, Any]]) ->
     launch_jobs(world_size, [*jobs, *again], jobs_per_launch=8)
 
 
-def assert_promises(job: dict[str, Any], *, loss_tolerance: float = 1e-6, merges: bool = False) -> dict[str, Any]:
+def assert_promises(
+    job: dict[str, Any], *, loss_tolerance: float = 1e-6, merges: bool = False, learns: bool = True
+) -> dict[str, Any]:
     """Assert all three of a job that was launched, `merges`: of its merged folder too; returns its run.json."""
     out, name = Path(job["out"]), job["name"]
     losses = [record["loss"] for record in read_job_result(out, name)[0] if record["kind"] == "eval"]
-    assert losses[-1] < losses[0], (name, losses)
+    assert losses[-1] < losses[0] if learns else losses[-1] != losses[0], (name, losses)
     assert_resumed_bitwise(out, name, f"{name}-again", STOP_STEP)
     for merge in (False, True) if merges else (False,):
         result = export_cli.export_checkpoint(out / name, data_folder=job["data"], merge=merge)
@@ -161,6 +165,130 @@ def test_lora_plus_moves_only_the_b_matrices_faster(argv, tmp_path):
     assert any(".lora_B." in name and weight.any() for name, weight in ratio_one.items())
 
 
+# --- methods of peft by its own files, and adapters that are there already ---
+
+PEFT_METHODS = {
+    "vera": ("gpt2", "0.03", {"r": 16}),
+    "ia3": ("gpt2", "0.03", {}),
+    "oft": ("llama", "0.003", {"r": 0, "oft_block_size": 4}),
+    "lora": ("gpt2", "0.03", {"r": 2, "target_modules": ["c_attn"], "rank_pattern": {"h.0.attn.c_attn": 4}}),
+}
+
+
+def write_peft_config(path: Path, method: str) -> str:
+    path.write_text(json.dumps({"peft_type": method.upper(), **PEFT_METHODS[method][2]}))
+    return str(path)
+
+
+def test_other_methods_of_peft_keep_the_promises_and_are_exported_as_peft_has_them(
+    tiny_model, data_files, strict_zero_files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export_cli, "save_tokenizer", lambda *_: None)  # of the Llama
+    text = "--mode lora --block-size 16 --global-batch 6 --eval-batch 4 --max-steps 4 --eval-every 2"
+    text += " --save-every 1 --save-total-limit 99"
+    data = prepare_data(tiny_argv(tiny_model, data_files, text))
+    jobs = []
+    for method, (family, lr, _) in PEFT_METHODS.items():
+        model = save_family(family, tmp_path / f"{family}-{method}", tiny_model, initializer_range=0.3)
+        flags = [*tiny_argv(model, data_files, text), "--lr", lr]
+        flags += ["--peft-config", write_peft_config(tmp_path / method, method)]
+        for zero in ("zero0", strict_zero_files["zero3"]):
+            job = make_job(tmp_path, f"{method}-{Path(zero).stem}", [*flags, "--ds-config", zero], data=data)
+            jobs.append(job)
+    launch_whole_and_resumed(2, jobs)
+    for job, other in zip(jobs[::2], jobs[1::2], strict=True):
+        rows, others = (
+            [r["loss"] for r in read_job_result(tmp_path, j["name"])[0] if "loss" in r] for j in (job, other)
+        )
+        assert rows == pytest.approx(others, rel=LOSS_TOLERANCE), job["name"]
+        for each in (job, other):
+            assert_promises(each, learns="oft" not in each["name"])  # to rotate random weights teaches nothing
+        method, config = job["name"].partition("-")[0], next((tmp_path / job["name"]).glob("export-*"))
+        config = json.loads((config / "adapter_config.json").read_text())
+        assert config["peft_type"] == method.upper()
+        assert PEFT_METHODS[method][2].items() <= {**config, "target_modules": ["c_attn"]}.items()
+
+
+def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
+    tiny_model, data_files, strict_zero_files, tmp_path, monkeypatch
+):
+    """Ours with weights of the base in it, one of DoRA, and one that peft wrote, by a folder in two places."""
+    text = "--mode lora --block-size 16 --lr 0.01 --global-batch 6 --eval-batch 4 --max-steps 4 --eval-every 2"
+    text += " --save-every 1 --save-total-limit 99"
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    monkeypatch.chdir(tmp_path)
+    argv = tiny_argv(str(base), data_files, text)
+    first = {"ours": "--modules-to-save layernorm --lora-rank 4", "dora": "--adapter dora --lora-target-modules c_fc"}
+    jobs = [make_job(tmp_path, name, [*argv, *flags.split()]) for name, flags in first.items()]
+    launch_jobs(1, jobs)
+    for job in jobs:
+        export_cli.export_checkpoint(
+            tmp_path / job["name"], data_folder=job["data"], output_dir=tmp_path / f"of-{job['name']}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, rank_pattern={"h.0.attn.c_attn": 4}, target_modules=["c_attn"], fan_in_fan_out=True)
+    config.task_type = "CAUSAL_LM"
+    get_peft_model(model, config).save_pretrained(tmp_path / "of-theirs")
+    config = json.loads((tmp_path / "of-theirs/adapter_config.json").read_text())
+    (tmp_path / "of-theirs/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
+    again = []
+    for name, zero in (("ours", "zero0"), ("ours", strict_zero_files["zero3"]), ("dora", "zero2"), ("theirs", "zero1")):
+        flags = [*tiny_argv(f"of-{name}", data_files, text), "--ds-config", zero]
+        again.append(make_job(tmp_path, f"again-{name}-{Path(zero).stem}", flags))
+    launch_whole_and_resumed(2, again)
+    for job in again:
+        name = job["name"].split("-")[1]
+        metadata = assert_promises(job)
+        assert (metadata["model"]["name"], Path(metadata["model"]["base"]).name) == (f"of-{name}", "base")
+        losses = [row["loss"] for row in read_job_result(tmp_path, job["name"])[0] if row["kind"] == "eval"]
+        folders = tmp_path / f"of-{name}", next((tmp_path / job["name"]).glob("export-*"))
+        configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+        shape = ("r", "rank_pattern", "use_dora", "peft_type", "base_model_name_or_path")
+        assert [configs[0][key] for key in shape] == [configs[1][key] for key in shape]
+        stored = [{n: t.shape for n, t in load_file(f / "adapter_model.safetensors").items()} for f in folders]
+        assert stored[0] == stored[1]
+        if name != "theirs":  # which peft begins at nothing
+            before = [row["loss"] for row in read_job_result(tmp_path, name)[0] if row["kind"] == "eval"]
+            assert losses[0] == pytest.approx(before[-1], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mode full --model ADAPTER", "holds an adapter, and --mode full trains whole models.*RUN --merge"),
+        ("--model ADAPTER --lora-rank 4 --adapter dora", "--lora-rank, --adapter: not with --model .*an adapter"),
+        ("--model ADAPTER --init random", "--init random: --model .* is an adapter"),
+        ("--model ADAPTER --peft-config OFT", "--peft-config: --model .* is an adapter and has its own"),
+        ("--model LOST", "its base nowhere, which its adapter_config.json names"),
+        ("--model BROKEN", "adapter_model.safetensors: not a whole safetensors file"),
+        ("--model OTHER", "does not fit its base: size mismatch"),
+        ("--peft-config OFT", r"--peft-config: peft refuses OFT for this model \(TypeError: Target module Conv1D"),
+        ("--peft-config PROMPT", "PROMPT_TUNING trains a prompt"),
+        ("--peft-config VERA --lora-rank 4", "--lora-rank: not with --peft-config"),
+        ("--peft-config NOWHERE", "--peft-config NOWHERE: expected an adapter_config.json of peft"),
+    ],
+)
+def test_adapters_and_methods_that_cannot_be_are_one_line(flags, message, tiny_model, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, fan_in_fan_out=True))
+    paths = {name: tmp_path / name for name in ("ADAPTER", "LOST", "BROKEN", "OTHER")}
+    for name, path in paths.items():
+        model.save_pretrained(path)
+        config = json.loads((path / "adapter_config.json").read_text())
+        config |= {"LOST": {"base_model_name_or_path": "nowhere"}, "OTHER": {"r": 3}}.get(name, {})
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    (paths["BROKEN"] / "adapter_model.safetensors").write_bytes(b"x")
+    for name in ("OFT", "VERA", "PROMPT"):
+        paths[name] = tmp_path / name
+        kind = {"PROMPT": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}}.get(name, {"peft_type": name})
+        paths[name].write_text(json.dumps(kind))
+    words = [str(paths.get(word, word)) for word in flags.split()]
+    argv = ["--mode", "lora", *([] if "--model" in words else ["--model", tiny_model]), *words]
+    with pytest.raises(UserError, match=message) as error:
+        build_model(cli.parse_args(argv).settings)
+    assert "\n" not in str(error.value)
+
+
 # --- families of models ---
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -188,9 +316,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 FIRST = ("gpt2", "gpt_neox", "llama", "qwen3")
 
 
-def save_family(family: str, folder: Path, tokenizer_folder: str) -> str:
+def save_family(family: str, folder: Path, tokenizer_folder: str, **more: Any) -> str:
     """A folder with a random model of the family and the tiny tokenizer."""
-    config = CONFIG_MAPPING[family](**SHAPE, vocab_size=97, bos_token_id=0, eos_token_id=0, **FAMILIES[family][0])
+    fields = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0, **FAMILIES[family][0], **more}
+    config = CONFIG_MAPPING[family](**SHAPE, **fields)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -17,6 +17,7 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
+from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
@@ -76,7 +77,7 @@ def plan_run(
     argv: Sequence[str], dist_context: DistContext, data: str | Path | None = None, *, on_meta: bool = False
 ) -> PlannedRun:
     """The plan of a run on its ranks; `data`: the folder of its prepared rows; left out: they are prepared."""
-    settings = cli.parse_args(list(argv)).settings
+    settings = adopt_adapter(cli.parse_args(list(argv)).settings)
     dataset = load(Path(data) if data is not None else prepare_data(argv))
     model = build_model(settings, on_meta=True)
     plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))

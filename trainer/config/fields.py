@@ -1,9 +1,11 @@
 """Types of settings and of run.json's values: pydantic checks them, `Accepts` has the words for what they accept."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -11,7 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
 
 from trainer.config.errors import UserError
-from trainer.config.files import expand_user_path
+from trainer.config.files import expand_user_path, parse_json, read_text_file
 
 T = TypeVar("T")
 
@@ -44,6 +46,17 @@ def _refuse_empty(text: str) -> str:
     return _refuse_null_byte(text)
 
 
+def _read_peft_config(value: str) -> str:
+    """What a peft config says of the method, as JSON; `value`: the file, or this text itself."""
+    is_text = value.startswith("{")
+    text = value if is_text else read_text_file(Path(expand_user_path(_refuse_empty(value))), "--peft-config", "")
+    config = parse_json(text)
+    if not isinstance(config["peft_type"], str):
+        raise ValueError("no method")
+    places = ("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping")
+    return json.dumps({key: config[key] for key in sorted(config) if key not in places}, separators=(",", ":"))
+
+
 MAX_INT = 2**63 - 1
 Switch = Annotated[bool, Accepts("true or false")]
 Int = Annotated[int, Accepts("a whole number", ge=-MAX_INT, le=MAX_INT)]
@@ -63,6 +76,7 @@ UserPath = Annotated[
         lambda text: expand_user_path(_refuse_empty(text)),
     ),
 ]
+PeftConfig = Annotated[str, Accepts("an adapter_config.json of peft, with a peft_type", _read_peft_config)]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
 #: Part of names of files and of W&B's paths.
 RunId = Annotated[str, Accepts("1 to 64 letters, digits, _ and -", pattern=r"^[A-Za-z0-9_-]{1,64}$")]

@@ -7,6 +7,7 @@ torch: a plan can be checked and a report made on a machine without it.
 
 import dataclasses
 import glob
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from trainer.config.fields import (
     Name,
     NonNegativeFloat,
     NonNegativeInt,
+    PeftConfig,
     PositiveFloat,
     PositiveInt,
     Share,
@@ -82,13 +84,20 @@ class LoraSettings:
     target_modules: tuple[Name, ...] = option(
         "attention, mlp, all, names or ends of layers, or patterns (default: all)", (), flag="--lora-target-modules"
     )
-    adapter: Literal["lora", "dora", "rslora", "pissa"] = option(
+    adapter: choices.Adapter = option(
         "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"
     )
     plus_ratio: PositiveFloat = option("LoRA+: B's learning rate over all others'", 1.0, flag="--lora-plus-ratio")
     modules_to_save: tuple[Literal["wte", "lm_head", "layernorm", "bias"], ...] = option(
         "weights of the base to train as well, separated by commas: wte, lm_head, layernorm, bias", ()
     )
+    peft_config: PeftConfig | None = option("any other method of peft, by its adapter_config.json", None)
+
+    @property
+    def kind(self) -> str:
+        """The method's name: one of ours, or peft's."""
+        peft_type = json.loads(self.peft_config)["peft_type"].lower() if self.peft_config else "lora"
+        return self.adapter if peft_type == "lora" else str(peft_type)
 
 
 @settings_class
@@ -311,6 +320,8 @@ class Settings:
             problems.append(f"--execution graphs: not with {self.graph_blocker}; expected auto or eager")
         if train.optim in choices.EIGHT_BIT_OPTIMIZERS and precision == "fp16":
             problems.append(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
+        if lora.peft_config and "--peft-config" in self.overridden:
+            self.refuse_shape_flags("--peft-config")
         if self.mode == "full":
             if quant:
                 problems.append(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
@@ -339,6 +350,12 @@ class Settings:
         if problems:
             raise UserError(*problems)
 
+    def refuse_shape_flags(self, source: str) -> None:
+        """UserError where flags give a shape to adapters that `source` has given one."""
+        flags = {flag_of(field) for field in dataclasses.fields(LoraSettings)} - {"--peft-config", "--lora-plus-ratio"}
+        if given := [flag for flag in self.overridden if flag in flags]:
+            raise UserError(f"{', '.join(given)}: not with {source}, which says what is trained; leave it out")
+
     @property
     def graph_blocker(self) -> str:
         """The flag with which steps cannot be recorded as CUDA graphs; empty where they can."""
@@ -351,7 +368,7 @@ class Settings:
     @property
     def method(self) -> str:
         """What is trained on what, in one word: `full`, the adapter's name, or `lora-nf4` on a quantised base."""
-        name = self.mode if self.mode == "full" else self.lora.adapter
+        name = self.mode if self.mode == "full" else self.lora.kind
         return f"{name}-{self.model.quant}" if self.model.quant else name
 
     @property

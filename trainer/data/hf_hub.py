@@ -1,11 +1,15 @@
 """The door to `datasets`: data sets of the hub, saved ones, and whether the hub answers."""
 
+import contextlib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, first_line
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 def import_datasets() -> Any:
@@ -48,28 +52,52 @@ def unfinished_bytes() -> int:
     return sum(file.stat().st_size for folder, pattern in places for file in Path(folder).glob(pattern))
 
 
-def download_model(model: str, *, with_weights: bool, log: Callable[[str], None]) -> None:
+def download_model(model: str, *, with_weights: bool, log: Callable[[str], None], revision: str | None = None) -> None:
     """Download what `from_pretrained` reads of a hub id, for all processes of this host. UserError where that fails."""
     import huggingface_hub
 
     if Path(model).is_dir() or not is_reachable():
         return
     log(f"fetching {model} from the hub, where it is not here yet")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if with_weights else [])]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if with_weights else [])]
     try:
-        huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*")
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:  # of the HTTP library, of the disk
         raise UserError(
             f"--model {model}: cannot be downloaded from the hub ({first_line(error)}); try again, or pass a folder"
         ) from None
 
 
-def find_model_folder(path: str) -> Path:
+def find_model_folder(path: str, revision: str | None = None) -> Path:
     """Where the files of a model are that is in a folder, or in the hub's cache."""
+    file = None if Path(path).is_dir() else _find_cached(path, "config.json", revision)
+    return file.parent if file else Path(path)
+
+
+def find_adapter_folder(model: str) -> Path | None:
+    """The folder with the adapter_config.json of a folder or hub id that holds an adapter; None where it holds none."""
+    import huggingface_hub
+
+    if Path(model).is_dir():
+        return Path(model) if (Path(model) / ADAPTER_CONFIG_FILE).exists() else None
+    if _find_cached(model, "config.json"):
+        return None
+    file = _find_cached(model, ADAPTER_CONFIG_FILE)
+    if file is None and _is_repo_id(model) and not huggingface_hub.constants.HF_HUB_OFFLINE and is_reachable():
+        with contextlib.suppress(Exception):  # of the hub: a whole model has no such file
+            file = Path(huggingface_hub.hf_hub_download(model, ADAPTER_CONFIG_FILE))
+    return file.parent if file else None
+
+
+def _is_repo_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def _find_cached(repo_id: str, name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    file = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
-    return Path(file).parent if isinstance(file, str) else Path(path)
+    file = try_to_load_from_cache(repo_id, name, revision=revision) if _is_repo_id(repo_id) else None
+    return Path(file) if isinstance(file, str) else None
 
 
 def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mapping[str, Any]:

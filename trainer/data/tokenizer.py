@@ -4,15 +4,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError, escape_controls, first_line
+from trainer.config.files import read_json_object
 from trainer.data import hf_hub
 from trainer.data.dataset import TokenDataset, TokenIds
+from trainer.data.hf_hub import ADAPTER_CONFIG_FILE, find_adapter_folder
 
 DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
@@ -20,9 +22,36 @@ MAX_VOCABULARY = 2**24  # a table of ids is that long; the largest vocabulary in
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
 
 
+class ModelSource(NamedTuple):
+    """Where a model's weights come from."""
+
+    path: str  #: folder or hub id of a whole model: of an adapter, its base
+    name: str  #: how people call it
+    revision: str | None = None  #: commit of the hub that an adapter names
+    adapter: Path | None = None  #: the folder of an adapter that stands on it
+
+
+def find_model(model: str) -> ModelSource:
+    """What a model's name stands for; that of an adapter for its base too, which is found as peft does: by the name in
+    its adapter_config.json, from the working folder; also from the adapter's own. UserError where it names none."""
+    adapter = None if model == DEMO_MODEL else find_adapter_folder(model)
+    if adapter is None:
+        return ModelSource(str(DEMO_MODEL_FOLDER) if model == DEMO_MODEL else model, model)
+    file = f"--model {model}: {ADAPTER_CONFIG_FILE}"
+    config = read_json_object(adapter / ADAPTER_CONFIG_FILE, file)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
+        raise UserError(f"{file}: base_model_name_or_path is {base!r:.80}; expected a folder or a hub id")
+    if base == DEMO_MODEL or Path(base).absolute() == DEMO_MODEL_FOLDER:
+        return ModelSource(str(DEMO_MODEL_FOLDER), DEMO_MODEL, None, adapter)
+    if not Path(base).exists() and (adapter / base).is_dir():
+        base = str(adapter / base)
+    return ModelSource(base, base, None if Path(base).is_dir() else revision, adapter)
+
+
 def resolve_model_path(model: str) -> str:
-    """The folder or hub id behind a model's name."""
-    return str(DEMO_MODEL_FOLDER) if model == DEMO_MODEL else model
+    """The folder or hub id of the whole model behind a model's name."""
+    return find_model(model).path
 
 
 def load_tokenizer(model: str) -> Any:
@@ -32,7 +61,10 @@ def load_tokenizer(model: str) -> Any:
     """
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
 
-    path = resolve_model_path(model)
+    source = find_model(model)
+    path = source.path
+    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():  # as peft does
+        path = str(source.adapter)
     folder = Path(path)
     # GPT-2's two files alone say nothing of their class
     is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
@@ -40,7 +72,10 @@ def load_tokenizer(model: str) -> Any:
     try:
         kind = GPT2TokenizerFast if is_bare else AutoTokenizer
         tokenizer = kind.from_pretrained(
-            str(folder) if folder.is_dir() else path, local_files_only=is_local, trust_remote_code=False
+            str(folder) if folder.is_dir() else path,
+            local_files_only=is_local,
+            trust_remote_code=False,
+            revision=source.revision or "main",
         )
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # made where files of it are missing
             raise ValueError("it turns text into nothing")

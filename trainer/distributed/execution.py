@@ -4,12 +4,13 @@ A fallback while running is a new plan (`dataclasses.replace`) at a step boundar
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trainer.config import choices
 from trainer.config.settings import Settings
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel
@@ -65,7 +66,8 @@ def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
 
 def holds_frozen_in_bf16(settings: Settings, *, precision: str, stage: int) -> bool:
     """Whether the frozen base is held in bfloat16. ZeRO 3 shards weights of one type."""
-    return precision == "bf16" and stage < 3 and settings.mode == "lora" and not settings.model.quant
+    is_multiplied = settings.lora.kind in get_args(choices.Adapter)  # another method may do more with its weights
+    return precision == "bf16" and stage < 3 and settings.mode == "lora" and not settings.model.quant and is_multiplied
 
 
 def make_execution_plan(

@@ -35,7 +35,7 @@ from trainer.export.folder import (
     save_tokenizer,
     whole_folder,
 )
-from trainer.export.model_card import render_model_card
+from trainer.export.model_card import read_license, render_model_card
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tracking.records import read_records
@@ -94,7 +94,7 @@ def export_checkpoint(
     if output_dir is not None and destination.exists() and not is_empty and not is_own_export:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
     refuse_lost_files(destination)
-    base = find_base(metadata["model"], run_folder) if is_adapter else None
+    base = find_base(metadata["model"], run_folder, names_place=is_own_export) if is_adapter else None
 
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
     module, is_tied = model.module, model.has_tied_embeddings
@@ -152,6 +152,7 @@ def export_checkpoint(
                 is_merged=merge,
                 last_step=checkpoints[-1].step if best is not None and best.step == source.step else None,
                 answer=answer_sentence,
+                license=read_license(settings.model.model) if settings.model.init == "pretrained" else None,
             )
         except ValueError as error:  # of the records
             raise UserError(str(error)) from error

@@ -25,9 +25,10 @@ from trainer.config.files import new_folder
 from trainer.config.text import list_some
 from trainer.data import hf_hub
 from trainer.data.chat import end_token_ids
-from trainer.data.tokenizer import load_tokenizer, resolve_model_path
-from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
-from trainer.model import quantization
+from trainer.data.tokenizer import find_model, load_tokenizer
+from trainer.export.verify import STORED_DTYPES
+from trainer.model import lora, quantization
+from trainer.model.adapter_files import QUANTIZATION_FILE
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
@@ -98,7 +99,9 @@ def save_adapter(
     adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
     """
     torch_dtype = getattr(torch, STORED_DTYPES[dtype][0])
-    weights = {name: tensor.to(torch_dtype) for name, tensor in state_dict.items()}
+    weights = {
+        name: tensor.to(torch_dtype) for name, tensor in lora.adapter_state_dict(model.module, state_dict).items()
+    }
     config = copy.deepcopy(model.module.peft_config["default"])
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.inference_mode = True
@@ -106,11 +109,12 @@ def save_adapter(
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     for name, initial in model.initial_adapter.items():
         initial = initial.to(torch_dtype)
-        is_a = ".lora_A." in name
+        name, is_a = name.replace(".default.", "."), ".lora_A." in name
         weights[name] = torch.cat((weights[name].cpu(), initial if is_a else -initial), dim=0 if is_a else 1)
-    config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
+    if model.initial_adapter:
+        config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
     config.save_pretrained(folder)
-    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if model.quant_settings is not None:
         quantization_info = {
@@ -134,19 +138,22 @@ def save_tokenizer(folder: Path, model: str, chat_template: str | None, generati
     config.save_pretrained(folder)
 
 
-def find_base(model_info: Mapping[str, Any], run_folder: Path) -> BaseModel:
+def find_base(model_info: Mapping[str, Any], run_folder: Path, *, names_place: bool = False) -> BaseModel:
     """What an adapter stands on: the hub id or folder of the run's model (`model` of its run.json), or the random
-    weights that the run kept; UserError where these are gone."""
-    model_name, base_folder = model_info["name"], run_folder / "base"
+    weights that the run kept; UserError where these are gone.
+
+    `names_place`: whether a folder's name is its place on this machine, by which peft finds it.
+    """
+    base_folder, source = run_folder / "base", find_model(model_info["name"])
     if model_info["init"] == "random" and not base_folder.is_dir():
         problem = "the random weights that its adapters stand on are gone"
         raise UserError(f"{base_folder}: {problem}; restore the folder, or pass --merge")
-    path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model_name)
-    location = str(hf_hub.find_model_folder(path)) if is_hub_id(path) else path
+    path = str(base_folder) if base_folder.is_dir() else source.path
+    location = str(hf_hub.find_model_folder(path, source.revision)) if is_hub_id(path) else path
     # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.
     if snapshot := re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", location):
         return BaseModel(path, snapshot[1].replace("--", "/"), snapshot[2])
-    return BaseModel(path, public_name(model_name), None)
+    return BaseModel(path, str(Path(path).absolute()) if names_place else public_name(source.name), None)
 
 
 def is_hub_id(name: str) -> bool:

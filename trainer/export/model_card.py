@@ -1,16 +1,21 @@
 """The model card of an exported folder, in the Hub's form; its text is in model_card.md."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
-from trainer.config.choices import scorer_file
+from trainer.config.choices import DEMO_DATA, scorer_file
 from trainer.config.errors import escape_controls
+from trainer.config.settings import LoraSettings
 from trainer.config.text import escape_markdown
+from trainer.data.hf_hub import find_model_folder
+from trainer.data.tokenizer import find_model
 from trainer.export.folder import is_hub_id, public_name
-from trainer.export.verify import QUANTIZATION_FILE, VerificationResult
+from trainer.export.verify import VerificationResult
+from trainer.model.adapter_files import QUANTIZATION_FILE
 from trainer.tracking.eval_records import score_name
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, is_number, perplexity
 from trainer.training.schedule import describe_schedule
@@ -25,19 +30,21 @@ def render_model_card(
     is_merged: bool = False,
     last_step: int | None = None,
     answer: str = "",
+    license: str | None = None,
 ) -> str:
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
     they stood; `is_merged`: adapters folded in; `last_step`: of the run, where these weights were chosen by their
-    validation loss; `answer`: the sentence of a comparison of LoRA with full. ValueError for records that cannot be
-    read.
+    validation loss; `answer`: the sentence of a comparison of LoRA with full; `license`: of the base. ValueError for
+    records that cannot be read.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     model, data, train = metadata["model"], metadata["data"], metadata["settings"]["train"]
+    lora = metadata["settings"]["lora"]
     records = [record for record in records if record.step <= step or isinstance(record, EventRecord)]
     resolved = metadata["resolved"]  # and by what a resume before this step went on
     for record in records:
@@ -46,9 +53,9 @@ def render_model_card(
             resolved = resolved | changed if isinstance(changed, dict) else resolved
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
     is_adapter = metadata["mode"] == "lora" and not is_merged
-    base_model = {}
-    if model["init"] == "pretrained" and is_hub_id(model["name"]):
-        base_model = {"base_model": model["name"], "base_model_relation": "adapter" if is_adapter else "finetune"}
+    base_model, base_name = {}, model.get("base", model["name"])
+    if model["init"] == "pretrained" and is_hub_id(base_name):
+        base_model = {"base_model": base_name, "base_model_relation": "adapter" if is_adapter else "finetune"}
     metrics = [] if (loss := verification.loss) is None else [("loss", loss), ("perplexity", perplexity(loss))]
     results = [("validation", name, value) for name, value in metrics]
     tests = [r.facts for r in records if isinstance(r, EventRecord) and r.event == "test_scores" and r.step == step]
@@ -56,7 +63,11 @@ def render_model_card(
         if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
             results.append(("test", public_name(scorer) if scorer_file(scorer) else scorer, score))
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
+    dataset = data["source"].partition(":")[0]
     card_data = ModelCardData(
+        license=license,
+        datasets=[dataset] if is_hub_id(dataset) and not Path(dataset).suffix and dataset != DEMO_DATA else None,
+        metrics=["perplexity"] if metrics else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[architecture, metadata["mode"], "deepspeed", *["lora-merged"] * is_merged],
@@ -93,6 +104,7 @@ def render_model_card(
         step=step,
         last_step=last_step,
         is_adapter=is_adapter,
+        adapter_kind=LoraSettings(**{key: lora[key] for key in ("adapter", "peft_config") if key in lora}).kind,
         base_model=base_model.get("base_model"),
         not_comparable=not_comparable,
         reference=reference,
@@ -104,6 +116,18 @@ def render_model_card(
         code=_code,
     )
     return f"{card}\n"
+
+
+def read_license(model: str) -> str | None:
+    """The license that the card of a model's base names, where it lies beside the weights."""
+    from huggingface_hub import ModelCard
+
+    source = find_model(model)
+    file = find_model_folder(source.path, source.revision) / "README.md"
+    with contextlib.suppress(Exception):  # anybody's text
+        license = ModelCard.load(file).data.license if file.is_file() else None
+        return license if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,40}", str(license)) else None
+    return None
 
 
 def _code(text: str) -> str:

@@ -20,10 +20,11 @@ from trainer.config.errors import first_line
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches
 from trainer.model import quantization
+from trainer.model.adapter_files import QUANTIZATION_FILE
 from trainer.model.build import get_max_positions
+from trainer.model.model_files import FLOATS
 from trainer.training.checkpoint import Checkpoint
 
-QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
 STORED_DTYPES: dict[ExportDtype, tuple[str, str]] = {
     "fp32": ("float32", "F32"),
@@ -137,6 +138,7 @@ def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    stored = {name: stored_dtype for name, stored_dtype in stored.items() if stored_dtype in FLOATS}  # else indices
     config = folder / "config.json"  # an adapter's config names no dtype
     expected = STORED_DTYPES[dtype]
     config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else expected[0]

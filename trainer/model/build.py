@@ -17,8 +17,8 @@ from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS, GPT2_NAMES
 from trainer.config.errors import UserError
 from trainer.config.settings import ModelSettings, Settings
 from trainer.data import hf_hub
-from trainer.data.tokenizer import resolve_model_path
-from trainer.model import attention, lora, model_files, optimizer, quantization
+from trainer.data.tokenizer import find_model, resolve_model_path
+from trainer.model import adapter_files, attention, lora, model_files, optimizer, quantization
 
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
@@ -73,16 +73,16 @@ def build_model(
 
     Weights whose type is not changed lie in the file, which all processes of a machine map into the same memory.
     """
+    settings, source = adapter_files.adopt_adapter(settings), find_model(settings.model.model)
     config, quant, dtype = load_config(settings.model), settings.model.quant, torch.float32
-    path = resolve_model_path(settings.model.model)
     with_values = with_values and not on_meta
-    if settings.model.init == "pretrained" and (Path(path).is_dir() or with_values):
+    if settings.model.init == "pretrained" and (Path(source.path).is_dir() or with_values):
         # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
         # weights that can be loaded.
         _load_pretrained(settings.model, config, dtype, device_map={"": "meta"})
-        changes_base = settings.mode == "lora" and settings.lora.adapter == "pissa"
-        if (as_stored or quant) and not changes_base:
-            dtype = model_files.stored_dtype(hf_hub.find_model_folder(path))
+        reads_base = settings.mode == "lora" and settings.lora.kind not in ("lora", "rslora", "dora")
+        if (as_stored or quant) and not reads_base:
+            dtype = model_files.stored_dtype(hf_hub.find_model_folder(source.path, source.revision))
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
         if with_values and settings.model.init == "pretrained":
@@ -105,7 +105,7 @@ def build_model(
         module: Any = causal
         initial_adapter: dict[str, Tensor] = {}
         if settings.mode == "lora":
-            target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
+            target_modules = lora.resolve_target_modules(causal, settings.lora)
             metadata["not_adapted"] = lora.find_unadapted_weights(causal)
             if quant:
                 metadata["frozen_bytes"] = quantization.count_quantized_bytes(causal, settings.model)
@@ -113,10 +113,22 @@ def build_model(
                     quantization.quantize(causal, settings.model, device or torch.device("cpu"))
                     to_float32(causal)
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
-            module = lora.add_adapters(causal, settings.lora, target_modules, with_values=with_values)
+            base_parameters = list(causal.parameters())
+            if settings.lora.peft_config:
+                name = f"--model {settings.model.model}" if source.adapter else "--peft-config"
+                module, target_modules = lora.add_peft_adapters(causal, settings.lora, name)
+            else:
+                module = lora.add_adapters(causal, settings.lora, target_modules, with_values=with_values)
+            metadata["lora_targets"] = target_modules
+            if source.adapter:
+                metadata["base"] = source.name
+                digest = adapter_files.load_adapter(source.adapter, module, with_values=with_values)
+                if metadata["fingerprint"]:
+                    metadata["fingerprint"] = hashlib.sha256(
+                        f"{metadata['fingerprint']} {digest}".encode()
+                    ).hexdigest()[:16]
             if quant:  # what is trained of the base is not packed
-                trained = (p.numel() for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n)
-                metadata["frozen_bytes"] -= 4 * sum(trained)
+                metadata["frozen_bytes"] -= 4 * sum(p.numel() for p in base_parameters if p.requires_grad)
             if settings.lora.adapter == "pissa" and with_values:
                 # The base lacks what pissa's adapters hold: an adapter for the untouched base must take them off again.
                 adapter = ((n, p) for n, p in module.named_parameters() if ".lora_" in n)
@@ -190,9 +202,11 @@ def get_dropout_probabilities(config: Any) -> dict[str, float]:
 
 def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
     """Arguments that find a model; without a network the local copies are all there is, and nothing is waited for."""
-    name_or_path = resolve_model_path(model)
+    source = find_model(model)
+    name_or_path = source.path
     return {
         "pretrained_model_name_or_path": name_or_path,
+        "revision": source.revision or "main",
         "local_files_only": Path(name_or_path).is_dir() or not hf_hub.is_reachable(),
         "trust_remote_code": False,  # left out, transformers asks on the terminal
     }
@@ -234,7 +248,8 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"--model {model}: {error}") from None
     except Exception as error:
-        folder = Path(resolve_model_path(model))
+        source = find_model(model)
+        folder = Path(source.path)
         problem = f"{file} cannot be used: {model_files.reason(error)}"
         if isinstance(error, OSError) and not (folder / file).exists():
             expected = "--model FOLDER with config.json and safetensors (pickles may hold code and are not read)"
@@ -243,9 +258,11 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
                 problem += f"; pass {expected}"
             else:
                 problem = "no such folder, not in the Hub's cache, and the Hub cannot be reached; run `hf download "
-                problem += f"{model}` where it can, or pass {expected}"
+                problem += f"{source.path}` where it can, or pass {expected}"
             if model in GPT2_NAMES:
                 problem += f", or --model {DEMO_MODEL}, the embedded toy"
+        if source.adapter:
+            problem = f"its base {source.name}, which its adapter_config.json names: {problem}"
         raise UserError(f"--model {model}: {problem}") from error
 
 

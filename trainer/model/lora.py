@@ -1,16 +1,26 @@
 """Adapters on a causal LM: which layers get one, and of which kind. The only door to peft."""
 
+import json
+import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.errors import UserError
 from trainer.config.settings import LoraSettings
 from trainer.model.model_files import HALF_TYPES
+
+#: peft's types whose weights are not parameters that an optimizer alone moves
+UNSUPPORTED_TYPES = {
+    "ADALORA": "moves its ranks between steps",
+    "XLORA": "mixes adapters that are trained already",
+    "POLY": "needs the number of a task with each row",
+}
 
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
@@ -77,7 +87,7 @@ def add_adapters(
     which the model has none, and for a rank of pissa that is more than a layer has singular vectors. `with_values`:
     False where the base's weights stand for their shapes alone.
     """
-    from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
+    from peft import LoraConfig, TaskType  # imports bitsandbytes: only where it is needed
 
     is_pissa = settings.adapter == "pissa"
     layers = {n: m for n, m in causal.named_modules() if any(_ends_with(n, target) for target in target_modules)}
@@ -95,17 +105,7 @@ def add_adapters(
         use_rslora=settings.adapter == "rslora",
         init_lora_weights="pissa" if is_pissa and with_values else True,
     )
-    weights = {layer: layer.weight for layer in layers.values() if layer.weight.dtype in HALF_TYPES}
-    for layer, weight in weights.items():  # adapters are made in the type of their layer: in float32, without memory
-        layer.weight = nn.Parameter(torch.zeros(1, device=weight.device).expand(weight.shape), requires_grad=False)
-    module = get_peft_model(causal, config)
-    for layer, weight in weights.items():
-        layer.weight = weight.requires_grad_(False)
-    for layer in module.modules():  # dora's magnitudes are the norms of these weights, in float32 one at a time
-        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
-            if (base := layer.get_base_layer()) in weights:
-                weight = base.weight.float()
-                magnitude.weight.data = torch.linalg.norm(weight.T if isinstance(base, Conv1D) else weight, dim=1)
+    module = _wrap(causal, config)
     output_layer = causal.get_output_embeddings()
     parameters = {
         "wte": list(causal.get_input_embeddings().parameters()),
@@ -124,3 +124,72 @@ def add_adapters(
         for parameter in parameters[group]:
             parameter.requires_grad_(True)
     return module
+
+
+def add_peft_adapters(causal: PreTrainedModel, settings: LoraSettings, source: str) -> tuple[Any, list[str]]:
+    """(the peft model around `causal` by `settings.peft_config`, the ends of the names of the layers it adapts).
+
+    UserError, which begins with `source`, for a method that cannot be trained here or that peft refuses for this model.
+    """
+    from peft import PeftConfig, TaskType
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    values = json.loads(settings.peft_config or "")
+    peft_type, init = values["peft_type"], values.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(f"{source}: init_lora_weights {init} changes the base; expected true, or --adapter pissa")
+    own, has_conv1d = list(causal.parameters()), any(isinstance(layer, Conv1D) for layer in causal.modules())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Unexpected keyword arguments")
+            config: Any = PeftConfig.from_peft_type(**values, task_type=TaskType.CAUSAL_LM)
+        if reason := UNSUPPORTED_TYPES.get(peft_type) or ("trains a prompt" if config.is_prompt_learning else ""):
+            raise UserError(f"{source}: {peft_type} {reason}; expected a method that adapts layers, for instance VERA")
+        if hasattr(config, "fan_in_fan_out"):
+            config.fan_in_fan_out = has_conv1d
+        module = _wrap(causal, config)
+    except UserError:
+        raise
+    except Exception as error:  # peft's own kinds, of its methods as well
+        problem = " ".join(str(error).split())[:200] or "no reason given"
+        raise UserError(
+            f"{source}: peft refuses {peft_type} for this model ({type(error).__name__}: {problem})"
+        ) from None
+    adapted = sorted({name.rsplit(".", 1)[-1] for name, m in causal.named_modules() if isinstance(m, BaseTunerLayer)})
+    kept = {id(parameter) for parameter in module.parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not sum(p.numel() for p in trained):
+        raise UserError(f"{source}: {peft_type} trains nothing here; expected a config that names what it adapts")
+    if any(id(p) not in kept for p in own) or not all(p.is_floating_point() for p in trained):
+        raise UserError(f"{source}: {peft_type} replaces weights of the base; expected a method that adds its own")
+    return module, adapted
+
+
+def _wrap(causal: PreTrainedModel, config: Any) -> Any:
+    """peft's model, its LoRA adapters made in float32 whatever the type of the base, without a copy of that."""
+    from peft import get_peft_model
+
+    layers = [layer for layer in causal.modules() if isinstance(layer, (Conv1D, nn.Linear))]
+    weights = {layer: layer.weight for layer in layers if layer.weight.dtype in HALF_TYPES}
+    for layer, weight in weights.items():  # adapters are made in the type of their layer
+        layer.weight = nn.Parameter(torch.zeros(1, device=weight.device).expand(weight.shape), requires_grad=False)
+    module: Any = get_peft_model(causal, config)
+    for layer, weight in weights.items():
+        layer.weight = weight.requires_grad_(False)
+    for layer in module.modules():  # dora's magnitudes are the norms of these weights, in float32 one at a time
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            if (base := layer.get_base_layer()) in weights:
+                weight = base.weight.float()
+                magnitude.weight.data = torch.linalg.norm(weight.T if isinstance(base, Conv1D) else weight, dim=1)
+    return module
+
+
+def adapter_state_dict(module: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What peft stores of a model, and under their own names the weights of the base that were trained.
+
+    `trained`: the trained weights by their names in `module`.
+    """
+    from peft import get_peft_model_state_dict
+
+    stored = get_peft_model_state_dict(module, {**module.state_dict(), **trained}, save_embedding_layers=False)
+    return {**{n: t for n, t in trained.items() if ".default" not in n and n not in stored}, **stored}

@@ -1,5 +1,6 @@
 """Which runs may be held against one another and against the card, and groups of runs that differ in the seed alone."""
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "data.source": lambda value: PurePosixPath(value).name,
     "model.name": lambda value: PurePosixPath(value).name,
     "settings.lora.adapter": str,
+    "settings.lora.peft_config": lambda value: json.loads(value)["peft_type"] if value else "by our flags",
     "settings.model.quant": str,
     "settings.train.optim": str,
     "resolved.lr": "lr {:.3g}".format,

@@ -17,7 +17,7 @@ from trainer.config.settings import LoraSettings, Settings
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
-from trainer.data.tokenizer import encode, load_tokenizer
+from trainer.data.tokenizer import encode, find_model, load_tokenizer
 from trainer.data.values import RecordError, require_valid_unicode
 from trainer.distributed.decoding import Completion, Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
@@ -87,7 +87,9 @@ def generate(args: argparse.Namespace) -> int:
 def _load_base(run_folder: Path, run_settings: Settings, fingerprint: str) -> TrainableModel:
     """The model that the run began with, in float32; UserError where it is not there any more."""
     model_settings = dataclasses.replace(run_settings.model, quant=None, quant_double=False)
-    settings = dataclasses.replace(run_settings, mode="full", lora=LoraSettings(), model=model_settings)
+    settings = dataclasses.replace(run_settings, model=model_settings)
+    if find_model(model_settings.model).adapter is None:  # else the base is the adapter as it was
+        settings = dataclasses.replace(settings, mode="full", lora=LoraSettings())
     model = build_model(settings)
     if model.metadata["fingerprint"] != fingerprint:
         raise UserError(f"{run_folder}: its base model has changed since; restore it")

@@ -14,6 +14,7 @@ from trainer.data.prepare import prepare
 from trainer.distributed.engine import Engine
 from trainer.distributed.machine import peak_memory_bytes
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
+from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import build_model, get_max_positions, load_config
 from trainer.tools.processes import end_with_parent
 from trainer.tracking.optional_loggers import check_loggers
@@ -46,6 +47,7 @@ def run_rank(measure: Callable[[dict[str, Any], DistContext], Iterator[dict[str,
 
 def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, PreparedDataset]:
     """The plan of a run and its data, as launch/train.py would make them; UserError for what it would refuse."""
+    settings = adopt_adapter(settings)
     validate_early(settings, dist_context)
     check_loggers(settings.output)
     model_config = load_config(settings.model)

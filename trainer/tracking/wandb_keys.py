@@ -87,6 +87,7 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": data["tokenizer"],
         "vocabulary": data["vocabulary"],
         "model_class": model["class"],
+        "base_model": model.get("base", model["name"]),
         "model_fingerprint": model["fingerprint"],
         "parameters": model["parameters"],
         "trainable_parameters": model["trainable"],

@@ -111,9 +111,10 @@ class RunPlan:
             is_split_off = data_info["split"] != "given" if split == "val" else fraction
             return text + (f" ({fraction:.3g} of the records, split off by hash)" if is_split_off else "")
 
+        model_name = model_info["name"] + (f" on {model_info['base']}" if "base" in model_info else "")
         trained = "every weight"
         if model_info["lora_targets"]:
-            adapter = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
+            adapter = "" if settings.lora.kind == "lora" else f"{settings.lora.kind} "
             trained = f"{adapter}adapters on {', '.join(model_info['lora_targets'])}"
             trained += f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
         rows = f"{train['examples']:,} {unit} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens"
@@ -128,7 +129,7 @@ class RunPlan:
         if self.spellings:
             run.append(("spellings", "; ".join(self.spellings)))
         model = [
-            ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
+            ("model", f"{model_name}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
         ]
         data = [
@@ -424,7 +425,7 @@ def _describe_padding(batches: TrainBatches) -> str:
 def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     """What the adapters and the optimizer mean for this model, where that is worth a line."""
     notes = []
-    lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
+    lora_flags = [flag for flag in settings.overridden if flag.startswith(("--lora-", "--peft-"))]
     if lora_flags and settings.mode == "full":
         notes.append(f"{join_words(lora_flags, 'and')}: ignored with --mode full")
     if settings.output.score and settings.output.export == "none":

@@ -35,7 +35,7 @@ SETTINGS = """
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
 --wandb-group=g --wandb-tags=t,u --report-to=tensorboard --profile=5 --export=best --num-samples=5 --score=f1
---score-tokens=9 --base-from=runs
+--score-tokens=9 --base-from=runs --peft-config={"peft_type":"VERA"}
 """
 VALUES = {flag: value for flag, _, value in (word.partition("=") for word in SETTINGS.split())}
 FIELDS = {flag_of(field): (name, field.name) for name, group in GROUPS.items() for field in dataclasses.fields(group)}

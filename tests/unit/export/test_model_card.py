@@ -33,7 +33,7 @@ def test_names_in_a_model_card_are_no_markup_and_its_front_matter_is_yaml(mode, 
     assert text.replace("\n", "").replace("\N{NO-BREAK SPACE}", "").isprintable()
     assert len(text.split("\n---\n")) == 2
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == ("peft" if mode == "lora" else "transformers")
-    body = text.split("---\n", 2)[2]
+    body = re.sub(r"```python\n.+?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)  # the example
     body = re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", body)  # code spans, as CommonMark finds them
     assert not re.search(r"(?<!\\)[<>\[\]]", body)
     assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
@@ -62,9 +62,8 @@ def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
     text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6)
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
-    config = "generation_config=GenerationConfig.from_pretrained(ADAPTER)"
-    base = f'AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})'
-    assert f"`PeftModel.from_pretrained({base}, ADAPTER)`" in text
+    config = "generation_config=GenerationConfig.from_pretrained(folder)"
+    assert f'base = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})' in text
     for last_step in (6, 9):
         text = render_model_card(metadata, [], VerificationResult(), step=6, last_step=last_step)
         assert "weights with the lowest validation loss of those that were saved" in text
@@ -84,4 +83,6 @@ def test_hub_names_and_paths_are_told_apart(tmp_path):
         (f"/x/hub/models--gpt2/snapshots/{commit}", "gpt2", commit),
         ("/x/models/gpt2", "gpt2", None),
     ):
-        assert find_base({"name": path, "init": "pretrained"}, tmp_path) == (path, name, revision)
+        model_info = {"name": path, "init": "pretrained"}
+        assert find_base(model_info, tmp_path) == (path, name, revision)
+        assert find_base(model_info, tmp_path, names_place=True) == (path, name if revision else path, revision)

@@ -46,6 +46,8 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[Candidat
     for candidate, members in runs.items():
         kind = "" if candidate.method == "lora" else f"{candidate.method}, "
         label = "full" if candidate.method == "full" else f"LoRA ({kind}rank {candidate.lora_rank})"
+        if candidate.method == "lora" and (config := members[0].get("settings.lora.peft_config")):
+            label = f"LoRA's place: {json.loads(config)['peft_type']}, --peft-config"
         groups[candidate] = SeedGroup(label, members[0].mode, tuple(members))
     return groups
 

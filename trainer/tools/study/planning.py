@@ -59,6 +59,10 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     has_quant = any("--quant" in METHODS.get(method, ()) for method in methods)
     if "--execution" not in names and (has_quant or "--activation-checkpointing" in names):  # which have no CUDA graphs
         own_argv += ["--execution", "eager"]
+    if settings.lora.peft_config:  # its content, which no trial may find changed
+        own_argv.append(f"--peft-config={settings.lora.peft_config}")
+        if len(args.lora_ranks) > 1 or set(methods) != {"full", "lora"}:
+            raise UserError("--peft-config: takes lora's place; expected --methods full,lora and no --lora-ranks")
     rule = Rule(  # without what the data decide: a mistake is found before they are read
         methods=methods,
         lora_ranks=args.lora_ranks,

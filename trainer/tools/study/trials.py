@@ -34,7 +34,9 @@ STOP_EXIT_CODES = {code for number in (signal.SIGINT, signal.SIGTERM) for code i
 
 def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
     """The flags of launch/train.py that every run of a candidate has."""
-    lora_rank = ["--lora-rank", str(candidate.lora_rank)] if candidate.lora_rank is not None else []
+    has_own_rank = any(word.startswith("--peft-config") for word in rule.train_argv)
+    is_ranked = candidate.lora_rank is not None and not has_own_rank
+    lora_rank = ["--lora-rank", str(candidate.lora_rank)] if is_ranked else []
     return [*METHODS[candidate.method], *DEFAULT_ARGV, *rule.train_argv, *lora_rank, "--lr", f"{candidate.lr:g}"]
 
 
