@@ -281,6 +281,12 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--join", "nowhere"], "nowhere: no study there"),
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
         (["--join", "nowhere", "--dry-run"], "--dry-run: not with --join"),
+        (["--decide-by", "score:exact"], "--decide-by score:exact: the runs have no --score; add --score exact"),
+        (
+            ["--decide-by", "score:f1", "--score", "exact"],
+            "--decide-by score:f1: the runs have --score exact; add --score",
+        ),
+        (["--decide-by", "score:exact", "--score", "exact", "--margin", "2%"], "--margin 2%: expected a number above"),
         (["--max-lr", "lora"], "--max-lr lora: expected METHOD=LR, such as lora=5.6e-3"),
         (["--max-lr", "dora=1e-3"], "--max-lr dora=0.001: expected METHOD=LR with one of full, lora and a rate from"),
         (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might end before it"),

@@ -88,8 +88,8 @@ def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run_and_says_w
         process = start_process(CPU, planning.write_plan, ([*argv, *more], path), tmp_path)
         process.join(100)
         assert process.exitcode == exit_code, (tmp_path / "log").read_text()
-    num_steps, fingerprint, num_units = json.loads(path.read_text())
-    assert (num_steps, num_units > 20) == (7, True)
+    num_steps, fingerprint, num_units, warning = json.loads(path.read_text())
+    assert (num_steps, num_units > 20, warning) == (7, True, "")
     assert re.fullmatch("[0-9a-f]{12}", fingerprint)
     assert (tmp_path / "log").read_text().startswith("error: --lora-target-modules none")
 

@@ -3,6 +3,7 @@
 No code that comes with a model is ever run, and nobody is asked whether it should be: there is no flag for it.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
 HALF_TYPES = (torch.bfloat16, torch.float16)
+MAX_BF16_TIES = 0.01  # of a base; more is said
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
 
 
@@ -134,6 +136,33 @@ def stored_dtype(folder: Path) -> torch.dtype:
             dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
     names = {("BF16",): torch.bfloat16, ("F16",): torch.float16}
     return names.get(tuple(dtypes), torch.float32)
+
+
+def measure_bf16_ties(folder: Path) -> float:
+    """The share of a model's weights that lie halfway between two bfloat16 numbers; of each tensor the first million.
+
+    It is 0.00002 of trained float32 weights, 0 of bfloat16, 8 % of some dequantised ones and 12 % of float16.
+    """
+    num_ties = num_weights = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if shape := file.get_slice(name).get_shape():
+                    num_rows = max(1, 2**20 // max(1, math.prod(shape[1:])))
+                    bits = file.get_slice(name)[:num_rows].float().contiguous().view(torch.int32) & 0xFFFF
+                    num_ties, num_weights = num_ties + int((bits == 0x8000).sum()), num_weights + bits.numel()
+    return num_ties / max(1, num_weights)
+
+
+def describe_bf16_ties(share: float) -> str:
+    """What so many of them do to a comparison; "" where it is nothing."""
+    if share <= MAX_BF16_TIES:
+        return ""
+    return (
+        f"{share:.1%} of the base's weights lie halfway between two bf16 numbers, as dequantised and float16 ones do: "
+        "in bf16 the first update of any rate tips them, which lowers full's loss for free and not LoRA's; round the "
+        "weights to bf16 first, or use --precision fp32"
+    )
 
 
 class ComputeInFloat32(TorchFunctionMode):

@@ -16,8 +16,10 @@ from trainer.config.errors import UserError
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings, preset_notes
 from trainer.config.text import join_words, shorten
+from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import TrainBatches, padding_share
+from trainer.data.tokenizer import resolve_model_path
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory import (
@@ -29,6 +31,7 @@ from trainer.distributed.memory import (
 from trainer.distributed.preflight import config_digest
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
 from trainer.model.optimizer import MIN_8BIT_SIZE
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule, describe_schedule
@@ -350,6 +353,9 @@ def make_plan(
             settings, dist_context, stage=file.stage, precision=precision, model_dropout=dropout
         )
 
+    if precision == "bf16" and settings.model.init == "pretrained":
+        folder = hf_hub.find_model_folder(resolve_model_path(settings.model.model))
+        model_info = {**model_info, "bf16_ties": dist_context.on_rank_zero(lambda: measure_bf16_ties(folder))}
     deepspeed_file, execution = dist_context.on_rank_zero(decide)
     schedule = TrainSchedule(
         settings=settings,
@@ -430,6 +436,8 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append(f"{join_words(lora_flags, 'and')}: ignored with --mode full")
     if settings.output.score and settings.output.export == "none":
         notes.append("--score: ignored with --export none, which leaves the test records unseen")
+    if ties := describe_bf16_ties(model_info.get("bf16_ties", 0.0)):
+        notes.append(WARNING + ties)
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     if settings.model.quant:

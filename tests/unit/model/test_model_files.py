@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, BartConfig, BertConfig, T5Config,
 import trainer
 from trainer.config.errors import UserError
 from trainer.model.build import _from_pretrained_kwargs, build_model
+from trainer.model.model_files import measure_bf16_ties
+from trainer.training.run_plan import collect_notes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,6 +37,29 @@ def pristine_folder(session_dir: Path) -> Path:
 @pytest.fixture
 def folder(pristine_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine_folder, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("convert", "share"),
+    [
+        (lambda weights: weights, 0.0),
+        (lambda weights: weights.bfloat16(), 0.0),
+        (lambda weights: weights.half(), 0.125),
+        (lambda weights: torch.where(torch.rand(weights.shape) < 0.08, to_tie(weights), weights), 0.08),
+    ],
+)
+def test_a_base_whose_weights_lie_on_ties_of_bf16_is_noticed_and_said_in_the_plan(folder, convert, share):
+    torch.manual_seed(1)
+    save_file({name: convert(torch.randn_like(w)) for name, w in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    measured = measure_bf16_ties(folder)
+    assert measured == pytest.approx(share, abs=0.01)
+    notes = collect_notes(parse_settings(str(folder)), {"bf16_ties": measured})
+    start = f"warning: {measured:.1%} of the base's weights lie halfway between two bf16 numbers"
+    assert [note.startswith(start) for note in notes] == [True] * (share > 0)
+
+
+def to_tie(weights: torch.Tensor) -> torch.Tensor:
+    return (weights.view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)
 
 
 def build(folder: Path, *, on_meta: bool = False) -> Any:

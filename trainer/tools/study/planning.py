@@ -22,6 +22,7 @@ from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, write_rule
 from trainer.tools.study.search import expected_trials, study_state
 from trainer.tools.study.trials import DEFAULT_ARGV, read_results
+from trainer.tracking.eval_records import score_name
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
 #: Flags of launch/train.py that the study sets for each of its runs.
@@ -51,7 +52,11 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
             "--warmup-ratio, which is the same for all"
         )
-    methods = tuple(args.methods.split(","))
+    methods, margin = tuple(args.methods.split(",")), parse_margin(args.margin, args.decide_by)
+    scorer, scorers = margin.measure.partition(":")[2], settings.output.score
+    if scorer and score_name(scorer) not in map(score_name, scorers):
+        has = f"the runs have --score {', '.join(scorers)}" if scorers else "the runs have no --score"
+        raise UserError(f"--decide-by {margin.measure}: {has}; add --score {scorer}")
     max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     max_steps_parser.add_argument("--max-steps")
     own_argv = max_steps_parser.parse_known_args(train_argv)[1]  # each run has its own --max-steps
@@ -71,7 +76,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         search_seeds=args.search_seeds,
         answer_seeds=args.seeds,
         max_lrs=dict(map(parse_max_lr, args.max_lr)),
-        margin=parse_margin(args.margin, args.decide_by),
+        margin=margin,
         train_argv=tuple(own_argv),
         data="",
     )
@@ -80,13 +85,15 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         with tempfile.TemporaryDirectory(prefix="study-") as temp:
             argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{temp}/run"]
             _join(start_process(slots[0], write_plan, (argv, Path(temp, "plan.json")), Path(temp)), Path(temp))
-            total_steps, data, num_units = json.loads(Path(temp, "plan.json").read_bytes())
+            total_steps, data, num_units, warning = json.loads(Path(temp, "plan.json").read_bytes())
     if num_units < MIN_UNITS:
         raise UserError(
             f"--test-fraction: {num_units} test records, or groups of them; expected {MIN_UNITS} or more: raise "
             "it, give --test-data or a smaller --block-size"
         )
     rule = rule.model_copy(update={"total_steps": total_steps, "rungs": plan_rungs(total_steps), "data": data})
+    if warning:
+        print(f"warning: {warning}", flush=True)
     seconds = 0.0
     for method in methods:
         num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
@@ -119,8 +126,9 @@ def parse_max_lr(text: str) -> tuple[str, float]:
 
 def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:
     """In a process of its own: (steps of a whole run, first digits of its data's fingerprint, test records or groups
-    of them) into a file; UserError's line and exit code for what launch/train.py would refuse."""
+    of them, what to say of the base) into a file; UserError's line and exit code for what train.py would refuse."""
     from trainer.distributed.process_group import simulated_context  # which needs torch
+    from trainer.model.model_files import describe_bf16_ties
     from trainer.tools.trial_engine import plan_run
 
     try:
@@ -128,7 +136,8 @@ def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:
     except UserError as error:
         sys.exit(report_error(error))
     num_units = data.metadata["test"].get("units", 0)
-    facts = [plan.schedule.total_steps, data.metadata["fingerprint"][:12], num_units]
+    ties = describe_bf16_ties(plan.model_info.get("bf16_ties", 0.0))
+    facts = [plan.schedule.total_steps, data.metadata["fingerprint"][:12], num_units, ties]
     path.write_text(json.dumps(facts), encoding="utf-8")
 
 
