@@ -54,18 +54,17 @@ def test_the_search_on_the_demo_is_within_a_standard_error_of_the_full_grid(meth
     while missing := MethodSearch(rule, method, results).missing:
         results |= measure(tmp_path, rule, missing)
     search = MethodSearch(rule, method, results)
-    outcome = search.outcome
     grid = [spec for candidate in search.grid for spec in search.specs_at(candidate, -1)]
     results |= measure(tmp_path, rule, [spec for spec in grid if spec.name not in results])
     by_rate = {candidate: [results[s.name] for s in search.specs_at(candidate, -1)] for candidate in search.grid}
     best = min(by_rate, key=lambda candidate: np.mean(by_rate[candidate]))
     error = np.std(by_rate[best], ddof=1) / math.sqrt(len(by_rate[best]))
-    share = outcome.num_steps / sum(spec.num_steps for spec in grid)
+    share = search.num_steps / sum(spec.num_steps for spec in grid)
     print(
-        f"{method}: {outcome.winner.lr:g} with {outcome.loss:.4f}; full grid {best.lr:g} with "
+        f"{method}: {search.winner.lr:g} with {search.loss:.4f}; full grid {best.lr:g} with "
         f"{np.mean(by_rate[best]):.4f} +- {error:.4f}; {100 * share:.1f} % of its steps"
     )
-    assert outcome.loss <= np.mean(by_rate[best]) + error
+    assert search.loss <= np.mean(by_rate[best]) + error
     assert share <= 0.4
 
 
