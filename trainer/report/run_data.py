@@ -96,7 +96,7 @@ class RunData:
     def initial_loss(self) -> float | None:
         """Validation loss before the first step, in nats per token."""
         losses = self.evals["loss"][self.evals["step"] == 0]
-        return float(losses[0]) if len(losses) else None
+        return float(losses[0]) if len(losses) and np.isfinite(losses[0]) else None
 
     @property
     def best_eval(self) -> dict[str, float] | None:

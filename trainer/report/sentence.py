@@ -24,6 +24,7 @@ from trainer.report.judge import (
 from trainer.report.matched import LOSS, SPLIT_NAMES
 from trainer.report.views import View, describe_views
 
+NEAR_ZERO = 5  # points of 100
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
     "the losses of single records of runs paired by seed; it holds for the compared rates, not for others."
@@ -231,6 +232,8 @@ def _describe_scope(
 
     if len(pair.pairs) == 1:
         scope += "; one seed says nothing of the methods"
+    if judged and judged.measure != LOSS and max(map(judged.score, MODE_NAMES)) < NEAR_ZERO:
+        scope += f"; both modes score under {NEAR_ZERO} points, so this score says little of either"
     if pair.mcnemar is not None:
         scope += f"; McNemar's exact test: p = {pair.mcnemar:.2g}"
     for group in (pair.full, pair.lora):

@@ -44,6 +44,7 @@ def make_scored(make_run: MakeRun, num_seeds: int, full: float, lora: float, of:
             "worse",
             "points lower than full (lr 0.0005) by exact",
         ),
+        ({"num_seeds": 3, "full": 0.0, "lora": 0.0, "of": 0.5}, "good enough", "; both modes score under 5 points"),
     ],
 )
 def test_right_answers_are_judged_in_points_by_the_same_interval(
