@@ -136,7 +136,7 @@ def _show_mean(values: Sequence[float], digits: int) -> str:
     """The value of one run; of several their mean and sample standard deviation."""
     if not values or not np.isfinite(values).all():
         return NO_VALUE
-    spread = f" ± {statistics.stdev(map(float, values)):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(map(float, values)):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 

@@ -161,6 +161,9 @@ def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and
     assert [text for is_open, text in summaries if not is_open] == ["What it", "The runs", "What may", "Same where"][:3]
     assert "<title>full, n = 3: " in html, "the value of a point under the pointer"
     assert len(html.encode()) < 300_000
+    phone = html.split("@media (max-width: 40rem)")[1].split("@media")[0]
+    assert ".epochs tr > :nth-child(2) { display: none; }" in phone
+    assert comparison.by_epoch.headings[1] == "step", "the column that a phone leaves out"
     for path in ("report.md",):
         assert comparison.verdict.next_step.split("launch")[0] in render_markdown(comparison), path
 
