@@ -67,6 +67,7 @@ def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, argv, 
     code, output = run_launcher(command, *flags, "--output-dir", "run", cwd=tmp_path)
     assert code == 0, output
     assert output.count("done    3 steps in ") == 1, "one voice, whatever the number of ranks"
+    assert output.index("Loading PyTorch") < output.index("What is trained") < output.index("next ")
     assert "Traceback" not in output
     assert "Warning" not in output.replace("[WARNING] [r", "")  # the launcher's own two lines are not ours
     left = {path.name for path in (tmp_path / "run").iterdir()}
