@@ -281,7 +281,7 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         source = text[node.start_mark.index : node.end_mark.index].strip()
         if all(isinstance(item, yaml.ScalarNode) for item in items):
-            value = ",".join(item.value for item in items)
+            value = (" " if flag == "--data" else ",").join(item.value for item in items)
         elif flag in takes_value:
             expected = "expected a number, a text (in quotes) or a list of them"
             if isinstance(node, yaml.MappingNode) and "\n" not in source:

@@ -38,6 +38,7 @@ from trainer.config.fields import (
     settings_class,
     what_is_expected,
 )
+from trainer.config.files import expand_user_path
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
@@ -58,6 +59,7 @@ NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}
 HangTimeout = Annotated[
     float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
 ]
+WEIGHTED_DATA = re.compile(r"(\S.*?)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:\s+|$)")
 Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 
 
@@ -105,8 +107,11 @@ class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
     data: UserPath = option(
-        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo", DEMO_DATA
+        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo; several "
+        "with weights, as in A=0.7 B=0.3: an epoch has as many examples as all of them, 70 percent of them from A",
+        DEMO_DATA,
     )
+    max_samples: PositiveInt | None = option("read the first so many records of --data only (default: all)", None)
     val_data: UserPath | None = option("validation records, likewise (default: split off from --data)", None)
     val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
     test_data: UserPath | None = option("test records, evaluated once, at the weights that are exported", None)
@@ -143,6 +148,8 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         problems, most = [], 1 - (self.val_fraction if self.val_data is None else 0)
+        if len(self.weighted_data) > 1 and not self.shuffle:
+            problems.append(f"--data {self.data}: not with --no-shuffle; the order of a mixture is drawn by --seed")
         if self.block_size == 1:
             problems.append("--block-size 1: expected 2 tokens or more, or 0: from the data")
         if self.test_fraction >= most:
@@ -155,6 +162,18 @@ class DataSettings:
             problems.append(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
         if problems:
             raise UserError(*problems)
+
+    @property
+    def weighted_data(self) -> list[tuple[str, float]]:
+        """What --data names, each with its share of the training examples."""
+        parts = [(match[1], float(match[2])) for match in WEIGHTED_DATA.finditer(self.data)]
+        if len(parts) < 2 or "".join(match[0] for match in WEIGHTED_DATA.finditer(self.data)) != self.data:
+            return [(self.data, 1.0)]
+        total = math.fsum(weight for _, weight in parts)
+        for spec, weight in parts:
+            if not weight:
+                raise UserError(f"--data {spec}=0: expected a weight above 0, or leave it out")
+        return [(expand_user_path(spec), weight / total) for spec, weight in parts]
 
 
 @settings_class
@@ -188,6 +207,7 @@ class TrainSettings:
     min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
     weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
     max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
+    label_smoothing: ShareOrZero = option("share of each label spread over the vocabulary, in training only", 0.0)
     seed: Seed = option("seed of initial weights, data order and dropout", 42)
     optim: choices.Optimizer = option(
         "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
@@ -376,8 +396,8 @@ class Settings:
         """The name of the run: given, or made of method and data."""
         if self.output.run_name:
             return self.output.run_name
-        data_path = self.data.data.rstrip("/").rsplit("/", 1)[-1]
-        data_stem = "data" if glob.has_magic(self.data.data) else re.sub(r"\.\w+$", "", data_path)
+        paths = [spec.rstrip("/").rsplit("/", 1)[-1] for spec, _ in self.data.weighted_data]
+        data_stem = "data" if glob.has_magic(self.data.data) else "-".join(re.sub(r"\.\w+$", "", p) for p in paths)
         return f"{self.method}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', data_stem) or 'data'}"[:128]
 
     @property

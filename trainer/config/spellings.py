@@ -12,7 +12,7 @@ import yaml
 from trainer.config.errors import UserError
 
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("", "none", "null", "~")
-LIST_FLAGS = ("--report-to", "--lora-target-modules", "--modules-to-save")  # elsewhere separated by blanks
+LIST_FLAGS = ("--data", "--report-to", "--lora-target-modules", "--modules-to-save")  # elsewhere separated by blanks
 TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device and save_steps that it takes itself
 
 
@@ -76,7 +76,7 @@ def translate(
             if is_joined or not is_value or (is_switch and rest[0].lower() not in TRUE + FALSE):
                 break
             values.append(rest.pop(0))
-        value, is_given = ",".join(values), bool(values)
+        value, is_given = (" " if ours == "--data" else ",").join(values), bool(values)
         try:
             if part:
                 given[key], result.places[key] = value if is_given else "true", len(result.words)

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Int64 = NDArray[np.int64]
 TokenIds = NDArray[np.uint32]
-FORMAT_VERSION = 10  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION = 11  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: text of the base model's own kind, in blocks
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
@@ -42,6 +42,8 @@ class TokenDataset:
     ids: NDArray[np.unsignedinteger]
     offsets: Int64
     target_mask: NDArray[np.uint8] | None = None
+    #: (rows, share of the examples) of each data set of a mixture by weight, in the order of the rows
+    mixture: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -126,11 +128,14 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
     """
     manifest = read_manifest(folder)
     facts, file_hashes = manifest["facts"], manifest["sha256"]
+    datasets = {
+        split: map_rows(folder, split, manifest["dtype"], facts[split], f"{split}.mask.bin" in file_hashes)
+        for split in SPLITS
+    }
+    mixture = tuple((part["examples"], part["share"]) for part in facts["mixture"])
+    datasets["train"] = replace(datasets["train"], mixture=mixture)
     return PreparedDataset(
-        **{
-            split: map_rows(folder, split, manifest["dtype"], facts[split], f"{split}.mask.bin" in file_hashes)
-            for split in SPLITS
-        },
+        **datasets,
         metadata={**facts, "source": source or facts["source"]},
         val_texts=tuple((prompt, completion) for prompt, completion in manifest["val_texts"]),
         folder=folder,

@@ -29,7 +29,7 @@ from trainer.data.values import RecordError, list_columns, value_text
 
 LogFn = Callable[[str], None]
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
-KEY_SETTINGS = ("objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
+KEY_SETTINGS = ("max_samples", "objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
 LOG_INTERVAL_SECONDS = 5.0
 NUM_SAMPLED_RECORDS = 4096  # the first ones, whose lengths decide a block size that is left to the data
@@ -39,7 +39,7 @@ MAX_JOINED_BLOCK, MIN_BLOCKS = 1024, 100  # tokens of a block of joined texts, a
 
 def iter_examples(source: Source) -> Iterator[Example | None]:
     """The records of a source, None for a blank one; UserError names file, row and column."""
-    columns = source.record_format.columns
+    columns, num_left = source.record_format.columns, source.max_records
     if source.split_by is not None and columns is not None:
         columns = (*columns, source.split_by)
     for where, record in source.records(columns):
@@ -57,6 +57,9 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
         if example.split == "train":  # by its content alone, whatever stands beside it
             example.split = split_of(example.split_key(), *source.fractions)
         yield example
+        num_left -= 1
+        if not num_left:
+            return
 
 
 def split_of(key: str | bytes, val_fraction: float, test_fraction: float = 0.0) -> str:
@@ -120,6 +123,7 @@ def prepare(
                     source.hashes,
                     getattr(source.dataset, "_fingerprint", None),
                     source.notices,
+                    source.share,
                 )
                 for source in sources
             ],
@@ -159,7 +163,15 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
                 f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
             )
     hashes = _hash_files(source)
-    return replace(source, record_format=record_format, split_by=split_by, fractions=fractions, hashes=hashes)
+    max_records = settings.max_samples if source.split == "train" and settings.max_samples else -1
+    return replace(
+        source,
+        record_format=record_format,
+        split_by=split_by,
+        fractions=fractions,
+        hashes=hashes,
+        max_records=max_records,
+    )
 
 
 def _hash_files(source: Source) -> tuple[str, ...]:
@@ -233,6 +245,8 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 + ", so none can be split off; give other records, or --val-data"
             )
         notices += source.notices
+        if counts["records"] == source.max_records:
+            notices.append(f"{source.spec}: only the first {source.max_records:,} records are read (--max-samples)")
         if counts["blank"]:
             notices.append(f"{source.spec}: {counts['blank']} blank records are left out")
         if counts["unseparated"]:
@@ -277,6 +291,7 @@ def write_rows(
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
     writers = {s: SplitWriter(folder, s, settings, is_seen=is_seen.get(s, ()), **options) for s in SPLITS}
+    num_rows, shares = [0], [source.share for source in sources if source.split == "train"]
     try:
         for source in sources:
             is_joined = settings.objective == "blocks" or source.split == "retain"
@@ -285,6 +300,9 @@ def write_rows(
                     batch, _encode_batch(batch, tokenizer, chat, is_joined, settings.block_size), strict=True
                 ):
                     writers[example.split].add(example, row)
+            if source.split == "train" and len(shares) > 1:
+                writers["train"].end_part(source.share)
+                num_rows.append(writers["train"].counts["examples"])
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
@@ -292,6 +310,10 @@ def write_rows(
     facts = {
         **checked,
         "source": settings.data,
+        "mixture": [
+            {"source": source.spec, "share": source.share, "examples": number}
+            for source, number in zip(sources, np.diff(num_rows).tolist(), strict=False)
+        ],
         "form": sources[0].record_format.name,
         "form_meaning": sources[0].record_format.meaning,
         "example": writers["train"].example,
@@ -379,6 +401,9 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
     """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
     `check_records` refuses, of rows that were prepared with --allow-leakage."""
     refuse_leakage(settings, dataset.metadata["num_seen"]["val"], dataset.metadata["val"]["records"])
+    for part in dataset.metadata["mixture"]:
+        if not part["examples"]:
+            raise UserError(f"--data {part['source']}: makes no training example; give more of it, or leave it out")
     has_given_val = settings.val_data is not None
     for split, is_expected, least, remedy in (
         ("train", True, global_batch, "lower --global-batch, or give more data"),

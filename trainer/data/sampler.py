@@ -5,7 +5,7 @@ every number of ranks, micro-batch and accumulation.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +61,7 @@ def _permutation(n: int, *key: int) -> Int64:
 def epoch_order(
     dataset: TokenDataset, *, seed: int, epoch: int, global_batch: int, shuffle: bool, group_by_length: bool
 ) -> Int64:
-    """The order of the examples in epoch number `epoch` (from 0), int64 [n]; each stands in it once.
+    """The order of the examples in epoch number `epoch` (from 0), int64 [n]; each stands in it once, but in a mixture.
 
     group_by_length (rows of different lengths): within windows of 64 global batches rows are sorted by length, so that
     a batch holds little padding, and whole batches are shuffled; a ragged batch stays last. Without shuffle: the
@@ -71,6 +71,8 @@ def epoch_order(
     if not shuffle:
         return np.arange(n, dtype=np.int64)
     order = _permutation(n, seed, epoch)
+    if dataset.mixture:
+        order = _draw_mixture(dataset.mixture, seed=seed, epoch=epoch)[order]
     if not group_by_length:
         return order
     full_length = n - n % global_batch
@@ -78,6 +80,24 @@ def epoch_order(
     by_length = order[np.lexsort((dataset.lengths()[order[:full_length]], windows))]  # stable, window by window
     batches = by_length.reshape(-1, global_batch)
     return np.concatenate([batches[_permutation(len(batches), seed, epoch, 1)].ravel(), order[full_length:]])
+
+
+def _draw_mixture(mixture: Sequence[tuple[int, float]], *, seed: int, epoch: int) -> Int64:
+    """The rows of an epoch of a mixture, int64 [n]: as many as all parts have, of each part its share.
+
+    A part goes on where it stopped an epoch before, in a new order at each pass over it: with more than its own number
+    of rows some come again within an epoch, with fewer the rest comes in later ones.
+    """
+    sizes = [size for size, _ in mixture]
+    bounds = np.rint(np.cumsum([0.0, *(share for _, share in mixture)]) * sum(sizes)).astype(np.int64)
+    rows = []
+    for number, size in enumerate(sizes):
+        quota = int(bounds[number + 1] - bounds[number])
+        first_pass, last_pass = epoch * quota // size, ((epoch + 1) * quota - 1) // size
+        passes = [_permutation(size, seed, number, i, 2) for i in range(first_pass, last_pass + 1)]
+        start = epoch * quota - first_pass * size
+        rows.append(np.concatenate([*passes, np.empty(0, dtype=np.int64)])[start : start + quota] + sum(sizes[:number]))
+    return np.concatenate(rows)
 
 
 def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int | None = None) -> MicroBatch:

@@ -57,6 +57,8 @@ class Source:
     record_format: RecordFormat = FORMATS[-1]
     hashes: tuple[str, ...] = ()  #: of its files
     split_by: str | None = None
+    share: float = 1.0  #: of the training examples
+    max_records: int = -1  #: that are read, all where it is negative
     fractions: tuple[float, float] = (0.0, 0.0)  #: of validation and test that are split off the training source
 
     def locate(self, file: Path | None = None) -> str:
@@ -96,24 +98,24 @@ def find_sources(settings: DataSettings) -> list[Source]:
     Files and splits are taken for what they are named: nothing named test is trained on. UserError where there is no
     data, or more than one kind.
     """
-    splits = find_splits(settings.data, "--data")
-    train = choose_split(splits, settings.data, "--data")
-    others, uses = [], {name: "for training" for name, source in splits.items() if source is train}
-    for split, name, spec in (
-        ("val", "validation", settings.val_data),
-        ("test", "test", settings.test_data),
-        ("retain", None, settings.retain_data),
-    ):
+    trains, others = [], []
+    given = {"validation": settings.val_data, "test": settings.test_data}
+    for part, share in settings.weighted_data:
+        splits = find_splits(part, "--data")
+        train = choose_split(splits, part, "--data")
+        uses = {name: "for training" for name, source in splits.items() if source is train}
+        for split, name in (("val", "validation"), ("test", "test")):
+            if given[name] is None and name in splits:
+                others.append(replace(splits[name], split=split))
+                uses[name] = f"for {name}"
+        notice = ", ".join(f"{_describe(source, name)} {uses.get(name, 'left out')}" for name, source in splits.items())
+        notices = () if set(splits) == {""} else (f"{part}: {notice}",)
+        trains.append(replace(train, share=share, notices=notices))
+    for split, spec in (("val", settings.val_data), ("test", settings.test_data), ("retain", settings.retain_data)):
         if spec is not None:
             flag = f"--{split}-data"
             others.append(replace(choose_split(find_splits(spec, flag), spec, flag), split=split))
-        elif name in splits:
-            others.append(replace(splits[name], split=split))
-            uses[name] = f"for {name}"
-    if set(splits) == {""}:
-        return [train, *others]
-    notice = ", ".join(f"{_describe(source, name)} {uses.get(name, 'left out')}" for name, source in splits.items())
-    return [replace(train, notices=(f"{settings.data}: {notice}",)), *others]
+    return [*trains, *others]
 
 
 def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
@@ -164,8 +166,8 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
             loaded = hf_hub.load_hub_dataset(flag, *hub_id.groups())
         else:
             raise UserError(
-                f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, or a hub "
-                "id"
+                f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, a hub "
+                "id, or several with weights: A=0.7 B=0.3"
             )
         return {
             SPLIT_BY_WORD.get(name, name): Source(

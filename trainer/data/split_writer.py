@@ -61,6 +61,7 @@ class SplitWriter:
         }
         self._pending: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
         self._pending_is_seen = np.empty(0, dtype=bool)  # whether each token of it is of a record that was seen
+        self._num_left_out = 0  # tokens of earlier tails
         self._seen_blocks: list[bool] = []  # whether each block has such a token
         self._hash = hashlib.sha256(f"blocks {self.block_size}\n".encode() if self.is_blocks else b"completion \n")
         self._files["offsets"].write(bytes(8))
@@ -122,6 +123,12 @@ class SplitWriter:
             group = None if example.group is None else f"{content_hash(example.group):016x}"
             self.rows.append((f"{record_hash:016x}", group, is_seen))
 
+    def end_part(self, share: float) -> None:
+        """Let no block hold texts of two data sets that are mixed by weight."""
+        self._hash.update(f"{self.counts['examples']} {share!r}\n".encode())
+        self._num_left_out += len(self._pending)
+        self._pending, self._pending_is_seen = self._pending[:0], self._pending_is_seen[:0]
+
     def _add_problem(self, kind: str, where: str) -> None:
         number, first = self.problems.get(kind, (0, where))
         self.problems[kind] = (number + 1, first)
@@ -145,8 +152,8 @@ class SplitWriter:
     def notices(self, unusable_records: str) -> list[str]:
         """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""
         lines, num_records = [], self.counts["records"] + self.problems.get("unusable", (0, ""))[0]
-        if len(self._pending):
-            lines.append(f"{self.split}: the last {len(self._pending)} tokens do not fill a block and are left out")
+        if num_left_out := self._num_left_out + len(self._pending):
+            lines.append(f"{self.split}: the last {num_left_out} tokens do not fill a block and are left out")
         for kind, (text, remedy) in PROBLEMS.items():
             number, first = self.problems.get(kind, (0, ""))
             line = f"{self.split}: {number} of {num_records} {text.format(self.block_size)} (first: {first})"

@@ -142,6 +142,10 @@ class RunPlan:
             ("objective", OBJECTIVES[data_info["objective"]]),
             ("example", f"{example} (⟦ ⟧ around target tokens)" if example else "token ids"),
         ]
+        for part in data_info["mixture"]:
+            passes = part["share"] * train["examples"] / part["examples"]
+            text = f"{part['share']:.3g} of the examples from {part['source']}, {part['examples']:,} {unit}"
+            data.append(("mixture", f"{text}: {passes:.3g} passes over them an epoch"))
         training = [
             ("batch", str(schedule.batch)),
             ("padding", self.padding),

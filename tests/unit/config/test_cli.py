@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 from helpers.any_inputs import check_inputs, many_inputs
@@ -26,12 +27,12 @@ SETTINGS = """
 --lora-rank=4 --lora-alpha=3 --lora-dropout=0.5 --lora-target-modules=a,b --lora-plus-ratio=16 --adapter=dora
 --modules-to-save=wte,bias
 --data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
---allow-leakage
+--max-samples=9 --allow-leakage
 --prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
 --block-size=77 --packing --no-shuffle
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
 --warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2:0.1
---adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
+--label-smoothing=0.1 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
 --wandb-group=g --wandb-tags=t,u --report-to=tensorboard --profile=5 --export=best --num-samples=5 --score=f1
@@ -49,6 +50,16 @@ def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command(
     flags = {option for action in cli.build_parser()._actions for option in action.option_strings} - {"-h"}
     assert flags == {*VALUES, *COMMANDS.split()}
     assert set(FIELDS) == set(VALUES)
+
+
+def test_the_words_of_a_mixture_are_one_setting_which_is_handed_on(tmp_path):
+    argv = ["--mode", "full", "--max-steps", "3", "--model", "m", "--data", "a.csv=0.7", "~/b.csv=0.3"]
+    settings = cli.parse_args(argv).settings
+    assert settings.data.weighted_data == [("a.csv", 0.7), (str(Path("~/b.csv").expanduser()), 0.3)]
+    assert settings.run_name == "full-a-b"
+    (tmp_path / "c.yaml").write_text("data: [a.csv=0.7, ~/b.csv=0.3]\nmode: full\nmodel: m\nmax_steps: 3")
+    for again in (cli.to_argv(settings, {}), ["--config", str(tmp_path / "c.yaml")]):
+        assert cli.parse_args(again).settings.data == settings.data
 
 
 @pytest.mark.parametrize("flag", sorted(FIELDS))

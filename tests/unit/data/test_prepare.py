@@ -225,6 +225,37 @@ def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, 
         prepare_file(broken, **options)
 
 
+def test_the_first_records_alone_are_read_and_tokenised(tmp_path, prepare_file, tokenizer):
+    file = write_records(tmp_path / "a.jsonl", [*PAIRS, {"mr": None}])
+    val = str(write_records(tmp_path / "v.jsonl", PAIRS[50:]))
+    with pytest.raises(UserError, match="line 61"):
+        prepare_file(file, **COMPLETION)
+    prepared = prepare_file(file, max_samples=20, val_fraction=0.3, **COMPLETION)
+    whole = prepare_file(write_records(tmp_path / "b.jsonl", PAIRS[:20]), val_fraction=0.3, **COMPLETION)
+    assert prepared.metadata["fingerprint"] == whole.metadata["fingerprint"]
+    assert f"{file}: only the first 20 records are read (--max-samples)" in prepared.metadata["notices"]
+    assert len(prepare_file(file, max_samples=20, val_data=val, **COMPLETION).val) == 10, "of --data alone"
+
+
+@pytest.mark.parametrize("objective", ["completion", "blocks"])
+def test_a_mixture_keeps_its_parts_apart_and_is_other_data_under_other_weights(tmp_path, prepare_file, objective):
+    a, b = (write_records(tmp_path / name, PAIRS[i::2]) for i, name in enumerate(("a.csv", "b b.jsonl")))
+    val = str(write_records(tmp_path / "v.csv", [{"mr": "x", "ref": f"{i} y" * 9} for i in range(9)]))
+    options = {**COMPLETION, "objective": objective, "val_data": val}
+    mixed, same, other = (prepare_file(f"{a}={x} {b}={y}", **options) for x, y in ((0.7, 0.3), (7, "3."), (1, 1)))
+    parts = [prepare_file(file, **options).train for file in (a, b)]
+    assert mixed.train.mixture == ((len(parts[0]), 0.7), (len(parts[1]), 0.3))
+    rows = [part.row(i).tolist() for part in parts for i in range(len(part))]
+    assert [mixed.train.row(i).tolist() for i in range(len(mixed.train))] == rows
+    assert mixed.metadata["fingerprint"] == same.metadata["fingerprint"] != other.metadata["fingerprint"]
+    wrong = [(f"{a}=0 {b}=1", "=0: expected a weight above 0"), (f"{a}=1 {tmp_path}/no=1", "/no: no such")]
+    for data, expected in (*wrong, (f"{a} {b}", "or several with weights: A=0.7 B=0.3")):
+        with pytest.raises(UserError, match=expected):
+            prepare_file(data, **options)
+    with pytest.raises(UserError, match="not with --no-shuffle"):
+        prepare_file(f"{a}=1 {b}=1", shuffle=False, **options)
+
+
 def test_a_test_split_is_taken_from_the_training_records_only(pairs_csv, prepare_file):
     without = prepare_file(pairs_csv, **COMPLETION)
     prepared = prepare_file(pairs_csv, test_fraction=0.3, **COMPLETION)

@@ -1,5 +1,7 @@
 """The order of an epoch and a rank's share of a step: pure functions, the same examples for every number of ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,26 @@ def test_every_example_stands_once_in_an_epoch(n, by_length):
     order = make_order(make_dataset([2 + i % 7 for i in range(n)]), group_by_length=by_length)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(n))
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_an_epoch_of_a_mixture_has_each_share_and_later_epochs_the_rest(by_length):
+    sizes, shares = (30, 20, 50), (0.7, 0.255, 0.045)
+    mixture = tuple(zip(sizes, shares, strict=True))
+    rows = replace(make_dataset([2 + i % 7 for i in range(100)]), mixture=mixture)
+    orders = [make_order(rows, epoch=epoch, group_by_length=by_length) for epoch in range(12)]
+    starts, counts = np.cumsum([0, *sizes]), np.zeros(100, dtype=int)
+    for order in orders:
+        assert np.histogram(order, starts)[0].tolist() == [70, 26, 4], "70, 25.5 and 4.5 of 100, in all 100"
+        counts += np.bincount(order, minlength=100)
+    for start, size, least in zip(starts, sizes, (28, 15, 0), strict=False):  # 840, 312 and 48 draws
+        part = counts[start : start + size]
+        assert (part.min(), part.max() - part.min() <= 1) == (least, True), "no row again before all have come"
+    assert (orders[0] != make_order(rows, seed=2, group_by_length=by_length)).any()
+    options = {"dataset": rows, "seed": 1, "rank": 0, "shuffle": True, "by_length": by_length}
+    through = TrainBatches(batch_config=make_batch(4, 1, 1), **options)(0, 80)
+    resumed = TrainBatches(batch_config=make_batch(1, 2, 2), **options)(37, 80)
+    assert [b.example_ids for b in through][37:] == [b.example_ids for b in resumed]
 
 
 def test_the_epoch_order_depends_on_seed_and_epoch_and_nothing_else():
