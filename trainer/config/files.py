@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 from trainer.config.errors import UserError
 
+WEIGHTED_PATH = re.compile(r"(\S.*?)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:\s+|$)")
+
 
 def expand_user_path(text: str) -> str:
     """The path, with the home folder that a shell would put for `~` or `~name`; ValueError where nobody has it."""
@@ -25,6 +28,18 @@ def expand_user_path(text: str) -> str:
     if path.startswith("~"):
         raise ValueError(f"there is no home folder of {text.partition('/')[0]}; write ./~ for a name that begins so")
     return path
+
+
+def split_weights(text: str) -> list[tuple[str, float]]:
+    """(path, share) of each part of A=0.7 B=0.3; of any other text that text alone. UserError for a weight of 0."""
+    matches = list(WEIGHTED_PATH.finditer(text))
+    if len(matches) < 2 or "".join(match[0] for match in matches) != text:
+        return [(text, 1.0)]
+    total = math.fsum(float(match[2]) for match in matches)
+    for match in matches:
+        if not float(match[2]):
+            raise UserError(f"--data {match[0].strip()}: expected a weight above 0, or leave it out")
+    return [(expand_user_path(match[1]), float(match[2]) / total) for match in matches]
 
 
 def path_from_environment(name: str, default: str) -> Path:

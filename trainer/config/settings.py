@@ -38,7 +38,7 @@ from trainer.config.fields import (
     settings_class,
     what_is_expected,
 )
-from trainer.config.files import expand_user_path
+from trainer.config.files import split_weights
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
@@ -59,7 +59,6 @@ NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}
 HangTimeout = Annotated[
     float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
 ]
-WEIGHTED_DATA = re.compile(r"(\S.*?)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:\s+|$)")
 Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 
 
@@ -166,14 +165,7 @@ class DataSettings:
     @property
     def weighted_data(self) -> list[tuple[str, float]]:
         """What --data names, each with its share of the training examples."""
-        parts = [(match[1], float(match[2])) for match in WEIGHTED_DATA.finditer(self.data)]
-        if len(parts) < 2 or "".join(match[0] for match in WEIGHTED_DATA.finditer(self.data)) != self.data:
-            return [(self.data, 1.0)]
-        total = math.fsum(weight for _, weight in parts)
-        for spec, weight in parts:
-            if not weight:
-                raise UserError(f"--data {spec}=0: expected a weight above 0, or leave it out")
-        return [(expand_user_path(spec), weight / total) for spec, weight in parts]
+        return split_weights(self.data)
 
 
 @settings_class
