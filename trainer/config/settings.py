@@ -147,7 +147,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         problems, most = [], 1 - (self.val_fraction if self.val_data is None else 0)
-        if len(self.weighted_data) > 1 and not self.shuffle:
+        if len(split_weights(self.data)) > 1 and not self.shuffle:
             problems.append(f"--data {self.data}: not with --no-shuffle; the order of a mixture is drawn by --seed")
         if self.block_size == 1:
             problems.append("--block-size 1: expected 2 tokens or more, or 0: from the data")
@@ -161,11 +161,6 @@ class DataSettings:
             problems.append(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
         if problems:
             raise UserError(*problems)
-
-    @property
-    def weighted_data(self) -> list[tuple[str, float]]:
-        """What --data names, each with its share of the training examples."""
-        return split_weights(self.data)
 
 
 @settings_class
@@ -388,7 +383,7 @@ class Settings:
         """The name of the run: given, or made of method and data."""
         if self.output.run_name:
             return self.output.run_name
-        paths = [spec.rstrip("/").rsplit("/", 1)[-1] for spec, _ in self.data.weighted_data]
+        paths = [spec.rstrip("/").rsplit("/", 1)[-1] for spec, _ in split_weights(self.data.data)]
         data_stem = "data" if glob.has_magic(self.data.data) else "-".join(re.sub(r"\.\w+$", "", p) for p in paths)
         return f"{self.method}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', data_stem) or 'data'}"[:128]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL
 from trainer.config.errors import UserError
+from trainer.config.files import split_weights
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub
 from trainer.data.formats import FORMATS, RecordFormat
@@ -100,7 +101,7 @@ def find_sources(settings: DataSettings) -> list[Source]:
     """
     trains, others = [], []
     given = {"validation": settings.val_data, "test": settings.test_data}
-    for part, share in settings.weighted_data:
+    for part, share in split_weights(settings.data):
         splits = find_splits(part, "--data")
         train = choose_split(splits, part, "--data")
         uses = {name: "for training" for name, source in splits.items() if source is train}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
+from trainer.config.files import split_weights
 from trainer.config.settings import GROUPS, preset_notes
 
 # The names are a contract with the user; these are no settings.
@@ -55,7 +56,7 @@ def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command(
 def test_the_words_of_a_mixture_are_one_setting_which_is_handed_on(tmp_path):
     argv = ["--mode", "full", "--max-steps", "3", "--model", "m", "--data", "a.csv=0.7", "~/b.csv=0.3"]
     settings = cli.parse_args(argv).settings
-    assert settings.data.weighted_data == [("a.csv", 0.7), (str(Path("~/b.csv").expanduser()), 0.3)]
+    assert split_weights(settings.data.data) == [("a.csv", 0.7), (str(Path("~/b.csv").expanduser()), 0.3)]
     assert settings.run_name == "full-a-b"
     (tmp_path / "c.yaml").write_text("data: [a.csv=0.7, ~/b.csv=0.3]\nmode: full\nmodel: m\nmax_steps: 3")
     for again in (cli.to_argv(settings, {}), ["--config", str(tmp_path / "c.yaml")]):
