@@ -13,8 +13,9 @@ from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.cli import to_argv
 from trainer.config.errors import UserError
+from trainer.config.preset_notes import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
-from trainer.config.settings import Settings, preset_notes
+from trainer.config.settings import Settings
 from trainer.config.text import join_words, shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset

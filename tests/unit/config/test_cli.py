@@ -14,7 +14,8 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
 from trainer.config.files import split_weights
-from trainer.config.settings import GROUPS, preset_notes
+from trainer.config.preset_notes import preset_notes
+from trainer.config.settings import GROUPS
 
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
