@@ -281,6 +281,9 @@ class Watchdog:
             timer = threading.Timer(EXIT_SECONDS, os._exit, (1,))
             timer.daemon = True
             timer.start()
+            # The same by a thread that is not Python's, for gloo may wait with Python's lock held.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            faulthandler.dump_traceback_later(EXIT_SECONDS + TICK_SECONDS, exit=True, file=nowhere)
             time.sleep(2 * TICK_SECONDS if self.rank == 0 else 0)
         self._closed.set()
         for thread in self._threads:

@@ -258,18 +258,18 @@ def test_stacks_are_kept_where_a_run_hung_and_then_failed(hangs, fails, is_kept,
 
 
 HANG_AT_THE_END = """
-import subprocess
+import ctypes
 import sys
 import time
 import torch.distributed as dist
 from trainer.distributed import watch
-watch.EXIT_SECONDS = 0.3
+watch.EXIT_SECONDS = 4.0  # longer than `close` takes
 watch.Watchdog(1, ["a", "b"], dist.HashStore()).close(has_failed=True)
-time.sleep(60)
 """
 
 
-def test_a_rank_of_a_failed_run_that_does_not_end_by_itself_is_ended():
+@pytest.mark.parametrize("wait", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)  # with Python's lock held"])
+def test_a_rank_of_a_failed_run_that_does_not_end_by_itself_is_ended(wait):
     """Gloo waits for a peer whose cable was cut when it is taken down."""
-    process = subprocess.run([sys.executable, "-c", HANG_AT_THE_END], timeout=40, check=False)
+    process = subprocess.run([sys.executable, "-c", HANG_AT_THE_END + wait], timeout=40, check=False)
     assert process.returncode == 1
