@@ -83,6 +83,7 @@ class RunPlan:
     #: of a rank under a ZeRO file; `row_length` in tokens and `micro_batch_size`: left out, those of the run
     estimate_memory: Callable[..., MemoryEstimate]
     spellings: tuple[str, ...] = ()  #: what flags of other programs were taken for
+    finds_lr: bool = False  #: whether the plan is that of --find-lr, which needs no advice to run it
     host_lines: tuple[tuple[str, str], ...] = ()  #: what there is to say of several hosts, (what, value)
 
     @property
@@ -166,7 +167,11 @@ class RunPlan:
             training.append(("scores", f"{', '.join(scorers)} of a text ({limit}) for each test record, at the end"))
         if self.dist_context.world_size > 1:
             machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
-        notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
+        notes = [
+            *data_info.get("notices", []),
+            *preset_notes(settings, with_rate=not self.finds_lr),
+            *collect_notes(settings, model_info),
+        ]
         warnings = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
         return [
             ("", run),

@@ -46,7 +46,8 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
                 f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
             )
     train_argv = [*(["--test-fraction", "0"] if "--test-data" in names else []), *train_argv]
-    settings = parse_args(["--mode", "full", *DEFAULT_ARGV, *train_argv], companion=parser).settings
+    argv = ["--mode", "full", *DEFAULT_ARGV, *train_argv]
+    settings = parse_args(argv, companion=parser, num_ranks=len(slots[0].gpus) or 1).settings
     if settings.train.warmup_steps:
         raise UserError(
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
@@ -131,8 +132,9 @@ def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:
     from trainer.model.model_files import describe_bf16_ties
     from trainer.tools.trial_engine import plan_run
 
+    ranks = len(slot.gpus) or 1
     try:
-        plan, data = plan_run(parse_args(argv).settings, simulated_context(len(slot.gpus) or 1))
+        plan, data = plan_run(parse_args(argv, num_ranks=ranks).settings, simulated_context(ranks))
     except UserError as error:
         sys.exit(report_error(error))
     num_units = data.metadata["test"].get("units", 0)
