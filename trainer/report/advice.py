@@ -53,7 +53,8 @@ def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext 
         fell = f"from {gaps[shorter]:.2f} to {gaps[longest]:.2f} between {shorter:,} and {longest:,} steps"
         return f"Train longer: LoRA's gap on validation fell {fell}."
     lora_train, full_train = (_final_train_loss(group) for group in (pair.lora, pair.full))
-    rank = pair.lora.runs[0].get("settings.lora.rank")
+    lora_run = pair.lora.runs[0]
+    rank = None if lora_run.get("settings.lora.peft_config") else lora_run.get("settings.lora.rank")
     if len({run.get("settings.train.label_smoothing") for run in (*pair.lora.runs, *pair.full.runs)}) > 1:
         rank = None  # the training losses are of two kinds
     if lora_train is not None and full_train is not None and rank and lora_train - full_train > pair.loss_excess / 2:

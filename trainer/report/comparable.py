@@ -169,7 +169,8 @@ class SeedGroup:
     def label_with_lr(self) -> str:
         """The label, with an adapter's rank and the learning rate in it whether or not other groups share them."""
         name, _, parts = self.label.removesuffix(")").partition(" (")
-        rank, lr = f"rank {self.runs[0].get('settings.lora.rank')}" * (self.mode == "lora"), f"lr {self.lr:.3g}"
+        has_rank = self.mode == "lora" and not self.runs[0].get("settings.lora.peft_config")
+        rank, lr = f"rank {self.runs[0].get('settings.lora.rank')}" * has_rank, f"lr {self.lr:.3g}"
         shown = (parts, rank * (rank not in parts), lr * (lr not in parts))
         return f"{name} ({', '.join(filter(None, shown))})"
 
