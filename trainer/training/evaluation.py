@@ -88,7 +88,8 @@ def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) ->
     """
     settings, evaluations = metadata["settings"], dict[str, list[float]]()
     folder, keys = settings["output"]["base_from"], ["id", "occurrence", "targets"]
-    changes_base = metadata["mode"] == "lora" and settings["lora"]["adapter"] == "pissa"  # in its last digits
+    lora = settings["lora"]  # pissa changes the base in its last digits, other methods may start elsewhere
+    changes_base = metadata["mode"] == "lora" and (lora["adapter"] == "pissa" or lora["peft_config"])
     if folder is None or settings["model"]["init"] != "pretrained" or changes_base:
         return {}
     for split in ("val", *OTHER_SPLITS):
