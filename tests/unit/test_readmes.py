@@ -30,6 +30,7 @@ GENERATED = (
         "bench.json",
         "convert_hf_to_gguf.py",
         "FILE.py",
+        "adapter_config.json",
     ),
 )
 OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?|(?!/|--)[\w./*-]*\.(py|md|json|toml|yml|png)"
