@@ -126,6 +126,7 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "clipping": str(train.get("max_grad_norm")),
         "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
         "dropout": run.get("resolved.dropout"),
+        "label smoothing": train.get("label_smoothing"),
     }
 
 

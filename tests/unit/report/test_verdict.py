@@ -210,6 +210,7 @@ def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRu
         ({"settings__train__max_grad_norm": 0.1}, "other clipping (0.1 against 1.0)"),
         ({"settings__train__optim": "adamw8bit"}, "other optimizer (adamw8bit 0"),
         ({"resolved__dropout": 0.0}, "other dropout (0.0 against 0.1)"),
+        ({"settings__train__label_smoothing": 0.1}, "other label smoothing (0.1 against 0.0)"),
         ({"settings__model__init": "random"}, "other init (random against pretrained)"),
         ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
         ({"settings__data__shuffle": False}, "other data order (as in the data against seed 42)"),
