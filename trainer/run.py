@@ -31,6 +31,7 @@ from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
+from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
 from trainer.tools.find_lr import find_lr
 from trainer.tools.trial_engine import FINDER_FILES
@@ -157,6 +158,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         fingerprint = model.metadata["fingerprint"]
         digests = {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())}
         refuse_differences(context, {**digests, "the base model": fingerprint})
+        if settings.data.packing and (problem := context.on_rank_zero(lambda: find_packing_problem(model.causal))):
+            raise UserError(f"--packing: not for {type(model.causal).__name__}: {problem}; leave --packing out")
     plan = replace(plan, model_info={**plan.model_info, "fingerprint": fingerprint})
     if args.find_lr is not None:
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):

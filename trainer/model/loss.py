@@ -167,6 +167,36 @@ class CausalLMLoss(nn.Module):
         return nll.sum(), nll
 
 
+def find_packing_problem(causal: PreTrainedModel) -> str:
+    """How the examples of a packed row change one another's loss, "" where they do not; before ZeRO shards anything.
+
+    Two rows of a few tokens are held against both in one row, with their positions and, for comparison, without.
+    """
+    own_attention, was_training = causal.config._attn_implementation, causal.training
+    loss_module, device = CausalLMLoss(causal, None), next(causal.parameters()).device
+    vocab_size = causal.config.get_text_config().vocab_size
+    ids = (torch.arange(2 * VERIFIED_TOKENS, device=device) * 7919 % vocab_size).view(2, -1)
+    labels = ids.masked_fill(torch.arange(VERIFIED_TOKENS, device=device) == 0, IGNORE_INDEX)
+    row = ids.view(1, -1), labels.view(1, -1)
+    positions = torch.arange(VERIFIED_TOKENS, device=device).repeat(2)[None]
+    causal.eval()
+    try:
+        with torch.no_grad():
+            if own_attention not in PACKED_ATTENTIONS:
+                causal.set_attn_implementation("sdpa")
+            apart, joined, packed = (float(loss_module(*inputs)[0]) for inputs in ((ids, ids), row, (*row, positions)))
+    except Exception as error:  # as many kinds as there are architectures
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    finally:
+        causal.train(was_training)
+        causal.set_attn_implementation(own_attention)
+    difference = abs(packed - apart)
+    bound = 1e-5 if next(causal.parameters()).dtype == torch.float32 else 2**-8  # and far less than without positions
+    if difference <= 1e-5 * apart or difference <= min(bound * apart, abs(joined - apart) / 4):
+        return ""
+    return f"examples of one row see one another (loss {packed:.6g}, apart {apart:.6g})"
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The summed loss over the output layer's logits, chunk by chunk, each with its gradients while it is there.
 

@@ -38,8 +38,6 @@ from trainer.training.provenance import describe_hardware, device_name, git_stat
 from trainer.training.schedule import TrainSchedule, describe_schedule
 from trainer.training.scorers import check_scorers
 
-#: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
-PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
 OBJECTIVES = {
     "blocks": "blocks: loss on every token, records joined and cut",
     "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
@@ -331,9 +329,6 @@ def make_plan(
     if settings.data.packing:
         if objective != "completion":
             raise UserError("--packing: blocks are full already; expected --objective completion, or chat")
-        if (model_type := model_config.model_type) not in PACKABLE_MODELS:
-            expected = ", ".join(PACKABLE_MODELS)
-            raise UserError(f"--packing: not proven for models of type {model_type}; expected {expected}")
         batch = replace(batch, packed_width=block_size)
     # What depends on the machine is chosen by rank 0, from the least of all devices.
     precision = dist_context.on_rank_zero(

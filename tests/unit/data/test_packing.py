@@ -7,14 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from trainer.config.batch_config import BatchConfig
 from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import IGNORE_INDEX, TrainBatches, collate, pack_rows, padding_share
 from trainer.model import attention
-from trainer.model.loss import CausalLMLoss
-from trainer.training.run_plan import PACKABLE_MODELS
+from trainer.model.loss import CausalLMLoss, find_packing_problem
 
 VOCABULARY, WIDTH = 97, 40
 SMALL = {
@@ -31,6 +42,10 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "mistral": MistralConfig(**SMALL, sliding_window=16),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=16),
+    "phi": PhiConfig(**SMALL),
+    "gpt_neox": GPTNeoXConfig(**SMALL),
 }
 
 
@@ -76,7 +91,7 @@ def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examp
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("family", PACKABLE_MODELS)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_single_rows(
     family, with_mask, attention
 ):
@@ -99,8 +114,27 @@ def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_
     by_row = [sum(float(single_rows[place]) for place in row) for row in pack_rows(dataset.lengths(), WIDTH)]
     torch.testing.assert_close(packed_rows.double(), torch.tensor(by_row).double(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(packed_grads, single_grads, rtol=1e-6, atol=1e-6)
+    if attention == "sdpa":
+        assert find_packing_problem(model.float()) == find_packing_problem(model.bfloat16()) == ""
+        model.double()
     leaked = packed.__class__(**{**vars(packed), "position_ids": None})  # one long text instead
     assert (loss_and_grads(leaked)[1] - single_grads).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    ],
+)
+def test_a_family_whose_packed_examples_see_one_another_is_found(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    attention.install(model)
+    own_attention = model.config._attn_implementation
+    assert find_packing_problem(model)
+    assert (model.config._attn_implementation, model.training) == (own_attention, False)
 
 
 def test_packing_changes_rows_and_padding_and_neither_examples_nor_counts():
