@@ -40,7 +40,7 @@ def read_run(folder: Path):
 def best_run(split_argv, session_dir) -> Path:
     """A run on two ranks whose best weights are exported."""
     out = session_dir / "tested-best"
-    train([*split_argv, "--export", "best"], out=out, world_size=2)
+    train([*split_argv, "--export", "best", "--score", "f1"], out=out, world_size=2)
     return out
 
 
@@ -102,6 +102,7 @@ def test_a_resumed_run_has_each_evaluation_of_each_record_once(best_run, tmp_pat
     assert set(after[1]) == set(before[1])
     for key, rows in before[1].items():
         assert rows.equals(after[1][key]), key
+    assert before[1][after[0][-1]["step"], "test"]["score_f1"].notna().all(), "texts and scores, too"
 
 
 @pytest.mark.slow

@@ -34,14 +34,14 @@ class Sampling:
 def decode(
     causal: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     end_token_ids: Sequence[int],
     *,
     sampling: Sampling | None = None,
     autocast_dtype: torch.dtype | None = None,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
-    """At most `max_new_tokens` token ids for each prompt, until one of `end_token_ids`.
+    """At most `limits` token ids for each prompt, until one of `end_token_ids`.
 
     One batch, padded on the left. Without `sampling` the likeliest token each time. `on_token` is called before each.
     """
@@ -52,7 +52,7 @@ def decode(
         do_sample=sampling is not None,
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}),
         num_beams=1,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(limits),
         eos_token_id=list(end_token_ids),
         pad_token_id=pad_id,
         use_cache=True,
@@ -83,15 +83,18 @@ def decode(
     for row, tied_steps in zip(sequences.tolist(), torch.stack(ties, dim=1).tolist(), strict=True):
         new_ids = list(itertools.takewhile(lambda token: token not in end_token_ids, row[width:]))
         completions.append(Completion(new_ids, any(tied_steps[: len(new_ids) + 1])))
+    # those that may be longer go on without the others, for which the model may have no more positions
+    longer = [i for i, completion in enumerate(completions) if len(completion.ids) == min(limits) < limits[i]]
+    if longer:
+        more = decode(
+            causal,
+            [[*prompts[i], *completions[i].ids] for i in longer],
+            [limits[i] - min(limits) for i in longer],
+            end_token_ids,
+            sampling=sampling,
+            autocast_dtype=autocast_dtype,
+            on_token=on_token,
+        )
+        for i, (new_ids, is_near_tie) in zip(longer, more, strict=True):
+            completions[i] = Completion(completions[i].ids + new_ids, completions[i].is_near_tie or is_near_tie)
     return completions
-
-
-def make_batches(prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of prompts to complete together: of one limit on new tokens, and of like lengths; the longest first.
-
-    A prompt that leaves less room than the others would cut their texts short, or be given positions that the model
-    does not have.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)
-    groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: limits[i])]
-    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]

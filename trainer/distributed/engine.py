@@ -19,7 +19,7 @@ from trainer.config.errors import TrainingError, first_line
 from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
-from trainer.distributed.decoding import Completion, decode, make_batches
+from trainer.distributed.decoding import Completion, decode
 from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
 from trainer.distributed.machine import peak_memory_bytes, tune_malloc
 from trainer.distributed.process_group import DistContext
@@ -275,7 +275,9 @@ class Engine:
         The batches are the same for any number of ranks, which share them out. ZeRO-3 gathers the weights once, for all
         tokens. TrainingError, on all ranks alike, where one of them fails.
         """
-        context, batches = self.dist_context, make_batches(prompts, limits, batch_size)
+        context = self.dist_context
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # little padding
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         context.watchdog.heartbeat()
         self._set_training(False)
         own: dict[int, Completion] = {}
@@ -286,7 +288,7 @@ class Engine:
                     completions = decode(
                         self.model.causal,
                         [prompts[i] for i in batch],
-                        limits[batch[0]],
+                        [limits[i] for i in batch],
                         end_token_ids,
                         autocast_dtype=self._autocast_dtype,
                         on_token=context.watchdog.heartbeat,

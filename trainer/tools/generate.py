@@ -193,5 +193,5 @@ class _Completer:
         completions: list[Completion] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            completions += decode(causal, batch, length, ends, sampling=sampling)
+            completions += decode(causal, batch, [length] * len(batch), ends, sampling=sampling)
         return [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
