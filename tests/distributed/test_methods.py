@@ -266,6 +266,7 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
         ("--peft-config OFT", r"--peft-config: peft refuses OFT for this model \(TypeError: Target module Conv1D"),
         ("--peft-config PROMPT", "PROMPT_TUNING trains a prompt"),
         ("--peft-config VERA --lora-rank 4", "--lora-rank: not with --peft-config"),
+        ("--peft-config VERA --lora-plus-ratio 16", "--lora-plus-ratio 16: vera has no B; leave it out"),
         ("--peft-config NOWHERE", "--peft-config NOWHERE: expected an adapter_config.json of peft"),
     ],
 )

@@ -79,10 +79,16 @@ def parse_args(
     which a batch per device is multiplied.
     """
     parser = build_parser(companion)
-    words, places = expand_config(sys.argv[1:] if argv is None else argv, parser)
+    argv = sys.argv[1:] if argv is None else argv
+    words, places = expand_config(argv, parser)
     translation = translate(words, parser.flags(), num_ranks, places)
     parsed, problems = parser.parse_all(translation.words, places=places)
     problems, args = [*translation.problems, *problems], vars(parsed)
+    flags = [word.partition("=")[0].replace("_", "-") for word in argv]
+    for flag in ("--data", "--val-data", "--test-data"):  # of which the last one alone would count
+        if (times := flags.count(flag)) > 1:
+            remedy = "expected once, several with weights: --data A=0.7 B=0.3" if flag == "--data" else "expected once"
+            problems.append(f"{flag}: stands there {times} times; {remedy}")
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():

@@ -39,7 +39,13 @@ def split_weights(text: str) -> list[tuple[str, float]]:
     for match in matches:
         if not float(match[2]):
             raise UserError(f"--data {match[0].strip()}: expected a weight above 0, or leave it out")
-    return [(expand_user_path(match[1]), float(match[2]) / total) for match in matches]
+    return [(os.path.expanduser(match[1]), float(match[2]) / total) for match in matches]
+
+
+def name_data(source: str) -> str:
+    """What --data names, without its place: the last part of a path or hub id, of a mixture each with its share."""
+    parts = split_weights(source)
+    return " ".join(f"{Path(part).name}={share:g}" if len(parts) > 1 else Path(part).name for part, share in parts)
 
 
 def path_from_environment(name: str, default: str) -> Path:

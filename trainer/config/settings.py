@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from trainer.config import choices
 from trainer.config.batch_config import BatchConfig
@@ -329,6 +329,8 @@ class Settings:
             problems.append(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
         if lora.peft_config and "--peft-config" in self.overridden:
             self.refuse_shape_flags("--peft-config")
+        if self.mode == "lora" and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter):
+            problems.append(f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out")
         if self.mode == "full":
             if quant:
                 problems.append(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")

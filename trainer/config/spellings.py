@@ -94,7 +94,7 @@ def translate(
                         result.words.append(ours)
                     else:
                         result.put(key, table[part][key].replace(" ", "="))
-            elif part != "together" and (part != "same" or value.lower() not in NONE):
+            elif part != "together" and (part != "same" or not is_given or value.lower() not in NONE):
                 changed = table["values"].get(ours, {}).get(value.lower(), value)
                 if changed.startswith("!"):
                     raise UserError(changed[1:])

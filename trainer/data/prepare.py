@@ -107,11 +107,13 @@ def prepare(
     chat = ChatTemplate(tokenizer, template) if first.is_chat else None
     try:
         if not settings.block_size:
-            batches = (
-                _encode_batch(batch, tokenizer, chat, False, BLOCK_SIZES[-1]) for batch in _iter_batches(sources[0])
-            )
-            rows = (row for batch in batches for row in batch if isinstance(row, Row))  # not what is unusable
-            lengths = [len(row.ids) for row in islice(rows, NUM_SAMPLED_RECORDS)]
+            lengths = list[int]()
+            for source in (source for source in sources if source.split == "train"):  # the parts of a mixture
+                batches = (
+                    _encode_batch(batch, tokenizer, chat, False, BLOCK_SIZES[-1]) for batch in _iter_batches(source)
+                )
+                rows = (row for batch in batches for row in batch if isinstance(row, Row))  # not what is unusable
+                lengths += [len(row.ids) for row in islice(rows, NUM_SAMPLED_RECORDS)]
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
         key = {  # contents and settings: names and places of files do not decide which rows there are
             "version": store.FORMAT_VERSION,
@@ -401,9 +403,13 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
     """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
     `check_records` refuses, of rows that were prepared with --allow-leakage."""
     refuse_leakage(settings, dataset.metadata["num_seen"]["val"], dataset.metadata["val"]["records"])
+    num_examples = dataset.metadata["train"]["examples"]
     for part in dataset.metadata["mixture"]:
         if not part["examples"]:
             raise UserError(f"--data {part['source']}: makes no training example; give more of it, or leave it out")
+        if part["share"] * num_examples < 1:  # each epoch anew
+            few = f"under 1 of the {num_examples:,} examples of an epoch"
+            raise UserError(f"--data {part['source']}: its weight makes {few}; raise it, or leave it out")
     has_given_val = settings.val_data is not None
     for split, is_expected, least, remedy in (
         ("train", True, global_batch, "lower --global-batch, or give more data"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trainer.config.choices import DEMO_MODEL, ExportDtype
 from trainer.config.errors import TrainingError, UserError, escape_controls, first_line
-from trainer.config.files import new_folder
+from trainer.config.files import new_folder, split_weights
 from trainer.config.text import list_some
 from trainer.data import hf_hub
 from trainer.data.chat import end_token_ids
@@ -163,7 +163,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
+    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business; of a
+    mixture each part with its share."""
+    if len(parts := split_weights(name)) > 1:
+        return " ".join(f"{public_name(part)}={share:g}" for part, share in parts)
     return escape_controls(name if is_hub_id(name) else Path(name).name or name)
 
 

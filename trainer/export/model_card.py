@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config import reference
 from trainer.config.choices import DEMO_DATA, scorer_file
 from trainer.config.errors import escape_controls
+from trainer.config.files import split_weights
 from trainer.config.settings import LoraSettings
 from trainer.config.text import escape_markdown
 from trainer.data.hf_hub import find_model_folder
@@ -63,10 +64,10 @@ def render_model_card(
         if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
             results.append(("test", public_name(scorer) if scorer_file(scorer) else scorer, score))
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
-    dataset = data["source"].partition(":")[0]
+    datasets = [part.partition(":")[0] for part, _ in split_weights(data["source"])]
     card_data = ModelCardData(
         license=license,
-        datasets=[dataset] if is_hub_id(dataset) and not Path(dataset).suffix and dataset != DEMO_DATA else None,
+        datasets=[d for d in datasets if is_hub_id(d) and not Path(d).suffix and d != DEMO_DATA] or None,
         metrics=["perplexity"] if metrics else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from trainer.config.files import name_data
 from trainer.report.comparable import SeedGroup
 from trainer.report.interval import MIN_SEEDS
 from trainer.report.judge import FullVsLora
@@ -56,7 +57,7 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
     return {
         "model": {name: run.get(f"model.{name}") for name in ("name", "fingerprint", "parameters")},
         "data": {
-            "source": str(run.get("data.source")).rpartition("/")[2],
+            "source": name_data(str(run.get("data.source"))),
             **{name: run.get(f"data.{name}") for name in ("fingerprint", "val_fingerprint", "tokenizer", "objective")},
         },
         "answer": pair.answer,

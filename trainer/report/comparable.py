@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from trainer.config import reference
+from trainer.config.files import name_data
 from trainer.config.settings import LoraSettings
 from trainer.config.text import flatten
 from trainer.report.run_data import RunData
@@ -40,7 +41,7 @@ _GROUPING_PATHS = (
 )
 #: what a label says of a group when its mode alone does not name it: path and how it reads
 _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
-    "data.source": lambda value: PurePosixPath(value).name,
+    "data.source": name_data,
     "model.name": lambda value: PurePosixPath(value).name,
     "settings.lora.adapter": str,
     "settings.lora.peft_config": lambda value: json.loads(value)["peft_type"] if value else "by our flags",

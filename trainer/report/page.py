@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.config.files import write_atomically
+from trainer.config.files import name_data, write_atomically
 from trainer.config.text import (
     capitalize,
     escape_markdown,
@@ -79,7 +79,7 @@ class Comparison:
         """With the data and the base model of what is compared first."""
         pair = self.verdict.primary
         run = pair.full.runs[0] if pair else self.runs[0]
-        data, model = (PurePosixPath(str(run.get(path))).name for path in ("data.source", "model.name"))
+        data, model = name_data(str(run.get("data.source"))), PurePosixPath(str(run.get("model.name"))).name
         return f"Was LoRA good enough for {data} on {model}?"
 
     @property

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.config.files import split_weights
 from trainer.config.reference import ReferenceRow
 from trainer.config.text import flatten
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
@@ -98,6 +99,7 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_name(source: str) -> str:
-    """The short name of a data source: the last part of a path or hub id, without its ending."""
-    stem = re.sub(r"\.\w+$", "", source.rstrip("/").rsplit("/", 1)[-1])
+    """The short name of a data source: the last part of each path or hub id, without its ending."""
+    paths = (part.rstrip("/").rsplit("/", 1)[-1] for part, _ in split_weights(source))
+    stem = "-".join(re.sub(r"\.\w+$", "", path) for path in paths)
     return re.sub(r"[^A-Za-z0-9_.+-]", "-", stem).strip("-") or "data"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
-from trainer.config.files import split_weights
+from trainer.config.files import name_data, split_weights
 from trainer.config.preset_notes import preset_notes
 from trainer.config.settings import GROUPS
+from trainer.tracking.wandb_keys import data_name
 
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
@@ -58,6 +59,8 @@ def test_the_words_of_a_mixture_are_one_setting_which_is_handed_on(tmp_path):
     argv = ["--mode", "full", "--max-steps", "3", "--model", "m", "--data", "a.csv=0.7", "~/b.csv=0.3"]
     settings = cli.parse_args(argv).settings
     assert split_weights(settings.data.data) == [("a.csv", 0.7), (str(Path("~/b.csv").expanduser()), 0.3)]
+    assert [name_data(data) for data in (settings.data.data, "/x/c.csv")] == ["a.csv=0.7 b.csv=0.3", "c.csv"]
+    assert data_name(settings.data.data) == "a-b"
     assert settings.run_name == "full-a-b"
     (tmp_path / "c.yaml").write_text("data: [a.csv=0.7, ~/b.csv=0.3]\nmode: full\nmodel: m\nmax_steps: 3")
     for again in (cli.to_argv(settings, {}), ["--config", str(tmp_path / "c.yaml")]):

@@ -215,6 +215,11 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
             "--lr_scheduler_typ polynomial",
             ["--lr_scheduler_typ polynomial: did you mean --lr_scheduler_type? polynomial: "],
         ),
+        ("--learning_rate", ["--lr: expected one argument"]),
+        (
+            "--data A=0.7 --data B=0.3 --val_data=a --val-data b",
+            ["--data: stands there 2 times; expected once, several with w", "--val-data: stands there 2 times"],
+        ),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         ("--frob\nnicate", ["--frob\\nnicate: unknown flag"]),
         ("--methods lora", ["--methods lora: unknown flag"]),  # of study.py

@@ -248,7 +248,8 @@ def test_a_mixture_keeps_its_parts_apart_and_is_other_data_under_other_weights(t
     rows = [part.row(i).tolist() for part in parts for i in range(len(part))]
     assert [mixed.train.row(i).tolist() for i in range(len(mixed.train))] == rows
     assert mixed.metadata["fingerprint"] == same.metadata["fingerprint"] != other.metadata["fingerprint"]
-    wrong = [(f"{a}=0 {b}=1", "=0: expected a weight above 0"), (f"{a}=1 {tmp_path}/no=1", "/no: no such")]
+    few = (f"{a}=9999 {b}=1", "its weight makes under 1 of the")
+    wrong = [few, (f"{a}=0 {b}=1", "=0: expected a weight above 0"), (f"{a}=1 {tmp_path}/no=1", "/no: no such")]
     for data, expected in (*wrong, (f"{a} {b}", "or several with weights: A=0.7 B=0.3")):
         with pytest.raises(UserError, match=expected):
             prepare_file(data, **options)
@@ -326,9 +327,12 @@ def test_the_block_size_holds_the_records_and_fits_the_model(lengths, objective,
 def test_the_finetune_preset_takes_its_block_size_from_the_data_and_a_flag_overrides_it(tiny_model, tmp_path):
     records = [{"prompt": f"w{n % 90} " * 70, "completion": "w2 " * 80} for n in range(1, 60)]
     file = write_records(tmp_path / "data.jsonl", records)
-    flags = f"--mode full --preset finetune --model {tiny_model} --data {file} --val-fraction 0.2"
-    for more, expected in (("", 256), (" --block-size 151", 151)):
-        settings = cli.parse_args((flags + more).split()).settings.data
+    flags = f"--mode full --preset finetune --model {tiny_model} --val-fraction 0.2"
+    short = write_records(tmp_path / "short.jsonl", [{"prompt": f"w{n}", "completion": "w2"} for n in range(60)])
+    mixed = f" --data {short}=0.5 {file}=0.5"  # not from the first part alone
+    for more, expected in (("", 256), (" --block-size 151", 151), (mixed, 256)):
+        data = "" if more == mixed else f" --data {file}"
+        settings = cli.parse_args((flags + data + more).split()).settings.data
         chosen = prepare(settings, model=tiny_model, global_batch=4)
         assert chosen.metadata["block_size"] == expected
         assert int(chosen.train.lengths().max()) == 151

@@ -77,6 +77,7 @@ def test_hub_names_and_paths_are_told_apart(tmp_path):
     assert not any(map(is_hub_id, ("demo-base", str(tmp_path), "./models/gpt2")))
     assert public_name("/data/secret/events.csv") == "events.csv"
     assert public_name("org/name") == "org/name"
+    assert public_name("~nobody-here/secret/a b.csv=7 org/name=3") == "a b.csv=0.7 org/name=0.3"
     commit = "a" * 40
     for path, name, revision in (
         (f"/x/hub/models--org--some-name/snapshots/{commit}/", "org/some-name", commit),
