@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.config import reference
+from trainer.config.files import name_data, split_weights
 from trainer.config.text import flatten, format_bytes, format_duration, format_percent, is_number
 from trainer.report.comparable import IGNORED_METADATA, MODE_NAMES, SeedGroup, reference_blockers
 from trainer.report.judge import FullVsLora, difference_to_reference
@@ -301,6 +302,8 @@ def _format_fact(name: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value):
         return f"{value[:12]}…"
+    if name in ("data.source", "settings.data.data") and len(split_weights(str(value))) > 1:
+        return name_data(str(value))
     if isinstance(value, str) and value.startswith(("/", "~")):  # the page is sent to others
         return f"…/{PurePosixPath(value).name}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -168,11 +168,15 @@ def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and
         assert comparison.verdict.next_step.split("launch")[0] in render_markdown(comparison), path
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("/home/me/x.csv", "x.csv"), ("x.csv=0.7 /home/me/z.csv=0.3", "x.csv=0.7 z.csv=0.3")],
+)
 def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_no_path_of_the_machine(
-    make_run: MakeRun,
+    make_run: MakeRun, source: str, name: str
 ) -> None:
     metadata = {"execution": [{"step": 0, "reason": "as planned", "path": "eager"}]}
-    runs = [make_run(mode, [4.0, 2.0], data__source="/home/me/x.csv", **metadata) for mode in ("full", "lora")]
+    runs = [make_run(mode, [4.0, 2.0], data__source=source, **metadata) for mode in ("full", "lora")]
     text = {"prompt": "Name\n<two>", "reference": "one\n  two", "completion": "o\x1bne", "base": ""}
     for run in runs:
         path = Path(run.source) / "metrics.jsonl"
@@ -188,6 +192,7 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
     assert "- Name<br>\\<two\\>\n  - **reference**: one<br>two\n" in markdown
     for text_of_page in (html, markdown):
         assert "/home/me" not in text_of_page
+        assert f"for {name} on demo-base?" in text_of_page
         assert "&#39;step&#39;" not in text_of_page
 
 
