@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from trainer.report.comparable import SeedGroup
+from trainer.report.comparable import MODE_NAMES, SeedGroup
 from trainer.report.interval import plan_sample_size
 from trainer.report.judge import FullVsLora, StudyContext
 from trainer.report.matched import LOSS
 
 MIN_SHRINK = 0.8  # longer training is advised where the gap fell under this share of the shorter runs' gap
 RANK_FACTOR = 4
+NEAR_ZERO = 5  # points of 100
 
 
 def next_step(
@@ -21,6 +22,8 @@ def next_step(
     """One sentence on what to do after the answer of the first comparison."""
     pair = comparisons[0]
     more_seeds = "start a study with more --seeds" if study else "repeat both with more seeds, and compare all at once"
+    if are_near_zero(pair):
+        return "Train longer, or choose a scorer that these answers can pass: by this one neither mode learnt the task."
     if pair.answer == "better":
         return "Use LoRA here; launch/export.py publishes it."
     if pair.answer == "good enough":
@@ -36,6 +39,12 @@ def next_step(
     if pair.excess is None or "seeds are needed" in describe_needed_records(pair):
         return f"{more_seeds[0].upper()}{more_seeds[1:]}."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
+
+
+def are_near_zero(pair: FullVsLora) -> bool:
+    """Whether it is judged by a score of which both modes have next to nothing."""
+    judged = pair.judged
+    return judged is not None and judged.measure != LOSS and max(map(judged.score, MODE_NAMES)) < NEAR_ZERO
 
 
 def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext | None) -> str:
@@ -84,6 +93,8 @@ def describe_needed_records(pair: FullVsLora) -> str:
         return f"at least {seeds} seeds are needed"
     amount = f"{options[-1].floor:.4f}" if is_loss else f"{options[-1].floor:.1f} points"
     floor = f"with these {unit_name} no number of seeds resolves less than ±{amount}"
+    if excess.num_seeds == 1:
+        return f"{floor}: more {unit_name} are needed"
     if units is not None:
         return f"{floor}: at least {units:,} {unit_name} are needed"
     return f"{floor}, and the difference is too close to the margin for 200 times as many"

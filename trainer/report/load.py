@@ -38,6 +38,11 @@ class LoadProblem:
     def __str__(self) -> str:
         return escape_controls(f"{self.source}: {self.text}")
 
+    @property
+    def without_place(self) -> str:
+        """The line for a page that is passed on: it names no folder of this machine."""
+        return escape_controls(f"{Path(self.source).name or self.source}: {self.text}")
+
 
 def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]:
     """The runs that can be read, with names of their own, and what is wrong with these and the others.
@@ -57,7 +62,7 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
             run = read_run(source)
             for other in runs:
                 if other.run_id == run.run_id:
-                    raise UserError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
+                    raise UserError(f"same run id as {other.name} ({run.run_id}): the same run, or a copy of it")
         except UserError as error:
             if not Path(source).exists():
                 raise UserError(f"{source}: {error}") from error
@@ -68,9 +73,11 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     namesakes = Counter(run.name for run in runs)
     seeds = Counter((run.name, run.get("settings.train.seed")) for run in runs)
     has_same_seed = {name for (name, _), number in seeds.items() if number > 1}
-    for run in runs:  # runs of one name are told apart by their seed, or by their id
+    for number, run in enumerate(runs, start=1):  # runs of one name are told apart by their seed, or by their id
         if namesakes[run.name] > 1:
             suffix = run.run_id if run.name in has_same_seed else f"seed {run.get('settings.train.seed')}"
+            if run.mode == TRAINER_MODE:  # whose id is a path
+                suffix = f"run {number}"
             run.name += f" ({suffix})"
     return runs, problems
 

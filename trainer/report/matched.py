@@ -87,7 +87,8 @@ def read_records(pairs: Pairs) -> list[pd.DataFrame]:
         try:
             frames.append(read_evaluations(run.eval_records_path, val_steps=(0, _best_step(run))))
         except UserError as error:  # this pair has no interval, others may
-            raise MatchError(f"{run.name}: {error}") from error
+            text = str(error).replace(f"{run.eval_records_path}/", "")  # a page that is passed on says it
+            raise MatchError(f"{run.name}: {text}") from error
         _check_mean(run, frames[-1])
     return frames
 

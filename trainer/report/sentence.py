@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
-from trainer.report.advice import describe_needed_records, next_step
+from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_records, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.enough import RankResult, describe_lengths, describe_ranks, judge_ranks
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
@@ -24,7 +24,6 @@ from trainer.report.judge import (
 from trainer.report.matched import LOSS, SPLIT_NAMES
 from trainer.report.views import View, describe_views
 
-NEAR_ZERO = 5  # points of 100
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
     "the losses of single records of runs paired by seed; it holds for the compared rates, not for others."
@@ -200,9 +199,11 @@ def _claim_of_scores(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
         interval = f"{low} to {high} {fewer}" if excess.low > 0 else f"{high} to {low} {more}"
     points = f"{abs(excess.estimate):.1f} points {fewer if excess.estimate > 0 else more}"
     scores = [f"{score:.1f}{' %' * are_answers}" for score in (pair.judged.score("lora"), pair.judged.score("full"))]
-    verb = f"answers {points} correctly than {full}"
+    verb, equally = f"answers {points} correctly than {full}", f"answers as many correctly as {full}"
     if not are_answers:
-        verb = f"scores {points} than {full} by {pair.margin.measure.partition(':')[2]}"
+        scorer = pair.margin.measure.partition(":")[2]
+        verb, equally = f"scores {points} than {full} by {scorer}", f"scores as much as {full} by {scorer}"
+    verb = equally if abs(excess.estimate) < 0.05 else verb  # 0.0 points
     margin = f"your margin of {pair.margin.describe()}"
     end = {
         "better": "better",
@@ -232,14 +233,15 @@ def _describe_scope(
 
     if len(pair.pairs) == 1:
         scope += "; one seed says nothing of the methods"
-    if judged and judged.measure != LOSS and max(map(judged.score, MODE_NAMES)) < NEAR_ZERO:
+    if are_near_zero(pair):
         scope += f"; both modes score under {NEAR_ZERO} points, so this score says little of either"
     if pair.mcnemar is not None:
         scope += f"; McNemar's exact test: p = {pair.mcnemar:.2g}"
     for group in (pair.full, pair.lora):
         alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
         if alone:
-            scope += f"; of {MODE_NAMES[group.mode]} also seed {join_words(alone, 'and')}, which has no partner"
+            which = "s {}, which have" if len(alone) > 1 else " {}, which has"
+            scope += f"; of {MODE_NAMES[group.mode]} also seed{which.format(join_words(alone, 'and'))} no partner"
     full_run, lora_run = pair.full.runs[0], pair.lora.runs[0]
     if quant := lora_run.get("settings.model.quant"):
         scope += f"; LoRA on {quant} weights"

@@ -131,7 +131,7 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     panels.append(wr.RunComparer(diff_only="split", layout=bottom))
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown_verdict(comparison))]
     if comparison.problems:
-        blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
+        blocks.append(wr.MarkdownBlock(markdown_list(problem.without_place for problem in comparison.problems)))
     notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
     sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, *comparison.by_run)]
     sections.append(("Same and different", f"{notes}\n\n{differing}"))

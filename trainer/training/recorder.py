@@ -183,8 +183,9 @@ class Recorder:
         """(what, value) lines on a finished run: what it took, where it is, and two commands to go on with."""
         assert isinstance(end, EventRecord), "a finished run's last row"
         facts, settings, folder = end.facts, self.plan.settings, shlex.quote(str(self.folder))
-        speed = median(self._progress_bar.speeds) if self._progress_bar.speeds else 0.0
-        took = f"{end.step:,} steps in {format_clock(facts['wall_seconds'])}, {speed:,.0f} tokens/s, "
+        took = f"{end.step:,} steps in {format_clock(facts['wall_seconds'])}, "
+        if self._progress_bar.speeds:  # none where a resumed run had no step left
+            took += f"{median(self._progress_bar.speeds):,.0f} tokens/s, "
         took += f"peak memory {format_bytes(facts['peak_memory_bytes'])}"
         lines = [("done", took), ("folder", str(self.folder))]
         if exported := facts["exported"]:

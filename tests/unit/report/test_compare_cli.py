@@ -1,9 +1,11 @@
 """`launch/compare.py` as people run it: what it writes and prints, its exit codes, and how light it is."""
 
+import itertools
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
+from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
 from helpers.fake_wandb import child_env
 
 from trainer.config.errors import UserError
@@ -116,6 +118,18 @@ def test_a_run_of_the_trainer_from_a_folder_or_wandb_is_plotted_and_never_ranked
     page = (tmp_path / "comparison" / "report.html").read_text()
     assert "theirs: 2.2500" in page
     assert "var(--trainer)" in page
+    shutil.copytree(tmp_path / "theirs", tmp_path / "more" / "theirs")
+    make_run_folder(tmp_path / "gone", "lora", seed=3, finished=False)
+    damaged = write_eval_records(tmp_path / "lora", {0: [4.0]}, targets=[9]) / "eval_records/step-000000-val.parquet"
+    damaged.write_bytes(b"PAR1")
+    write_eval_records(tmp_path / "full", {0: [4.0]}, targets=[9])
+    assert main(*(str(tmp_path / name) for name in ("full", "lora", "theirs", "more/theirs", "gone"))) == 0
+    pages = [(tmp_path / "comparison" / f"report.{x}").read_text() for x in ("md", "html")]
+    for page, said in itertools.product(
+        pages, ("theirs (run 4)", "gone: still going", "lora-s42: step-000000-val.parq")
+    ):
+        assert said in page
+        assert str(tmp_path) not in page, "a page that is passed on names no folder of this machine"
     assert main("theirs") == 2
     assert "only runs of Hugging Face's Trainer: expected a run of this program" in capsys.readouterr().err
     rows = [rewrite_logs(log | {"global_step": log["step"]}) for log in logs]

@@ -44,7 +44,9 @@ def make_scored(make_run: MakeRun, num_seeds: int, full: float, lora: float, of:
             "worse",
             "points lower than full (lr 0.0005) by exact",
         ),
+        ({"num_seeds": 1, "full": 0.7, "lora": 0.67}, "cannot tell", " points: more test blocks are needed"),
         ({"num_seeds": 3, "full": 0.0, "lora": 0.0, "of": 0.5}, "good enough", "; both modes score under 5 points"),
+        ({"num_seeds": 3, "full": 0.0, "lora": 0.0, "of": 0.0}, "good enough", "answers as many correctly as full (lr"),
     ],
 )
 def test_right_answers_are_judged_in_points_by_the_same_interval(
@@ -55,6 +57,7 @@ def test_right_answers_are_judged_in_points_by_the_same_interval(
     assert (pair.answer, said in verdict.sentence) == (answer, True), verdict.sentence
     full, lora = pair.judged.score("full"), pair.judged.score("lora")
     assert pair.excess.estimate == pytest.approx(full - lora)
+    assert ("neither mode learnt" in verdict.next_step) == (max(full, lora) < 5)
     if "of" not in study:
         low, high = sorted(abs(end) for end in (pair.excess.low, pair.excess.high))
         assert f"({lora:.1f} % against {full:.1f} %; 95 % interval {low:.1f} " in verdict.sentence

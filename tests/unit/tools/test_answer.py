@@ -80,6 +80,10 @@ def test_what_a_study_can_show_before_its_search_is_by_stated_assumptions():
         "nats needs about 200 records"
     )
     assert describe_power(make_rule(margin=Margin(kind="nats", value=0.1)), 136).endswith("0.1 nats is within reach")
+    line = describe_power(make_rule(margin=Margin(kind="bits_per_byte", value=0.005), answer_seeds=(9,)), 5000)
+    assert line.startswith("1 seed and 5,000 test records")
+    assert "; a token has 4 bytes), or 1 point of a score (" in line
+    assert line.endswith("a margin of 0.014 nats is within reach")
 
 
 def write_run(

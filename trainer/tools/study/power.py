@@ -20,6 +20,7 @@ ASSUMED_NATS = VarianceComponents(seed=0.005**2, unit=0.16**2, rest=0.05**2)
 #: ... and in points of a score, where one record in eight is right with one method only.
 ASSUMED_POINTS = VarianceComponents(seed=0.5**2, unit=1050.0, rest=500.0)
 ASSUMED_GAIN = 1.0  # nats per token that full gains
+ASSUMED_BYTES = 4.0  # of a token
 
 
 def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None = None) -> str:
@@ -30,11 +31,13 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
     bound below it for methods that are equal. `num_records`: test records, or groups of them.
     """
     nats, margin, source = ASSUMED_NATS, rule.margin, "by the search's validation records"
-    beyond, size = nats, margin.value * (ASSUMED_GAIN if margin.kind == "share" else 1.0)
+    factor = {"share": ASSUMED_GAIN, "bits_per_byte": math.log(2) * ASSUMED_BYTES}.get(margin.kind, 1.0)
+    beyond, size = nats, margin.value * factor
     if losses is None:
         deviations = [f"{math.sqrt(variance):g}" for variance in (nats.unit, nats.seed)]
         source = f"assumed: differences vary by {deviations[0]} nats with the record, by {deviations[1]} with the seed"
         source += f"; full gains {ASSUMED_GAIN:g} nat" if margin.kind == "share" else ""
+        source += f"; a token has {ASSUMED_BYTES:g} bytes" if margin.kind == "bits_per_byte" else ""
     else:
         differences = losses.lora - losses.full
         nats = paired_interval(differences, losses.weights).components
@@ -47,8 +50,11 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
         beyond, name = ASSUMED_POINTS, f"{size:g} points"
     num_seeds = len(rule.answer_seeds)
     shown, points = (predict_half_width(c, num_seeds, num_records) for c in (nats, ASSUMED_POINTS))
-    line = f"{num_seeds} seeds and {num_records:,} test records can show about {shown:.2g} nats per token ({source})"
-    line += f", or {float(f'{points:.1g}'):g} points of a score (assumed: 1 record of 8 is right with one method only)"
+    seeds, points = f"{num_seeds} seed{'s' * (num_seeds > 1)}", float(f"{points:.1g}")
+    line = (
+        f"{seeds} and {num_records:,} test records can show about {shown:.2g} nats per token ({source}), or {points:g} "
+    )
+    line += f"point{'s' * (points != 1)} of a score (assumed: 1 record of 8 is right with one method only)"
     return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, name)}"
 
 

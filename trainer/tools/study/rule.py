@@ -124,9 +124,11 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
     if path.exists():
         stored_values = read_rule(folder)[0].model_dump(mode="json")
         for name, value in rule.model_dump(mode="json").items():
-            if value != stored_values[name]:
+            if value != (stored := stored_values[name]):
+                if name == "margin":
+                    stored, value = (f"{m.describe()} (by {m.measure})" for m in (Margin(**stored), rule.margin))
                 raise UserError(
-                    f"{path}: {name} is {stored_values[name]} in the study there and {value} now; start a study with "
+                    f"{path}: {name} is {stored} in the study there and {value} now; start a study with "
                     "another rule in another folder (--output-dir)"
                 )
         return
