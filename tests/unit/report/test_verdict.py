@@ -232,10 +232,9 @@ def test_runs_that_started_or_saw_something_else_are_not_ranked(
 
 def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: MakeRun) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.02)
-    more = [make_run("full", [4.0, 2.0], seed=7), make_run("lora", [4.0, 2.0], seed=8, settings__model__quant="nf4")]
+    more = [make_run("full", [4.0, 2.0], seed=seed) for seed in (7, 8)]
     assert "; of full also seed 7, which has no partner; one rate each" in judge_runs(*runs, more[0]).sentence
-    more.append(make_run("full", [4.0, 2.0], seed=8))
-    assert "; of full also seeds 7 and 8, which have no" in judge_runs(*runs, more[0], more[2]).sentence
+    assert "; of full also seeds 7 and 8, which have no" in judge_runs(*runs, *more).sentence
     path = Path(make_run("lora", [4.0, 3.0, 2.0], seed=9, how={"finished": False}).source) / "metrics.jsonl"
     event = EventRecord(event="not_finite", step=40, message="loss is nan", time=1.0)
     path.write_text(path.read_text() + to_line(event) + "\n")
