@@ -62,6 +62,8 @@ def check_scorers(names: Sequence[str]) -> None:
             choices.check_scorer(name)
         except ValueError:
             raise UserError(f"--score {name}: expected {choices.SCORERS}") from None
+        if name in names[:i]:
+            raise UserError(f"--score {name}: given twice; expected each scorer once")
         for other in names[:i]:
             if score_name(other) == score_name(name):
                 column = f"score_{score_name(name)}, as has --score {other}"

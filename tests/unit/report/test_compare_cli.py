@@ -149,6 +149,7 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     for name, loss in (("card", 1.0), ("over", 1.01)):
         losses = {0: 4.0, 1: 1.2, 2: loss, 3: 0.9}
         make_run_folder(tmp_path / name, metadata=make_reference_like_metadata(), losses=losses, every=5000)
+    make_run_folder(tmp_path / "other", metadata=make_metadata("lora", data__fingerprint="other"))
     (make_run_folder(tmp_path / "lo\nra", "lora") / "metrics.jsonl").write_text("")
     for arguments, exit_code, said in (
         (("card", "--check", "card", "--check", "val_loss<=1.0048@epoch 2"), 0, ": passed ("),
@@ -156,6 +157,7 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         (("over", "--check", "card", "--tolerance", "0.01"), 0, "check card: full-s42: passed"),
         (("demo", "--check", "card"), 3, "check card: full-s42: not comparable (other data"),
         (("demo", "lo\nra"), 0, "Full improved on its base (4.0000 -> 1.5000 at best)"),
+        (("demo", "other"), 3, "LoRA and full are not comparable with one another (other data)"),
         (("demo", "lo\nra", "--check", "val_loss<9"), 1, "check val_loss<9: lo\\nra: failed (no metrics"),
     ):
         assert main(*arguments) == exit_code

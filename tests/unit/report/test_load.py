@@ -131,7 +131,7 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
     assert [run.name for run in runs] == ["full-s42"]
     assert all(problem.is_excluded for problem in problems)
     texts = (
-        f"same run id as {good} (full0042)",
+        f"same run id as {good.name} (full0042)",
         "no metrics: cannot read metrics.jsonl",
         "holds neither run.json and metrics.jsonl nor a W&B run",
     )

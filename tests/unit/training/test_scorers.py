@@ -134,7 +134,7 @@ def test_a_pattern_that_takes_for_ever_is_stopped(monkeypatch):
     ("names", "message"),
     [
         (["acc"], "--score acc: expected exact, contains, numeric"),
-        (["exact", "f1", "exact"], "--score exact: has the column score_exact, as has --score exact; expected names"),
+        (["exact", "f1", "exact"], "--score exact: given twice; expected each scorer once"),
         (["regex:a+", "regex:a*"], "--score regex:a*: has the column score_regex_a_, as has --score regex:a+"),
         (["regex:("], "--score regex:(: is no regular expression of Python's re (missing )"),
         (["none.py:f"], "--score none.py:f: there is no file none.py; expected"),
