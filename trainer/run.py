@@ -29,6 +29,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
+from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
 from trainer.model.loss import find_packing_problem
@@ -84,6 +85,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     request = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     del request["--settings"], request["--verbose"]
     refuse_differences(context, program_facts(context, args.settings.as_dict(), request))
+    given = args.settings
+    args = replace(args, settings=context.on_rank_zero(lambda: adopt_adapter(given)))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
