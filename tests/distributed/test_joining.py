@@ -39,7 +39,7 @@ def type_on_second_host(rank: int, flags: str) -> None:
         from trainer.config import cli
 
         parse_args = cli.parse_args
-        cli.parse_args = lambda: parse_args([*sys.argv[1:], *flags.split()])
+        cli.parse_args = lambda **context: parse_args([*sys.argv[1:], *flags.split()], **context)
 
 
 def own_folder(rank: int) -> None:
