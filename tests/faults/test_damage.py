@@ -110,13 +110,13 @@ def test_a_read_only_run_folder_is_refused(resume, argv, finished_run, tmp_path)
             copy_until_step_4(finished_run, disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         error = run_to_error([*argv, *(["--resume"] if resume else [])], out=disk / "run")
-    assert f"{disk / 'run'}: cannot write there: Read-only file system" in error
+    assert re.search(f"--output-dir {disk / 'run'}: {disk}\\S* is read-only for this user", error)
 
 
 def test_a_run_folder_under_a_file_is_refused(argv, tmp_path):
     (tmp_path / "file").write_text("")
     error = run_to_error(argv, out=tmp_path / "file" / "run")
-    assert "cannot write there: Not a directory" in error
+    assert f"{tmp_path / 'file'} is not a folder; name another one" in error
 
 
 # --- damaged checkpoints -----------------------------------------------------------------------------------------

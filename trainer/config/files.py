@@ -99,7 +99,7 @@ def require_place_for_folder(folder: Path, name: str) -> None:
     if not existing.is_dir():
         raise UserError(f"{name}: {existing} is not a folder; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{name}: this user may not write into {existing}; name another folder")
+        raise UserError(f"{name}: {existing} is read-only for this user; name another folder")
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def test_a_place_where_no_folder_can_be_is_refused_by_every_program(program, arg
     main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
     assert (main() if program == "train" else main(argv)) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    problem = "this user may not write into" if "CLOSED" in place else "is not a folder"
+    problem = "is read-only for this user" if "CLOSED" in place else "is not a folder"
     assert re.match(rf"error: {argv[-2]}:? {re.escape(argv[-1])}: .*{problem}", line)
 
 
