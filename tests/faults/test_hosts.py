@@ -49,21 +49,24 @@ def hosts(private: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         yield hosts
 
 
+@pytest.mark.parametrize("other", ["the data", "the base model"])
 def test_other_data_and_another_base_on_the_second_host_are_refused_by_name(
-    flags, tiny_model, hosts, private, tmp_path
+    other, flags, tiny_model, hosts, private, tmp_path
 ):
     for number in (1, 2):
-        write_records(hosts.own_folder(f"h{number}") / "d.jsonl", num_records=25, seed=10 * number)
-        shutil.copytree(tiny_model, hosts.own_folder(f"h{number}") / "base")
+        seed = 10 * number if other == "the data" else 10
+        write_records(hosts.own_folder(f"h{number}") / "d.jsonl", num_records=25, seed=seed)
+        shutil.copytree(tiny_model, hosts.own_folder(f"h{number}") / "base", dirs_exist_ok=True)
     weights = hosts.own_folder("h2") / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
-    argv = [*flags, "--model", str(private / "base"), "--data", str(private / "d.jsonl"), "--max-steps", "4"]
+    if other == "the base model":
+        weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    argv = [*flags, "--model", str(private / "base"), "--max-steps", "4"]
+    argv[argv.index("--data") + 1] = str(private / "d.jsonl")
     argv += ["--output-dir", str(tmp_path / "run")]
     run = hosts.train(argv, tmp_path / "logs", with_srun=True)  # two tasks of a step are two ranks of one run
     assert run.wait() == [2, 2]
     assert re.fullmatch(
-        r"error: the data is \S+ on h1 \(rank 0\) and \S+ on h2 \(rank 1\); "
-        r"the base model is \S+ on h1 \(rank 0\) and \S+ on h2 \(rank 1\): all ranks must have the same",
+        rf"error: {other} is \S+ on h1 \(rank 0\) and \S+ on h2 \(rank 1\): all ranks must have the same",
         run.error_line,
     )
     assert not (tmp_path / "run").exists()
