@@ -74,7 +74,7 @@ def run_programs(run: str, argv: list[str], kind: str) -> int:
         code: object = 1
         with contextlib.suppress(SystemExit):
             code = main(flags)
-        print(f"\n{name} {code}", flush=True)
+        print(f"\nexit code of {name}: {code}", flush=True)
     return 0
 
 
@@ -97,7 +97,7 @@ def test_no_program_waits_for_what_is_no_plain_file_or_may_not_be_read(name, kin
     assert "Traceback" not in output
     parts, rest = {}, output
     for program in ("doctor", "compare", "generate", "export", "train"):
-        parts[program], found, rest = rest.partition(f"\n{program} ")
+        parts[program], found, rest = rest.partition(f"\nexit code of {program}: ")
         assert found, f"{program} did not end:\n{output}"
         code, _, rest = rest.partition("\n")
         assert code in "012", f"{program}: {code}"
