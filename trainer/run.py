@@ -124,8 +124,6 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
         source = find_model(settings.model.model)
         hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
-        if source.adapter:
-            hf_hub.download_model(settings.model.model, with_weights=True, log=log)
         return folder
 
     watch_work = partial(context.watchdog.watch_work, settings.engine.hang_timeout)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.fake_hub import COMMIT, TOKEN, fake_hub
 from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
@@ -44,7 +46,14 @@ def train_in_fresh_process(*argvs: list[str], num_ranks: int = 1, **variables: s
 @pytest.mark.slow
 def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(tiny_model, tmp_path):
     text = "--mode lora --block-size 16 --max-steps 1 --eval-every never --global-batch 6 --micro-batch 1 --seed 7"
-    argv = [*text.split(), "--model", "me/tiny", "--data", "me/set", "--num-samples", "0"]
+    argv = [*text.split(), "--model", "me/adapter", "--data", "me/set", "--num-samples", "0"]
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
+
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "me/tiny", "revision": COMMIT})
+    )
     num_requests = []
     for num_ranks in (1, 2):
         folder = tmp_path / str(num_ranks)
@@ -53,6 +62,7 @@ def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(
         }
         with fake_hub() as hub:
             hub.files["me/tiny"] = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
+            hub.files["me/adapter"] = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
             rows = (json.dumps({"text": f"w{n} and {n}, {n} or w{n}"}) + "\n" for n in range(60))
             hub.files["datasets/me/set"] = {"train.jsonl": "".join(rows).encode()}
             output_dir = ["--output-dir", str(folder / "run")]
@@ -60,7 +70,10 @@ def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(
         assert outputs[0].splitlines()[-1] == "exit code 0", outputs[0]
         assert "fetching me/tiny from the hub" in outputs[0]
         num_requests.append(len(hub.requests))
-        assert len([request for request in hub.requests if request.startswith("GET") and "safetensors" in request]) == 1
+        weights = [request for request in hub.requests if request.startswith("GET") and "safetensors" in request]
+        assert len(weights) == 2, "of the adapter and of its base"
+        exported = json.loads((folder / "run/model/adapter_config.json").read_text())
+        assert (exported["base_model_name_or_path"], exported["revision"]) == ("me/tiny", COMMIT)
     assert num_requests[0] == num_requests[1], num_requests
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from trainer.config.errors import UserError, first_line
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  #: of a repository, beside its weights
 
 
 def import_datasets() -> Any:
@@ -59,7 +60,7 @@ def download_model(model: str, *, with_weights: bool, log: Callable[[str], None]
     if Path(model).is_dir() or not is_reachable():
         return
     log(f"fetching {model} from the hub, where it is not here yet")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if with_weights else [])]
+    patterns = [*MODEL_FILES, *(["*.safetensors"] if with_weights else [])]
     try:
         huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:  # of the HTTP library, of the disk
@@ -75,7 +76,7 @@ def find_model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def find_adapter_folder(model: str) -> Path | None:
-    """The folder with the adapter_config.json of a folder or hub id that holds an adapter; None where it holds none."""
+    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none."""
     import huggingface_hub
 
     if Path(model).is_dir():
@@ -85,7 +86,10 @@ def find_adapter_folder(model: str) -> Path | None:
     file = _find_cached(model, ADAPTER_CONFIG_FILE)
     if file is None and _is_repo_id(model) and not huggingface_hub.constants.HF_HUB_OFFLINE and is_reachable():
         with contextlib.suppress(Exception):  # of the hub: a whole model has no such file
-            file = Path(huggingface_hub.hf_hub_download(model, ADAPTER_CONFIG_FILE))
+            huggingface_hub.hf_hub_download(model, ADAPTER_CONFIG_FILE)
+            patterns = [*MODEL_FILES, "*.safetensors"]  # an adapter is small: whole, before its base is asked for
+            folder = huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*")
+            file = Path(folder, ADAPTER_CONFIG_FILE)
     return file.parent if file else None
 
 
