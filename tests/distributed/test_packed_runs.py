@@ -41,7 +41,8 @@ def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path
 
 
 def test_a_validation_set_that_was_trained_on_is_a_warning_of_the_plan_and_no_groups(argv, data_files):
-    leaked = [*argv, "--val-data", data_files[0], "--allow-leakage"]
+    train_data, val_data = data_files
+    leaked = [train_data if flag == val_data else flag for flag in argv] + ["--allow-leakage"]
     lines = plan_run(leaked, simulated_context(1), on_meta=True).plan.summary_lines()
     validation = dict(lines)["validation"]
     assert validation.startswith("25 examples (25 of 25 records are not new), ")

@@ -57,7 +57,8 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_the_evaluation(argv, data_files, out):
     """Of 11 batches a rank; it is asked for before the first and the ninth."""
-    argv = [*argv, "--val-data", data_files[0], "--allow-leakage", "--eval-batch", "1"]
+    train_data, val_data = data_files
+    argv = [train_data if flag == val_data else flag for flag in argv] + ["--allow-leakage", "--eval-batch", "1"]
     slow = fault_at("trainer.distributed.engine:Engine.evaluate", range(12, 23), partial(time.sleep, 0.3))
     group = RankProcesses(argv, out=out, fault=slow)
     group.wait_until(lambda: last_logged_step(out) >= 3)

@@ -252,7 +252,7 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     assert (code, report["error"]) == (0, 0), report["checks"]
     assert {check["section"] for check in report["checks"]} >= {"environment", "run", "data"}
     assert [row["ds_config"] for row in report["memory"]] == list(DS_CONFIG_NAMES)
-    leaked = tiny_argv(tiny_model, data_files, f"{text} --val-data {data_files[0]} --allow-leakage")
+    leaked = tiny_argv(tiny_model, (data_files[0], data_files[0]), f"{text} --allow-leakage")
     _, printed = run_doctor(leaked, capsys)
     warnings = [check["message"] for check in json.loads(printed)["checks"] if check["level"] == "warning"]
     assert any(w.startswith("all 25 validation records are not new: 25 equal") for w in warnings)
