@@ -97,7 +97,7 @@ def _chat(read: Callable[[Record], Conversation]) -> Callable[[Record], Example]
     def render(record: Record) -> Example:
         conversation = read(record)
         before = conversation.messages[: conversation.target_turns()[0]]  # those with the same one share a split
-        return Example(conversation=conversation, group=json.dumps(before, sort_keys=True))
+        return Example(conversation=conversation, group=json.dumps(before, sort_keys=True) if before else None)
 
     return render
 

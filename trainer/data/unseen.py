@@ -50,7 +50,7 @@ class SeenRecords:
         self._split_by = split_by
         self._contents = {split: array("Q") for split in SPLITS}
         self._groups = {split: array("Q") for split in SPLITS}  # 0: none
-        self._places: dict[str, list[str]] = {split: [] for split in SPLITS[1:]}
+        self._places: dict[str, list[list[str]]] = {split: [] for split in SPLITS[1:]}  # and that of a copy's original
         self._tokens: dict[tuple[str, int], Hashes] = {}  # of evaluation records, by split and number
         self.reasons: dict[str, list[str]] = {}
 
@@ -60,12 +60,11 @@ class SeenRecords:
         if example.conversation is not None and self._split_by is None:
             group = example.conversation.text(example.conversation.target_turns()[0])
         self._contents[split].append(_content_hash(example))
-        has_group = group is not None and split != "retain"
-        self._groups[split].append(content_hash(normalise(group or "")) if has_group else 0)
+        self._groups[split].append(content_hash(normalise(group)) if group and split != "retain" else 0)
         if split != "train":
             if len(tokens := _hash_tokens(example)) >= SHINGLE_TOKENS:
                 self._tokens[split, len(self._places[split])] = tokens
-            self._places[split].append(example.where)
+            self._places[split].append([example.where])
 
     @property
     def num_repeated(self) -> int:
@@ -84,7 +83,7 @@ class SeenRecords:
         )
         for number, (earlier, place) in near_copies.items():
             split, i = records[number]
-            self._places[split][i] += f" as {place}"
+            self._places[split][i].append(place)
             self.reasons[split][i] = f"near copies of {SPLIT_NAMES[SPLITS[earlier]]} records"
         self._mark(self._groups, f"with the {self._split_by or 'prompt'} of {{}} records")
 
@@ -99,10 +98,11 @@ class SeenRecords:
     def describe(self, split: str) -> str:
         """Why records are not new, and where the first ones stand."""
         counts = Counter(reason for reason in self.reasons[split] if reason)
-        places = [place for place, reason in zip(self._places[split], self.reasons[split], strict=True) if reason]
-        file = places[0].partition(" as ")[0].rpartition(", ")[0] + ", "  # which is named once
+        found = [places for places, reason in zip(self._places[split], self.reasons[split], strict=True) if reason]
+        file = found[0][0].rpartition(", ")[0] + ", "  # which is named once
+        places = (" as ".join(place.removeprefix(file) for place in pair) for pair in found)
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
-        return f"{reasons} ({file}{list_some(places, MAX_PLACES).replace(file, '')})"
+        return f"{reasons} ({file}{list_some(places, MAX_PLACES)})"
 
 
 def _content_hash(example: Example) -> int:

@@ -46,6 +46,10 @@ def chats(pairs, last="Yes.", system=LONG):
     ]
 
 
+def answers(pairs):
+    return [{"messages": [{"role": "assistant", "content": pair["completion"]}]} for pair in pairs]
+
+
 def ids(pairs):
     return [{"input_ids": [int(word) for word in pair["completion"].split()]} for pair in pairs]
 
@@ -93,6 +97,7 @@ NEAR, NEW = "near copies of training records", ""
         ({"train": chats(TRAIN), "test": chats(TRAIN)}, COPIES),
         ({"train": chats(TRAIN), "test": chats(TRAIN, last="No.")}, NEAR),
         ({"train": chats(TRAIN), "test": chats(edit(TRAIN, "completion", str), last=LONG)}, PROMPTS),
+        ({"train": answers(TRAIN), "test": answers(OTHERS)}, NEW),
         ({"train": ids(TRAIN), "test": ids(TRAIN)}, COPIES),
         ({"train": ids(TRAIN), "test": ids(edit(TRAIN, "completion", "7 {}".format))}, NEAR),
         ({"train": ids(TRAIN), "test": ids(OTHERS)}, NEW),
@@ -113,13 +118,17 @@ def test_records_that_are_not_new_are_found_in_whatever_form(records, reason):
     seen, examples = SeenRecords(None), []
     for split, split_records in records.items():
         record_format = choose_format(split_records[0], DataSettings(data="x", block_size=64), split)
-        for record in split_records:
+        for number, record in enumerate(split_records):
             examples.append(record_format.render(record))
-            examples[-1].split = split
+            examples[-1].split, examples[-1].where = split, f"{'' if split == 'test' else 'x/'}a as b, row {number}"
     for example in examples:
         seen.add(example)
     seen.find(examples)
     assert Counter(seen.reasons["test"]) == {reason: 20}
+    if reason == NEAR:
+        assert seen.describe("test").startswith(
+            f"20 {NEAR} (a as b, row 0 as x/a as b, row 0, row 1 as x/a as b, row 1"
+        )
 
 
 def test_near_copies_are_those_that_share_so_many_shingles_with_one_candidate():
