@@ -110,6 +110,7 @@ def generate_jobs(jobs: list[dict[str, Any]]) -> int:
         for job in jobs:
             run = start_engine(job, dist_context)
             shake_weights(run)
+            run.engine.model.causal.generation_config.repetition_penalty = 9.0  # a base may name one
             calls = [(stage3.GatheredParameters, "__enter__"), (PartitionedParameterCoordinator, "fetch_sub_module")]
             with contextlib.ExitStack() as stack:
                 counted = [

@@ -73,12 +73,17 @@ def decode(
     with autocast, torch.random.fork_rng(enabled=sampling is not None):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
-        sequences = generator.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            logits_processor=[call_on_token],
-            generation_config=config,
-        )
+        # what `config` leaves open would be taken from the base's own: a repetition penalty is not greedy
+        own_config, generator.generation_config = generator.generation_config, config
+        try:
+            sequences = generator.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                logits_processor=[call_on_token],
+                generation_config=config,
+            )
+        finally:
+            generator.generation_config = own_config
     completions = []
     for row, tied_steps in zip(sequences.tolist(), torch.stack(ties, dim=1).tolist(), strict=True):
         new_ids = list(itertools.takewhile(lambda token: token not in end_token_ids, row[width:]))
