@@ -138,6 +138,16 @@ def test_a_rank_that_hangs_is_named(rank, argv, out):
     assert list_checkpoints(out) == ["step-000002"]
 
 
+def test_a_rank_that_hangs_in_the_evaluation_of_the_exported_weights_is_named(argv, out):
+    hang = fault_at("trainer.run:evaluate_other_splits", 2, partial(time.sleep, 300), rank=1)
+    group = RankProcesses(
+        [*argv, "--test-fraction", "0.2", "--max-steps", "2", *HANG_TIMEOUT_FLAGS], out=out, fault=hang
+    )
+    assert group.wait() == [1, 1], group.output
+    assert "no rank made progress for 6 s (--hang-timeout): rank 1 hangs at run.py:" in group.error_line
+    assert sorted(path.name for path in (out / "stacks").iterdir()) == ["rank-0.txt", "rank-1.txt"]
+
+
 @pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
 def test_a_frozen_rank_is_named(target_rank, argv, out):
     """Nothing of it runs any more, its watching threads included; woken when the others are gone, it has no news."""
