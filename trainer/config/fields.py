@@ -72,8 +72,7 @@ Name = Annotated[str, Accepts("a name", _refuse_empty)]
 UserPath = Annotated[
     str,
     Accepts(
-        "a name, a file or a folder (~ or ~user for a home folder)",
-        lambda text: expand_user_path(_refuse_empty(text)),
+        "a name, a file or a folder (~ or ~user for a home folder)", lambda text: expand_user_path(_refuse_empty(text))
     ),
 ]
 PeftConfig = Annotated[str, Accepts("an adapter_config.json of peft, with a peft_type", _read_peft_config)]

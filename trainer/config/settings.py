@@ -46,8 +46,7 @@ from trainer.config.files import split_weights
 # study.py has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
 # parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
 EarlyStop = Annotated[
-    str,
-    Accepts("PATIENCE[:MIN_DELTA], for instance 3:0.01", pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$"),
+    str, Accepts("PATIENCE[:MIN_DELTA], for instance 3:0.01", pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$")
 ]
 RunName = Annotated[
     str,

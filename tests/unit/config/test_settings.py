@@ -77,11 +77,7 @@ def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global
     ("sizes", "ranks", "message"),
     [
         ({}, 3, "--global-batch 2: expected a multiple of 3 ranks; try --global-batch 3"),
-        (
-            {"global_batch": 7},
-            2,
-            "--global-batch 7: expected a multiple of 2 ranks; try --global-batch 8",
-        ),
+        ({"global_batch": 7}, 2, "--global-batch 7: expected a multiple of 2 ranks; try --global-batch 8"),
         (
             {"global_batch": 8, "micro_batch": 3},
             1,
