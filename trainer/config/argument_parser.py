@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from trainer.config.errors import UserError, mask_credentials
 from trainer.config.files import expand_user_path, require_place_for_folder
-from trainer.config.spellings import FALSE, read_table, translate
+from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table, translate
 
 TEXT_FLAGS = {"--prompt", "--completion", "--score"}  # what they hold is no name
-SPELLED_PARTS = ("same", "switches", "together", "no_effect", "only")
 
 
 def whole_number(text: str, least: int = 1, most: int = 2**31 - 1) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,7 @@ def parse_args(
             if (key := f"{name}.{field.name}") in args:
                 overrides[name][field.name] = args[key]
                 overridden_flags.append(flag_of(field))
-    if args["mode"] is None and "did you mean --mode " not in "".join(problems):
+    if args["mode"] is None and not re.search("--mode[: ]", " ".join(problems)):
         problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     commands = ("find_lr", "find_batch", "dry_run", "show_example", "resume")
     actions = [f"--{name.replace('_', '-')}" for name in commands if args[name]]
@@ -295,8 +296,6 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
             raise UserError(f"{where}: {key_node.value}: {expected}")
         else:  # of another program
             value = " ".join(source.split())
-        if flag in takes_value and not takes_value[flag] and value.lower() not in ("true", "false", "", "null", "~"):
-            raise UserError(f"{where}: {key_node.value}: expected true or false")
         name = flag if flag in takes_value else f"--{key}"
         places[key] = places[name] = f"{where}: "
         is_null = node.tag == "tag:yaml.org,2002:null"

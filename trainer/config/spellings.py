@@ -13,6 +13,7 @@ from trainer.config.errors import UserError
 
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("", "none", "null", "~")
 LIST_FLAGS = ("--data", "--report-to", "--lora-target-modules", "--modules-to-save")  # elsewhere separated by blanks
+SPELLED_PARTS = ("same", "switches", "together", "no_effect", "only")
 TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device and save_steps that it takes itself
 
 
@@ -20,10 +21,9 @@ TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device
 def read_table() -> dict[str, Any]:
     """The table, turned round: {section: {spelling: what it becomes}}; `values` as it stands."""
     table = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text(encoding="utf-8"))
-    for part in ("same", "switches", "no_effect", "elsewhere"):
+    for part in ("same", "switches", "together", "no_effect", "elsewhere"):
         table[part] = {name: ours for ours, names in table[part].items() for name in names.split()}
     table["elsewhere"] |= dict(word.split("=") for word in table["nearest"].split())
-    table["together"] = dict.fromkeys(table["together"].split(), "")
     table["only"] = {
         k: (v.lower().split(), answer) for answer, names in table["only"].items() for k, v in names.items()
     }
@@ -64,7 +64,7 @@ def translate(
         word = rest.pop(0)
         name, is_joined, value = word.partition("=")
         key, flag = name[2:].replace("-", "_"), name.replace("_", "-")
-        part = next((part for part in ("together", "switches", "no_effect", "only", "same") if key in table[part]), "")
+        part = next((part for part in SPELLED_PARTS if key in table[part]), "")
         ours = flag if flag in takes_value else table["same"].get(key, "").partition(" ")[0]
         if not name.startswith("--") or not (part or ours) or (ours and ours not in takes_value):
             result.words.append(word)
@@ -78,6 +78,8 @@ def translate(
             values.append(rest.pop(0))
         value, is_given = (" " if ours == "--data" else ",").join(values), bool(values)
         try:
+            if part == "together" and not is_given and table[part][key] == "VALUE":
+                raise UserError("expected one argument")
             if part:
                 given[key], result.places[key] = value if is_given else "true", len(result.words)
             if part == "no_effect":
@@ -95,7 +97,11 @@ def translate(
                     else:
                         result.put(key, table[part][key].replace(" ", "="))
             elif part != "together" and (part != "same" or not is_given or value.lower() not in NONE):
-                changed = table["values"].get(ours, {}).get(value.lower(), value)
+                known = table["values"].get(ours, {})
+                changed = known.get(value.lower(), value)
+                if changed == value and ours in LIST_FLAGS:
+                    names = {spelling: name for spelling, name in known.items() if name.isalnum()}
+                    changed = ",".join(names.get(item.lower(), item) for item in value.split(","))
                 if changed.startswith("!"):
                     raise UserError(changed[1:])
                 if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5
@@ -122,9 +128,9 @@ def translate(
     return result
 
 
-def _first(given: Mapping[str, str], *names: str) -> tuple[str, str] | tuple[None, None]:
-    """(name, value) of the first of some spellings that was given and is not none."""
-    return next(((n, given[n]) for n in names if n in given and given[n].lower() not in NONE), (None, None))
+def _first(given: Mapping[str, str], *names: str) -> tuple[str, str | None]:
+    """(name, value) of the first of some spellings that was given and is not none; ("", None) without one."""
+    return next(((n, given[n]) for n in names if n in given and given[n].lower() not in NONE), ("", None))
 
 
 def _is_on(given: Mapping[str, str], name: str) -> bool | None:
@@ -144,17 +150,17 @@ def _take_batch(result: Translation, given: Mapping[str, str], *, num_ranks: int
     """Per device x accumulation x processes is our global batch; what is missing is what transformers takes."""
     name, per_device = _first(given, "per_device_train_batch_size", "per_gpu_train_batch_size")
     _, accumulation = _first(given, "gradient_accumulation_steps")
-    if name is None and accumulation is None:
+    if per_device is None and accumulation is None:
         return
     own_batch, own_micro = result.value_of("--global-batch"), result.value_of("--micro-batch")
     steps = _whole("gradient_accumulation_steps", accumulation) if accumulation is not None else None
     micro = per_device or own_micro
     if micro is None and own_batch is not None and steps is not None:
-        micro = str(_whole("global-batch", own_batch) // (steps * num_ranks))
+        micro = str(max(1, _whole("global-batch", own_batch) // (steps * num_ranks)))
     size = _whole(name or "micro-batch", micro or TRANSFORMERS_BATCH)
     batch = size * (steps or 1) * num_ranks
     product = f"per device {size} x accumulation {steps or 1} x {num_ranks} process{'es' * (num_ranks > 1)}"
-    key = max(("gradient_accumulation_steps", name or ""), key=lambda key: result.places.get(key, -1))
+    key = max(("gradient_accumulation_steps", name), key=lambda key: result.places.get(key, -1))
     if own_batch is None:
         result.put(key, f"--micro-batch={size}", f"--global-batch={batch}", said=product)
     elif steps is None or own_batch == str(batch):
@@ -174,14 +180,14 @@ def _take_intervals(result: Translation, given: Mapping[str, str]) -> None:
             continue
         if strategy is not None and strategy.lower() not in ("no", "false", "epoch", "steps"):
             raise UserError(f"--{name} {strategy}: expected no, epoch or steps, as {flag} never, epoch or a number")
-        if name is not None and strategy is not None and strategy.lower() != "steps":
+        if strategy is not None and strategy.lower() != "steps":
             every = "epoch" if strategy.lower() == "epoch" else "never"
             result.put(name, f"{flag}={every}", said=f"{name} {strategy}")
             continue
         steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else given.get("logging_steps"))
         if steps is None:
             raise UserError(f"--{name} {strategy}: expected --{steps_name} N too")
-        key = steps_name if steps_name in given else name or ""
+        key = steps_name if steps_name in given else name
         result.put(key, f"{flag}={_whole(steps_name, steps)}", said=f"{steps_name} {steps}")
 
 
@@ -200,8 +206,8 @@ def _take_precision(result: Translation, given: Mapping[str, str]) -> None:
     if bf16 is False and not wanted:
         wanted = {"fp32"}
     for precision in wanted:
-        is_dtype = name is not None and by_dtype[short] == precision
-        key = str(name) if is_dtype else "bf16" if precision == "fp32" else precision
+        is_dtype = by_dtype[short] == precision
+        key = name if is_dtype else "bf16" if precision == "fp32" else precision
         result.put(key, f"--precision={precision}", said=f"{key} {given[key]}")
         result.notes[-1] += " (weights that are trained stay in float32)" if is_dtype else ""
 
@@ -232,19 +238,12 @@ def _take_method(result: Translation, given: Mapping[str, str]) -> None:
 
 
 def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
-    _, kind = _first(given, "lr_scheduler_type")
-    if kind is None:
+    if given.get("lr_scheduler_type", "").lower() != "constant":
         return
-    changed = read_table()["values"]["--schedule"].get(kind, kind)
-    if changed.startswith("!"):
-        raise UserError(f"--lr_scheduler_type {kind}: {changed[1:]}")
-    if changed not in ("linear", "cosine", "constant"):
-        raise UserError(f"--lr_scheduler_type {kind}: expected linear, cosine, constant or constant_with_warmup")
     warmup = f"{result.value_of('--warmup-steps')}{result.value_of('--warmup-ratio')}"
-    if kind == "constant" and re.search("[1-9]", warmup):
+    if re.search("[1-9]", warmup):
         raise UserError("--lr_scheduler_type constant: has no warm-up in transformers; expected constant_with_warmup")
-    no_warmup = ["--warmup-ratio=0"] if kind == "constant" else []
-    result.put("lr_scheduler_type", f"--schedule={changed}", *no_warmup)
+    result.put("lr_scheduler_type", "--warmup-ratio=0", said="lr_scheduler_type constant")
 
 
 def _take_rest(result: Translation, given: Mapping[str, str]) -> None:

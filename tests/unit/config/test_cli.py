@@ -232,7 +232,7 @@ def test_flags_win_over_the_file_wherever_they_stand(write_config):
         ("mode: full\nlearning_rat: 1e-4", ", line 2: --learning_rat 1e-4: did you mean --lr 1e-4?"),
         ("mode: full\nlr: [1e-4, {}]", ", line 2: lr: expected a number, a text (in quotes) or a list of them"),
         ("mode: full\nprompt: {a}", ', line 2: prompt: YAML reads {a} as a mapping; write prompt: "{a}"'),
-        ("mode: full\nno-shuffle: 3", ", line 2: no-shuffle: expected true or false"),
+        ("mode: full\nno-shuffle: 3", ", line 2: --no-shuffle 3: expected true or false"),
         ("mode: full\nconfig: other.yaml", ", line 2: --config: is for the command line alone"),
         ("? [a, b]\n: 1", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
         ("- mode", ": expected lines like `lr: 1e-4`, or a run.json"),

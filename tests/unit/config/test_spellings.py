@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config import cli
-from trainer.config.argument_parser import SPELLED_PARTS
 from trainer.config.errors import UserError
-from trainer.config.spellings import read_table, translate
+from trainer.config.spellings import SPELLED_PARTS, read_table, translate
 
 LAUNCH = Path(__file__).parents[3] / "launch"
 FLAGS = cli.build_parser().flags()
@@ -64,10 +63,19 @@ def test_every_field_of_transformers_trl_and_peft_is_known_once_and_its_default_
         ("--num-train-epochs=2", "--epochs 2", "num_train_epochs is --epochs here"),
         ("--max_steps -1 --warmup_ratio 0.1", "--warmup-ratio 0.1", ""),
         ("--warmup_steps 0.1", "--warmup-ratio 0.1", "warmup_steps 0.1 is --warmup-ratio 0.1 here"),
-        ("--lr_scheduler_type constant_with_warmup", "--schedule constant", "lr_scheduler_type is --schedule constant"),
+        (
+            "--lr_scheduler_type constant_with_warmup",
+            "--schedule constant",
+            "lr_scheduler_type constant_with_warmup is --schedule constant",
+        ),
         ("--lr_scheduler_type constant", "--schedule constant --warmup-ratio 0", ""),
         ("--optim adamw_bnb_8bit", "--optim adamw8bit", "optim adamw_bnb_8bit is --optim adamw8bit here"),
         ("--lora_r 4 --lora_target_modules all-linear", "--lora-rank 4 --lora-target-modules all", "lora_r is"),
+        (
+            "--modules_to_save lm_head embed_tokens",
+            "--modules-to-save lm_head,wte",
+            "modules_to_save lm_head,embed_tokens is",
+        ),
         ("--target_modules q_proj v_proj --lr 1", "--lora-target-modules q_proj,v_proj --lr 1", ""),
         ("--use_dora True --use_rslora false", "--adapter dora", "use_dora is --adapter dora here"),
         ("--init_lora_weights pissa", "--adapter pissa", ""),
@@ -194,7 +202,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--eval_strategy steps", ["--eval_strategy steps: expected --eval_steps N too"]),
         (
             "--lr_scheduler_type cosine_with_restarts",
-            ["--lr_scheduler_type cosine_with_restarts: expected linear, cosine"],
+            ["--schedule cosine_with_restarts: expected linear, cosine"],
         ),
         ("--lr_scheduler_type constant --warmup_steps 5", ["--lr_scheduler_type constant: has no warm-up in transf"]),
         (
@@ -213,9 +221,11 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--leraning-rate x", ["--leraning-rate x: did you mean --lr? It takes a number above 0"]),
         (
             "--lr_scheduler_typ polynomial",
-            ["--lr_scheduler_typ polynomial: did you mean --lr_scheduler_type? polynomial: "],
+            ["--lr_scheduler_typ polynomial: did you mean --schedule? It takes linear, cosine"],
         ),
-        ("--learning_rate", ["--lr: expected one argument"]),
+        ("--learning_rate --dataset_name", ["--dataset_name: expected one argument", "--lr: expected one argument"]),
+        ("--mode", ["--mode: expected one argument"]),
+        ("--global-batch 3 --gradient_accumulation_steps 4", ["--global-batch 3: per device 1 x accumulation 4"]),
         (
             "--data A=0.7 --data B=0.3 --val_data=a --val-data b",
             ["--data: stands there 2 times; expected once, several with w", "--val-data: stands there 2 times"],
@@ -228,7 +238,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
 )
 def test_what_has_no_equivalent_and_all_other_mistakes_are_told_at_once_a_line_each(words, answers):
     with pytest.raises(UserError) as caught:
-        cli.parse_args([*(["--mode", "full"] if "--modee" not in words else []), *words.split(" ")])
+        cli.parse_args([*(["--mode", "full"] if "--mode" not in words else []), *words.split(" ")])
     lines = caught.value.lines
     assert len(lines) == len(answers), lines
     assert all(line.startswith(answer) for line, answer in zip(lines, answers, strict=True)), lines
