@@ -290,6 +290,8 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--decide-by", "score:exact", "--score", "exact", "--margin", "2%"], "--margin 2%: expected a number above"),
         (["--max-lr", "lora"], "--max-lr lora: expected METHOD=LR, such as lora=5.6e-3"),
         (["--max-lr", "dora=1e-3"], "--max-lr dora=0.001: expected METHOD=LR with one of full, lora and a rate from"),
+        (["--max-lr", "lora=-1e-3"], "--max-lr lora=-0.001: expected METHOD=LR with one of full, lora and a rate from"),
+        (["--max-lr", "full=nan"], "--max-lr full=nan: expected METHOD=LR with one of full, lora and a rate from"),
         (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might end before it"),
     ],
 )

@@ -28,21 +28,16 @@ TRAIN_ARGV = ("--block-size", "64", "--wandb", "disabled")
 make_rule = partial(make_study_rule, search_seeds=(1, 2, 3), train_argv=TRAIN_ARGV, data="")
 
 
-def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> None:
-    """Two runs side by side, each in `folder` under its name."""
+def measure(folder: Path, rule: Rule, specs: list[TrialSpec]) -> dict[str, float]:
+    """The final validation loss of each trial, infinity where it failed; two run side by side."""
     slots = make_slots(2, 0)
 
-    def train(item: tuple[int, tuple[str, list[str]]]) -> None:
-        number, (name, argv) = item
-        start_run(slots[number % 2], argv, folder / "trials" / name).join()
+    def train(number: int, spec: TrialSpec) -> None:
+        argv = trial_argv(rule, spec, folder / spec.name)
+        start_run(slots[number % 2], argv, folder / "trials" / spec.name).join()
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(train, enumerate(argv_by_name.items())))
-
-
-def measure(folder: Path, rule: Rule, specs: list[TrialSpec]) -> dict[str, float]:
-    """The final validation loss of each trial, infinity where it failed."""
-    train_all(folder, rule, {spec.name: trial_argv(rule, spec, folder / spec.name) for spec in specs})
+        list(pool.map(train, range(len(specs)), specs))
     losses = {spec.name: run_outcome(folder / spec.name)[0] for spec in specs}
     return {name: math.inf if loss is None else loss for name, loss in losses.items()}
 

@@ -5,7 +5,7 @@ import itertools
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
@@ -41,7 +41,7 @@ class Rule(BaseModel):
     rungs: tuple[int, ...]  #: steps of the runs of each rung, the last one the full length
     search_seeds: tuple[NonNegativeInt, ...]
     answer_seeds: tuple[NonNegativeInt, ...]  #: of the runs that the answer is drawn from; no search seed
-    max_lrs: dict[str, PositiveFloat] = {}  #: of a method: the highest rate that may be tried
+    max_lrs: dict[str, float] = {}  #: of a method: the highest rate that may be tried
     margin: Margin
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
     data: str  #: the first 12 hex digits of the fingerprint of the data that they are trained and judged on
