@@ -176,7 +176,7 @@ def render_markdown(comparison: Comparison) -> str:
     parts = [
         f"# {comparison.question}",
         markdown_verdict(comparison),
-        "![Validation loss, train loss, learning rate, gradient norm, speed and parameters](curves.png)",
+        "![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)",
     ]
     if comparison.problems:
         parts += ["## Not as it should be", markdown_list(problem.without_place for problem in comparison.problems)]
@@ -217,10 +217,8 @@ def markdown_list(lines: Iterable[str]) -> str:
 
 
 def markdown_section(table: Table) -> str:
-    if not table.rows:
-        return "(nothing)"
-    notes = [f"\n{escape_markdown(note)}" for note in table.notes]
-    return "\n".join([markdown_table(table.headings, table.rows), *notes])
+    rows = [markdown_table(table.headings, table.rows)] if table.rows else []
+    return "\n\n".join([*rows, *map(escape_markdown, table.notes)]) or "(nothing)"
 
 
 def render_html(comparison: Comparison) -> str:

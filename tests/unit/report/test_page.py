@@ -74,6 +74,8 @@ def test_every_report_format_has_the_card_full_lora_and_their_difference(card_li
     for text in itertools.chain(*table.rows):
         assert f">{text}<" in files["report.html"]
         assert f" {escape_markdown(text)} " in files["report.md"]
+    for name in ("report.html", "report.md"):
+        assert "The same in all: validation loss before training 4.0000, " in files[name], "a note without rows"
     assert ["trainable parameters", "124,439,808", "1,179,648"] in card_like.by_run[1].rows
     assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json"]
 
