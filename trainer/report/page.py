@@ -248,6 +248,6 @@ def render_html(comparison: Comparison) -> str:
         others=verdict.sentence.removeprefix(str(verdict.statement)),
         samples_note=SAMPLES_NOTE,
         pictures=pictures,
-        plots=[plot for plot in plots.render_svgs(plotted, verdict, with_reference) if plot[0] != pictures[-1][0]],
+        plots=plots.render_svgs(plotted, verdict, with_reference, pictures),
         modes=modes | {REFERENCE_LABEL: "card"},
     )

@@ -146,13 +146,15 @@ def render_pictures(groups: Sequence[SeedGroup], verdict: Verdict, with_referenc
     return [*pictures, (title, _render_svg(draw, "picture", title, PICTURE_SIZE_INCHES))]
 
 
-def render_svgs(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> list[tuple[str, str]]:
-    """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
-    drawings = render_excess(verdict)
+def render_svgs(
+    groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool, pictures: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """(title, SVG) of each plot beside `pictures` for one HTML page: its colours are CSS variables, its ids its own."""
+    drawings, titles = render_excess(verdict), [title for title, _ in pictures]
     if any(pair.tradeoffs for pair in verdict.comparisons):
         draw = partial(draw_tradeoffs, pairs=verdict.comparisons)
         drawings.append((TRADEOFF_TITLE, _render_svg(draw, "tradeoff", TRADEOFF_TITLE, PLOT_SIZE_INCHES)))
-    for plot in PLOTS:
+    for plot in (plot for plot in PLOTS if plot.title not in titles):
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         drawings.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
     return drawings
