@@ -20,7 +20,7 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
     )
     return {
         "schema_version": SCHEMA_VERSION,
-        "answer": None,
+        "answer": verdict.answer,
         **primary,
         "sentence": verdict.sentence,
         "next_step": verdict.next_step,

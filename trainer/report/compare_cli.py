@@ -12,7 +12,6 @@ from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import refuse_foreign_files, write_atomically
 from trainer.report import wandb_report
 from trainer.report.checks import FAILED, NOT_COMPARABLE, CheckResult, check_runs, exit_code, parse_condition
-from trainer.report.comparable import MODE_NAMES
 from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
 from trainer.report.page import FILES, compare, write_report
@@ -85,11 +84,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     if report_target:
         print(f"W&B Report: {wandb_report.save_report(comparison, *report_target)}")
     print(f"report: {escape_controls(str(paths[0]))} (and {', '.join(path.name for path in paths[1:])})")
-    primary = comparison.verdict.primary
-    finished_modes = {group.mode for group in comparison.groups if group.finished_runs}
-    is_refused = any(group.divergence for group in comparison.groups) or finished_modes >= set(MODE_NAMES)
-    is_refused = bool(primary.blockers) if primary else is_refused  # without one, both modes are on different data
-    return exit_code(results) or (REFUSED_EXIT_CODE if is_refused else 0)
+    return exit_code(results) or (REFUSED_EXIT_CODE if comparison.verdict.answer == "not ranked" else 0)
 
 
 def print_epochs(table: Table) -> None:

@@ -241,7 +241,7 @@ def render_html(comparison: Comparison) -> str:
         comparison=comparison,
         verdict=verdict,
         downloads={name: base64.b64encode(json_text(content).encode()).decode() for name, content in files.items()},
-        judgement=JUDGEMENTS.get(verdict.primary.answer if verdict.primary else "", JUDGEMENTS["not ranked"]),
+        judgement=JUDGEMENTS[verdict.answer or "not ranked"],
         losses=next(iter(verdict.headlines), None),
         tiles=verdict.headlines[1:],
         claim=capitalize(verdict.statement.claim),

@@ -63,6 +63,7 @@ class Statement(NamedTuple):
 class Verdict:
     """The sentence, its numbers, what explains them, and the comparisons behind (the primary one first)."""
 
+    answer: str | None  #: the primary comparison's, "not ranked" where there may be none, None of one mode alone
     sentence: str
     statement: Statement  #: the sentence's first part: of the primary comparison, where there is one
     next_step: str = ""
@@ -86,17 +87,15 @@ def build_verdict(
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
-    diverged = [f"{capitalize(group.divergence)}." for group in groups if group.divergence and not group.finished_runs]
-    if not finished:
-        statement = Statement("no run is finished and evaluated, so there is nothing to compare yet")
-        sentence = " ".join([str(statement), *diverged])
-        return Verdict(sentence=sentence, statement=statement, num_not_counted=num_left_out)
     sets = compare_sets(finished, margin, study)
     statements = [_describe_set(*members, study) for members in sets] or [Statement(_describe_unpaired(finished))]
-    sentences = [*map(str, statements), *diverged]
-    if num_left_out:
-        plural = "s" if num_left_out > 1 else ""
-        sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
+    sentences = [*map(str, statements)]
+    diverged = [text for group in groups if (text := group.divergence)]
+    sentences += [f"{capitalize(text)}." for text in diverged if text not in " ".join(sentences)]
+    num_unsaid = num_left_out - sum(run.has_diverged for group in groups for run in group.runs)
+    if finished and num_unsaid:
+        plural = "s" if num_unsaid > 1 else ""
+        sentences.append(f"{num_unsaid} run{plural} without an end or an evaluation not counted.")
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
@@ -121,7 +120,9 @@ def build_verdict(
             position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
             end = f"the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
             details.append(f"{group.label} ended {position} {end}.")
+    is_refused = bool(diverged) or {group.mode for group in finished} == set(MODE_NAMES)  # without a comparison
     return Verdict(
+        answer=comparisons[0].answer if comparisons else "not ranked" if is_refused else None,
         sentence=" ".join(sentences),
         statement=statements[0],
         next_step=next_step(*sets[0], study) if sets else "",
@@ -278,6 +279,8 @@ def _describe_rates(pair: FullVsLora, full_groups: Sequence[SeedGroup], lora_gro
 
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     """What can be said where no LoRA group is on the data of a full one."""
+    if not groups:
+        return "no run is finished and evaluated, so there is nothing to compare yet"
     parts = []
     for group in groups[:4]:
         best, gain = group.best_loss, group.improvement

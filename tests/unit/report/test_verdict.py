@@ -105,12 +105,9 @@ def test_the_sentence_and_what_follows_it_say_the_answer_and_what_it_rests_on(
     assert verdict.sentence.startswith(start)
     assert said in "\n".join([verdict.sentence, *verdict.details])
     assert verdict.next_step
-    if answer == "not ranked":
-        assert verdict.headlines == ()
-    else:
-        interval = verdict.primary.excess
-        assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
-        assert verdict.sentence.endswith("; one rate each was tried.")
+    interval = verdict.primary.excess
+    assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
+    assert verdict.sentence.endswith("; one rate each was tried.")
 
 
 def test_a_margin_is_a_number_with_its_unit() -> None:
@@ -242,6 +239,9 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
     assert diverged.primary.answer == "not ranked"
     said = "LoRA (rank 8, lr 0.005) diverged in 1 of 4 seeds; run all of them at a lower rate, such as 0.0028"
     assert said in diverged.sentence
+    assert "not counted" not in diverged.sentence, "it is said once"
+    lora_alone = judge_runs(*runs[1::2], read_folder(path.parent))
+    assert (said in lora_alone.sentence, lora_alone.answer) == (True, "not ranked")
     assert said.replace("1 of 4 seeds", "1 of 1 seed") in judge_runs(*runs[::2], read_folder(path.parent)).sentence
     constant = {"resolved__lr": 1e-3, "settings__train__schedule": "constant"}
     other = make_run("lora", [4.0, 1.5], seed=2, **constant)
