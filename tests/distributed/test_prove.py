@@ -96,8 +96,8 @@ def test_every_stage_on_one_and_two_ranks_gives_the_plain_loops_numbers(
     tiny_model, data_files, tmp_path, capsys, fast_python, monkeypatch
 ):
     monkeypatch.setattr(sys, "executable", fast_python)
-    argv = make_argv(tiny_model, data_files, "full", "--output-dir", str(tmp_path / "run"))
-    code, levels, messages = run_prove(argv, 2, capsys)
+    flags = ("--label-smoothing", "0.1", "--output-dir", str(tmp_path / "run"))
+    code, levels, messages = run_prove(make_argv(tiny_model, data_files, "full", *flags), 2, capsys)
     assert code == 0, messages
     rows = [f"zero{stage} x {ranks}" for ranks in (1, 2) for stage in range(4)]
     assert list(levels) == [prove.PLAIN, *rows, "numbers"]

@@ -198,7 +198,7 @@ def _run_plain(
     losses, norms, seconds = [], [], []
     for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
         start_time = time.perf_counter()
-        losses.append(_plain_backward(module, batch, device, uses_bf16=job["precision"] == "bf16"))
+        losses.append(_plain_backward(module, batch, train.label_smoothing, uses_bf16=job["precision"] == "bf16"))
         for name, p in params.items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             root_mean_square = gradient.square().mean().sqrt()
@@ -216,9 +216,9 @@ def _run_plain(
     return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
 
 
-def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, uses_bf16: bool) -> float:
+def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, uses_bf16: bool) -> float:
     """Forward and backward of a whole global batch; returns its mean loss."""
-    total = 0.0
+    total, device = 0.0, module.device
     for micro_batch in batch.micro_batches:
         arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
         if micro_batch.position_ids is not None:
@@ -228,7 +228,11 @@ def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, us
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
             logits = module(**inputs, use_cache=False).logits
         nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            logits[:, :-1].float().flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=label_smoothing,
         )
         (nll / batch.num_target_tokens).backward()
         total += nll.item()
