@@ -101,8 +101,8 @@ def exploding_loss(step: int) -> float:
     return healthy_loss(step) * (1 + max(0, step - 120) / 80)
 
 
-def memorizing_run() -> Iterator[Record]:
-    return make_run_records(val=lambda step: 4 - step / 50 if step <= 100 else 2 + (step - 100) / 500)
+def memorizing_run(rise: float = 0.002, **options: Any) -> Iterator[Record]:
+    return make_run_records(val=lambda step: 4 - step / 50 if step <= 100 else 2 + rise * (step - 100), **options)
 
 
 def flat_loss_run(val_rise: float = 0.0) -> Iterator[Record]:
@@ -152,6 +152,12 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         "--dropout 0.2",
         memorizing_run(),
         {"settings__train__early_stop": "3", "resolved__dropout": 0.1},
+    ),
+    "by heart, with smoothed labels": (
+        "overfitting",
+        "--early-stop 1 --export best",
+        memorizing_run(rise=0.025, loss=lambda step: 4 + healthy_loss(step)),
+        {"settings__train__label_smoothing": 0.1},
     ),
     "overflow": ("overflow", "--precision bf16", make_skipped_steps(range(1, 60, 3)), FP16),
     "data": ("waiting_for_data", "TRAINER_CACHE", slow_run(), {}, ("data", 0.3)),

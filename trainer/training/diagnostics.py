@@ -284,9 +284,12 @@ class DiagnosticsMonitor:
         if not self.train_loss_means:
             return
         first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
+        # Label smoothing raises the training loss alone, which is then compared with that of the first step.
+        start = max(first.loss, self.losses[0]) if self.train_settings["label_smoothing"] else first.loss
 
         # Worse than before training, on the validation and on the training rows, by a tenth.
-        if not first.step and min(last.loss, train_loss.value) >= first.loss * (1 + MIN_RISE):
+        rise = 1 + MIN_RISE
+        if not first.step and last.loss >= first.loss * rise and train_loss.value >= start * rise:
             seen = f"the model is worse than before training: validation loss {first.loss:.4f} -> {last.loss:.4f}, "
             seen += f"training loss {train_loss.value:.4f}"
             yield self._diverging(seen, {"before": first.loss, "now": last.loss, "train": train_loss.value})
@@ -301,7 +304,7 @@ class DiagnosticsMonitor:
         before = self.train_loss_means[max(0, best_index - 1)] if len(self.train_loss_means) > 1 else None
         if before is None or last.loss / best.loss - 1 < GENERALISATION_LOSS or not is_sustained:
             return
-        if welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= first.loss:
+        if welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= start:
             seen = f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step "
             seen += f"{best.step}): {best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: "
             seen += f"{before.value:.4f} -> {train_loss.value:.4f}"
