@@ -111,10 +111,10 @@ class GenerationEvaluator:
         self.elapsed_seconds += seconds
         if record.step == 0:
             self.base_completions = texts
-        keys, examples = ("prompt", "reference", "references", "base", "completion"), []
+        examples = []
         for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)]):
-            values = (prompt.text, prompt.references[0], len(prompt.references), base, text)
-            examples.append(dict(zip(keys, values, strict=True)))
+            references = {"reference": prompt.references[0], "references": len(prompt.references)}
+            examples.append({"prompt": prompt.text, **references, "base": base, "completion": text})
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
         facts |= {"seconds": seconds, "texts": examples}
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
