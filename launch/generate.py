@@ -19,7 +19,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="generate.py",
         description="Complete the same prompts by the base and by each run, and show the texts side by side.",
-        epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue.",
+        epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue, unless "
+        "--num or --score is given.",
     )
     add = parser.add_argument
     prompts_help = "JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several"
@@ -28,13 +29,7 @@ def build_parser() -> ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help=prompts_help)
-    add(
-        "--num",
-        type=partial(whole_number, most=32),
-        default=4,
-        metavar="N",
-        help="validation prompts to take (default: 4)",
-    )
+    add("--num", type=partial(whole_number, most=32), metavar="N", help="validation prompts to take (default: 4)")
     add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
     add("--temperature", type=number(0, 100), default=0.0, metavar="X", help="0 is greedy (default), above it samples")

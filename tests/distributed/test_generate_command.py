@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def generate(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs, generate):
+def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs, generate, monkeypatch):
+    for stream in (sys.stdin, sys.stdout):  # a terminal, and yet no dialogue
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
     code, message = generate(*runs, "--num", 3, "--score", "exact", "--score", "f1")
     assert code == 0, message
     blocks = message.split("\n\n")[:3]

@@ -28,6 +28,7 @@ from trainer.training.generation import EvalPrompt, completion_length, make_prom
 from trainer.training.scorers import ScoredText, ScorerError, check_references, check_scorers, score_texts
 
 BATCH_SIZE = 16  # prompts in one batch
+DEFAULT_NUM_PROMPTS = 4
 EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
 
 
@@ -58,7 +59,8 @@ def generate(args: argparse.Namespace) -> int:
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
     completer = _Completer(args, all_metadata[0])
-    if not args.prompt and args.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
+    wants_dialogue = not (args.prompt or args.prompts or args.num or args.score)
+    if wants_dialogue and sys.stdin.isatty() and sys.stdout.isatty():
         return _talk({label: load().causal for label, load in loaders.items()}, completer)
     prompts = completer.read_prompts()
     pairs = [(i, reference) for i, prompt in enumerate(prompts) for reference in prompt.references]
@@ -131,7 +133,7 @@ class _Completer:
             return [self.make_prompt(text) for text in args.prompt]
         if args.prompts is None:
             data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
-            prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num]
+            prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num or DEFAULT_NUM_PROMPTS]
             if not prompts:
                 raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
             return prompts
