@@ -28,7 +28,7 @@ from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.decoding import decode
-from trainer.model.build import build_model
+from trainer.model.build import build_model, load_config
 from trainer.report.load import load_runs
 from trainer.report.page import compare, write_report
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
@@ -279,6 +279,16 @@ def test_scores_do_not_depend_on_ranks_zero_files_packing_or_the_batch(precision
             assert first[same].equals(other[same])
         assert all(fact["scores"]["f1"] == pytest.approx(rows[1]["score_f1"].mean()) for fact in facts[:1])
         assert facts[0]["num_near_ties"] < 4 or precision == "bf16"
+
+
+def test_a_model_without_room_for_whole_weights_gives_a_reason_and_no_texts(argv):
+    settings, data = prepare_settings("--test-fraction 0.2 --score exact", *argv)
+    causal, state = SimpleNamespace(config=load_config(settings.model)), SimpleNamespace(fits_unsharded=lambda: False)
+    engine: Any = SimpleNamespace(model=SimpleNamespace(causal=causal), dist_context=None, state=state)
+    evaluator, reason = GenerationEvaluator(engine, data, settings), "the whole model does not fit on one rank beside"
+    assert (evaluator.prompts, evaluator.disabled_reason) == ([], f"{reason} its share of ZeRO-3")
+    event = score_test_records(settings, data, engine, step=1, row_nll=[0.0] * len(data.test), now=0.0)
+    assert (event.message, event.facts["scores"]) == (f"no test scores: {reason} its share of ZeRO-3", {})
 
 
 def test_tokens_that_are_equally_likely_are_noticed(tiny_model):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.config.errors import UserError
 from trainer.export.export_cli import read_answer_sentence
 from trainer.export.folder import find_base, is_hub_id, public_name
-from trainer.export.model_card import render_model_card
+from trainer.export.model_card import read_license, render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EventRecord
 
@@ -56,12 +56,15 @@ def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(t
     assert read_answer_sentence(path) == "LoRA is good enough."
 
 
-def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
+def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares(tmp_path):
     metadata: dict[str, Any] = {**make_metadata(not_comparable_with_card=["data: another"]), "preset": "card"}
     metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6)
+    metadata["data"]["source"] = f"org/name:part=0.5 {tmp_path}/secret=0.2 events.csv=0.3"
+    text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6, license="mit")
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
-    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["base_model"], front["license"], front["datasets"]) == ("openai-community/gpt2", "mit", ["org/name"])
+    assert str(tmp_path) not in text
     config = "generation_config=GenerationConfig.from_pretrained(folder)"
     assert f'base = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})' in text
     for last_step in (6, 9):
@@ -70,6 +73,13 @@ def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares():
         assert ("training went on to step 9." in text) == ("training went on" in text) == (last_step == 9)
     metadata["model"]["init"] = "random"
     assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
+
+
+def test_the_license_of_a_base_is_read_from_its_card_where_that_names_one(tmp_path):
+    assert read_license(str(tmp_path)) is None
+    for text, license in (("license: apache-2.0", "apache-2.0"), ("license: '<b>'", None), ("license: [", None)):
+        (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+        assert read_license(str(tmp_path)) == license
 
 
 def test_hub_names_and_paths_are_told_apart(tmp_path):
