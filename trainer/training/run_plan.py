@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
-from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
+from trainer.config.choices import DEMO_DATA, DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
 from trainer.config.cli import to_argv
 from trainer.config.errors import UserError
-from trainer.config.preset_notes import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.config.text import join_words, shorten
@@ -431,6 +430,23 @@ def _describe_padding(batches: TrainBatches) -> str:
         plain = replace(batches, batch_config=replace(config, packed_width=None), by_length=True)
         text += f"; one example a row, those of like length together: {padding_share(plain, num_steps):.1%}"
     return text
+
+
+def preset_notes(settings: Settings, *, with_rate: bool = True) -> list[str]:
+    """What a preset means for this model, where that is worth a line, and, `with_rate`, where its rate comes from."""
+    notes, flags = [], settings.overridden
+    origins = {"finetune": "a guess from the literature", "demo": f"of --preset demo, made for {DEMO_MODEL}"}
+    origins["gpt2"] = "from a published fine-tuning of GPT-2 (LoRA: ten times that)"
+    advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
+    if settings.preset == "finetune" and "--block-size" not in flags:
+        notes.append(f"block size {settings.data.block_size}: from the lengths of the data; --block-size sets another")
+    if settings.preset in origins and settings.model.model != DEMO_MODEL and "--lr" not in flags and with_rate:
+        notes.append(f"learning rate {settings.train.lr:g}: {origins[settings.preset]}; {advice}")
+    if settings.model.model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
+        notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
+    if settings.mode == "full" and settings.train.weight_decay:
+        notes.append("weight decay acts on every trained weight; transformers leaves biases and norms out")
+    return notes
 
 
 def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
