@@ -68,9 +68,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "exit_on_error": False, **options})
         self.register("type", Path, lambda text: Path(user_path(text)))
         self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
-        self.expected: dict[
-            str, Callable[[str], str]
-        ] = {}  # {flag: what it takes in place of a value, "" for a right one}
+        #: {flag: what it takes in place of a value, "" for a right one}
+        self.expected: dict[str, Callable[[str], str]] = {}
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""
@@ -152,6 +151,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line that answers an unknown flag with the nearest one, and its value where that is taken."""
         takes_value = self.flags() | (self.companion.flags() if self.companion else {})
         table, shown = read_table(), f"{flag} {value}".rstrip()
+        if self.companion and flag in self.companion.flags():  # from a file, which it does not read
+            return f"{flag}: is for the command line alone"
         answers = {name: a for name, a in table["elsewhere"].items() if a[0] != "-" or a.split()[0] in takes_value}
         if "--lr" in takes_value:  # a run's flags
             names = [name for part in SPELLED_PARTS for name in table[part]]

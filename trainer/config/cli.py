@@ -110,7 +110,7 @@ def parse_args(
     except UserError as error:
         problems += error.args
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     return CliArgs(
         settings=settings,
         resume=args["resume"],

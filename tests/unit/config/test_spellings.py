@@ -231,6 +231,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
             ["--data: stands there 2 times; expected once, several with w", "--val-data: stands there 2 times"],
         ),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
+        ("--wandb-tags ,", ["--wandb-tags : expected tags of 1 to 64 characters"]),
         ("--frob\nnicate", ["--frob\\nnicate: unknown flag"]),
         ("--methods lora", ["--methods lora: unknown flag"]),  # of study.py
         ("--modee full", ["--modee full: did you mean --mode full?"]),
