@@ -100,7 +100,8 @@ def time_finalists(
             for method in PRIMARY if num_round % 2 == 0 else PRIMARY[::-1]:
                 shutil.rmtree(folder / method, ignore_errors=True)
                 argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
-                argv += ["--wandb", "disabled", "--output-dir", str(folder / method / "run")]
+                argv += ["--wandb", "disabled", "--base-from", str(study_folder / "runs")]
+                argv += ["--output-dir", str(folder / method / "run")]
                 process = start_run(slot, argv, folder / method)
                 while process.exitcode is None:
                     process.join(0.2)
