@@ -91,9 +91,11 @@ def assert_bitwise_resume(out: Path, argv: list[str], world_size: int, steps: di
 
 
 @pytest.mark.slow
-def test_resume_in_warm_up_and_in_the_middle_of_a_cosine_is_bitwise(argv, tmp_path):
+def test_resume_in_warm_up_and_in_the_middle_of_a_cosine_of_a_mixture_is_bitwise(argv, data_files, tmp_path):
     schedule = ["--schedule", "cosine", "--warmup-ratio", "0.4", "--min-lr", "1e-4"]  # 3 of 7 steps of warm-up
-    assert_bitwise_resume(tmp_path, [*argv, *schedule], 1, {"zero0": (2, 5)})
+    other = write_records(tmp_path / "other.jsonl", num_records=9, seed=3)
+    mixed = [f"{other}=0.6 {flag}=0.4" if flag == data_files[0] else flag for flag in argv]
+    assert_bitwise_resume(tmp_path, [*mixed, *schedule], 1, {"zero0": (2, 5)})
 
 
 @pytest.fixture(scope="module")
