@@ -231,7 +231,7 @@ def _train_and_export(
             stream = train(engine, data, plan.schedule, state, checkpoints, should_stop, base_nll.get("val"))
             state = recorder.follow(stream)
             signal_handler.check_launcher()  # another rank may have been the first to see that the launcher is gone
-        signal_numbers = context.all_gather_object(signal_handler.signal_number)
+            signal_numbers = context.all_gather_object(signal_handler.signal_number)
         if any(signal_numbers):
             if context.rank == 0:
                 names = [signal.Signals(number).name for number in sorted(set(signal_numbers) - {0})]
@@ -239,7 +239,8 @@ def _train_and_export(
                     write_atomically(folder / run_folder.REQUEUE_FILE, " ".join(names) + "\n")
             exit_code = 128 + max(signal_numbers)
         else:
-            _finish(plan, data, engine, state, recorder)
+            with context.watchdog.watch_work(settings.engine.hang_timeout):
+                _finish(plan, data, engine, state, recorder)
             exit_code = 0
         return exit_code
     finally:
@@ -274,8 +275,7 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
             "is_own_export": True,
             "data_folder": str(data.folder),
         }
-        with context.watchdog.watch_work(settings.engine.hang_timeout):
-            result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
+        result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
     elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
     facts = {
         "wall_seconds": elapsed_seconds,

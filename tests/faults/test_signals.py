@@ -24,6 +24,7 @@ from helpers.process_groups import (
     read_reproducible_records,
     record_names_at_step,
 )
+from helpers.tiny_inputs import write_records
 
 HANG_TIMEOUT_FLAGS = ["--hang-timeout", "6"]
 
@@ -183,6 +184,23 @@ def test_a_rank_that_hangs_while_it_prepares_is_named(argv, out, tmp_path):
     assert group.wait() == [1, 1, 1], group.output
     assert "no rank made progress for 5 s (--hang-timeout): rank 0 hangs at prepare.py:" in group.error_line
     assert re.search(r"ranks 1, 2 waiting at process_group\.py:\d+ in all_gather_object$", group.error_line)
+
+
+@pytest.mark.parametrize("place", ["torch.distributed:init_process_group", "torch.distributed:new_group"])
+@pytest.mark.parametrize("action", [partial(time.sleep, 300), kill_self])
+def test_a_rank_that_hangs_or_is_lost_while_the_ranks_join_is_named(action, place, argv, out):
+    fault = fault_at(place, 1, action, rank=1)
+    group = RankProcesses([*argv, "--hang-timeout", "5"], out=out, world_size=3, fault=fault)
+    assert [code for code in group.wait() if code > 0] == [1] * (2 if action is kill_self else 3), group.output
+    assert re.search("rank 1 (hangs at process_group.py|does not answer|of this run ended)", group.error_line)
+
+
+def test_a_rank_that_hangs_in_the_evaluation_after_the_last_step_is_named(argv, out, tmp_path):
+    test = write_records(tmp_path / "test.jsonl", num_records=9, seed=3)
+    hang = fault_at("trainer.training.evaluation:write_evaluation", 2, partial(time.sleep, 300))
+    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS, "--test-data", test], out=out, fault=hang)
+    assert group.wait(90) == [1, 1], group.output
+    assert "no rank made progress for 6 s (--hang-timeout): rank 0 hangs at evaluation.py" in group.error_line
 
 
 def test_a_rank_that_prepares_slowly_is_not_reported_as_hanging(argv, out, tmp_path):

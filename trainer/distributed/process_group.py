@@ -178,6 +178,7 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     except UserError as error:
         time.sleep(LEAVE_SECONDS if launch.rank == 0 and launch.world_size > 1 else 0)
         give_up(error, is_reporting_rank=launch.rank == 0)
+    watchdog = Watchdog(launch.rank, hosts, board)
     devices = [rank["devices"][index] for rank, index in zip(ranks, indices, strict=True)]
     rank_device = torch.device("cuda", indices[launch.rank]) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -192,25 +193,37 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = import_module("deepspeed")
-    # The finalizer of DeepSpeed's engine imports these. The garbage collector may call it in the middle of another
-    # import, which then fails with a KeyError (importlib, up to Python 3.12); what is there already is only looked up.
-    with contextlib.suppress(ImportError):
-        import_module("deepspeed.module_inject.auto_ep_comm")
-        import_module("deepspeed.utils.pin_memory")
-    if not on_gpu:
-        deepspeed_internals.skip_compiled_collectives()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=rank_device if on_gpu and launch.world_size > 1 else None,
-        )
-        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+    cpu_group = None
+    try:
+        with watchdog.watch_work(join_timeout_seconds), warnings.catch_warnings():
+            deepspeed = import_module("deepspeed")
+            # The finalizer of DeepSpeed's engine imports these. The garbage collector may call it in the middle of
+            # another import, which then fails with a KeyError (importlib, up to Python 3.12); what is there already is
+            # only looked up.
+            with contextlib.suppress(ImportError):
+                import_module("deepspeed.module_inject.auto_ep_comm")
+                import_module("deepspeed.utils.pin_memory")
+            if not on_gpu:
+                deepspeed_internals.skip_compiled_collectives()
+            warnings.simplefilter("ignore")
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=store,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=rank_device if on_gpu and launch.world_size > 1 else None,
+            )
+            deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+            if launch.world_size > 1:
+                cpu_group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    except RuntimeError as error:
+        if not is_peer_failure(error):
+            raise
+        is_reporting_rank = watchdog.claim_error_report()
+        message = watchdog.describe_lost_peer() if is_reporting_rank else ""
+        watchdog.close(has_failed=True)
+        give_up(TrainingError(message), is_reporting_rank=is_reporting_rank)
     return DistContext(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -218,8 +231,8 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
         device=rank_device,
         devices=tuple(devices),
         num_threads=num_threads,
-        cpu_group=dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if launch.world_size > 1 else None,
-        watchdog=Watchdog(launch.rank, hosts, board),
+        cpu_group=cpu_group,
+        watchdog=watchdog,
         network=network,
     )
 

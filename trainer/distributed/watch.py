@@ -222,11 +222,14 @@ class Watchdog:
         if self._store is None:
             yield
             return
-        meter, has_ended = WorkMeter(count_bytes), threading.Event()
+        meter, has_ended = WorkMeter(count_bytes) if self._states else None, threading.Event()
 
         def follow() -> None:
+            nonlocal meter
             while not has_ended.wait(TICK_SECONDS):
-                if meter.has_moved(TICK_SECONDS):
+                if meter is None:  # until all ranks have come: that they connect here is no work
+                    meter = WorkMeter(count_bytes) if self._states else None
+                elif meter.has_moved(TICK_SECONDS):
                     self.heartbeat()
 
         threading.Thread(target=follow, daemon=True).start()
