@@ -84,9 +84,11 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     request = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     del request["--settings"], request["--verbose"]
-    refuse_differences(context, program_facts(context, args.settings.as_dict(), request))
     given = args.settings
-    args = replace(args, settings=context.on_rank_zero(lambda: adopt_adapter(given)))
+    watch_work = partial(context.watchdog.watch_work, given.engine.hang_timeout)
+    with watch_work():
+        refuse_differences(context, program_facts(context, given.as_dict(), request))
+        args = replace(args, settings=context.on_rank_zero(lambda: adopt_adapter(given)))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
@@ -101,9 +103,10 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             refuse_lost_files(Path(settings.run_folder) / "model")
         return settings, previous
 
-    settings, previous = context.on_rank_zero(check_request)
-    if args.resume == "auto" and previous is None:
-        run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
+    with watch_work():
+        settings, previous = context.on_rank_zero(check_request)
+        if args.resume == "auto" and previous is None:
+            run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
 
     def prepare_folder() -> Path:
         """Downloaded, hashed and tokenised by one rank of each host, then read by all of it."""
@@ -126,7 +129,6 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
         return folder
 
-    watch_work = partial(context.watchdog.watch_work, settings.engine.hang_timeout)
     with watch_work(hf_hub.unfinished_bytes):
         data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
@@ -136,15 +138,18 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         tokenizer = load_tokenizer(settings.model.model)
         for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
             print(line)
-    context.on_rank_zero(lambda: check_test_records(settings, data))
-    model_config = load_config(settings.model)
-    fingerprints = {"the data": data.metadata["fingerprint"][:12]}
-    fingerprints["the configuration of the base model"] = config_digest(model_config)
-    refuse_differences(context, fingerprints)
-    model_info = build_model(settings, on_meta=True).metadata
-    lengths, global_batch = data.train.lengths(), settings.train.global_batch
-    step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
-    plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
+    with watch_work():
+        context.on_rank_zero(lambda: check_test_records(settings, data))
+        model_config = load_config(settings.model)
+        fingerprints = {"the data": data.metadata["fingerprint"][:12]}
+        fingerprints["the configuration of the base model"] = config_digest(model_config)
+        refuse_differences(context, fingerprints)
+        model_info = build_model(settings, on_meta=True).metadata
+        lengths, global_batch = data.train.lengths(), settings.train.global_batch
+        step_flops = context.on_rank_zero(
+            lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch)
+        )
+        plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
     plan = replace(plan, spellings=args.notes, finds_lr=args.find_lr is not None)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
@@ -166,11 +171,13 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
             return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
     lock = RunLock(Path(settings.run_folder))
-    context.on_rank_zero(lock.acquire)
+    with watch_work():
+        context.on_rank_zero(lock.acquire)
     try:
-        # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
-        _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
-        plan = replace(plan, host_lines=tuple(describe_hosts(settings, context)))
+        with watch_work():
+            # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
+            _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
+            plan = replace(plan, host_lines=tuple(describe_hosts(settings, context)))
         return _train_and_export(args, plan, data, model, previous, signal_handler)
     finally:
         lock.release()
@@ -209,8 +216,8 @@ def _train_and_export(
             lambda: run_folder.begin_run(plan, previous, args.resume, args.allow_change)
         )
         engine, state = build_engine(plan, model, source)
-    if previous is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
-        context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", state.step))
+        if previous is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
+            context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", state.step))
     recorder = Recorder(plan, data, engine, metadata, state)
     exit_code = 1
     try:

@@ -4,6 +4,7 @@ Real ranks and real signals. A hanging rank sleeps or is frozen (SIGSTOP); one l
 """
 
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -176,13 +177,25 @@ def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
     assert not (out / "stacks").exists()
 
 
-def test_a_rank_that_hangs_while_it_prepares_is_named(argv, out, tmp_path):
-    hang = fault_at("trainer.data.prepare:encode", 1, partial(time.sleep, 300), rank=0)
+@pytest.mark.parametrize(
+    ("place", "number", "file"),
+    [
+        ("trainer.training.run_folder:resolve_output_dir", 1, "run.py"),
+        ("trainer.data.prepare:encode", 1, "prepare.py"),
+        ("trainer.training.run_folder:resolve_output_dir", 2, "run.py"),
+        ("trainer.training.checkpoint:delete_checkpoints_after", 1, "run.py"),
+    ],
+)
+def test_a_rank_that_hangs_while_it_prepares_is_named(place, number, file, argv, finished_run, out, tmp_path):
+    if "checkpoint" in place:
+        shutil.copytree(finished_run, out)
+        argv = [*argv, "--resume"]
+    hang = fault_at(place, number, partial(time.sleep, 300), rank=0)
     group = RankProcesses(
         [*argv, "--hang-timeout", "5"], out=out, world_size=3, fault=hang, env={"TRAINER_CACHE": str(tmp_path)}
     )
     assert group.wait() == [1, 1, 1], group.output
-    assert "no rank made progress for 5 s (--hang-timeout): rank 0 hangs at prepare.py:" in group.error_line
+    assert f"no rank made progress for 5 s (--hang-timeout): rank 0 hangs at {file}:" in group.error_line
     assert re.search(r"ranks 1, 2 waiting at process_group\.py:\d+ in all_gather_object$", group.error_line)
 
 
