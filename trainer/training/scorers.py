@@ -152,7 +152,7 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
                     if time.monotonic() > deadline:
                         raise ScorerError(f"takes more than {seconds:g} s")
                 answer = json.loads(ours.recv_bytes())
-            except (EOFError, OSError):
+            except (EOFError, OSError, ValueError):  # the process has ended, or sends no answer
                 output.seek(0)
                 lines = output.read()[-2000:].decode(errors="replace").split("\n")
                 last = next((f": {shorten(line, 200)}" for line in reversed(lines) if line.strip()), "")
