@@ -327,7 +327,7 @@ class Settings:
         if train.optim in choices.EIGHT_BIT_OPTIMIZERS and precision == "fp16":
             problems.append(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
         if lora.peft_config and "--peft-config" in self.overridden:
-            self.refuse_shape_flags("--peft-config")
+            problems += self.shape_flag_problems("--peft-config")
         if self.mode == "lora" and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter):
             problems.append(f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out")
         if self.mode == "full":
@@ -358,11 +358,11 @@ class Settings:
         if problems:
             raise UserError(*problems)
 
-    def refuse_shape_flags(self, source: str) -> None:
-        """UserError where flags give a shape to adapters that `source` has given one."""
+    def shape_flag_problems(self, source: str) -> list[str]:
+        """A line where flags give a shape to adapters that `source` has given one."""
         flags = {flag_of(field) for field in dataclasses.fields(LoraSettings)} - {"--peft-config", "--lora-plus-ratio"}
-        if given := [flag for flag in self.overridden if flag in flags]:
-            raise UserError(f"{', '.join(given)}: not with {source}, which says what is trained; leave it out")
+        given = [flag for flag in self.overridden if flag in flags]
+        return [f"{', '.join(given)}: not with {source}, which says what is trained; leave it out"] if given else []
 
     @property
     def graph_blocker(self) -> str:

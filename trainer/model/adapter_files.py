@@ -36,7 +36,8 @@ def adopt_adapter(settings: Settings) -> Settings:
         raise UserError(f"--init random: --model {name} is an adapter on the weights of its base; leave it out")
     if "--peft-config" in settings.overridden:
         raise UserError(f"--peft-config: --model {name} is an adapter and has its own; leave it out")
-    settings.refuse_shape_flags(f"--model {name}, an adapter")
+    if problems := settings.shape_flag_problems(f"--model {name}, an adapter"):
+        raise UserError(*problems)
     if (folder / QUANTIZATION_FILE).exists() and not settings.lora.peft_config:  # else these are adopted already
         packing = read_json_object(folder / QUANTIZATION_FILE, QUANTIZATION_FILE).get("quantization_config")
         packing = packing if isinstance(packing, dict) else {}

@@ -231,6 +231,10 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
             ["--data: stands there 2 times; expected once, several with w", "--val-data: stands there 2 times"],
         ),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
+        (
+            '--peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',
+            ["--warmup-ratio 0.1: not with", "--lora-rank: not with --peft-config, which says what is trained"],
+        ),
         ("--wandb-tags ,", ["--wandb-tags : expected tags of 1 to 64 characters"]),
         ("--frob\nnicate", ["--frob\\nnicate: unknown flag"]),
         ("--methods lora", ["--methods lora: unknown flag"]),  # of study.py
