@@ -156,8 +156,10 @@ def time_method(method: str, rule: Rule, slot: Slot) -> tuple[float, float]:
         argv += ["--wandb", "disabled", "--output-dir", f"{temp}/run"]
         _join(start_run(slot, argv, Path(temp)), Path(temp))
         run_seconds = time.monotonic() - start_time
-        step_seconds = float(np.mean(np.diff(read_folder(Path(temp, "run")).steps["time"])[-NUM_TIMED_STEPS:]))
-    return max(0.0, run_seconds - NUM_STEPS * step_seconds), step_seconds
+        run = read_folder(Path(temp, "run"))
+    step_seconds = float(np.mean(np.diff(run.steps["time"])[-NUM_TIMED_STEPS:]))
+    base_seconds = float(run.evals["time"][0])  # of its evaluation, which only the first trial does
+    return max(0.0, run_seconds - base_seconds - NUM_STEPS * step_seconds), step_seconds
 
 
 def _join(process: BaseProcess, folder: Path) -> None:
