@@ -107,20 +107,17 @@ def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("what", "level", "data"),
+    ("levels", "data"),
     [
-        *(
-            (name, "ok", make_data(make_texts(600, 1), make_texts(200, 2)))
-            for name in ("validation", "repeats", "masked")
-        ),
-        ("validation", "warning", make_data(make_texts(600, 1), make_texts(5, 2))),
-        ("repeats", "warning", make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
-        ("masked", "warning", make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
-        ("masked", "error", make_data(make_texts(600, 1), make_texts(200, 2), first=30)),
+        ({"validation": "ok", "repeats": "ok", "masked": "ok"}, make_data(make_texts(600, 1), make_texts(200, 2))),
+        ({"validation": "warning"}, make_data(make_texts(600, 1), make_texts(5, 2))),
+        ({"repeats": "warning"}, make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
+        ({"masked": "warning"}, make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
+        ({"masked": "error"}, make_data(make_texts(600, 1), make_texts(200, 2), first=30)),
     ],
 )
-def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
-    assert worst_levels(checks.check_data(data))[what] == level
+def test_doctor_finds_every_fault_planted_in_the_data(levels, data):
+    assert worst_levels(checks.check_data(data)).items() >= levels.items()
 
 
 # --- plan and memory ---
