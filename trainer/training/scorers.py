@@ -191,7 +191,7 @@ def json_value(text: str) -> str | None:
     number is written do not count; 1 and true differ."""
 
     def number(digits: str) -> Decimal:
-        return Decimal(digits).normalize(Context(prec=100_000))
+        return Decimal(digits).normalize(Context(prec=100_000)) or Decimal()  # without the sign of -0
 
     with contextlib.suppress(ValueError, ArithmeticError, RecursionError):  # numbers and depths beyond all use, too
         return repr(
