@@ -21,7 +21,6 @@ def next_step(
 ) -> str:
     """One sentence on what to do after the answer of the first comparison."""
     pair = comparisons[0]
-    more_seeds = "start a study with more --seeds" if study else "repeat both with more seeds, and compare all at once"
     if are_near_zero(pair):
         return "Train longer, or choose a scorer that these answers can pass: by this one neither mode learnt the task."
     if pair.answer == "better":
@@ -37,7 +36,7 @@ def next_step(
     if pair.doubt:
         return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
     if pair.excess is None or "seeds are needed" in describe_needed_records(pair):
-        return f"{more_seeds[0].upper()}{more_seeds[1:]}."
+        return "Start a study with more --seeds." if study else "Repeat both with more seeds, and compare all at once."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
 
 

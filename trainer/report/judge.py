@@ -67,6 +67,10 @@ class Margin:
         """Of what it judges."""
         return UNIT if self.measure == LOSS else "points"
 
+    @property
+    def is_default(self) -> bool:
+        return self == parse_margin(None, self.measure)
+
     def describe(self, judged: MatchedRecords | None = None) -> str:
         """`2 % of what full gained (0.0400)`: in nats per token where the losses and the base's are known."""
         if self.kind != "share":

@@ -11,16 +11,7 @@ from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_reco
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.enough import RankResult, describe_lengths, describe_ranks, judge_ranks
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
-from trainer.report.judge import (
-    DEFAULT_MARGIN,
-    UNIT,
-    FullVsLora,
-    Margin,
-    StudyContext,
-    compare_sets,
-    difference_to_reference,
-    parse_margin,
-)
+from trainer.report.judge import UNIT, FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
 from trainer.report.matched import LOSS, SPLIT_NAMES
 from trainer.report.views import View, describe_views
 
@@ -205,7 +196,7 @@ def _claim_of_scores(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
         scorer = pair.margin.measure.partition(":")[2]
         verb, equally = f"scores {points} than {full} by {scorer}", f"scores as much as {full} by {scorer}"
     verb = equally if abs(excess.estimate) < 0.05 else verb  # 0.0 points
-    margin = f"your margin of {pair.margin.describe()}"
+    margin = f"{'the' if pair.margin.is_default else 'your'} margin of {pair.margin.describe()}"
     end = {
         "better": "better",
         "good enough": f"good enough by {margin}",
@@ -253,7 +244,7 @@ def _describe_scope(
         scope += f"; {pair.doubt or describe_needed_records(pair)}"
     if study is not None:
         return f"{scope}; {study.choice}"
-    if pair.margin not in (DEFAULT_MARGIN, parse_margin(None, pair.margin.measure)):
+    if not pair.margin.is_default:
         scope += "; the margin was chosen after the runs"
     for other in comparisons if ranked[0] is pair else ():
         scope += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""

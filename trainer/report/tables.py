@@ -86,9 +86,9 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
         train_columns[f"{REFERENCE_LABEL}, train"] = train_losses
     for group in groups:
         name = group.label + (f", n = {len(group.runs)}" if len(group.runs) > 1 else "")
-        columns[name] = [_show_mean(losses_at_epoch(group, "evals", "loss", epoch), 4) for epoch in ordered]
+        columns[name] = [_show_mean(losses_at_epoch(group, "evals", "loss", epoch)) for epoch in ordered]
         losses = [losses_at_epoch(group, "epochs", "train_loss", epoch) if epoch else [] for epoch in ordered]
-        train_columns[f"{group.label}, train"] = [_show_mean(of_epoch, 4) for of_epoch in losses]
+        train_columns[f"{group.label}, train"] = [_show_mean(of_epoch) for of_epoch in losses]
     if len(groups) > MAX_GROUPS:
         rows = [[name, *cells] for name, cells in columns.items()]
         headings = ["validation loss", *(f"epoch {epoch:g}" for epoch in ordered)]
@@ -133,12 +133,12 @@ def _epoch_notes(groups: Sequence[SeedGroup], with_reference: bool) -> list[str]
     return notes
 
 
-def _show_mean(values: Sequence[float], digits: int) -> str:
+def _show_mean(values: Sequence[float]) -> str:
     """The value of one run; of several their mean and sample standard deviation."""
     if not values or not np.isfinite(values).all():
         return NO_VALUE
-    spread = f" ± {statistics.stdev(map(float, values)):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(map(float, values)):.4f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
 
 
 def _show(value: Any, spec: str = "") -> str:

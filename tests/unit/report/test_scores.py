@@ -52,7 +52,8 @@ def make_scored(make_run: MakeRun, num_seeds: int, full: float, lora: float, of:
 def test_right_answers_are_judged_in_points_by_the_same_interval(
     make_run: MakeRun, study: dict[str, Any], answer: str, said: str
 ) -> None:
-    verdict = judge_runs(*make_scored(make_run, **study), margin=parse_margin("5pt", "score:exact"))
+    runs = make_scored(make_run, **study)
+    verdict = judge_runs(*runs, margin=parse_margin("5pt", "score:exact"))
     pair = verdict.primary
     assert (pair.answer, said in verdict.sentence) == (answer, True), verdict.sentence
     full, lora = pair.judged.score("full"), pair.judged.score("lora")
@@ -64,7 +65,9 @@ def test_right_answers_are_judged_in_points_by_the_same_interval(
         assert f" to {high:.1f} {'fewer' if full > lora else 'more'}): " in verdict.sentence
     assert to_answer(verdict)["lora"]["score"] == lora
     with pytest.raises(UserError, match="--decide-by score:f1: the test records of full-s0 have scores exact"):
-        judge_runs(*make_scored(make_run, **study), margin=parse_margin(None, "score:f1"))
+        judge_runs(*runs, margin=parse_margin(None, "score:f1"))
+    default = judge_runs(*runs, margin=parse_margin(None, "score:exact"))
+    assert "your margin" not in default.sentence, "nobody gave it"
 
 
 def test_forgetting_has_the_same_interval_and_is_in_the_sentence(make_run: MakeRun) -> None:
