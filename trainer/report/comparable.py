@@ -194,6 +194,11 @@ class SeedGroup:
         """Mean of the lowest validation losses of the finished runs, of which there must be one."""
         return statistics.fmean(run.best_eval["loss"] for run in self.finished_runs if run.best_eval)
 
+    def at_epoch(self, series: str, column: str, epoch: float) -> list[float]:
+        """The values of a column of `evals` or `epochs`, of each run that has a row there."""
+        places = [(getattr(run, series), run.index_at_epoch(getattr(run, series), epoch)) for run in self.runs]
+        return [float(rows[column][index]) for rows, index in places if index is not None]
+
     @property
     def improvement(self) -> float | None:
         """Mean improvement of the finished runs on the base; None where one was not evaluated at step 0."""

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -479,6 +480,5 @@ def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
     row = next((row for row in reference.CURVE if row.epoch == epoch), None)
     if row is None or any(reference_blockers(run) for run in group.runs):
         return None
-    run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
-    losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
-    return sum(losses) / len(losses) - row.val_loss if losses else None
+    losses = group.at_epoch("evals", "loss", epoch)
+    return fmean(losses) - row.val_loss if losses else None

@@ -86,8 +86,8 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
         train_columns[f"{REFERENCE_LABEL}, train"] = train_losses
     for group in groups:
         name = group.label + (f", n = {len(group.runs)}" if len(group.runs) > 1 else "")
-        columns[name] = [_show_mean(losses_at_epoch(group, "evals", "loss", epoch)) for epoch in ordered]
-        losses = [losses_at_epoch(group, "epochs", "train_loss", epoch) if epoch else [] for epoch in ordered]
+        columns[name] = [_show_mean(group.at_epoch("evals", "loss", epoch)) for epoch in ordered]
+        losses = [group.at_epoch("epochs", "train_loss", epoch) if epoch else [] for epoch in ordered]
         train_columns[f"{group.label}, train"] = [_show_mean(of_epoch) for of_epoch in losses]
     if len(groups) > MAX_GROUPS:
         rows = [[name, *cells] for name, cells in columns.items()]
@@ -96,7 +96,7 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     differences: dict[str, list[str]] = {}
     if pair is not None and not pair.blockers:
         means = [
-            [np.mean(losses_at_epoch(group, "evals", "loss", epoch) or math.nan) for group in (pair.full, pair.lora)]
+            [np.mean(group.at_epoch("evals", "loss", epoch) or math.nan) for group in (pair.full, pair.lora)]
             for epoch in ordered
         ]
         differences["LoRA − full"] = [_show(float(lora - full), "+.4f") for full, lora in means]
@@ -114,12 +114,6 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     columns |= {name: cells for name, cells in train_columns.items() if set(cells) != {NO_VALUE}}
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     return Table(title="By epoch", headings=list(columns), rows=rows, notes=_epoch_notes(groups, with_reference))
-
-
-def losses_at_epoch(group: SeedGroup, series: str, column: str, epoch: float) -> list[float]:
-    """Of each run that has a row there."""
-    places = [(getattr(run, series), run.index_at_epoch(getattr(run, series), epoch)) for run in group.runs]
-    return [float(rows[column][index]) for rows, index in places if index is not None]
 
 
 def _epoch_notes(groups: Sequence[SeedGroup], with_reference: bool) -> list[str]:

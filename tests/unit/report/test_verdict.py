@@ -66,7 +66,6 @@ BY_RECORDS = {"num_seeds": 3, "excess": 0.01, "unit_sd": 0.6, "seed_sd": 0.0}
 RECORDS = "on 120 validation blocks, seeds 0, 1 and 2, 30 steps"
 CLUSTERS = worse(groups=[f"meaning{i // 4}" for i in range(len(TARGETS))])
 BYTES = worse(bytes_per_target=3)  # 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 bits per byte
-SHARED = "records are not new, over 5%"
 UNRESOLVED = "validation blocks no number of seeds resolves less than ±0."
 
 
