@@ -30,6 +30,8 @@ def next_step(
     if pair.answer == "not ranked":
         is_diverged = any(group.divergence for group in (pair.full, pair.lora))
         repeat = "all seeds at that lower rate" if is_diverged else "one of them, so that only the method differs"
+        if "are not new" in pair.blockers[0]:  # equal runs, and no records to judge them by
+            repeat = "both with evaluation records that training does not see"
         return f"Repeat {repeat}."
     if pair.answer == "worse":
         return _advise_worse(pair, {group.lr for group in lora_groups}, study)

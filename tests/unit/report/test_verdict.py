@@ -224,6 +224,7 @@ def test_runs_that_started_or_saw_something_else_are_not_ranked(
     assert reason in verdict.sentence
     assert to_answer(verdict)["comparisons"][0]["excess"] is None
     assert "2.5" not in verdict.sentence
+    assert ("records that training does not see" in verdict.next_step) == ("data__num_seen" in overrides)
 
 
 def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: MakeRun) -> None:
