@@ -23,6 +23,9 @@ def next_step(
     pair = comparisons[0]
     if are_near_zero(pair):
         return "Train longer, or choose a scorer that these answers can pass: by this one neither mode learnt the task."
+    has_worsened = pair.base_loss is not None and min(pair.full_loss, pair.lora_loss) >= pair.base_loss
+    if has_worsened and pair.margin.measure == LOSS and pair.answer != "not ranked":
+        return "Train at lower rates, and look at the data: neither mode improved on its base."
     if pair.answer == "better":
         return "Use LoRA here; launch/export.py publishes it."
     if pair.answer == "good enough":

@@ -98,7 +98,8 @@ def build_verdict(
         details.append(f"Exploratory: {claims}: {', '.join(parts)}.")
     details += [line for members, _, _ in sets for line in _describe_costs(members[0])]
     views = [study.views if study else members[0].views for members, _, _ in sets]
-    details += [line for views_of_set in views for line in describe_views(views_of_set)]
+    for views_of_set in views:  # why there are no seconds is said of time already
+        details += describe_views([view for view in views_of_set if view.resource != "seconds" or not view.reason])
     ranks = judge_ranks(comparisons)
     details += describe_ranks(ranks)
     details += [*describe_lengths(study, ranks), *study.lines] if study else ()
@@ -356,8 +357,9 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
             f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; LoRA's excess a token where it "
             f"counts most: {records}."
         )
-    if pair.no_losses:
-        lines.append(f"{names}{pair.no_losses}; an interval over seeds alone holds for this validation set only.")
+    if pair.no_losses and (names or pair.excess):  # else the sentence has it
+        holds = "; an interval over seeds alone holds for this validation set only" * bool(pair.excess)
+        lines.append(f"{names}{pair.no_losses}{holds}.")
     return [capitalize(line) for line in lines]
 
 

@@ -185,10 +185,16 @@ def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRu
     equal = judge_runs(*(make_run(mode, [4.0, 2.0], seed=seed) for mode in ("full", "lora") for seed in (0, 1)))
     assert (equal.primary.excess.p_value, equal.views[0].difference.p_value) == (1.0, 1.0)
     json.dumps(to_answer(equal), allow_nan=False)
+    (said,) = [line for line in verdict.details if "not timed in alternation" in line]
+    assert said.startswith("Time not compared"), "once, not of equal seconds too"
+    worse = [make_run(mode, [2.0, loss], seed=s) for mode, loss in (("full", 2.5), ("lora", 2.4)) for s in (0, 1)]
+    verdict = judge_runs(*worse)
+    assert (verdict.primary.answer, "improved on its base" in verdict.next_step) == ("better", True)
     again = [dataclasses.replace(run, run_id=f"{run.run_id}-again") for run in runs[::3]]
     verdict = judge_runs(*runs[::3], *again)
     assert len(verdict.primary.pairs) == 1, "the same seed twice is not a second sample"
     assert verdict.sentence.startswith("Cannot tell whether")
+    assert not any("an interval over seeds" in line for line in verdict.details), "there is none"
 
 
 # --- what may not be ranked ---
