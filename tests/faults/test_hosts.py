@@ -74,9 +74,12 @@ def test_other_data_and_another_base_on_the_second_host_are_refused_by_name(
 
 def test_only_rank_0s_host_needs_the_run_folder(flags, hosts, private, tmp_path):
     """It sends a checkpoint to the others, at a resume and for the test of the best weights; all numbers stay."""
-    test = write_records(tmp_path / "test.jsonl", num_records=9, seed=3)
+    val, test = (  # of the same tokens
+        write_records(tmp_path / f"{name}.jsonl", num_records=9, seed=2, unknown_word=name) for name in ("val", "test")
+    )
     argv = [*flags, "--test-data", test, "--output-dir", str(private / "run")]
-    more_flags = "--ds-config zero1 --max-steps 4 --save-every 2 --eval-every 2 --lr 0.5 --schedule constant"
+    argv[argv.index("--val-data") + 1] = val
+    more_flags = "--ds-config zero1 --max-steps 4 --save-every 2 --eval-every 2 --lr 1 --schedule constant"
     argv += [*more_flags.split(), "--export", "best"]
     h1, h2 = hosts.own_folder("h1") / "run", hosts.own_folder("h2") / "run"
     run = hosts.train(argv, tmp_path / "first")
@@ -90,7 +93,7 @@ def test_only_rank_0s_host_needs_the_run_folder(flags, hosts, private, tmp_path)
     evaluations = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
     (tested,) = [row["facts"] for row in read_events(h1, "test_evaluation") if row["step"]]
     assert tested["step"] == 2
-    assert evaluations[2] < evaluations[4]
+    assert tested["loss"] == evaluations[2] < evaluations[4]
 
     shutil.copytree(h1, h2)  # another run's, with the same shapes
     for file in h2.glob("checkpoints/*/state.safetensors"):
