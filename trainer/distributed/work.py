@@ -37,8 +37,12 @@ class WorkMeter:
         return self._previous[1:] != previous[1:] or self._previous[0] - previous[0] >= MIN_CPU_SHARE * seconds
 
     def _children(self) -> set[int]:
-        files = Path("/proc/self/task").glob("*/children")  # psutil would read all processes of the host
-        return {int(pid) for file in files for pid in file.read_text(encoding="ascii").split()}
+        children = set[int]()
+        for thread in os.listdir("/proc/self/task"):  # psutil would read all processes of the host
+            with contextlib.suppress(OSError):  # it has ended
+                text = Path(f"/proc/self/task/{thread}/children").read_text(encoding="ascii")
+                children |= set(map(int, text.split()))
+        return children
 
     def _measure(self) -> tuple[float, set[str], int, int]:
         """(processor seconds, what each thread and process has read and written, bytes received, `count_bytes`)."""

@@ -86,3 +86,21 @@ def test_a_rank_moves_while_anything_of_it_works(work, moves, tmp_path: Path):
     hash_thread.join()
     server.close()
     assert any(answers[1:]) == moves, answers  # the first has none before it
+
+
+def test_threads_that_end_while_a_meter_looks_at_them_are_no_error():
+    has_ended = threading.Event()
+
+    def start_threads() -> None:
+        while not has_ended.is_set():
+            threads = [threading.Thread(target=time.sleep, args=(0.0005,)) for _ in range(20)]
+            [thread.start() for thread in threads]
+
+    starter = threading.Thread(target=start_threads)
+    starter.start()
+    try:
+        for _ in range(200):
+            WorkMeter().has_moved(1.0)
+    finally:
+        has_ended.set()
+        starter.join()
