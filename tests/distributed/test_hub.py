@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers.fake_hub import COMMIT, TOKEN, fake_hub
 from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
@@ -48,7 +49,6 @@ def test_one_rank_of_a_host_asks_the_hub_and_the_others_read_what_it_downloaded(
     text = "--mode lora --block-size 16 --max-steps 1 --eval-every never --global-batch 6 --micro-batch 1 --seed 7"
     argv = [*text.split(), "--model", "me/adapter", "--data", "me/set", "--num-samples", "0"]
     config = LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
-
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(
@@ -111,6 +111,26 @@ def test_model_and_data_of_the_hub_come_as_the_variables_say_and_stay_for_a_star
     output = train_in_fresh_process([*argv, "--dry-run"], HF_HUB_OFFLINE="1", **places)[0]
     assert output.splitlines()[-1] == "exit code 0", output
     assert "data           me/set:one: " in output
+
+
+def test_an_adapters_download_that_broke_off_is_said_and_made_again(monkeypatch, tmp_path):
+    def break_off(*_, **__):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with fake_hub() as hub:
+        hub.files["me/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        with monkeypatch.context() as broken:
+            broken.setattr(huggingface_hub, "snapshot_download", break_off)
+            with pytest.raises(UserError, match=r"^--model me/adapter: cannot be downloaded .*reset"):
+                hf_hub.find_adapter_folder("me/adapter")
+        folder = hf_hub.find_adapter_folder("me/adapter")
+        num_requests = len(hub.requests)
+        assert hf_hub.find_adapter_folder("me/adapter") == folder
+        assert len(hub.requests) == num_requests, "it is here now"
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_data_set_with_several_configurations_is_one_line_that_lists_them(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config.errors import UserError, first_line
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  #: of a repository, beside its weights
 
 
@@ -76,20 +76,23 @@ def find_model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def find_adapter_folder(model: str) -> Path | None:
-    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none."""
+    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none.
+
+    UserError where the download breaks off.
+    """
     import huggingface_hub
 
     if Path(model).is_dir():
         return Path(model) if (Path(model) / ADAPTER_CONFIG_FILE).exists() else None
     if _find_cached(model, "config.json"):
         return None
-    file = _find_cached(model, ADAPTER_CONFIG_FILE)
-    if file is None and _is_repo_id(model) and not huggingface_hub.constants.HF_HUB_OFFLINE and is_reachable():
+    is_cached = _find_cached(model, ADAPTER_WEIGHTS_FILE) is not None
+    if not is_cached and _is_repo_id(model) and not huggingface_hub.constants.HF_HUB_OFFLINE and is_reachable():
         with contextlib.suppress(Exception):  # of the hub: a whole model has no such file
             huggingface_hub.hf_hub_download(model, ADAPTER_CONFIG_FILE)
-            patterns = [*MODEL_FILES, "*.safetensors"]  # an adapter is small: whole, before its base is asked for
-            folder = huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns="*/*")
-            file = Path(folder, ADAPTER_CONFIG_FILE)
+        if _find_cached(model, ADAPTER_CONFIG_FILE):  # small, so downloaded whole before its base is asked for
+            download_model(model, with_weights=True, log=lambda line: None)
+    file = _find_cached(model, ADAPTER_CONFIG_FILE)
     return file.parent if file else None
 
 

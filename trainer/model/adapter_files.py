@@ -11,11 +11,10 @@ from trainer.config import choices
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object
 from trainer.config.settings import LoraSettings, Settings
-from trainer.data.hf_hub import ADAPTER_CONFIG_FILE
+from trainer.data.hf_hub import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from trainer.data.tokenizer import find_model
 from trainer.model.model_files import weights_file_problem
 
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
 
 
