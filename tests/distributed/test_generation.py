@@ -38,8 +38,8 @@ from trainer.training.generation import (
     GenerationEvaluator,
     check_test_records,
     make_prompts,
-    score_test_records,
-    split_test_rows,
+    score_records,
+    split_rows,
 )
 from trainer.training.scorers import score_text
 
@@ -161,7 +161,9 @@ def sampled_and_plain_runs(argv: list[str], tmp_path_factory: pytest.TempPathFac
     """The same run under ZeRO-3 with samples and scores, one of a scorer that fails, and without any."""
     out = tmp_path_factory.mktemp("sampled")
     test_file = write_records(out / "test.jsonl", num_records=12, seed=9)
+    retained = write_records(out / "retain.jsonl", num_records=7, seed=10, unknown_word="old")
     flags = f"--mode full --max-steps 5 --eval-every 2 --dropout 0.1 --ds-config zero3 --test-data {test_file}"
+    flags += f" --retain-data {retained}"
     (out / "mine.py").write_text("def same(text, reference): return text == reference or 1 / 0")
     scored = f"--num-samples 3 --score exact --score f1 --score {out}/mine.py:same"
     for name, sample_flags in (("with", scored), ("without", "--num-samples 0")):
@@ -247,7 +249,7 @@ def score_jobs(jobs: list[dict[str, Any]]) -> int:
             run = start_engine(job, dist_context)
             shake_weights(run)
             row_nll = [0.0] * len(run.data.test)
-            event = score_test_records(run.settings, run.data, run.engine, step=1, row_nll=row_nll, now=0.0)
+            event = score_records(run.settings, run.data, run.engine, step=1, row_nll=row_nll, now=0.0)
             if dist_context.rank == 0:
                 Path(run.settings.run_folder, "facts.json").write_text(json.dumps(event.facts))
     return 0
@@ -287,8 +289,9 @@ def test_a_model_without_room_for_whole_weights_gives_a_reason_and_no_texts(argv
     engine: Any = SimpleNamespace(model=SimpleNamespace(causal=causal), dist_context=None, state=state)
     evaluator, reason = GenerationEvaluator(engine, data, settings), "the whole model does not fit on one rank beside"
     assert (evaluator.prompts, evaluator.disabled_reason) == ([], f"{reason} its share of ZeRO-3")
-    event = score_test_records(settings, data, engine, step=1, row_nll=[0.0] * len(data.test), now=0.0)
-    assert (event.message, event.facts["scores"]) == (f"no test scores: {reason} its share of ZeRO-3", {})
+    event = score_records(settings, data, engine, step=1, row_nll=[0.0] * len(data.test), now=0.0)
+    message = f"no scores of the test records: {reason} its share of ZeRO-3"
+    assert (event.message, event.facts["scores"]) == (message, {})
 
 
 def test_tokens_that_are_equally_likely_are_noticed(tiny_model):
@@ -305,13 +308,15 @@ def test_tokens_that_are_equally_likely_are_noticed(tiny_model):
     assert [completion.is_near_tie for completion in after] == [True, likeliest == before[1].ids[0]]
 
 
-def test_a_run_leaves_text_and_scores_of_each_test_record_and_says_what_failed(sampled_and_plain_runs):
+@pytest.mark.parametrize("split", ["retain", "test"])
+def test_a_run_leaves_text_and_scores_of_each_test_record_and_says_what_failed(sampled_and_plain_runs, split):
     scored, plain = sampled_and_plain_runs
-    (event,) = read_events(scored, "test_scores")
-    rows = read_evaluations(scored / EVAL_RECORDS_FOLDER).query("split == 'test' and step == 5")
-    losses = read_evaluations(plain / EVAL_RECORDS_FOLDER).query("split == 'test' and step == 5")
+    (event,) = read_events(scored, f"{split}_scores")
+    rows = read_evaluations(scored / EVAL_RECORDS_FOLDER).query("split == @split and step == 5")
+    losses = read_evaluations(plain / EVAL_RECORDS_FOLDER).query("split == @split and step == 5")
     assert rows[list(losses)].equals(losses), "the losses are those of a run without scores"
-    references = [json.loads(line)["completion"] for line in (scored.parent / "test.jsonl").read_text().splitlines()]
+    lines = (scored.parent / f"{split}.jsonl").read_text().splitlines()
+    references = [json.loads(line)["completion"] for line in lines]
     for name in ("exact", "f1"):
         expected = [score_text(name, text, reference) for text, reference in zip(rows["text"], references, strict=True)]
         assert rows[f"score_{name}"].tolist() == expected
@@ -322,7 +327,8 @@ def test_a_run_leaves_text_and_scores_of_each_test_record_and_says_what_failed(s
     assert not any("mine" in column for column in rows)
     assert read_events(scored, "finished"), "it costs nothing else"
     card = (scored / "model" / "README.md").read_text()
-    assert f"test records: `exact` {rows['score_exact'].mean():.4f}, `f1` {rows['score_f1'].mean():.4f}." in card
+    means = f"`exact` {rows['score_exact'].mean():.4f}, `f1` {rows['score_f1'].mean():.4f}."
+    assert (f"test records: {means}" in card) == (split == "test")
 
 
 CHAT_ROWS = [  # (ids, which are targets), the end token being 9: two turns, one turn, cut within its last turn
@@ -336,8 +342,7 @@ def test_the_reference_of_a_conversation_is_its_last_assistant_turn():
     ids, masks = ([np.concatenate([row[i] for row in CHAT_ROWS])][0] for i in (0, 1))
     offsets = np.cumsum([0, *(len(row[0]) for row in CHAT_ROWS)])
     test = TokenDataset(ids=ids.astype(np.uint16), offsets=offsets, target_mask=masks.astype(np.uint8))
-    data: Any = SimpleNamespace(test=test, metadata={"block_size": 8})
-    assert split_test_rows(data, [9]) == [row[2] for row in CHAT_ROWS]
+    assert split_rows(test, [9], 8) == [row[2] for row in CHAT_ROWS]
 
 
 @pytest.mark.parametrize(

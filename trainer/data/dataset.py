@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 Int64 = NDArray[np.int64]
 TokenIds = NDArray[np.uint32]
-FORMAT_VERSION = 11  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION = 12  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
-SPLITS = ("train", "val", "test", "retain")  # the last: text of the base model's own kind, in blocks
+SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 
 

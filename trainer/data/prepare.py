@@ -90,11 +90,13 @@ def prepare(
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
     sources = [open_source(replace(source, heartbeat=heartbeat), settings, fractions) for source in sources]
     first = sources[0].record_format
-    for other in sources[1:]:  # the loss of one format says nothing of another; what is retained is plain text
+    for other in sources[1:]:  # the loss of one format says nothing of another; what is retained may have its own
         formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}
-        is_apart = "input_ids" in (first.name, other.record_format.name)
-        if other.split != "retain":
-            is_apart = not (first.is_chat and other.record_format.is_chat)
+        is_apart = not (first.is_chat and other.record_format.is_chat)
+        if other.split == "retain":
+            is_apart = (
+                "input_ids" in (first.name, other.record_format.name) or other.record_format.is_chat > first.is_chat
+            )
         if len(formats) > 1 and is_apart:
             raise UserError(
                 f"{sources[0].where()} and {other.where()} ({other.split}): one holds "
@@ -149,8 +151,8 @@ def prepare(
 
 def open_source(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> Source:
     """The source with its format and the hashes of its files; UserError where its records have no format, or two."""
-    if source.split == "retain":  # plain text, whatever the training records are
-        settings = DataSettings(data=source.spec, block_size=settings.block_size, objective="blocks")
+    if source.split == "retain":  # texts to join or prompts with references, whatever the training records are
+        settings = DataSettings(data=source.spec, block_size=settings.block_size)
     first, split_by = source.first_record(), settings.split_by
     if split_by is not None and split_by not in first:
         raise UserError(
@@ -292,15 +294,18 @@ def write_rows(
     vocabulary = vocabulary_size(tokenizer) if tokenizer is not None else 1 + max_token_id
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
-    writers = {s: SplitWriter(folder, s, settings, is_seen=is_seen.get(s, ()), **options) for s in SPLITS}
+    are_blocks = dict.fromkeys(SPLITS, settings.objective == "blocks") | {"retain": True}
+    are_blocks |= {s.split: s.record_format.objectives[0] == "blocks" for s in sources if s.split == "retain"}
+    writers = {
+        split: SplitWriter(folder, split, settings, is_blocks=is_blocks, is_seen=is_seen.get(split, ()), **options)
+        for split, is_blocks in are_blocks.items()
+    }
     num_rows, shares = [0], [source.share for source in sources if source.split == "train"]
     try:
         for source in sources:
-            is_joined = settings.objective == "blocks" or source.split == "retain"
             for batch in _iter_batches(source, log):
-                for example, row in zip(
-                    batch, _encode_batch(batch, tokenizer, chat, is_joined, settings.block_size), strict=True
-                ):
+                rows = _encode_batch(batch, tokenizer, chat, are_blocks[source.split], settings.block_size)
+                for example, row in zip(batch, rows, strict=True):
                     writers[example.split].add(example, row)
             if source.split == "train" and len(shares) > 1:
                 writers["train"].end_part(source.share)
@@ -417,7 +422,7 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
         ("test", settings.test_data or settings.test_fraction, 1, "raise --test-fraction, or give more of it"),
         ("retain", settings.retain_data, 1, "give more of it"),
     ):
-        counts, is_blocks = dataset.metadata[split], settings.objective == "blocks" or split == "retain"
+        counts, is_blocks = dataset.metadata[split], getattr(dataset, split).target_mask is None
         if is_expected and counts["examples"] < least:
             rows = f"blocks of {settings.block_size} tokens" if is_blocks else "examples"
             batch = f", fewer than one global batch of {global_batch}" if split == "train" else ""

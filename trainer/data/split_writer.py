@@ -41,6 +41,7 @@ class SplitWriter:
         split: str,
         settings: DataSettings,
         *,
+        is_blocks: bool,
         dtype: str,
         tokenizer: Any,
         chat: ChatTemplate | None,
@@ -48,7 +49,7 @@ class SplitWriter:
     ):
         self.folder, self.split, self.dtype = folder, split, dtype
         self.tokenizer, self.chat, self._is_seen = tokenizer, chat, iter(is_seen)
-        self.block_size, self.is_blocks = settings.block_size, settings.objective == "blocks" or split == "retain"
+        self.block_size, self.is_blocks = settings.block_size, is_blocks
         self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
         self.problems: dict[str, tuple[int, str]] = {}
         self.example = ""  # the first training row, with its target tokens marked

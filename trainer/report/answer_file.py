@@ -78,6 +78,7 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
         "beyond_margin": asdict(pair.contrast) if pair.contrast else None,
         "mcnemar_p": pair.mcnemar,
         "forgetting": asdict(pair.forgetting) if pair.forgetting else None,
+        "forgetting_points": asdict(pair.forgetting_points) if pair.forgetting_points else None,
         "doubt": pair.doubt,
         "decisive_records": [{"id": unit, "excess": excess} for unit, excess in pair.decisive],
         "is_margin_under_floor": pair.is_margin_under_floor,

@@ -4,6 +4,7 @@ Runs are paired by seed. What may not be ranked gets no number; a ratio of time 
 measured under the same conditions, and is withheld with the reason where they were not.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -194,6 +195,7 @@ class FullVsLora:
     mcnemar: float | None  #: p of McNemar's exact test, of one seed whose records are right or wrong
     tradeoffs: Mapping[str, Tradeoff]  #: by mode, where both measured what they forgot
     forgetting: PairedInterval | None  #: LoRA's minus full's, nats per token of the retained text
+    forgetting_points: PairedInterval | None  #: likewise of a score that decides, where retained records have one
     doubts: Mapping[str, str]  #: why these records do not let an answer be given that its interval would, by answer
     decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
     parameters: float  #: trainable ones, LoRA's / full's
@@ -276,14 +278,14 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
     losses, judged, no_losses = None, None, ""
     answer = _Answer()
     full_loss, lora_loss = full.best_loss, lora.best_loss
-    tradeoffs, forgetting = dict[str, Tradeoff](), None
+    tradeoffs, forgetting, points = dict[str, Tradeoff](), None, None
     try:
         if not reasons:
             frames = read_records(pairs)
             losses = judged = match_records(pairs, frames, judged_split(frames))
             if margin.measure != LOSS:
                 judged = match_records(pairs, frames, "test", margin.measure)
-            tradeoffs, forgetting = measure_forgetting(pairs, frames, losses)
+            tradeoffs, forgetting, points = measure_forgetting(pairs, frames, losses, margin.measure)
     except RefusedError as error:
         reasons = [str(error)]
     except MatchError as error:
@@ -315,6 +317,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         no_losses=no_losses,
         tradeoffs=tradeoffs,
         forgetting=forgetting,
+        forgetting_points=points,
         **answer._asdict(),
         parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
         time=study.step_time if study else time,
@@ -366,18 +369,24 @@ def judge_records(judged: MatchedRecords, margin: Margin) -> _Answer:
 
 
 def measure_forgetting(
-    pairs: Pairs, frames: Sequence[pd.DataFrame], losses: MatchedRecords
-) -> tuple[dict[str, Tradeoff], PairedInterval | None]:
-    """(gain and forgetting of each mode, LoRA's forgetting minus full's), by the interval of the judged losses.
+    pairs: Pairs, frames: Sequence[pd.DataFrame], losses: MatchedRecords, measure: str
+) -> tuple[dict[str, Tradeoff], PairedInterval | None, PairedInterval | None]:
+    """(gain and forgetting of each mode, LoRA's forgetting minus full's, the same in points of `measure`, a score), by
+    the interval of the judged losses or scores.
 
-    Nothing where a run left no losses of retained text before its first step and at its end.
+    Nothing where a run left no losses of retained text before its first step and at its end, or no such score.
     """
+    points = None
+    with contextlib.suppress(MatchError, UserError):
+        if measure != LOSS:
+            scored = match_records(pairs, frames, "retain", measure)
+            points = score_interval(scored.lora - scored.full, scored.weights)
     try:
         retained = match_records(pairs, frames, "retain")
     except MatchError:
-        return {}, None
+        return {}, None, points
     if retained.base is None or losses.base is None:
-        return {}, None
+        return {}, None, points
     tradeoffs = {
         mode: Tradeoff(
             paired_interval(losses.base - getattr(losses, mode), losses.weights),
@@ -385,7 +394,7 @@ def measure_forgetting(
         )
         for mode in MODE_NAMES
     }
-    return tradeoffs, paired_interval(retained.lora - retained.full, retained.weights)
+    return tradeoffs, paired_interval(retained.lora - retained.full, retained.weights), points
 
 
 def most_influential(values: Matrix, weights: NDArray[np.float64], interval: PairedInterval) -> NDArray[np.int64]:

@@ -159,11 +159,13 @@ def _describe_set(
     elif excess.num_seeds < MIN_SEEDS:
         claim = f"provisionally, with {excess.num_seeds} seeds, "
     claim += (_claim_of_losses if pair.margin.measure == LOSS else _claim_of_scores)(pair, excess, lora, full)
-    if pair.forgetting is not None:
-        low, high, word = pair.forgetting.low, pair.forgetting.high, "more"
-        if pair.forgetting.estimate < 0:
+    if forgetting := pair.forgetting_points or pair.forgetting:
+        digits, unit = (".1f", "points") if pair.forgetting_points else ("+.4f", UNIT)
+        low, high, word = forgetting.low, forgetting.high, "more"
+        if forgetting.estimate < 0:
             low, high, word = -high, -low, "less"
-        claim += f", and forgets {abs(pair.forgetting.estimate):.4f} [{low:+.4f}, {high:+.4f}] {UNIT} {word}"
+        amount = f"{abs(forgetting.estimate):{digits.lstrip('+')}}"
+        claim += f", and forgets {amount} [{low:{digits}}, {high:{digits}}] {unit} {word}"
     return Statement(claim, _describe_scope(comparisons, ranked, full_groups, lora_groups, study))
 
 

@@ -26,7 +26,7 @@ from trainer.config.files import open_plain_file, parse_json, replace_atomically
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
 # After the first step they are made at a run's end, and again when it is resumed; they name the step of the weights.
-FINAL_EVALUATIONS = ("test_evaluation", "retain_evaluation", "test_scores")
+FINAL_EVALUATIONS = ("test_evaluation", "retain_evaluation", "test_scores", "retain_scores")
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
 _STEP_PREFIX = b'{"kind": "step"'
 

@@ -24,7 +24,7 @@ COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field
     EvalRecord: {f"eval/{name}": name for name in ("loss", "perplexity", "bits_per_byte")},
     EpochRecord: {"train/loss_epoch": "train_loss"},
 }
-SCORE_KEY = "test/score_"  # and the scorer's name: of the summary, the mean over the test records
+SCORE_KEY = "test/score_"  # and the scorer's name: of the summary, the mean over the test (or retain/...) records
 RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-data before training and after
 
 
@@ -60,8 +60,9 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
         return {f"event/diagnosis/{record.facts['code']}": record.message}
     if record.event == "test_evaluation" and record.step:
         return {"test/loss": record.facts["loss"], "test/bits_per_byte": record.facts["bits_per_byte"]}
-    if record.event == "test_scores":
-        return {f"{SCORE_KEY}{name}": score for name, score in record.facts["scores"].items()}
+    if record.event in ("test_scores", "retain_scores"):
+        key = SCORE_KEY.replace("test", record.event.removesuffix("_scores"))
+        return {f"{key}{name}": score for name, score in record.facts["scores"].items()}
     if record.event == "retain_evaluation":
         return {RETAIN_KEYS[record.step > 0]: record.facts["loss"]}
     return {f"event/{record.event}": record.message} if record.message else {}

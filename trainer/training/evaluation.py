@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from trainer.data.sampler import eval_batches, eval_order
 from trainer.distributed.engine import Engine
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, write_evaluation
 from trainer.tracking.records import EventRecord, bits_per_byte
-from trainer.training.generation import score_test_records
+from trainer.training.generation import ScoredSplit, score_records
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainState
 
-OTHER_SPLITS: dict[Literal["test", "retain"], str] = {"test": "test loss", "retain": "loss of retained text"}
+OTHER_SPLITS: dict[ScoredSplit, str] = {"test": "test loss", "retain": "loss of retained text"}
 
 
 BATCHES_BETWEEN_STOPS = 8  # batches between two questions whether a rank should stop, for which all wait
@@ -121,13 +121,13 @@ def evaluate_other_splits(
     step: int,
     base_nll: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Iterator[EventRecord]:
-    """The events of the test and retained losses, whose rows rank 0 writes, and of the scores (--score) of trained
+    """The events of the test and retained losses, whose rows rank 0 writes, and of their scores (--score) by trained
     weights. All ranks must call.
 
     `step`: of the weights that the engine holds, which may be those of an earlier checkpoint than `train_state`;
     `base_nll`: losses of the splits that another run has evaluated.
     """
-    test_nll: Sequence[float] = ()
+    nll_by_split = dict[ScoredSplit, Sequence[float]]()
     for split, name in OTHER_SPLITS.items():
         dataset = getattr(data, split)
         if not len(dataset):
@@ -136,8 +136,7 @@ def evaluate_other_splits(
         row_nll, loss, num_target_tokens, bits = evaluate(
             engine, dataset, plan.settings.train.eval_batch, num_bytes=num_bytes, row_nll=base_nll.get(split)
         )
-
-        test_nll = row_nll if split == "test" else test_nll
+        nll_by_split[split] = row_nll
 
         def write_rows() -> None:
             try:
@@ -156,6 +155,7 @@ def evaluate_other_splits(
         facts |= {"num_target_tokens": num_target_tokens, "num_rows": len(dataset)}
         time = train_state.elapsed_seconds
         yield EventRecord(event=f"{split}_evaluation", step=step, message=message, time=time, facts=facts)
-    if plan.settings.output.score and step:
-        time = train_state.elapsed_seconds
-        yield score_test_records(plan.settings, data, engine, step=step, row_nll=test_nll, now=time)
+    for split, row_nll in nll_by_split.items() if plan.settings.output.score and step else ():
+        if split == "test" or data.retain.target_mask is not None:  # prompts with references
+            time = train_state.elapsed_seconds
+            yield score_records(plan.settings, data, engine, split, step=step, row_nll=row_nll, now=time)

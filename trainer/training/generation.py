@@ -1,5 +1,5 @@
-"""Texts that are generated greedily: of some validation prompts at every evaluation, to look at, and of all test
-records at a run's end, to be scored."""
+"""Texts that are generated greedily: of some validation prompts at every evaluation, to look at, and at a run's end of
+all test records, and of retained ones that are prompts with references, to be scored."""
 
 import contextlib
 import math
@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.settings import Settings
 from trainer.data.chat import end_token_ids
-from trainer.data.dataset import PreparedDataset
+from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
@@ -21,6 +21,7 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name, write
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.training.scorers import ScoredText, ScorerError, check_references, score_texts
 
+ScoredSplit = Literal["test", "retain"]
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
 DOES_NOT_FIT = "the whole model does not fit on one rank beside its share of ZeRO-3"
 EXTRA_COMPLETION_TOKENS = 8  # tokens that a completion may be longer than the longest reference
@@ -120,40 +121,42 @@ class GenerationEvaluator:
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
 
 
-# --- the scores of the test records ---
+# --- the scores of test and retained records ---
 
 
-class TestRow(NamedTuple):
-    """A test record as what a model is asked, and what it should answer."""
+class PromptRow(NamedTuple):
+    """A record as what a model is asked, and what it should answer."""
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...]
     is_whole: bool  #: False where the row was cut within its reference
 
 
-def split_test_rows(data: PreparedDataset, end_ids: Sequence[int]) -> list[TestRow]:
-    """The test records: the last target tokens of each are the reference, what stands before them is the prompt.
+def split_rows(dataset: TokenDataset, end_ids: Sequence[int], block_size: int) -> list[PromptRow]:
+    """The records of a split: the last target tokens of each are the reference, what stands before is the prompt.
 
     `end_ids`: the tokens at which a generated text ends.
     """
     rows = []
-    for i in range(len(data.test)):
-        ids, is_target = data.test.row(i).tolist(), data.test.is_target(i)
+    for i in range(len(dataset)):
+        ids, is_target = dataset.row(i).tolist(), dataset.is_target(i)
         end = len(ids) - int(is_target[::-1].argmax())
         start = end - int((~is_target[:end][::-1]).argmax())
-        is_whole = ids[end - 1] in end_ids or len(ids) < data.metadata["block_size"]
-        rows.append(TestRow(tuple(ids[:start]), tuple(ids[start:end]), is_whole))
+        is_whole = ids[end - 1] in end_ids or len(ids) < block_size
+        rows.append(PromptRow(tuple(ids[:start]), tuple(ids[start:end]), is_whole))
     return rows
 
 
-def _load_test_rows(settings: Settings, data: PreparedDataset) -> tuple[Any, tuple[int, ...], list[TestRow]]:
-    """(the tokenizer, the tokens at which a text ends, the test records)."""
+def _load_rows(
+    settings: Settings, data: PreparedDataset, split: ScoredSplit
+) -> tuple[Any, tuple[int, ...], list[PromptRow]]:
+    """(the tokenizer, the tokens at which a text ends, the records)."""
     tokenizer = load_tokenizer(settings.model.model)
     end_ids = end_token_ids(tokenizer, data.metadata.get("chat_template"))
-    return tokenizer, end_ids, split_test_rows(data, end_ids)
+    return tokenizer, end_ids, split_rows(getattr(data, split), end_ids, data.metadata["block_size"])
 
 
-def _scored_texts(tokenizer: Any, rows: Sequence[TestRow], texts: Sequence[str]) -> list[ScoredText]:
+def _scored_texts(tokenizer: Any, rows: Sequence[PromptRow], texts: Sequence[str]) -> list[ScoredText]:
     """What a scorer gets of each record, `texts` being what was generated for it."""
     prompts = tokenizer.batch_decode([row.prompt for row in rows])
     references = tokenizer.batch_decode([row.reference for row in rows], skip_special_tokens=True)
@@ -177,23 +180,31 @@ def check_test_records(settings: Settings, data: PreparedDataset) -> None:
     elif form == "template" and settings.data.prompt is None:
         problem = "the records have no prompts; expected --prompt beside --completion"
     else:
-        tokenizer, _, rows = _load_test_rows(settings, data)
+        tokenizer, _, rows = _load_rows(settings, data, "test")
         check_references(output.score, _scored_texts(tokenizer, rows, [""] * len(rows)), "test record")
         return
     raise UserError(f"--score {output.score[0]}: {problem}")
 
 
-def score_test_records(
-    settings: Settings, data: PreparedDataset, engine: Engine, *, step: int, row_nll: Sequence[float], now: float
+def score_records(
+    settings: Settings,
+    data: PreparedDataset,
+    engine: Engine,
+    split: ScoredSplit = "test",
+    *,
+    step: int,
+    row_nll: Sequence[float],
+    now: float,
 ) -> EventRecord:
-    """Generate a text for every test record and score it; rank 0 writes both beside the record's loss. All ranks must
-    call.
+    """Generate a text for every record of a split and score it; rank 0 writes both beside the record's loss. All ranks
+    must call.
 
     Equal prompts share a text. What fails is said in the event and costs these scores only. `row_nll`: the losses of
     the records; `now`: seconds since the run began.
     """
     start_time, context = time.perf_counter(), engine.dist_context
-    tokenizer, end_ids, rows = _load_test_rows(settings, data)
+    tokenizer, end_ids, rows = _load_rows(settings, data, split)
+    event, name = f"{split}_scores", {"test": "test", "retain": "retained"}[split]
     max_positions = get_max_positions(engine.model.causal.config)
     limit = settings.output.score_tokens or EXTRA_COMPLETION_TOKENS + max(len(row.reference) for row in rows)
     prompts = list(dict.fromkeys(row.prompt for row in rows))
@@ -204,8 +215,8 @@ def score_test_records(
             raise TrainingError(DOES_NOT_FIT)
         completions = engine.generate(prompts, limits, end_ids, batch_size=settings.train.eval_batch)
     except TrainingError as error:
-        message = f"no test scores: {error}"
-        return EventRecord(event="test_scores", step=step, message=message, time=now, facts=facts)
+        message = f"no scores of the {name} records: {error}"
+        return EventRecord(event=event, step=step, message=message, time=now, facts=facts)
     generated = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
     texts_by_prompt = dict(zip(prompts, generated, strict=True))
     texts = [texts_by_prompt[row.prompt] for row in rows]
@@ -213,35 +224,38 @@ def score_test_records(
     def score() -> tuple[dict[str, list[float | None]], dict[str, str]]:
         """({scorer: score of each record}, {scorer: why there is none}), once they are written."""
         items, scores, failures = _scored_texts(tokenizer, rows, texts), {}, {}
-        for name in settings.output.score:
+        for scorer in settings.output.score:
             try:
-                scores[name] = score_texts(name, items, on_wait=context.watchdog.heartbeat)
+                values = score_texts(scorer, items, on_wait=context.watchdog.heartbeat)
+                if all(value is None for value in values):
+                    raise ScorerError("finds nothing to compare with in the references")
+                scores[scorer] = values
             except ScorerError as error:
-                failures[name] = str(error)
+                failures[scorer] = str(error)
         write_evaluation(
             Path(settings.run_folder) / EVAL_RECORDS_FOLDER,
-            data.row_info("test"),
+            data.row_info(split),
             step=step,
-            split="test",
+            split=split,
             nll=row_nll,
             texts=texts,
-            scores={score_name(name): values for name, values in scores.items()},
+            scores={score_name(scorer): values for scorer, values in scores.items()},
         )
         return scores, failures
 
     scores, failures = context.on_rank_zero(score)
     parts = []
-    for name, values in scores.items():
+    for scorer, values in scores.items():
         known = [value for value in values if value is not None]
-        facts["scores"][score_name(name)] = mean = math.fsum(known) / len(known)
+        facts["scores"][score_name(scorer)] = mean = math.fsum(known) / len(known)
         without = f" ({len(values) - len(known)} others have no reference)" if len(known) < len(values) else ""
-        parts.append(f"{name} {mean:.4f} over {len(known)} records{without}")
-    parts += [f"no scores by {name}: it {failure}" for name, failure in failures.items()]
+        parts.append(f"{scorer} {mean:.4f} over {len(known)} records{without}")
+    parts += [f"no scores by {scorer}: it {failure}" for scorer, failure in failures.items()]
     if num_ties := sum(completion.is_near_tie for completion in completions):
         parts.append(
             f"in {num_ties} of {len(prompts)} texts two tokens were equally likely up to rounding: with another "
             "--eval-batch or machine they may read otherwise"
         )
     facts |= {"failures": failures, "num_near_ties": num_ties, "seconds": time.perf_counter() - start_time}
-    message = f"test scores with the weights of step {step}: {'; '.join(parts)}"
-    return EventRecord(event="test_scores", step=step, message=message, time=now + facts["seconds"], facts=facts)
+    message = f"scores of the {name} records with the weights of step {step}: {'; '.join(parts)}"
+    return EventRecord(event=event, step=step, message=message, time=now + facts["seconds"], facts=facts)

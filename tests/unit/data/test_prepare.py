@@ -295,6 +295,10 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
     assert prepared.metadata["retain"]["records"] == 240
     assert prepared.metadata["fingerprint"] == without.metadata["fingerprint"]
     assert len(without.retain) == 0
+    pairs = write_records(tmp_path / "pairs.jsonl", '{"prompt": "p q", "completion": " r s"}\n' * 2)
+    with_pairs = prepare_file(pairs_csv, retain_data=str(pairs), **options)
+    assert len(with_pairs.retain) == 2, "a prompt and its reference are a row"
+    assert with_pairs.metadata["fingerprint"] == without.metadata["fingerprint"]
     old = write_records(tmp_path / "old.txt", "".join(f"{pair['mr']}: {pair['ref']}\n" for pair in PAIRS))
     with pytest.raises(
         UserError,

@@ -70,6 +70,25 @@ def test_right_answers_are_judged_in_points_by_the_same_interval(
     assert "your margin" not in default.sentence, "nobody gave it"
 
 
+def test_forgetting_is_in_points_where_a_score_decides_and_retained_records_have_it(make_run: MakeRun) -> None:
+    runs = make_scored(make_run, 3, full=0.7, lora=0.7)
+    for run in runs:
+        right = np.arange(200) < (110 if run.mode == "full" else 140) + run.get("settings.train.seed")
+        write_eval_records(
+            Path(run.source),
+            {30: [2.0] * 200},
+            targets=[9] * 200,
+            split="retain",
+            scores={"exact": right.astype(float)},
+        )
+    verdict = judge_runs(*(read_folder(Path(run.source)) for run in runs), margin=parse_margin("5pt", "score:exact"))
+    points = verdict.primary.forgetting_points
+    assert points.estimate == pytest.approx(-15)
+    assert points.low < -18 < -12 < points.high < 0
+    assert f"and forgets 15.0 [{-points.high:.1f}, {-points.low:.1f}] points less" in verdict.sentence
+    assert to_answer(verdict)["forgetting_points"]["estimate"] == points.estimate
+
+
 def test_forgetting_has_the_same_interval_and_is_in_the_sentence(make_run: MakeRun) -> None:
     runs, rng = make_study(make_run, num_seeds=3, excess=0.2), np.random.default_rng(6)
     retained = {}
@@ -83,5 +102,6 @@ def test_forgetting_has_the_same_interval_and_is_in_the_sentence(make_run: MakeR
     assert (pair.forgetting.low, pair.forgetting.high) == pytest.approx((expected.low, expected.high))
     clause = f"forgets {-expected.estimate:.4f} [{-expected.high:+.4f}, {-expected.low:+.4f}] nats per token less"
     assert clause in verdict.sentence
+    assert (pair.forgetting_points, to_answer(verdict)["forgetting_points"]) == (None, None), "a loss decides"
     assert pair.tradeoffs["full"].forgetting.estimate == pytest.approx(0.5, abs=0.05)
     assert pair.tradeoffs["lora"].gain.estimate == pytest.approx(1.8, abs=0.05)
