@@ -116,7 +116,7 @@ class DataSettings:
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
     allow_leakage: Switch = option("train even if half or more of the validation records are training records", False)
     retain_data: UserPath | None = option(
-        "text of the base's kind (demo-base: the embedded one's): shows forgetting", None
+        "text or prompts with completions of the base's kind (demo-base: its text): shows forgetting", None
     )
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
