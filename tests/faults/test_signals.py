@@ -7,8 +7,10 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from helpers.launch_ranks import train
@@ -25,9 +27,10 @@ from helpers.process_groups import (
     read_reproducible_records,
     record_names_at_step,
 )
-from helpers.tiny_inputs import write_records
 
-HANG_TIMEOUT_FLAGS = ["--hang-timeout", "6"]
+HANG_TIMEOUT_FLAGS = ["--hang-timeout", "5"]
+NO_PROGRESS = r"no rank made progress for 5 s \(--hang-timeout\): "
+hang_on = partial(time.sleep, 300)
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -35,11 +38,7 @@ HANG_TIMEOUT_FLAGS = ["--hang-timeout", "6"]
 
 @pytest.mark.parametrize(
     ("number", "to", "code"),
-    [
-        (signal.SIGINT, (0, 1), 130),
-        (signal.SIGTERM, (1,), 143),
-        (signal.SIGUSR1, (1,), 138),  # the notice of SLURM's --signal, to any rank
-    ],
+    [(signal.SIGINT, (0, 1), 130), (signal.SIGUSR1, (1,), 138)],  # the second: the notice of SLURM's --signal
 )
 def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, out):
     group = RankProcesses([*argv, "--resume", "auto"], out=out)  # begins, since there is nothing yet
@@ -71,38 +70,6 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_the_evaluation(argv, da
     assert record_names_at_step(out, 3)[3:] == ["resumed", "eval", "samples"]
 
 
-def test_a_second_signal_stops_the_run_at_once(argv, out):
-    hang = fault_at(FORWARD, 4, partial(time.sleep, 60), rank=1)
-    group = RankProcesses(argv, out=out, fault=hang)
-    group.wait_until(lambda: last_logged_step(out) >= 3)
-    group.send_signal(signal.SIGTERM)  # rank 0 is in a collective, where Python runs no handler
-    time.sleep(2.5)
-    began = time.monotonic()
-    group.send_signal(signal.SIGINT)
-    assert group.wait(10) == [130, 130]
-    assert time.monotonic() - began < 3
-    assert list_checkpoints(out) == ["step-000002"]
-
-
-def test_a_run_that_does_not_end_within_the_grace_time_is_ended(argv, out):
-    hang = fault_at(FORWARD, 4, partial(time.sleep, 60), rank=1)
-    group = RankProcesses([*argv, "--grace", "3"], out=out, fault=hang)
-    group.wait_until(lambda: last_logged_step(out) >= 3)
-    group.send_signal(signal.SIGTERM)
-    assert group.wait(15) == [143, 143]
-    assert group.error_line.startswith("error: the run did not end within 3 s (--grace) of SIGTERM; ")
-    assert list_checkpoints(out) == ["step-000002"]
-
-
-def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_path):
-    slow = fault_at("trainer.run:prepare", 1, partial(time.sleep, 60))
-    group = RankProcesses(argv, out=tmp_path / "run", fault=slow)
-    time.sleep(4)
-    group.send_signal(signal.SIGTERM)
-    assert group.wait(10) == [-signal.SIGTERM] * 2
-    assert not (tmp_path / "run").exists()
-
-
 def simulate_lost_launcher(rank: int, gone: Path) -> None:
     """A launcher that is gone when the file is there; only rank 1 looks in time."""
     from trainer.distributed import watch
@@ -126,28 +93,79 @@ def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, out
 # --- ranks that hang or fail alone -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.sweep), 1])
-def test_a_rank_that_hangs_is_named(rank, argv, out):
-    hang = fault_at(FORWARD, 4, partial(time.sleep, 300), rank=rank)
-    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3, fault=hang)
-    assert group.wait() == [1, 1, 1]
-    others = "1, 2" if rank == 0 else "0, 2"
-    assert f"no rank made progress for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_line
-    assert re.search(rf"ranks {others} waiting at (engine|stepper)\.py:", group.error_line)
-    stacks = {path.name: path.read_text() for path in (out / "stacks").iterdir()}
-    assert sorted(stacks) == [f"rank-{number}.txt" for number in range(3)]
-    assert all("Timeout" in text and "in main" in text for text in stacks.values()), stacks
-    assert list_checkpoints(out) == ["step-000002"]
+class Hang(NamedTuple):
+    """Where a rank of one run sleeps, or what else it does there."""
+
+    place: str
+    number: int  #: of the call
+    message: str  #: a pattern of what the one line says
+    rank: int = 1
+    flags: str = ""
+    action: Callable[[], Any] = hang_on
 
 
-def test_a_rank_that_hangs_in_the_evaluation_of_the_exported_weights_is_named(argv, out):
-    hang = fault_at("trainer.run:evaluate_other_splits", 2, partial(time.sleep, 300), rank=1)
-    group = RankProcesses(
-        [*argv, "--test-fraction", "0.2", "--max-steps", "2", *HANG_TIMEOUT_FLAGS], out=out, fault=hang
-    )
-    assert group.wait() == [1, 1], group.output
-    assert "no rank made progress for 6 s (--hang-timeout): rank 1 hangs at run.py:" in group.error_line
-    assert sorted(path.name for path in (out / "stacks").iterdir()) == ["rank-0.txt", "rank-1.txt"]
+OUTPUT_DIR = "trainer.training.run_folder:resolve_output_dir"
+JOINING = "rank 1 (hangs at process_group.py|does not answer|of this run ended)"
+HANGS = [
+    Hang(FORWARD, 4, NO_PROGRESS + r"rank 1 hangs at engine\.py:.*rank 0 waiting at (engine|stepper)\.py:"),
+    Hang(  # the evaluation of the exported weights
+        "trainer.run:evaluate_other_splits",
+        2,
+        NO_PROGRESS + r"rank 1 hangs at run\.py:",
+        flags="--test-fraction 0.2 --max-steps 2",
+    ),
+    Hang(
+        "trainer.data.prepare:encode",
+        1,
+        NO_PROGRESS + r"rank 0 hangs at prepare\.py:.*rank 1 waiting at process_group\.py:\d+ in all_gather_object$",
+        rank=0,
+    ),
+    Hang("torch.distributed:new_group", 1, JOINING),
+    Hang("torch.distributed:init_process_group", 1, JOINING, action=kill_self),
+]
+MORE_HANGS = [
+    Hang(FORWARD, 4, NO_PROGRESS + r"rank 0 hangs at engine\.py:", rank=0),
+    Hang(OUTPUT_DIR, 1, NO_PROGRESS + r"rank 0 hangs at run\.py:", rank=0),
+    Hang(OUTPUT_DIR, 2, NO_PROGRESS + r"rank 0 hangs at run\.py:", rank=0),
+    Hang(
+        "trainer.training.checkpoint:delete_checkpoints_after",
+        1,
+        NO_PROGRESS + r"rank 0 hangs at run\.py:",
+        rank=0,
+        flags="--resume",
+    ),
+    Hang(
+        "trainer.training.evaluation:write_evaluation",
+        2,
+        NO_PROGRESS + r"rank 0 hangs at evaluation\.py",
+        rank=0,
+        flags="--test-fraction 0.2",
+    ),
+    Hang("torch.distributed:init_process_group", 1, JOINING),
+    Hang("torch.distributed:new_group", 1, JOINING, action=kill_self),
+]
+
+
+@pytest.mark.parametrize("hangs", [HANGS, pytest.param(MORE_HANGS, marks=pytest.mark.sweep)], ids=["kinds", "more"])
+def test_a_rank_that_hangs_anywhere_is_named(hangs: Sequence[Hang], argv, finished_run, tmp_path):
+    """All runs at once: most of their time is waiting."""
+    runs = []
+    for number, hang in enumerate(hangs):
+        out = tmp_path / f"run-{number}"
+        if "--resume" in hang.flags:
+            shutil.copytree(finished_run, out)
+        fault = fault_at(hang.place, hang.number, hang.action, rank=hang.rank)
+        env = {"TRAINER_CACHE": str(tmp_path / f"cache-{number}")}  # the data are prepared
+        runs.append(RankProcesses([*argv, *HANG_TIMEOUT_FLAGS, *hang.flags.split()], out=out, fault=fault, env=env))
+    for hang, run in zip(hangs, runs, strict=True):
+        assert [code for code in run.wait(90) if code > 0] == [1] * (1 if hang.action is kill_self else 2), run.output
+        assert re.search(hang.message, run.error_line), (hang, run.error_line)
+    for number in (0, 1) if hangs is HANGS else ():
+        stacks = {path.name: path.read_text() for path in (tmp_path / f"run-{number}" / "stacks").iterdir()}
+        assert sorted(stacks) == ["rank-0.txt", "rank-1.txt"]
+        assert all("Timeout" in text and "in main" in text for text in stacks.values()), stacks
+    if hangs is HANGS:
+        assert list_checkpoints(tmp_path / "run-0") == ["step-000002"]
 
 
 @pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
@@ -168,58 +186,20 @@ def test_a_frozen_rank_is_named(target_rank, argv, out):
     assert {path.name for path in (out / "stacks").iterdir()} == stacks
 
 
-def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
-    """A rank that saves for longer than the time-out moves all the same; the others wait for it."""
-    slow = fault_at("trainer.training.checkpoint:_write_chunks", range(1, 16), partial(time.sleep, 0.5))
-    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, fault=slow)
-    assert group.wait(120) == [0, 0], group.output
-    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
-    assert not (out / "stacks").exists()
-
-
-@pytest.mark.parametrize(
-    ("place", "number", "file"),
-    [
-        ("trainer.training.run_folder:resolve_output_dir", 1, "run.py"),
-        ("trainer.data.prepare:encode", 1, "prepare.py"),
-        ("trainer.training.run_folder:resolve_output_dir", 2, "run.py"),
-        ("trainer.training.checkpoint:delete_checkpoints_after", 1, "run.py"),
-    ],
-)
-def test_a_rank_that_hangs_while_it_prepares_is_named(place, number, file, argv, finished_run, out, tmp_path):
-    if "checkpoint" in place:
-        shutil.copytree(finished_run, out)
-        argv = [*argv, "--resume"]
-    hang = fault_at(place, number, partial(time.sleep, 300), rank=0)
-    group = RankProcesses(
-        [*argv, "--hang-timeout", "5"], out=out, world_size=3, fault=hang, env={"TRAINER_CACHE": str(tmp_path)}
-    )
-    assert group.wait() == [1, 1, 1], group.output
-    assert f"no rank made progress for 5 s (--hang-timeout): rank 0 hangs at {file}:" in group.error_line
-    assert re.search(r"ranks 1, 2 waiting at process_group\.py:\d+ in all_gather_object$", group.error_line)
-
-
-@pytest.mark.parametrize("place", ["torch.distributed:init_process_group", "torch.distributed:new_group"])
-@pytest.mark.parametrize("action", [partial(time.sleep, 300), kill_self])
-def test_a_rank_that_hangs_or_is_lost_while_the_ranks_join_is_named(action, place, argv, out):
-    fault = fault_at(place, 1, action, rank=1)
-    group = RankProcesses([*argv, "--hang-timeout", "5"], out=out, world_size=3, fault=fault)
-    assert [code for code in group.wait() if code > 0] == [1] * (2 if action is kill_self else 3), group.output
-    assert re.search("rank 1 (hangs at process_group.py|does not answer|of this run ended)", group.error_line)
-
-
-def test_a_rank_that_hangs_in_the_evaluation_after_the_last_step_is_named(argv, out, tmp_path):
-    test = write_records(tmp_path / "test.jsonl", num_records=9, seed=3)
-    hang = fault_at("trainer.training.evaluation:write_evaluation", 2, partial(time.sleep, 300))
-    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS, "--test-data", test], out=out, fault=hang)
-    assert group.wait(90) == [1, 1], group.output
-    assert "no rank made progress for 6 s (--hang-timeout): rank 0 hangs at evaluation.py" in group.error_line
-
-
-def test_a_rank_that_prepares_slowly_is_not_reported_as_hanging(argv, out, tmp_path):
-    slow = fault_at("trainer.data.prepare:content_hash", range(1, 20), partial(time.sleep, 0.5))
-    group = RankProcesses([*argv, "--hang-timeout", "5"], out=out, fault=slow, env={"TRAINER_CACHE": str(tmp_path)})
-    assert group.wait(120) == [0, 0], group.output
+def test_a_rank_that_prepares_or_saves_for_longer_than_the_time_out_is_left_alone(argv, finished_run, tmp_path):
+    """It moves all the same; the others wait for it. Two runs at once."""
+    places = ("trainer.data.prepare:content_hash", "trainer.training.checkpoint:_write_chunks")
+    runs = []
+    for place in places:
+        name = place.rpartition(":")[2]
+        fault = fault_at(place, range(1, 14), partial(time.sleep, 0.5))
+        env = {"TRAINER_CACHE": str(tmp_path / f"cache-{name}")}
+        runs.append(RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=tmp_path / name, fault=fault, env=env))
+    for place, run in zip(places, runs, strict=True):
+        assert run.wait(120) == [0, 0], run.output
+        out = tmp_path / place.rpartition(":")[2]
+        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+        assert not (out / "stacks").exists()
 
 
 def raise_failure(kind: str) -> None:
@@ -243,10 +223,8 @@ FAILING = {  # place: (the so-maniest call, the last step whose row is then ther
 @pytest.mark.parametrize(
     ("rank", "kind", "place"),
     [
-        (0, "failure", FORWARD),
-        (1, "bug", FORWARD),
+        (1, "failure", FORWARD),
         (0, "bug", "trainer.training.recorder:Recorder.log"),
-        (1, "failure", "trainer.distributed.engine:Engine.measure_memory"),
         *(
             pytest.param(rank, kind, place, marks=pytest.mark.sweep)
             for rank, kind in ((0, "bug"), (1, "failure"))
@@ -272,16 +250,15 @@ def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, pl
 
 def test_a_rank_that_waits_outside_of_gloo_ends_too(argv, tmp_path):
     """As with NCCL, which does not notice that another rank is gone: here the wait is a sleep that nothing ends."""
-    waiting = fault_at(FORWARD, 4, partial(time.sleep, 300), rank=1)
-    for name, end in (("killed", partial(kill_self, signal.SIGKILL)), ("failed", partial(raise_failure, "failure"))):
+    waiting, runs = fault_at(FORWARD, 4, hang_on, rank=1), []
+    for name, end in (("killed", kill_self), ("failed", partial(raise_failure, "failure"))):
         both = partial(inject_both, waiting, fault_at(FORWARD, 4, end))
-        group = RankProcesses(argv, out=tmp_path / name, fault=both)
-        began = time.monotonic()
-        codes = group.wait()
-        assert codes[1] == 1, group.output
+        runs.append(RankProcesses(argv, out=tmp_path / name, fault=both))
+    for run in runs:
+        codes = run.wait(40)
+        assert codes[1] == 1, run.output
         assert codes[0] in (1, -signal.SIGKILL)
-        assert group.error_line
-        assert time.monotonic() - began < 40
+        assert run.error_line
     assert not find_processes(str(tmp_path))
 
 

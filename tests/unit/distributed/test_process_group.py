@@ -2,26 +2,21 @@
 
 import contextlib
 import re
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.engines import context_of_hosts
 from transformers import GPT2Config, PreTrainedConfig
 
 from trainer.config.errors import UserError
-from trainer.distributed import joining, machine, preflight, watch
+from trainer.distributed import joining, machine, preflight
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
-from trainer.distributed.watch import Watchdog
 from trainer.training import provenance
 
 
@@ -236,40 +231,3 @@ def test_clocks_that_differ_are_a_note(monkeypatch):
     assert provenance.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
     monkeypatch.setattr(provenance, "MAX_CLOCK_SECONDS", 91)
     assert provenance.describe_clocks(context) is None
-
-
-@pytest.mark.parametrize(
-    ("hangs", "fails", "is_kept"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_stacks_are_kept_where_a_run_hung_and_then_failed(hangs, fails, is_kept, tmp_path: Path, monkeypatch):
-    """Of a rank, too, whose collective fails because a hung one has ended."""
-    monkeypatch.setattr(watch, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr("os._exit", lambda code: None)  # of the watchdog, which goes on then
-    watchdog = Watchdog(0, ["host"], dist.HashStore())
-    with contextlib.suppress(ConnectionError), watchdog.watch_for_hangs(0.3, tmp_path):
-        time.sleep(1.0 * hangs)
-        if fails:
-            raise ConnectionError("Connection closed by peer")
-    watchdog.close()
-    stacks = {path.name: path.read_text() for path in tmp_path.glob("stacks/*")}
-    assert list(stacks) == ["rank-0.txt"] * is_kept
-    assert all("Timeout" in text for text in stacks.values())
-    assert (tmp_path / "stacks").exists() == is_kept
-
-
-HANG_AT_THE_END = """
-import ctypes
-import sys
-import time
-import torch.distributed as dist
-from trainer.distributed import watch
-watch.EXIT_SECONDS = 4.0  # longer than `close` takes
-watch.Watchdog(1, ["a", "b"], dist.HashStore()).close(has_failed=True)
-"""
-
-
-@pytest.mark.parametrize("wait", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)  # with Python's lock held"])
-def test_a_rank_of_a_failed_run_that_does_not_end_by_itself_is_ended(wait):
-    """Gloo waits for a peer whose cable was cut when it is taken down."""
-    process = subprocess.run([sys.executable, "-c", HANG_AT_THE_END + wait], timeout=40, check=False)
-    assert process.returncode == 1
