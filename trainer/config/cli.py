@@ -86,7 +86,7 @@ def parse_args(
     parsed, problems = parser.parse_all(translation.words, places=places)
     problems, args = [*translation.problems, *problems], vars(parsed)
     flags = [word.partition("=")[0].replace("_", "-") for word in argv]
-    for flag in ("--data", "--val-data", "--test-data"):  # of which the last one alone would count
+    for flag in ("--data", "--test-data"):  # of which the last one alone would count
         if (times := flags.count(flag)) > 1:
             remedy = "expected once, several with weights: --data A=0.7 B=0.3" if flag == "--data" else "expected once"
             problems.append(f"{flag}: stands there {times} times; {remedy}")
@@ -257,7 +257,14 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> tuple[list[str
             raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
         settings = Settings.from_dict(read_run_metadata(path)["settings"])
         expanded += to_argv(settings, {"output": {"output_dir": None}})  # not the run's folder, which is taken
-    return [*expanded, *argv], places
+    given = {word.partition("=")[0] for word in argv}
+    repeated = [flag for flag in _repeated_flags() if flag in given]  # else the file's values would come beside these
+    return [*(word for word in expanded if word.partition("=")[0] not in repeated), *argv], places
+
+
+def _repeated_flags() -> set[str]:
+    fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
+    return {flag_of(field) for field in fields if field.metadata["is_repeated"]}
 
 
 def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str, str]) -> list[str]:
@@ -272,8 +279,6 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
-    fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
-    repeated_flags = {flag_of(field) for field in fields if field.metadata["is_repeated"]}
     argv: dict[str, list[str]] = {}
     for key_node, node in root.value if root is not None else []:
         where, key = f"--config {path}, line {key_node.start_mark.line + 1}", key_node.value
@@ -299,6 +304,6 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str,
         name = flag if flag in takes_value else f"--{key}"
         places[key] = places[name] = f"{where}: "
         is_null = node.tag == "tag:yaml.org,2002:null"
-        values = [item.value for item in items] if flag in repeated_flags else [value]
+        values = [item.value for item in items] if flag in _repeated_flags() else [value]
         argv[key] = [] if is_null else [f"{name}={text}" for text in values]
     return [word for words in argv.values() for word in words]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
 
 from trainer.config.errors import UserError
-from trainer.config.files import expand_user_path, parse_json, read_text_file
+from trainer.config.files import NAMED_PATH, expand_user_path, parse_json, read_text_file
 
 T = TypeVar("T")
 
@@ -46,6 +46,12 @@ def _refuse_empty(text: str) -> str:
     return _refuse_null_byte(text)
 
 
+def _expand_named_path(text: str) -> str:
+    """NAME=PATH, or a path alone, as `expand_user_path` leaves the path."""
+    prefix = f"{match[1]}=" if (match := NAMED_PATH.fullmatch(text)) else ""
+    return prefix + expand_user_path(_refuse_empty(text.removeprefix(prefix)))
+
+
 def _read_peft_config(value: str) -> str:
     """What a peft config says of the method, as JSON; `value`: the file, or this text itself."""
     is_text = value.startswith("{")
@@ -69,11 +75,11 @@ Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
 Name = Annotated[str, Accepts("a name", _refuse_empty)]
-UserPath = Annotated[
-    str,
-    Accepts(
-        "a name, a file or a folder (~ or ~user for a home folder)", lambda text: expand_user_path(_refuse_empty(text))
-    ),
+_PATH = "a name, a file or a folder (~ or ~user for a home folder)"
+UserPath = Annotated[str, Accepts(_PATH, lambda text: expand_user_path(_refuse_empty(text)))]
+ValData = Annotated[  # several of [NAME=]PATH; one alone as text, or null, in files of earlier versions
+    tuple[Annotated[str, Accepts(_PATH, _expand_named_path)], ...],
+    BeforeValidator(lambda value: () if value is None else (value,) if isinstance(value, str) else value),
 ]
 PeftConfig = Annotated[str, Accepts("an adapter_config.json of peft, with a peft_type", _read_peft_config)]
 Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]

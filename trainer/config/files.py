@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from trainer.config.errors import UserError
 
+NAMED_PATH = re.compile(r"([\w.-]+)=(.*)", re.ASCII)  # of --val-data
 WEIGHTED_PATH = re.compile(r"(\S.*?)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:\s+|$)")
 
 
@@ -40,6 +41,22 @@ def split_weights(text: str) -> list[tuple[str, float]]:
         if not float(match[2]):
             raise UserError(f"--data {match[0].strip()}: expected a weight above 0, or leave it out")
     return [(os.path.expanduser(match[1]), float(match[2]) / total) for match in matches]
+
+
+def name_val_sets(val_data: Sequence[str]) -> dict[str, str]:
+    """{split: path} of each PATH or NAME=PATH: `val` of the first one, by which a run is judged, `val-NAME` of others.
+
+    A path or hub id alone is named by its last part, without its ending. UserError where two have one name.
+    """
+    paths: dict[str, str] = {}
+    for text in val_data:
+        match = NAMED_PATH.fullmatch(text)
+        stem = re.sub(r"(?<=.)\..*|[^\w-]+", "-", Path(text).name, flags=re.ASCII).strip("-")
+        name, path = match.groups() if match else (stem or "data", text)
+        if name in paths:
+            raise UserError(f"--val-data {text}: a second set named {name}; expected --val-data OTHER_NAME={path}")
+        paths[name] = path
+    return {f"val-{name}" if number else "val": path for number, (name, path) in enumerate(paths.items())}
 
 
 def name_data(source: str) -> str:

@@ -31,6 +31,7 @@ from trainer.config.fields import (
     Switch,
     Text,
     UserPath,
+    ValData,
     WandbProject,
     WandbTag,
     flag_of,
@@ -38,7 +39,7 @@ from trainer.config.fields import (
     settings_class,
     what_is_expected,
 )
-from trainer.config.files import split_weights
+from trainer.config.files import name_val_sets, split_weights
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
@@ -110,7 +111,12 @@ class DataSettings:
         DEMO_DATA,
     )
     max_samples: PositiveInt | None = option("read the first so many records of --data only (default: all)", None)
-    val_data: UserPath | None = option("validation records, likewise (default: split off from --data)", None)
+    val_data: ValData = option(
+        "validation records, likewise (default: split off from --data); may be repeated, as PATH or NAME=PATH: the "
+        "first set decides, each of the others has its own row and curve",
+        (),
+        is_repeated=True,
+    )
     val_fraction: Share = option("share split off for validation, by hash of the record", 0.1)
     test_data: UserPath | None = option("test records, evaluated once, at the weights that are exported", None)
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
@@ -145,7 +151,8 @@ class DataSettings:
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
 
     def __post_init__(self) -> None:
-        problems, most = [], 1 - (self.val_fraction if self.val_data is None else 0)
+        problems, most = [], 1 - (0 if self.val_data else self.val_fraction)
+        name_val_sets(self.val_data)  # refuses two of one name
         if len(split_weights(self.data)) > 1 and not self.shuffle:
             problems.append(f"--data {self.data}: not with --no-shuffle; the order of a mixture is drawn by --seed")
         if self.block_size == 1:

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Int64 = NDArray[np.int64]
 TokenIds = NDArray[np.uint32]
-FORMAT_VERSION = 12  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
@@ -98,6 +98,7 @@ class PreparedDataset:
     folder: Path
     test: TokenDataset = NO_ROWS
     retain: TokenDataset = NO_ROWS
+    val_sets: Mapping[str, TokenDataset] = field(default_factory=dict)  #: {name: rows} of each further --val-data
 
     def row_info(self, split: str) -> "pd.DataFrame":
         """Who the rows of a split other than "train" are, by which a comparison pairs the losses of two runs.
@@ -130,11 +131,12 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
     facts, file_hashes = manifest["facts"], manifest["sha256"]
     datasets = {
         split: map_rows(folder, split, manifest["dtype"], facts[split], f"{split}.mask.bin" in file_hashes)
-        for split in SPLITS
+        for split in (*SPLITS, *(f"val-{name}" for name in facts["val_sets"]))
     }
     mixture = tuple((part["examples"], part["share"]) for part in facts["mixture"])
     datasets["train"] = replace(datasets["train"], mixture=mixture)
     return PreparedDataset(
+        val_sets={name: datasets.pop(f"val-{name}") for name in facts["val_sets"]},
         **datasets,
         metadata={**facts, "source": source or facts["source"]},
         val_texts=tuple((prompt, completion) for prompt, completion in manifest["val_texts"]),

@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.config.choices import LEAKAGE_FRACTION, MAX_SHARED_FRACTION, WARN_SHARED_FRACTION, Objective
 from trainer.config.errors import UserError
+from trainer.config.files import name_val_sets
 from trainer.config.settings import DataSettings
 from trainer.data import dataset as store
 from trainer.data.chat import ChatTemplate, MaskError, load_template
@@ -24,7 +25,7 @@ from trainer.data.readers import read_error
 from trainer.data.sources import Source, find_sources
 from trainer.data.split_writer import SplitWriter
 from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from trainer.data.unseen import SPLIT_NAMES, SeenRecords
+from trainer.data.unseen import SeenRecords, name_records
 from trainer.data.values import RecordError, list_columns, value_text
 
 LogFn = Callable[[str], None]
@@ -222,7 +223,7 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     Returns (what run.json says of them, {evaluation split: whether each of its records was seen before}, the largest
     token id of records that are ids).
     """
-    seen = SeenRecords(settings.split_by)
+    seen = SeenRecords(settings.split_by, [*SPLITS, *name_val_sets(settings.val_data)])
     split_keys: set[int] = set()  # some of those by which training records are split
     notices: list[str] = []
     max_token_id = 0
@@ -263,19 +264,19 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     seen.find(example for source in sources for example in iter_examples(source) if example is not None)
     num_seen = {}
     for split, reasons in seen.reasons.items():
-        number, name = sum(map(bool, reasons)), SPLIT_NAMES[split]
+        number, name = sum(map(bool, reasons)), name_records(split)
         num_seen[split] = number
         if not number:
             continue
         records = f"all {number:,}" if number == len(reasons) else f"{number:,} of {len(reasons):,}"
         problem = f"{records} {name} records are not new: {seen.describe(split)}"
-        if number > MAX_SHARED_FRACTION * len(reasons) and (split != "val" or seen.reasons["test"]):
+        if number > MAX_SHARED_FRACTION * len(reasons) and (not split.startswith("val") or seen.reasons["test"]):
             remedy = f"expected at most {MAX_SHARED_FRACTION:.0%}: take them out"
             if split != "retain":
                 remedy += ", or name by --split-by the column whose values belong together"
             raise UserError(f"{name_split(settings, split)}: {problem}; {remedy}")
-        if split == "val":
-            refuse_leakage(settings, number, len(reasons), problem)
+        if split.startswith("val"):
+            refuse_leakage(settings, split, number, len(reasons), problem)
         meaning = "means nothing" if number == len(reasons) else "says little about new ones"
         is_many = number >= WARN_SHARED_FRACTION * len(reasons)
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
@@ -294,7 +295,8 @@ def write_rows(
     vocabulary = vocabulary_size(tokenizer) if tokenizer is not None else 1 + max_token_id
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
-    are_blocks = dict.fromkeys(SPLITS, settings.objective == "blocks") | {"retain": True}
+    splits = dict.fromkeys([*SPLITS, *name_val_sets(settings.val_data)])
+    are_blocks = dict.fromkeys(splits, settings.objective == "blocks") | {"retain": True}
     are_blocks |= {s.split: s.record_format.objectives[0] == "blocks" for s in sources if s.split == "retain"}
     writers = {
         split: SplitWriter(folder, split, settings, is_blocks=is_blocks, is_seen=is_seen.get(split, ()), **options)
@@ -313,7 +315,7 @@ def write_rows(
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
-    used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].counts["records"]]
+    used_splits = [split for split in splits if split in ("train", "val") or writers[split].counts["records"]]
     facts = {
         **checked,
         "source": settings.data,
@@ -336,7 +338,8 @@ def write_rows(
         "objective": settings.objective,
         "block_size": settings.block_size,
         "train": writers["train"].counts,
-        **{s: writers[s].counts | writers[s].write_row_info() for s in SPLITS if s != "train"},
+        "val_sets": [split.removeprefix("val-") for split in splits if split not in SPLITS],
+        **{split: writers[split].counts | writers[split].write_row_info() for split in splits if split != "train"},
         "notices": [
             *(line for writer in writers.values() for line in writer.notices(settings.unusable_records)),
             *checked["notices"],
@@ -392,22 +395,25 @@ def _encode_batch(
 
 def name_split(settings: DataSettings, split: str) -> str:
     """The flag that names the records of a split, and its value; --data where they are taken from there."""
-    spec = getattr(settings, f"{split}_data", None)
-    return f"--{split}-data {spec}" if spec is not None else f"--data {settings.data}"
+    specs = {"test": settings.test_data, "retain": settings.retain_data, **name_val_sets(settings.val_data)}
+    spec = specs.get(split)
+    return f"--{split.partition('-')[0]}-data {spec}" if spec is not None else f"--data {settings.data}"
 
 
-def refuse_leakage(settings: DataSettings, num_seen: int, num_records: int, problem: str = "") -> None:
+def refuse_leakage(settings: DataSettings, split: str, num_seen: int, num_records: int, problem: str = "") -> None:
     """UserError where too many validation records are not new, unless --allow-leakage."""
     if num_seen >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
-        problem = problem or f"{num_seen:,} of {num_records:,} validation records are not new"
+        problem = problem or f"{num_seen:,} of {num_records:,} {name_records(split)} records are not new"
         limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
-        raise UserError(f"{name_split(settings, 'val')}: {problem}; {limit}")
+        raise UserError(f"{name_split(settings, split)}: {problem}; {limit}")
 
 
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
     """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
     `check_records` refuses, of rows that were prepared with --allow-leakage."""
-    refuse_leakage(settings, dataset.metadata["num_seen"]["val"], dataset.metadata["val"]["records"])
+    val_sets = name_val_sets(settings.val_data) or {"val": ""}
+    for split in val_sets:
+        refuse_leakage(settings, split, dataset.metadata["num_seen"][split], dataset.metadata[split]["records"])
     num_examples = dataset.metadata["train"]["examples"]
     for part in dataset.metadata["mixture"]:
         if not part["examples"]:
@@ -415,18 +421,21 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
         if part["share"] * num_examples < 1:  # each epoch anew
             few = f"under 1 of the {num_examples:,} examples of an epoch"
             raise UserError(f"--data {part['source']}: its weight makes {few}; raise it, or leave it out")
-    has_given_val = settings.val_data is not None
     for split, is_expected, least, remedy in (
         ("train", True, global_batch, "lower --global-batch, or give more data"),
-        ("val", True, 1, "give more of it" if has_given_val else "raise --val-fraction, or give --val-data"),
+        *(
+            (s, True, 1, "give more of it" if path else "raise --val-fraction, or give --val-data")
+            for s, path in val_sets.items()
+        ),
         ("test", settings.test_data or settings.test_fraction, 1, "raise --test-fraction, or give more of it"),
         ("retain", settings.retain_data, 1, "give more of it"),
     ):
-        counts, is_blocks = dataset.metadata[split], getattr(dataset, split).target_mask is None
+        rows_of_split = dataset.val if split in val_sets else getattr(dataset, split)
+        counts, is_blocks = dataset.metadata[split], rows_of_split.target_mask is None
         if is_expected and counts["examples"] < least:
             rows = f"blocks of {settings.block_size} tokens" if is_blocks else "examples"
             batch = f", fewer than one global batch of {global_batch}" if split == "train" else ""
             raise UserError(
-                f"{name_split(settings, split)}: {counts['records']} {SPLIT_NAMES[split]} records make "
+                f"{name_split(settings, split)}: {counts['records']} {name_records(split)} records make "
                 f"{counts['examples']} {rows}{batch}; {remedy}, or change --block-size"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL
 from trainer.config.errors import UserError
-from trainer.config.files import split_weights
+from trainer.config.files import name_val_sets, split_weights
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub
 from trainer.data.formats import FORMATS, RecordFormat
@@ -51,7 +51,7 @@ class Source:
     kind: str  #: "CSV" ... "text", "hub" or "saved"
     files: tuple[Path, ...] = ()
     dataset: Any = None
-    split: str = "train"  #: "train", "val", "test" or "retain"
+    split: str = "train"  #: "train", "val", "val-NAME", "test" or "retain"
     notices: tuple[str, ...] = ()  #: which files became what, and what was left out
     heartbeat: Callable[[], None] = lambda: None  #: called at each record, as the ranks that wait need to know
     # what `prepare` finds out of it:
@@ -100,21 +100,26 @@ def find_sources(settings: DataSettings) -> list[Source]:
     data, or more than one kind.
     """
     trains, others = [], []
-    given = {"validation": settings.val_data, "test": settings.test_data}
+    given = {
+        "val": None,
+        **name_val_sets(settings.val_data),
+        "test": settings.test_data,
+        "retain": settings.retain_data,
+    }
     for part, share in split_weights(settings.data):
         splits = find_splits(part, "--data")
         train = choose_split(splits, part, "--data")
         uses = {name: "for training" for name, source in splits.items() if source is train}
         for split, name in (("val", "validation"), ("test", "test")):
-            if given[name] is None and name in splits:
+            if given[split] is None and name in splits:
                 others.append(replace(splits[name], split=split))
                 uses[name] = f"for {name}"
         notice = ", ".join(f"{_describe(source, name)} {uses.get(name, 'left out')}" for name, source in splits.items())
         notices = () if set(splits) == {""} else (f"{part}: {notice}",)
         trains.append(replace(train, share=share, notices=notices))
-    for split, spec in (("val", settings.val_data), ("test", settings.test_data), ("retain", settings.retain_data)):
+    for split, spec in given.items():
         if spec is not None:
-            flag = f"--{split}-data"
+            flag = f"--{split.partition('-')[0]}-data"
             others.append(replace(choose_split(find_splits(spec, flag), spec, flag), split=split))
     return [*trains, *others]
 

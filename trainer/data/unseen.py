@@ -20,6 +20,7 @@ from trainer.data.dataset import SPLITS, Int64
 from trainer.data.formats import Example, content_hash
 
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
+EARLIER_SPLITS = {"val": ("train",), "test": ("train", "val"), "retain": ("train", "val", "test")}
 SHINGLE_TOKENS, NEAR_COPY_SHARE = 13, 0.8
 TEMPLATE_SHARE, MIN_TEMPLATE_RECORDS = 0.1, 10  # of the distinct training records that have a shingle
 BATCH_TOKENS = 2**17  # whose shingles are looked up at a time
@@ -40,17 +41,22 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def name_records(split: str) -> str:
+    """How a message calls the records of a split."""
+    return SPLIT_NAMES.get(split) or f"validation ({split.removeprefix('val-')})"
+
+
 class SeenRecords:
     """Finds the evaluation records that are not new: `add` every record, then `find`.
 
     reasons: {split: [why each of its records is not new, empty where it is]}.
     """
 
-    def __init__(self, split_by: str | None) -> None:
+    def __init__(self, split_by: str | None, splits: Iterable[str] = SPLITS) -> None:
         self._split_by = split_by
-        self._contents = {split: array("Q") for split in SPLITS}
-        self._groups = {split: array("Q") for split in SPLITS}  # 0: none
-        self._places: dict[str, list[list[str]]] = {split: [] for split in SPLITS[1:]}  # and that of a copy's original
+        self._contents = {split: array("Q") for split in splits}
+        self._groups = {split: array("Q") for split in splits}  # 0: none
+        self._places: dict[str, list[list[str]]] = {split: [] for split in splits}  # and that of a copy's original
         self._tokens: dict[tuple[str, int], Hashes] = {}  # of evaluation records, by split and number
         self.reasons: dict[str, list[str]] = {}
 
@@ -73,11 +79,11 @@ class SeenRecords:
 
     def find(self, examples: Iterable[Example]) -> None:
         """`examples`: the records that were added, once more; read only where there are long ones to compare."""
-        self.reasons = {split: [""] * len(self._contents[split]) for split in SPLITS[1:]}
+        self.reasons = {split: [""] * len(hashes) for split, hashes in self._contents.items() if split != "train"}
         self._mark(self._contents, "equal to {} records")
         records = [key for key in self._tokens if not self.reasons[key[0]][key[1]]]
         near_copies = find_near_copies(
-            [(SPLITS.index(key[0]), self._tokens[key]) for key in records],
+            [(_number(split), self._tokens[split, i]) for split, i in records],
             _iter_distinct(examples),
             max_records=max(MIN_TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(set(self._contents["train"])))),
         )
@@ -89,8 +95,8 @@ class SeenRecords:
 
     def _mark(self, hashes: Mapping[str, Sequence[int]], reason: str) -> None:
         """Give the reason to the records without one whose hash an earlier split has, too."""
-        for number, split in enumerate(SPLITS[1:], start=1):
-            for earlier in SPLITS[:number]:
+        for split in self.reasons:
+            for earlier in EARLIER_SPLITS[SPLITS[_number(split)]]:
                 for i in np.flatnonzero(np.isin(hashes[split], hashes[earlier])).tolist():
                     if hashes[split][i] and not self.reasons[split][i]:
                         self.reasons[split][i] = reason.format(SPLIT_NAMES[earlier])
@@ -103,6 +109,11 @@ class SeenRecords:
         places = (" as ".join(place.removeprefix(file) for place in pair) for pair in found)
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
         return f"{reasons} ({file}{list_some(places, MAX_PLACES)})"
+
+
+def _number(split: str) -> int:
+    """The place of a split in SPLITS; that of "val" for all validation sets."""
+    return SPLITS.index(split.partition("-")[0])
 
 
 def _content_hash(example: Example) -> int:
@@ -118,12 +129,12 @@ def _hash_tokens(example: Example) -> Hashes:
 
 
 def _iter_distinct(examples: Iterable[Example]) -> Iterator[tuple[int, str, Hashes]]:
-    """(number of the split, place, tokens) of all but the retained records, each content once."""
+    """(number of the split, place, tokens) of each content of the splits that others are compared with."""
     contents: set[int] = set()
     for example in examples:
-        if example.split != "retain" and (content := _content_hash(example)) not in contents:
+        if example.split in SPLITS[:3] and (content := _content_hash(example)) not in contents:
             contents.add(content)
-            yield SPLITS.index(example.split), example.where, _hash_tokens(example)
+            yield _number(example.split), example.where, _hash_tokens(example)
 
 
 def _shingles(records: Sequence[Hashes]) -> tuple[Int64, Hashes]:

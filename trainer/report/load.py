@@ -20,7 +20,7 @@ from trainer.config.run_metadata import check_run_metadata
 from trainer.config.settings import Settings
 from trainer.config.text import shorten
 from trainer.report.run_data import COLUMN_NAMES, TRAINER_MODE, RunData, RunRows, build_run, read_folder
-from trainer.tracking.records import EventRecord
+from trainer.tracking.records import EvalRecord, EventRecord, OtherEvalRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS, SCORE_KEY
 from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 
@@ -199,6 +199,10 @@ def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
         for kind, columns in COLUMNS.items():
             if any(row.get(key) is not None for key in columns):
                 rows.add(kind, {column: row.get(key) for key, column in (axes | columns).items()})
+        for name in (key[5:-5] for key in row if re.fullmatch("eval_.+/loss", key)):
+            columns = {key.replace("eval/", f"eval_{name}/"): column for key, column in COLUMNS[EvalRecord].items()}
+            values = {column: row.get(key) for key, column in (axes | columns).items()}
+            rows.add(OtherEvalRecord, {**values, "val_set": name})
     return rows
 
 

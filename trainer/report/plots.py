@@ -82,10 +82,14 @@ class PlotSpec(NamedTuple):
     series: str
     y: str
     reference_column: str = ""  #: of the card's curve
+    val_set: str = ""  #: a further set of --val-data, whose evaluations are drawn
 
     def curve(self, run: RunData) -> Curve:
         """x and y of a run; a line of many points as means of equal bins, without what is not finite."""
-        rows, steps_per_epoch = getattr(run, self.series), run.get("resolved.steps_per_epoch")
+        rows = run.val_sets.get(self.val_set, {}) if self.val_set else getattr(run, self.series)
+        if not rows:
+            return np.zeros(0), np.zeros(0)
+        steps_per_epoch = run.get("resolved.steps_per_epoch")
         # an epoch's last batch may be short: by examples its step is one too, and a straight line would have a kink
         x, y = rows["step"] / steps_per_epoch if steps_per_epoch else rows["epoch"], rows[self.y]
         is_finite = np.isfinite(x) & np.isfinite(y)
@@ -107,16 +111,25 @@ PLOTS = (
 )
 
 
+def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
+    """All plots, with one for each further set of --val-data that a run has, behind that of the first."""
+    names = sorted({name for group in groups for run in group.runs for name in run.val_sets})
+    more = [PlotSpec(f"val-{n}", f"Validation loss of {n} by epoch", LOSS_LABEL, "", "loss", val_set=n) for n in names]
+    return [PLOTS[0], *more, *PLOTS[1:]]
+
+
 # --- files, and SVG for the page ---
 
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
     """Write curves.png and curves.svg: all plots on one page, on white."""
-    with styled_figure((2 * PLOT_SIZE_INCHES[0], 3 * PLOT_SIZE_INCHES[1])) as figure:
-        axes = figure.subplots(3, 2).ravel()
-        for axis, plot in zip(axes, PLOTS, strict=False):
+    plots = plots_of(groups)
+    num_rows = -(-len(plots) // 2)
+    with styled_figure((2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])) as figure:
+        axes = figure.subplots(num_rows, 2).ravel()
+        for axis, plot in zip(axes, plots, strict=False):
             draw_plot(axis, plot, groups, with_reference)
-        for axis in axes[len(PLOTS) :]:
+        for axis in axes[len(plots) :]:
             axis.set_axis_off()
         add_legend(figure, axes)
         for file_format in ("svg", "png"):
@@ -154,7 +167,7 @@ def render_svgs(
     if any(pair.tradeoffs for pair in verdict.comparisons):
         draw = partial(draw_tradeoffs, pairs=verdict.comparisons)
         drawings.append((TRADEOFF_TITLE, _render_svg(draw, "tradeoff", TRADEOFF_TITLE, PLOT_SIZE_INCHES)))
-    for plot in (plot for plot in PLOTS if plot.title not in titles):
+    for plot in (plot for plot in plots_of(groups) if plot.title not in titles):
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         drawings.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
     return drawings

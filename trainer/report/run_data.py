@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from trainer.tracking.records import (
     EpochRecord,
     EvalRecord,
     EventRecord,
+    OtherEvalRecord,
     StepRecord,
     from_line,
     is_number,
@@ -78,6 +79,8 @@ class RunData:
     forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
     final_losses: Mapping[str, float]  #: of the test and retain splits at the end, where the run reported them
     notes: Sequence[str] = ()
+    #: {name: evaluations} of the further sets of --val-data, which are only plotted
+    val_sets: Mapping[str, Series] = field(default_factory=dict)
     scores: Mapping[str, float]  #: {`score_name` of a scorer: mean over the test records, from 0 to 1}
     eval_records_path: Path | None  #: loss (and text and scores) of each record, None where the run left none
 
@@ -136,6 +139,7 @@ class RunRows:
     def __init__(self) -> None:
         self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
+        self.val_sets: dict[str, RunRows] = {}  #: {name: rows} of the further sets of --val-data
         self.step_stride = 1
         self._num_steps = 0
         self._last_step: list[float] = []
@@ -143,6 +147,9 @@ class RunRows:
 
     def add(self, kind: type, row: Mapping[str, Any]) -> None:
         """Take the next row of a kind; what it lacks, or is no number, becomes NaN."""
+        if kind is OtherEvalRecord:
+            self.val_sets.setdefault(escape_controls(str(row["val_set"])), RunRows()).add(EvalRecord, row)
+            return
         values = [to_float(row.get(name)) for name in COLUMN_NAMES[kind]]
         if kind is StepRecord:
             self._num_steps += 1
@@ -228,6 +235,7 @@ def build_run(
         steps=steps,
         evals=evals,
         epochs=epochs,
+        val_sets={name: other.series(EvalRecord) for name, other in rows.val_sets.items()},
         summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
         samples=_last_samples(rows.events),

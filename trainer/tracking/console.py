@@ -19,7 +19,7 @@ from rich.text import Text
 from trainer.config import reference
 from trainer.config.errors import escape_controls, mask_credentials
 from trainer.config.text import format_clock
-from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
+from trainer.tracking.records import EpochRecord, EvalRecord, OtherEvalRecord, Record, StepRecord
 
 LINE_INTERVAL_SECONDS = 60.0
 KEY_WIDTH = 13  # of a plan: the longest key
@@ -70,8 +70,9 @@ class ProgressBar:
         """Show one record."""
         if isinstance(record, StepRecord):
             self._show_step(record)
-        elif isinstance(record, EvalRecord):
-            losses = f"validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
+        elif isinstance(record, EvalRecord | OtherEvalRecord):
+            name = f"{record.val_set}: " if isinstance(record, OtherEvalRecord) else ""
+            losses = f"{name}validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
             self.print_line(f"{self._position('eval', record)}  {losses}")
         elif isinstance(record, EpochRecord):
             self.print_line(f"{self._position('train', record)}  mean loss {record.train_loss:.4f}")
@@ -114,7 +115,7 @@ class ProgressBar:
         elif is_line_due:
             self.print_line(line)
 
-    def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
+    def _position(self, label: str, record: StepRecord | EvalRecord | OtherEvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
         step = f"{record.step:>{len(str(self._total_steps))}}/{self._total_steps}"
         return f"{label:<5} {step}  epoch {record.epoch:.2f}/{self._epochs_text}"
@@ -151,16 +152,19 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
     """
     train_losses: dict[int, EpochRecord] = {}
     evals: dict[int, EvalRecord] = {}  # by step: where a resumed run has evaluated twice the later one counts
+    others: dict[str, dict[int, str]] = {}  # {name of a further validation set: {step: its loss}}
     for record in records:
         if isinstance(record, EvalRecord):
             evals[record.step] = record
         elif isinstance(record, EpochRecord):
             train_losses[record.step] = record
+        elif isinstance(record, OtherEvalRecord):
+            others.setdefault(record.val_set, {})[record.step] = f"{record.loss:.4f}"
     best = min(evals.values(), key=lambda record: (record.loss, record.step), default=None)
     references = {float(row.epoch): row for row in reference.CURVE}
 
     table = Table(box=box.SIMPLE_HEAD if is_terminal() else box.MARKDOWN)
-    headings = HEADINGS if with_reference else HEADINGS[:-2]
+    headings = [*(HEADINGS if with_reference else HEADINGS[:-2]), *(f"{name} loss" for name in others)]
     for heading in headings:
         style = "dim" if heading.startswith("card") else ""
         table.add_column(heading, justify="right", style=style, no_wrap=not is_terminal())
@@ -174,7 +178,8 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
             cells[3:5] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
         if epoch in references:
             cells[5:7] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
-        table.add_row(*cells[: len(headings)], style="bold" if best and step == best.step else "")
+        cells = [*cells[: len(headings) - len(others)], *(losses.get(step, "-") for losses in others.values())]
+        table.add_row(*cells, style="bold" if best and step == best.step else "")
     make_console().print(table)
     table.box, text = box.MARKDOWN, io.StringIO()
     Console(file=text, width=1000).print(table)

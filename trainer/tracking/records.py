@@ -48,11 +48,11 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRecord:
-    """One pass over the whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
+class _Evaluation:
+    """One pass over a whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
 
     `bits_per_byte`: the same sum over the UTF-8 bytes of the targets, for models with other tokenizers; None where the
-    text is not known. `row_nll`: the rows' sums, in their order, on the way to eval_records/; not in the line.
+    text is not known.
     """
 
     kind: ClassVar = "eval"
@@ -65,7 +65,21 @@ class EvalRecord:
     eval_tokens: Int
     time: Float
     bits_per_byte: Float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(_Evaluation):
+    """Of the validation set by which a run is judged. `row_nll`: the rows' sums, in their order, on the way to
+    eval_records/; not in the line."""
+
     row_nll: SkipValidation[Sequence[float] | None] = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherEvalRecord(_Evaluation):
+    """Of a further set of --val-data, which decides nothing: the rows of kind `eval` with a `val_set`, its name."""
+
+    val_set: Annotated[str, Accepts("a text")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +107,9 @@ class EventRecord:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Record = StepRecord | EvalRecord | EpochRecord | EventRecord
+Record = StepRecord | EvalRecord | OtherEvalRecord | EpochRecord | EventRecord
 _ADAPTERS = {cls.kind: TypeAdapter[Any](cls) for cls in (StepRecord, EvalRecord, EpochRecord, EventRecord)}
+_OTHER_EVAL = TypeAdapter[Any](OtherEvalRecord)
 
 
 class RecordLogger(Protocol):
@@ -133,6 +148,7 @@ def from_line(line: bytes) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
     row = parse_json(line.decode())
     adapter = _ADAPTERS.get(str(row.get("kind"))) if isinstance(row, dict) else None
+    adapter = _OTHER_EVAL if adapter is _ADAPTERS["eval"] and "val_set" in row else adapter
     if adapter is None:
         raise ValueError(f"not a record: {json.dumps(row)[:80]}")
     try:
@@ -159,7 +175,7 @@ def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, 
     The rows of a run never step back, and only events repeat a step: a row that does is wrong, as where a file was
     appended to itself. `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
     """
-    last_steps: dict[str, int] = {}
+    last_steps: dict[tuple[str, str | None], int] = {}
     for number, line in enumerate(iter_lines(path), start=1):
         if not line.endswith(b"\n"):  # rows are written newline last: this one was not finished
             yield number, line, None
@@ -168,10 +184,11 @@ def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, 
                 record = from_line(line)
                 if not isinstance(record, EventRecord) or record.event not in FINAL_EVALUATIONS:
                     last_step = max(last_steps.values(), default=-1)
-                    is_second = record.kind != "event" and record.step == last_steps.get(record.kind)
+                    key = (record.kind, getattr(record, "val_set", None))
+                    is_second = record.kind != "event" and record.step == last_steps.get(key)
                     if record.step < last_step or is_second:
                         raise ValueError(f"a row of step {record.step} after one of step {last_step}")
-                    last_steps[record.kind] = record.step
+                    last_steps[key] = record.step
             except ValueError as error:
                 yield number, line, error
             else:
@@ -256,7 +273,7 @@ def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eva
             if isinstance(record, ValueError):
                 return f"line {number}: {record}"
             if number > num_rows and record is not None and not isinstance(record, EventRecord):
-                is_pending = eval_pending and record.step == step and isinstance(record, EvalRecord | EpochRecord)
+                is_pending = eval_pending and record.step == step and record.kind in ("eval", "epoch")
                 if record.step <= step and not is_pending:
                     return f"line {number}: a row of step {record.step} behind the {num_rows} rows that were written"
     except OSError as error:
@@ -285,7 +302,7 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
                     continue
                 event = record.event if isinstance(record, EventRecord) else None
                 is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
-                follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or event in EVALUATION_EVENTS
+                follows_evaluation = record.kind in ("eval", "epoch") or event in EVALUATION_EVENTS
                 if record.step > step or is_run_end or (eval_pending and record.step == step and follows_evaluation):
                     num_dropped += 1
                 else:

@@ -15,7 +15,15 @@ from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import GlobalBatch
 from trainer.distributed.engine import Engine, StepResult
 from trainer.distributed.stepper import NonFiniteError
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
+from trainer.tracking.records import (
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    OtherEvalRecord,
+    Record,
+    StepRecord,
+    perplexity,
+)
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.evaluation import StopRequested, evaluate
 from trainer.training.schedule import TrainSchedule, TrainState
@@ -110,27 +118,29 @@ def _run_due_actions(
     """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
     settings, step = schedule.settings.train, state.step
     if schedule.is_eval_due(step):
-        num_bytes = data.num_target_bytes("val")
+        num_bytes, batch = data.num_target_bytes("val"), settings.eval_batch
         try:
-            batch = settings.eval_batch
-            evaluation = evaluate(engine, data.val, batch, should_stop, num_bytes=num_bytes, row_nll=row_nll)
+            results = {"": evaluate(engine, data.val, batch, should_stop, num_bytes=num_bytes, row_nll=row_nll)}
+            for name, rows in data.val_sets.items():
+                num_bytes = data.num_target_bytes(f"val-{name}")
+                results[name] = evaluate(engine, rows, batch, should_stop, num_bytes=num_bytes)
         except StopRequested:
             return replace(state, stop_requested=True)
-        if not math.isfinite(evaluation.loss):
-            message = f"evaluation after step {step}: validation loss {evaluation.loss}; the checkpoints before it are "
-            message += "whole"
-            yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
-            raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
+        for evaluation in results.values():
+            if not math.isfinite(evaluation.loss):
+                message = f"evaluation after step {step}: validation loss {evaluation.loss}; the checkpoints before it "
+                message += "are whole"
+                yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
+                raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
         axes = schedule.record_axes(state) | {"time": stopwatch()}
-        state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=settings.min_delta)
-        yield EvalRecord(
-            **axes,
-            loss=evaluation.loss,
-            perplexity=perplexity(evaluation.loss),
-            eval_tokens=evaluation.num_target_tokens,
-            bits_per_byte=evaluation.bits_per_byte,
-            row_nll=evaluation.row_nll,
-        )
+        state = state.after_evaluation(results[""].loss, epoch=axes["epoch"], min_delta=settings.min_delta)
+        for val_set, evaluation in results.items():
+            values: dict[str, Any] = {**axes, "loss": evaluation.loss, "perplexity": perplexity(evaluation.loss)}
+            values |= {"eval_tokens": evaluation.num_target_tokens, "bits_per_byte": evaluation.bits_per_byte}
+            if val_set:
+                yield OtherEvalRecord(**values, val_set=val_set)
+            else:
+                yield EvalRecord(**values, row_nll=evaluation.row_nll)
 
     is_early_stop = schedule.is_stopped_early(state) and step < schedule.total_steps
     is_epoch_end = schedule.is_epoch_end(step)

@@ -111,7 +111,7 @@ class RunPlan:
             if num_seen := data_info["num_seen"].get(split):  # whose groups are not counted
                 groups = f" ({num_seen:,} of {counts['records']:,} records are not new)"
             text = f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
-            fraction = {"val": settings.data.val_fraction, "test": settings.data.test_fraction}[split]
+            fraction = {"val": settings.data.val_fraction, "test": settings.data.test_fraction}.get(split, 0.0)
             is_split_off = data_info["split"] != "given" if split == "val" else fraction
             return text + (f" ({fraction:.3g} of the records, split off by hash)" if is_split_off else "")
 
@@ -161,6 +161,7 @@ class RunPlan:
         ]
         if data_info.get("test", {}).get("examples"):
             data.insert(2, ("test", describe_split("test")))
+        data[2:2] = [("validation", f"{name}: {describe_split(f'val-{name}')}") for name in data_info["val_sets"]]
         if (scorers := settings.output.score) and settings.output.export != "none":
             limit = f"at most {settings.output.score_tokens} tokens" if settings.output.score_tokens else "greedy"
             training.append(("scores", f"{', '.join(scorers)} of a text ({limit}) for each test record, at the end"))

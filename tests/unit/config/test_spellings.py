@@ -227,8 +227,11 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--mode", ["--mode: expected one argument"]),
         ("--global-batch 3 --gradient_accumulation_steps 4", ["--global-batch 3: per device 1 x accumulation 4"]),
         (
-            "--data A=0.7 --data B=0.3 --val_data=a --val-data b",
-            ["--data: stands there 2 times; expected once, several with w", "--val-data: stands there 2 times"],
+            "--data A=0.7 --data B=0.3 --val_data=a/x.csv --val-data b/x.jsonl",
+            [
+                "--data: stands there 2 times; expected once, several with w",
+                "--val-data b/x.jsonl: a second set named x",
+            ],
         ),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         (

@@ -35,7 +35,8 @@ def test_a_home_folder_is_put_for_a_tilde_in_each_path_of_a_run(flag, from_file,
         (home / "a.yaml").write_text(f"{flag.removeprefix('--')}: {value}\n")
         given = ["--config", "~/a.yaml"] if from_file else [flag, value]
         settings = cli.parse_args(["--mode", "full", *given]).settings
-        return [value for group in GROUPS for value in settings.overrides[group].values()]
+        values = [value for group in GROUPS for value in settings.overrides[group].values()]
+        return [item for value in values for item in (value if isinstance(value, tuple) else [value])]
 
     assert parse("~/x") == [f"{home}/x"]
     assert parse("a/~b") == ["a/~b"]

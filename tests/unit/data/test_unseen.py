@@ -214,6 +214,16 @@ def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, pre
         assert prepared.row_info("val")["is_seen"].all() == (num_shared == 200)
         with pytest.raises(UserError, match=f"{num_shared} of 200 validation records are not new; expected under 50%"):
             prepare_file(file, val_data=str(val), **options)
+        sets = (str(write_records(tmp_path / "new.csv", pairs[200:])), f"old={val}")
+        with pytest.raises(UserError, match=problem.replace("validation", r"validation \(old\)")):
+            prepare_file(file, val_data=sets, **options)
+        prepared = prepare_file(file, val_data=sets, allow_leakage=True, **options)
+        assert prepared.metadata["num_seen"] == {"val": 0, "test": 0, "retain": 0, "val-old": num_shared}
+        alone = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
+        assert np.array_equal(prepared.val_sets["old"].ids, alone.val.ids)
+        assert (
+            prepared.metadata["fingerprint"] != prepare_file(file, val_data=sets[0], **options).metadata["fingerprint"]
+        )
     for name in ("train", "validation"):
         write_records(tmp_path / "folder" / f"{name}.csv", pairs)
     with pytest.raises(UserError, match=r"^--data .*folder: all 400 validation records are not new"):
