@@ -18,7 +18,7 @@ import yaml
 from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS, Mode, Preset
 from trainer.config.errors import UserError
-from trainer.config.fields import Accepts, flag_of, unwrap, what_is_expected
+from trainer.config.fields import Accepts, PeftConfig, UserPath, flag_of, unwrap, what_is_expected
 from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings, resolve
@@ -213,7 +213,9 @@ def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
     elif typing.get_origin(kind) is tuple:
         options |= {"metavar": "NAMES", "type": lambda text: tuple(name.strip() for name in text.split(","))}
     else:
-        options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind], "type": lambda text: _parse(kind, text)}
+        is_path = {UserPath, PeftConfig} & {field.type, *typing.get_args(field.type)}
+        metavar = "PATH" if is_path else {int: "N", float: "X", str: "TEXT"}[kind]
+        options |= {"metavar": metavar, "type": lambda text: _parse(kind, text)}
     add(flag_of(field), help=help_text, **options)
 
 

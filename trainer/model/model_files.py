@@ -38,7 +38,7 @@ def check_config_file(folder: Path) -> None:
     FileNotFoundError where a folder has none; a model that is no folder may still be on the hub.
     """
     if (folder / "adapter_config.json").exists():
-        raise UserError("holds an adapter (adapter_config.json); expected a whole model: merge it first")
+        raise UserError("is an adapter; merge it first (of a run here: launch/export.py RUN --merge)")
     if not folder.is_dir():
         return
     if not (folder / "config.json").exists():

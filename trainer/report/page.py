@@ -179,7 +179,7 @@ def render_markdown(comparison: Comparison) -> str:
         "![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)",
     ]
     if comparison.problems:
-        parts += ["## Not as it should be", markdown_list(problem.without_place for problem in comparison.problems)]
+        parts += ["## Problems", markdown_list(problem.without_place for problem in comparison.problems)]
     for table in (comparison.by_epoch, *comparison.by_run, *comparison.optional_tables):
         parts += [f"## {table.title}", markdown_section(table)]
     parts += ["## Samples", markdown_samples(comparison.samples)] if comparison.samples else []

@@ -275,7 +275,7 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
     headings = ["setting or fact", *columns]
     return (
         Table(title="Different", headings=headings, rows=differing),
-        Table(title="Same, where known", headings=["setting or fact", "value"], rows=shared),
+        Table(title="The same in all runs", headings=["setting or fact", "value"], rows=shared),
     )
 
 

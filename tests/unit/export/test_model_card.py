@@ -60,10 +60,11 @@ def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares(tmp_path):
     metadata: dict[str, Any] = {**make_metadata(not_comparable_with_card=["data: another"]), "preset": "card"}
     metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
     metadata["data"]["source"] = f"org/name:part=0.5 {tmp_path}/secret=0.2 events.csv=0.3"
-    text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(), step=6, license="mit")
+    text = render_model_card({**metadata, "mode": "lora"}, [], VerificationResult(loss=1.0), step=6, license="mit")
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     front = yaml.safe_load(text.split("---\n")[1])
-    assert (front["base_model"], front["license"], front["datasets"]) == ("openai-community/gpt2", "mit", ["org/name"])
+    assert (front["base_model"], front["license"]) == ("openai-community/gpt2", "mit")
+    assert (front["datasets"], front["metrics"]) == (["org/name"], ["perplexity"])
     assert str(tmp_path) not in text
     config = "generation_config=GenerationConfig.from_pretrained(folder)"
     assert f'base = AutoModelForCausalLM.from_pretrained("openai-community/gpt2", {config})' in text
