@@ -7,8 +7,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from trainer.config.argument_parser import ArgumentParser, number, output_folder, whole_number, whole_numbers
-from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
+from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.choices import MODES
 from trainer.config.errors import UserError
 from trainer.tools.program import program
 
@@ -50,38 +50,27 @@ def build_parser(name: str) -> ArgumentParser:
         parser = ArgumentParser(prog="bench.py memory", description=f"{description} The other: bench.py steps.")
         add = parser.add_argument
         add("--model", help="folder of a causal LM with its weights, in place of --shape")
-        shape_help = "size of a random GPT-2 (default: tiny)"
-        add("--shape", choices=("tiny", "gpt2", "gpt2-xl"), default="tiny", help=shape_help)
+        add("--shape", choices=("tiny", "gpt2", "gpt2-xl"), default="tiny", help="a random GPT-2 (default: tiny)")
         add("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
         add("--steps", type=whole_number, default=5, metavar="N", help="optimizer steps (default: 5)")
         add("--micro-batch", type=whole_number, default=2, metavar="N", help="rows of a step (default: 2)")
         add("--block-size", type=whole_number, default=64, metavar="N", help="tokens of a row (default: 64)")
         add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
         return parser
-    description = "Time optimizer steps of several programs in alternation; writes bench.json and bench.md."
+    description = "Time optimizer steps of several programs in alternation, on one GPU or CPU rank."
     parser = ArgumentParser(prog="bench.py steps", description=f"{description} The other: bench.py memory.")
     add = parser.add_argument
-    batches_help = "examples a step, over all ranks (default: 2)"
-    against_help = "other programs at equal settings, on one rank: plain (a PyTorch loop), hf (Trainer) (default: none)"
+    against_help = "other programs at equal settings: plain (a PyTorch loop), hf (Trainer) (default: none)"
     without_help = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
-    precision_help = "fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)"
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--modes", type=names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
-    add("--batches", type=whole_numbers, default=(2,), metavar="N,N", help=batches_help)
-    add("--ds-config", type=names(DS_CONFIG_NAMES), default=["zero0"], metavar="NAMES", help="default: zero0")
-    add("--ranks", type=whole_numbers, default=(1,), metavar="N,N", help="ranks of ours (default: 1)")
-    add("--execution", type=names(EXECUTIONS), default=["auto"], metavar="NAMES", help="of ours (default: auto)")
     add("--against", type=names(PEERS), default=[], metavar="NAMES", help=against_help)
     add("--without", type=names(FAST_PATHS), default=[], metavar="NAMES", help=without_help)
+    add("--global-batch", type=whole_number, default=2, metavar="N", help="examples of a step (default: 2)")
     add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
-    add("--precision", type=names(PRECISIONS), metavar="NAMES", help=precision_help)
-    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    add("--dropout", type=number(0, 1), metavar="P", help="default: the model's own")
-    add("--windows", type=whole_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
-    add("--window", type=whole_number, default=4, metavar="N", help="steps of a window (default: 4)")
-    add("--warmup", type=whole_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--steps", type=whole_number, default=20, metavar="N", help="timed steps of a program in a round (default: 20)")
     add("--rounds", type=whole_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
-    add("--output-dir", type=output_folder, default="bench", metavar="DIR", help="for the table (default: bench)")
     return parser
 
 
@@ -92,13 +81,9 @@ def main(argv: Sequence[str]) -> int:
     if name not in ("steps", "memory"):
         raise UserError(f"{name}: expected steps or memory")
     args = build_parser(name).parse_args(flags)
-    if name == "steps":
-        from trainer.tools.bench.steps import measure_steps
+    from trainer.tools import bench
 
-        return measure_steps(args)
-    from trainer.tools.bench.memory import measure_memory
-
-    return measure_memory(args, METHODS)
+    return bench.measure_steps(args) if name == "steps" else bench.measure_memory(args, METHODS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """`--find-batch`: the fastest micro-batch that fits, for the same global batch, on one host.
 
-Rank 0 starts a group of processes for each size (`python -m trainer.tools.find_batch JOB`), which take steps of the
-longest rows: a rank that runs out of memory leaves the others waiting in a collective, so all of a group are ended.
+Rank 0 starts a group of processes for each size, which take steps of the longest rows: a rank that runs out of memory
+leaves the others waiting in a collective, so all of a group are ended.
 """
 
-import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,14 @@ from trainer.data.sampler import GlobalBatch, step_batches, step_counts
 from trainer.distributed.engine import Engine
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.process_group import DistContext
-from trainer.tools.processes import run_job
-from trainer.tools.trial_engine import run_rank, start_trial, write_result
+from trainer.tools.trial_engine import run_job, start_trial, write_result
 from trainer.training.run_plan import RunPlan
 
 #: Of the memory that is free; on a CPU what is beyond it is taken from other programs, not refused.
 MEMORY_BUDGET_SHARE = 0.8
-WORKER_COMMAND = ("-m", "trainer.tools.find_batch")
 OUT_OF_MEMORY_EXIT_CODE = 77
-#: How a rank ends that needs too much; -9 and 137: killed by the system, which is how a host's memory runs out.
-MEMORY_EXIT_CODES = {OUT_OF_MEMORY_EXIT_CODE: "out of memory", -9: "killed by the system", 137: "killed by the system"}
+#: How a rank ends that needs too much; -9: killed by the system, which is how a host's memory runs out.
+MEMORY_EXIT_CODES = {OUT_OF_MEMORY_EXIT_CODE: "out of memory", -9: "killed by the system"}
 EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
 MAX_MICRO_BATCHES = 4  # that are run in a step; the time of more is extrapolated
 NUM_TIMED_STEPS = 2  # after those that warm up and show whether it fits
@@ -43,10 +40,13 @@ Trial = dict[str, Any]
 
 
 def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
-    """Try, print, and leave find-batch.json in the run folder; returns 0. UserError on several hosts, TrainingError
-    where no micro-batch fits."""
+    """Try sizes that keep the global batch, each at least twice the one before, until one does not fit.
+
+    Prints them and leaves find-batch.json in the run folder; returns 0. UserError on several hosts, TrainingError where
+    no micro-batch fits.
+    """
     context = plan.dist_context
-    if context.local_world_size != context.world_size:
+    if context.num_nodes > 1:
         raise UserError(
             f"--find-batch: {context.world_size} ranks on several hosts; expected one host: try its "
             f"{context.local_world_size} ranks there, with as many times smaller a --global-batch"
@@ -54,22 +54,26 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     if context.rank > 0:
         return 0
     row_length, global_batch = int(data.train.lengths().max()), plan.schedule.batch.global_batch
-    sizes, budget = sizes_within_budget(plan, candidate_sizes(global_batch, context.world_size), row_length)
-    trials: dict[int, Trial] = {}
-    while (size := next_size(sizes, {size: trial["fits"] for size, trial in trials.items()})) is not None:
+    limit_bytes = MEMORY_BUDGET_SHARE * context.free_host_bytes()
+    trials: list[Trial] = []
+    not_tried, size, examples_per_rank = "", 1, global_batch // context.world_size
+    while size <= examples_per_rank:
+        if context.device.type == "cpu":  # a GPU says itself what fits
+            estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
+            needed_bytes = required_bytes(estimate, plan.model_info, context.device)[0]
+            if needed_bytes > limit_bytes:
+                not_tried = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB of a rank, over "
+                not_tried += f"{MEMORY_BUDGET_SHARE:.0%} of the {context.free_host_bytes() / 2**30:.1f} GiB free"
+                break
         print(f"trying micro-batch {size} ...", flush=True)
-        trials[size] = run_trial(plan, data.folder, size)
-    tried = [trials[size] for size in sorted(trials)]
-    best = fastest(tried)
-    content = {
-        "global_batch": global_batch,
-        "width": row_length,
-        "tried": tried,
-        "suggestion": best["micro_batch_size"] if best else None,
-        "budget": budget,
-    }
-    path = write_result("find-batch.json", plan, content)
-    print("\n".join([*format_lines(tried, best), *filter(None, [budget])]), flush=True)
+        trials.append(run_trial(plan, data.folder, size))
+        if not trials[-1]["fits"]:
+            break
+        size = next((n for n in range(2 * size, examples_per_rank + 1) if examples_per_rank % n == 0), global_batch + 1)
+    best = fastest(trials)
+    content = {"global_batch": global_batch, "width": row_length, "tried": trials, "not_tried": not_tried}
+    path = write_result("find-batch.json", plan, content | {"suggestion": best and best["micro_batch_size"]})
+    print("\n".join([*format_lines(trials, best), *filter(None, [not_tried])]), flush=True)
     if best is None:
         raise TrainingError(
             "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
@@ -79,45 +83,12 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     return 0
 
 
-def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
-    """Every micro-batch that leaves the global batch as it is: the divisors of a rank's share, ascending."""
-    examples_per_rank = global_batch // world_size
-    return [size for size in range(1, examples_per_rank + 1) if examples_per_rank % size == 0]
-
-
-def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
-    """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
-    if plan.dist_context.device.type == "cuda":
-        return list(sizes), ""
-    limit_bytes = MEMORY_BUDGET_SHARE * plan.dist_context.free_host_bytes()
-    budget = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
-    for index, size in enumerate(sizes):
-        estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
-        needed_bytes = required_bytes(estimate, plan.model_info, plan.dist_context.device)[0]
-        if needed_bytes > limit_bytes:
-            budget += f"; not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
-            return list(sizes[:index]), budget
-    return list(sizes), budget
-
-
-def next_size(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> int | None:
-    """What to try next: at least twice the largest that fits until one does not, then the middle of the gap."""
-    largest_fitting = max((size for size, fits in fits_by_size.items() if fits), default=0)
-    smallest_failing = min((size for size, fits in fits_by_size.items() if not fits), default=math.inf)
-    between = [size for size in sizes if largest_fitting < size < smallest_failing]
-    if not between:
-        return None
-    if smallest_failing == math.inf:
-        return next((size for size in between if size >= 2 * largest_fitting), between[-1])
-    return between[len(between) // 2]
-
-
 def run_trial(plan: RunPlan, data_folder: Path, size: int) -> Trial:
     """A micro-batch on processes of its own. TrainingError where they end for another reason than memory."""
     world_size, timeout = plan.dist_context.world_size, plan.settings.engine.hang_timeout
     batch = BatchConfig.divide(plan.schedule.batch.global_batch, size, world_size)
     job = {"settings": plan.settings.as_dict(), "data": str(data_folder), "size": size}
-    answers, exit_codes, reason = run_job(WORKER_COMMAND, job, world_size, timeout_seconds=timeout)
+    answers, exit_codes, reason = run_job(measure_size, job, world_size, timeout_seconds=timeout)
     trial = {"micro_batch_size": size, "gradient_accumulation_steps": batch.gradient_accumulation_steps}
     if exit_codes is None:
         raise TrainingError(f"--find-batch: micro-batch {size} took over {timeout:g} s (--hang-timeout): {reason}")
@@ -125,8 +96,7 @@ def run_trial(plan: RunPlan, data_folder: Path, size: int) -> Trial:
         if exit_code in MEMORY_EXIT_CODES:
             return trial | {"fits": False, "failure_reason": f"{MEMORY_EXIT_CODES[exit_code]} on rank {rank}"}
     if any(exit_codes):
-        rank = next(rank for rank, exit_code in enumerate(exit_codes) if exit_code)
-        raise TrainingError(f"--find-batch: micro-batch {size} failed on rank {rank}: {reason}")
+        raise TrainingError(f"--find-batch: micro-batch {size} failed: {reason}")
     return trial | {"fits": True, **answers[0]}
 
 
@@ -134,8 +104,7 @@ def fastest(trials: Sequence[Trial]) -> Trial | None:
     """The smallest micro-batch among those that are as fast as the fastest; None where none fits."""
     fitting = [trial for trial in trials if trial["fits"]]
     min_speed = (1 - EQUAL_SPEED_SHARE) * max((trial["tokens_per_second"] for trial in fitting), default=0.0)
-    fast = [trial for trial in fitting if trial["tokens_per_second"] >= min_speed]
-    return min(fast, key=lambda trial: trial["micro_batch_size"], default=None)
+    return next((trial for trial in fitting if trial["tokens_per_second"] >= min_speed), None)
 
 
 def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
@@ -147,12 +116,8 @@ def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
             outcome = f"{step_ms:>11,.0f}  {trial['tokens_per_second']:>10,.0f}  {peak_gib:.2f} GiB"
         lines.append(f"{trial['micro_batch_size']:>11}  {trial['gradient_accumulation_steps']:>12}  {outcome}")
     if best is not None:
-        largest = [trial for trial in trials if trial["fits"]][-1]
-        gain = best["tokens_per_second"] / largest["tokens_per_second"] - 1
-        comparison = f"{gain:+.0%} against" if abs(gain) > EQUAL_SPEED_SHARE else "in less memory and as fast as"
-        note = f", {comparison} {largest['micro_batch_size']}, the largest that fits" * (largest is not best)
         lines.append(
-            f"suggestion     --micro-batch {best['micro_batch_size']}: {best['tokens_per_second']:,.0f} tokens/s{note}"
+            f"suggestion     --micro-batch {best['micro_batch_size']}: {best['tokens_per_second']:,.0f} tokens/s"
         )
     return lines
 
@@ -218,7 +183,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     messages = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
     is_allocators_own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_allocators_own or any(message in str(error) for message in messages)
-
-
-if __name__ == "__main__":
-    run_rank(measure_size)

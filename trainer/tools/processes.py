@@ -1,27 +1,24 @@
-"""Processes that the tools start: launch/train.py with its own GPUs and log, and a job on a group of ranks.
+"""Processes that the tools start: launch/train.py with its own GPUs, and functions, each with a log of its own.
 
-On a CPU launch/train.py is a fork of a process that has loaded the libraries: that takes about five CPU seconds, longer
-than a short run's steps, and a study starts dozens of runs. A process that is to use a GPU starts afresh: loading the
+On a CPU they are forks of a process that has loaded the libraries: that takes about five CPU seconds, longer than a
+short run's steps, and a study starts dozens of runs. A process that is to use a GPU starts afresh: loading the
 libraries may have initialised CUDA, which does not survive a fork.
 """
 
 import contextlib
 import ctypes
-import json
 import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.config.errors import UserError, report_error
 from trainer.distributed.launch_environment import set_library_environment, without_launcher
@@ -29,12 +26,10 @@ from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.silence import silence_libraries
 from trainer.tracking.wandb_logger import RUN_VARIABLES
 
-ROOT = Path(__file__).parents[2]
-TRAIN_SCRIPT = ROOT / "launch" / "train.py"
+TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 #: Loaded once, before the first fork; none of them starts threads while it is imported. W&B's last one is what
 #: `wandb.init` imports (its launcher, 1.1 CPU seconds).
 PRELOADED_MODULES = ["trainer.tools.silenced", "trainer.run", "deepspeed", "peft", "wandb.sdk.launch"]
-POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
@@ -73,24 +68,24 @@ def start_run(slot: Slot, argv: Sequence[str], folder: Path, *, group: str = "")
 
     `group`: of the run on W&B.
     """
-    return start_process(slot, _run_script, (TRAIN_SCRIPT, argv), folder, group=group)
+    return start_process(_run_script, (slot, TRAIN_SCRIPT, argv), folder, run_environ(slot, group), bool(slot.gpus))
 
 
 def start_process(
-    slot: Slot, target: Callable[..., None], args: tuple[Any, ...], folder: Path, *, group: str = ""
+    target: Callable[..., None], args: tuple[Any, ...], folder: Path, env: Mapping[str, str], uses_gpus: bool
 ) -> BaseProcess:
-    """Start `target(slot, *args)` in a process of its own; the rest is as for `start_run`."""
+    """Start `target(*args)` in a process of its own with these variables; the rest is as for `start_run`."""
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(log := folder / "log") and not log.is_file():  # a named pipe would be waited for
         raise UserError(f"{log}: not a regular file; remove it")
     silence_libraries()
     set_library_environment()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while wandb is imported
-    if not slot.gpus:
+    if not uses_gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
-    context: Any = multiprocessing.get_context("spawn" if slot.gpus else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if uses_gpus else "forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
-    process: BaseProcess = context.Process(target=_run, args=(slot, target, args, run_environ(slot, group), folder))
+    process: BaseProcess = context.Process(target=_run, args=(target, args, dict(env), folder))
     process.start()
     return process
 
@@ -103,8 +98,8 @@ def run_environ(slot: Slot, group: str = "") -> dict[str, str]:
     return env | {"WANDB_RUN_GROUP": group, "CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
 
 
-def _run(slot: Slot, target: Callable[..., None], args: tuple[Any, ...], env: Mapping[str, str], folder: Path) -> None:
-    end_with_parent()
+def _run(target: Callable[..., None], args: tuple[Any, ...], env: Mapping[str, str], folder: Path) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends when the process that started it ends
     with open(os.devnull, "rb") as null, open(folder / "log", "ab") as output:
         for descriptor, file in enumerate((null, output, output)):
             os.dup2(file.fileno(), descriptor)
@@ -116,7 +111,7 @@ def _run(slot: Slot, target: Callable[..., None], args: tuple[Any, ...], env: Ma
     os.truncate(folder / "log", 0)
     os.environ.clear()
     os.environ.update(env)
-    target(slot, *args)
+    target(*args)
     del lock
 
 
@@ -143,69 +138,6 @@ def acquire_when_free(folder: Path, should_stop: threading.Event | None = None) 
         except FolderInUseError:
             should_stop.wait(0.2)
     return None
-
-
-class JobResult(NamedTuple):
-    """How a job ended."""
-
-    answers: list[dict[str, Any]]  #: what its function yielded on rank 0 (`trial_engine.run_rank`)
-    exit_codes: list[int] | None  #: of the ranks; None where the time was over
-    reason: str  #: why it failed, "" where it did not
-
-
-def run_job(
-    command: Sequence[str], job: Mapping[str, Any], world_size: int, *, timeout_seconds: float = float("inf")
-) -> JobResult:
-    """Run `python *command JOB` as so many ranks, which call `trial_engine.run_rank`.
-
-    A rank that fails ends the others, which would wait for it; all have ended on return.
-    """
-    from trainer.distributed.machine import find_free_port  # which needs torch
-
-    env = {
-        **without_launcher(os.environ),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(find_free_port()),
-    }
-    deadline = time.monotonic() + timeout_seconds
-    with tempfile.TemporaryDirectory(prefix="job-") as scratch:
-        job_file, answer_file, log = (Path(scratch, name) for name in ("job.json", "answers", "log"))
-        job_file.write_text(json.dumps({**job, "answer": str(answer_file)}), encoding="utf-8")
-        answer_file.touch()
-        ranks, exit_codes = [], None
-        try:
-            with open(log, "wb") as output:
-                for rank in range(world_size):
-                    ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, *command, str(job_file)],
-                            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=output,
-                        )
-                    )
-            while time.monotonic() < deadline:
-                codes = [rank.poll() for rank in ranks]
-                if any(codes) or None not in codes:
-                    exit_codes = [code or 0 for code in codes]
-                    break
-                time.sleep(POLL_SECONDS)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        answers = [json.loads(line) for line in answer_file.read_text(encoding="utf-8").splitlines()]
-        has_failed = exit_codes is None or any(exit_codes)
-        return JobResult(answers, exit_codes, failure_reason(log) if has_failed else "")
-
-
-def end_with_parent() -> None:
-    """Have the system end this process when the one that started it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def failure_reason(log: Path, exit_code: int = 1) -> str:

@@ -1,10 +1,17 @@
 """A few steps beside a run: what `--find-lr`, `--find-batch`, `doctor.py` and bench share."""
 
 import json
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
@@ -12,33 +19,71 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.distributed.engine import Engine
-from trainer.distributed.machine import peak_memory_bytes
+from trainer.distributed.launch_environment import without_launcher
+from trainer.distributed.machine import find_free_port, peak_memory_bytes
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
 from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import build_model, get_max_positions, load_config
-from trainer.tools.processes import end_with_parent
+from trainer.tools.processes import failure_reason, start_process
 from trainer.tracking.optional_loggers import check_loggers
-from trainer.tracking.silence import silence_libraries
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 
 FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
 
 
-def run_rank(measure: Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]) -> None:
-    """Be one rank of a job that `run_job` has started; all ranks must yield alike.
+Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]
 
-    What `measure(job, dist_context)` yields on rank 0 are the job's answers, each with `peak_memory_bytes` of the rank
-    that needs most.
+
+class JobResult(NamedTuple):
+    """How a job ended."""
+
+    answers: list[dict[str, Any]]  #: what its function yielded on rank 0
+    exit_codes: list[int] | None  #: of the ranks; None where the time was over
+    reason: str  #: why it failed, "" where it did not
+
+
+def run_job(
+    measure: Measure, job: dict[str, Any], world_size: int, *, timeout_seconds: float = float("inf")
+) -> JobResult:
+    """Call `measure(job, dist_context)` on so many ranks, all of which must yield alike.
+
+    Each answer of rank 0 gets `peak_memory_bytes` of the rank that needs most. A rank that fails ends the others, which
+    would wait for it; all have ended on return.
     """
-    end_with_parent()
-    silence_libraries()
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    dist_context = init_distributed(job.get("device"))
+    env = without_launcher(os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    deadline = time.monotonic() + timeout_seconds
+    with tempfile.TemporaryDirectory(prefix="job-") as scratch:
+        answer_file, folders = Path(scratch, "answers"), [Path(scratch, f"rank-{rank}") for rank in range(world_size)]
+        answer_file.touch()
+        ranks: list[BaseProcess] = []
+        try:
+            for rank, folder in enumerate(folders):
+                own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+                args = (measure, job, answer_file)
+                ranks.append(start_process(_run_rank, args, folder, env | own, torch.cuda.is_available()))
+            while (running := [rank for rank in ranks if rank.exitcode is None]) and time.monotonic() < deadline:
+                if any(rank.exitcode for rank in ranks):
+                    break
+                wait([rank.sentinel for rank in running], min(1.0, deadline - time.monotonic()))
+            is_late = bool(running) and not any(rank.exitcode for rank in ranks)
+            exit_codes = None if is_late else [rank.exitcode or 0 for rank in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        answers = [json.loads(line) for line in answer_file.read_text(encoding="utf-8").splitlines()]
+        failed = next((rank for rank, code in enumerate(exit_codes or [1]) if code), None)
+        return JobResult(answers, exit_codes, "" if failed is None else failure_reason(folders[failed] / "log"))
+
+
+def _run_rank(measure: Measure, job: dict[str, Any], answer_file: Path) -> None:
+    dist_context = init_distributed()
     try:
         for numbers in measure(job, dist_context):
             peak = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
             if dist_context.rank == 0:
-                with open(job["answer"], "a", encoding="utf-8") as file:
+                with open(answer_file, "a", encoding="utf-8") as file:
                     file.write(json.dumps({**numbers, "peak_memory_bytes": peak}) + "\n")
     finally:
         dist_context.watchdog.close()

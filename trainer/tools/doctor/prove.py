@@ -1,5 +1,5 @@
 """`launch/doctor.py --prove`: the user's model and rows under every ZeRO stage, number of ranks and way to run steps,
-each held against a plain PyTorch loop on this machine. `python -m trainer.tools.doctor.prove JOB` is one rank of a row.
+each held against a plain PyTorch loop on this machine.
 
 Dropout is off: its masks depend on the micro-batch.
 """
@@ -27,8 +27,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
-from trainer.tools.processes import run_job
-from trainer.tools.trial_engine import run_rank, start_trial, write_result
+from trainer.tools.trial_engine import run_job, start_trial, write_result
 from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -38,7 +37,6 @@ NUM_STEPS = 3  # that are compared and timed, after those before which no CUDA g
 #: plain loop, where the rounding is all of it, are left out: below the second number times the tensor's mean size.
 WEIGHT_BOUNDS = {"fp32": (0.05, 1e-3), "bf16": (0.25, 0.1)}
 PLAIN = "plain PyTorch"
-WORKER_COMMAND = ("-m", "trainer.tools.doctor.prove")
 
 #: One of the table, as it stands in prove.json: `ds_config`, `world_size`, `execution`, and what the worker measured:
 #: `path` (how steps really ran), `loss_difference`, `norm_difference` (relative), `weight_difference` (a share of what
@@ -62,12 +60,10 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
 
         def run(row: Row) -> Row:
             job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
-            job |= {"device": context.device.type, "reference": f"{scratch}/reference.pt", **row}
+            job |= {"reference": f"{scratch}/reference.pt", **row}
             if (timeout_seconds := deadline - time.monotonic()) <= 0:
                 return row | {"problem": "not begun: the time is over (--limit SECONDS)"}
-            answers, exit_codes, reason = run_job(
-                WORKER_COMMAND, job, row["world_size"], timeout_seconds=timeout_seconds
-            )
+            answers, exit_codes, reason = run_job(measure_row, job, row["world_size"], timeout_seconds=timeout_seconds)
             problem = reason if exit_codes else "given up: the time is over (--limit SECONDS)"
             return row | (answers[0] if answers else {"problem": problem})
 
@@ -237,7 +233,3 @@ def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, 
         (nll / batch.num_target_tokens).backward()
         total += nll.item()
     return total / batch.num_target_tokens
-
-
-if __name__ == "__main__":
-    run_rank(measure_row)

@@ -17,7 +17,7 @@ from trainer.config.errors import UserError, report_error
 from trainer.report.interval import MIN_UNITS
 from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
-from trainer.tools.processes import Slot, failure_reason, make_slots, start_process, start_run
+from trainer.tools.processes import Slot, failure_reason, make_slots, run_environ, start_process, start_run
 from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, write_rule
 from trainer.tools.study.search import expected_trials, study_state
@@ -90,7 +90,8 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     for method in methods:  # each is loaded: what cannot be is found before the first trial
         with tempfile.TemporaryDirectory(prefix="study-") as temp:
             argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{temp}/run"]
-            _join(start_process(slots[0], write_plan, (argv, Path(temp, "plan.json")), Path(temp)), Path(temp))
+            plan_args, env = (slots[0], argv, Path(temp, "plan.json")), run_environ(slots[0])
+            _join(start_process(write_plan, plan_args, Path(temp), env, bool(slots[0].gpus)), Path(temp))
             total_steps, data, num_units, warning = json.loads(Path(temp, "plan.json").read_bytes())
     if num_units < MIN_UNITS:
         raise UserError(
