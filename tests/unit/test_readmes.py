@@ -27,7 +27,6 @@ GENERATED = (
         "report.html",
         "answer.json",
         "rule.json",
-        "bench.json",
         "convert_hf_to_gguf.py",
         "FILE.py",
         "adapter_config.json",

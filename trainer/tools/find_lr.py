@@ -7,7 +7,6 @@ lowest loss" are those of fastai (Howard and Gugger 2020, arXiv 2002.04688).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,16 +27,6 @@ BASELINE_SHARE = 0.1  # share of the sweep, its lowest rates, that says where th
 RISE_SHARE = 0.25
 FALL_SHARE = 0.02  # share of it below it that counts as learning
 MIN_STANDARD_ERRORS = 4.0  # standard errors that a rise or a fall must have as well
-NUM_PROGRESS_LINES = 10  # lines while it runs
-
-
-class LRSuggestion(NamedTuple):
-    """What the curve says; `lr` is None where it says nothing, `warning` how the range fell short."""
-
-    warning: str
-    lr: float | None = None
-    lr_at_lowest_loss: float | None = None  #: of the smoothed losses
-    lr_at_steepest_fall: float | None = None
 
 
 def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Engine) -> int:
@@ -49,40 +38,33 @@ def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Eng
     losses = sweep(engine, data, plan.schedule, rates)
 
     def report() -> None:
-        lrs, settings, suggestion = rates[: len(losses)], plan.settings, suggest_lr(rates, losses, lr_range.steps)
+        settings, (lr, lowest, warning) = plan.settings, suggest_lr(rates, losses)
         finite_losses = [loss for loss in losses if math.isfinite(loss)]
         smoothed = smooth(finite_losses, lr_range.steps)
         content = {
             "range": [lr_range.start, lr_range.end],
             "steps": lr_range.steps,
-            "lr": lrs,
+            "lr": rates[: len(losses)],
             "loss": [loss if math.isfinite(loss) else None for loss in losses],
             "smoothed": smoothed,
-            "suggestion": suggestion.lr,
-            "lowest": suggestion.lr_at_lowest_loss,
-            "steepest": suggestion.lr_at_steepest_fall,
-            "warning": suggestion.warning,
+            "suggestion": lr,
+            "lowest": lowest,
+            "warning": warning,
         }
         plot = write_result("find-lr.json", plan, content).with_suffix(".png")
         plot_lr_range_test(
             plot,
-            mode=settings.mode,
-            lrs=lrs[: len(finite_losses)],
+            lrs=rates[: len(finite_losses)],
             losses=finite_losses,
             smoothed_losses=smoothed,
-            suggested_lr=suggestion.lr,
+            suggested_lr=lr,
+            mode=settings.mode,
             name=settings.run_name,
         )
-        line = "none"
-        if suggestion.lr is not None:
-            line = (
-                f"--lr {suggestion.lr:g} for --mode {settings.mode} (a tenth of {suggestion.lr_at_lowest_loss:.1e}, "
-                f"where the loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings "
-                f"have {settings.train.lr:g})"
-            )
-        print(f"suggestion     {line}")
-        if suggestion.warning:
-            print(f"range          {suggestion.warning}: --find-lr START:END")
+        reason = f" (a tenth of {lowest:.1e}, where the loss is lowest; these settings have {settings.train.lr:g})"
+        print(f"suggestion     {'none' if lr is None else f'--lr {lr:g} for --mode {settings.mode}{reason}'}")
+        if warning:
+            print(f"range          {warning}: --find-lr START:END")
         print(f"plot           {plot}, numbers in find-lr.json; nothing was trained", flush=True)
 
     plan.dist_context.on_rank_zero(report)
@@ -105,7 +87,7 @@ def sweep(engine: Engine, data: PreparedDataset, schedule: TrainSchedule, lrs: l
             engine.stepper.discard_step()
         if has_diverged(losses, len(lrs)):
             break
-        if engine.dist_context.rank == 0 and len(losses) % max(1, len(lrs) // NUM_PROGRESS_LINES) == 0:
+        if engine.dist_context.rank == 0 and len(losses) % max(1, len(lrs) // 10) == 0:
             print(f"step {len(losses)}/{len(lrs)}  lr {lrs[len(losses) - 1]:.1e}  loss {losses[-1]:.4f}", flush=True)
     return losses
 
@@ -122,50 +104,43 @@ def _newest_weight(steps: int) -> float:
     return min(0.5, 1 / (SMOOTHING_SHARE * steps))
 
 
-def _num_baseline_steps(steps: int) -> int:
-    return max(5, round(BASELINE_SHARE * steps))
-
-
-def _estimate_baseline(losses: Sequence[float], steps: int) -> tuple[float, float]:
-    """(loss at the start, standard error of a smoothed loss against it), from the first BASELINE_SHARE of `steps`.
+def _estimate_baseline(losses: Sequence[float], steps: int) -> tuple[int, float, float]:
+    """(number of steps at the start that it is of, the loss there, standard error of a smoothed loss against it).
 
     The noise is that of the differences from step to step, so that a steady rise is none.
     """
-    first_losses, weight = losses[: _num_baseline_steps(steps)], _newest_weight(steps)
+    num_steps, weight = max(5, round(BASELINE_SHARE * steps)), _newest_weight(steps)
+    first_losses = losses[:num_steps]
     noise = float(np.std(np.diff(first_losses), ddof=1)) / math.sqrt(2) if len(first_losses) > 2 else 0.0
     num_start_losses = max(3, len(first_losses) // 2)
     standard_error = noise * math.sqrt(weight / (2 - weight) + 1 / num_start_losses)
-    return float(np.mean(first_losses[:num_start_losses])), standard_error
+    return num_steps, float(np.mean(first_losses[:num_start_losses])), standard_error
 
 
 def has_diverged(losses: Sequence[float], steps: int) -> bool:
     """Whether the newest smoothed loss stands well above the start's, or is no number any more."""
     if not math.isfinite(losses[-1]):
         return True
-    if len(losses) <= _num_baseline_steps(steps):
-        return False
-    start_loss, standard_error = _estimate_baseline(losses, steps)
+    num_baseline_steps, start_loss, standard_error = _estimate_baseline(losses, steps)
     min_rise = max(RISE_SHARE * start_loss, MIN_STANDARD_ERRORS * standard_error)
-    return smooth(losses, steps)[-1] > start_loss + min_rise
+    return len(losses) > num_baseline_steps and smooth(losses, steps)[-1] > start_loss + min_rise
 
 
-def suggest_lr(lrs: Sequence[float], losses: Sequence[float], steps: int) -> LRSuggestion:
-    """The suggestion of a sweep of `steps` that ended after `losses`, or why there is none."""
-    finite_losses = [loss for loss in losses if math.isfinite(loss)]
-    is_diverged, num_baseline_steps = has_diverged(losses, steps), _num_baseline_steps(steps)
+def suggest_lr(lrs: Sequence[float], losses: Sequence[float]) -> tuple[float | None, float | None, str]:
+    """(suggestion, rate at the lowest smoothed loss, how the range fell short) of a sweep over `lrs` that ended after
+    `losses`; None where the curve says nothing."""
+    steps, finite_losses = len(lrs), [loss for loss in losses if math.isfinite(loss)]
+    is_diverged = has_diverged(losses, steps)
+    num_baseline_steps, start_loss, standard_error = _estimate_baseline(finite_losses, steps)
     if len(finite_losses) <= num_baseline_steps:
-        return LRSuggestion(f"the loss diverges from the start: begin lower than {lrs[0]:g}")
+        return None, None, f"the loss diverges from the start: begin lower than {lrs[0]:g}"
     last_lr, smoothed = lrs[len(finite_losses) - 1], smooth(finite_losses, steps)
-    start_loss, standard_error = _estimate_baseline(finite_losses, steps)
     best = num_baseline_steps - 1 + int(np.argmin(smoothed[num_baseline_steps - 1 :]))
     fall, min_change = start_loss - smoothed[best], MIN_STANDARD_ERRORS * standard_error
     if fall <= max(FALL_SHARE * start_loss, min_change):
-        problem = f"the loss neither falls nor rises up to {last_lr:g}: end higher"
         if is_diverged:
-            problem = f"the loss never falls before it rises: begin lower than {lrs[0]:g}, or take more steps"
-        return LRSuggestion(problem)
-    falls = range(num_baseline_steps, best + 1)
-    steepest = min(falls, key=lambda n: smoothed[n] - smoothed[n - 1], default=best)
+            return None, None, f"the loss never falls before it rises: begin lower than {lrs[0]:g}, or take more steps"
+        return None, None, f"the loss neither falls nor rises up to {last_lr:g}: end higher"
     warning = ""
     # A small model's loss need not climb above where it began: it settles where the weights say nothing any more.
     has_risen = smoothed[-1] - smoothed[best] > max(RISE_SHARE * fall, min_change)
@@ -173,5 +148,4 @@ def suggest_lr(lrs: Sequence[float], losses: Sequence[float], steps: int) -> LRS
         warning = f"the loss does not rise again up to {last_lr:g}: end higher, the best rate may lie above"
     elif best < 2 * num_baseline_steps:
         warning = f"the loss is at its lowest close to the start of the range: begin lower than {lrs[0]:g}"
-    lr = float(f"{max(lrs[best] / 10, lrs[0]):.1e}")  # two digits: a range test knows no more
-    return LRSuggestion(warning, lr, lr_at_lowest_loss=lrs[best], lr_at_steepest_fall=lrs[steepest])
+    return float(f"{max(lrs[best] / 10, lrs[0]):.1e}"), lrs[best], warning  # two digits: a range test knows no more

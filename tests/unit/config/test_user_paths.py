@@ -48,7 +48,6 @@ def test_a_home_folder_is_put_for_a_tilde_in_each_path_of_a_run(flag, from_file,
     ("program", "argv"),
     [
         ("train", "--mode full --config"),
-        ("bench", "steps --output-dir"),
         ("cluster", "--hosts a:1 --mode full --folder"),
         ("compare", ""),
         ("compare", "--output-dir"),
@@ -78,7 +77,6 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     ("program", "argv"),
     [
         ("train", "--mode full --dry-run --output-dir"),
-        ("bench", "steps --output-dir"),
         ("cluster", "--hosts a:1 --mode full --folder"),
         ("compare", "RUN --output-dir"),
         ("export", "RUN --output-dir"),
