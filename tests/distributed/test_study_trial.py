@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launch_ranks import make_process
+from helpers.launch_ranks import make_process, train
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.tools import processes
@@ -55,6 +55,7 @@ def test_the_base_is_evaluated_once_for_all_runs_of_it_and_again_where_it_is_ano
     """What is taken over is seen by its mark: the first run's losses before training, one of them raised by 1."""
     text = "--objective completion --block-size 32 --global-batch 6 --eval-batch 4 --lr 0.003 --max-steps 2"
     argv = tiny_argv(tiny_model, data_files, text, "--test-fraction", "0.2", "--base-from", str(tmp_path / "runs"))
+    (tmp_path / "runs").mkdir()
     for name, more in {
         "first": ("--mode", "full"),
         "lora": ("--mode", "lora", "--seed", "7"),
@@ -62,8 +63,7 @@ def test_the_base_is_evaluated_once_for_all_runs_of_it_and_again_where_it_is_ano
         "other-data": ("--mode", "full", "--test-fraction", "0.3"),
     }.items():
         folder = tmp_path / "runs" / name
-        exit_code, output = run([*argv, *more, "--export", "last", "--output-dir", str(folder)], tmp_path / name)
-        assert exit_code == 0, output
+        train([*argv, *more, "--export", "last"], out=folder)
         base = read_evaluations(folder / EVAL_RECORDS_FOLDER).query("step == 0")
         if name == "first":
             marked = {
@@ -94,6 +94,7 @@ def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run_and_says_w
     assert (tmp_path / "log").read_text().startswith("error: --lora-target-modules none")
 
 
+@pytest.mark.sweep  # what a library's new version may break; ten seconds of imports
 def test_the_server_that_trials_are_forked_from_says_nothing_to_the_user():
     code = f"import importlib\nfor name in {processes.PRELOADED_MODULES}: importlib.import_module(name)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
