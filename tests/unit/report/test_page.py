@@ -161,7 +161,7 @@ def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and
     packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', html)
     assert json.loads(base64.b64decode(packed[1])) == json.loads(json.dumps(to_answer(comparison.verdict)))
     summaries = re.findall(r"<details[^>]*?( open)?><summary>([A-Za-z]+ \w+)", html)
-    assert [text for is_open, text in summaries if not is_open] == ["What it", "The runs", "What may"]
+    assert [text for is_open, text in summaries if not is_open] == ["What it", "The runs", "What may", "The same"]
     assert "<title>full, n = 3: " in html, "the value of a point under the pointer"
     assert len(html.encode()) < 300_000
     phone = html.split("@media (max-width: 40rem)")[1].split("@media")[0]
