@@ -17,14 +17,13 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
-from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.errors import TrainingError, UserError, first_line, report_error
 from trainer.config.text import list_some
 from trainer.distributed import machine
-from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_ranks, speaks_for_late_ranks
+from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_ranks
 from trainer.distributed.watch import call_with_timeout
 
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
-NAME_SECONDS = 60.0  # within which a name is known that ever will be, as that of a pod which has just started
 MAX_HOSTS_SHOWN = 4
 PORT_HINT = "pass a free one, as --master_port of the launcher or in MASTER_PORT"
 
@@ -97,7 +96,7 @@ def _try_connections(
     targets += [(0, ranks[0]["board"])] if rank in leaders and rank > 0 else []
     deadline = time.monotonic() + timeout_seconds
     for other, port in targets:
-        if not _can_connect((addresses[other], port), deadline - time.monotonic()):
+        if _connection_problem((addresses[other], port), deadline - time.monotonic()):
             first = call_with_timeout(ANSWER_SECONDS, lambda: store.compare_set("unreachable", "", str(rank)))
             message = (
                 f"rank {rank} on {ranks[rank]['host']} cannot connect to rank {other} on {ranks[other]['host']} at "
@@ -117,34 +116,28 @@ def _try_connections(
 def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     """The store of this run: on rank 0, or torchrun's where it keeps one."""
     host, address = socket.gethostname(), (launch.master_addr, launch.master_port or 0)
-    place, start_time = f"{address[0]}:{address[1]}", time.monotonic()
-    is_speaker = speaks_for_late_ranks(os.environ, launch.rank, launch.world_size)
-    while problem := _name_problem(launch.master_addr):
-        if time.monotonic() > start_time + min(timeout_seconds, NAME_SECONDS):
-            message = f"rank {launch.rank} on {host}: MASTER_ADDR={launch.master_addr}: {problem}; check it"
-            give_up(TrainingError(message), is_reporting_rank=launch.rank == 0 or is_speaker)
-        time.sleep(0.5)
+    place = f"{address[0]}:{address[1]}"
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         try:
             store: Any = dist.TCPStore(*address, is_master=True, **options)
         except dist.DistError as error:
-            is_busy = "EADDRINUSE" in str(error) or "ddress already in use" in str(error)
-            if is_busy or _is_own_address(launch.master_addr):
-                reason = str(error).splitlines()[0][:200]
-                message = f"rank 0 cannot listen at port {address[1]} of {host} ({reason}); {PORT_HINT}"
-            else:
-                message = f"MASTER_ADDR={launch.master_addr} is no address of {host}, on which rank 0 runs; check both"
-            raise UserError(message) from None
+            reason = str(error).splitlines()[0][:200]
+            message = (
+                f"rank 0 on {host} cannot listen at {place} ({reason}): MASTER_ADDR must be its own and the port free"
+            )
+            raise UserError(f"{message}; {PORT_HINT}") from None
     else:
-        while not _can_connect(address, 0.0):  # torch's own store says so with a traceback of C++
-            if time.monotonic() > start_time + timeout_seconds:
-                message = (
-                    f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
-                    "(--hang-timeout): has it started? Check MASTER_ADDR and the port"
-                )
-                give_up(TrainingError(message), is_reporting_rank=is_speaker)
-            time.sleep(0.2)
+        # Ranks that have not met cannot agree on one that speaks: the last is on another host than rank 0, if any is.
+        is_speaker = launch.rank == launch.world_size - 1
+        if problem := _connection_problem(
+            address, timeout_seconds
+        ):  # torch's own store says so with a traceback of C++
+            message = (
+                f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
+                f"(--hang-timeout): {problem}; has it started? Check MASTER_ADDR and the port"
+            )
+            give_up(TrainingError(message), is_reporting_rank=is_speaker)
         # In a thread: torch waits for ever for the answer of another program that listens there.
         store = call_with_timeout(ANSWER_SECONDS, lambda: dist.TCPStore(*address, is_master=False, **options))
         if store is None:
@@ -184,31 +177,21 @@ def describe_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
     return list_some(texts, MAX_HOSTS_SHOWN) + (f" (on {list_some(names, MAX_HOSTS_SHOWN)})" if names else "")
 
 
-def _name_problem(host: str) -> str:
-    try:
-        socket.getaddrinfo(host, 1)
-    except OSError as error:
-        return f"this name is not known here ({error.strerror})"
-    return ""
-
-
-def _is_own_address(host: str) -> bool:
-    addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, 1)}
-    own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
-    return any(address in own or _is_loopback(address) for address in addresses)
-
-
-def _can_connect(address: tuple[str, int], timeout_seconds: float) -> bool:
-    """Whether somebody listens there; asked at least once, and until so many seconds are over."""
+def _connection_problem(address: tuple[str, int], timeout_seconds: float) -> str:
+    """Why nobody can be reached there, asked at least once and until so many seconds are over; else empty."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
             socket.create_connection(address, timeout=2.0).close()
-            return True
-        except OSError:
+            return ""
+        except OSError as error:
             if time.monotonic() >= deadline:
-                return False
+                return first_line(error)
             time.sleep(0.2)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _listen(num_connections: int) -> socket.socket:
@@ -216,10 +199,6 @@ def _listen(num_connections: int) -> socket.socket:
     has_both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if has_both else socket.AF_INET
     return socket.create_server(("", 0), family=family, backlog=num_connections, dualstack_ipv6=has_both)
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _gloo_address(environ: Mapping[str, str]) -> str:

@@ -26,57 +26,36 @@ class LaunchEnvironment:
 
 
 class _Launcher(NamedTuple):
-    """The variables of a launcher; of several names for one fact the first that is set counts."""
+    """The names of a launcher's variables."""
 
     name: str
     rank: str
     world_size: str
-    local_rank: tuple[str, ...] = ()
-    local_world_size: tuple[str, ...] = ()
+    local_rank: str
+    local_world_size: str = ""
     marker: str = ""  #: tells it from launchers that use the same names
 
 
 #: In order of precedence. What runs inside something else comes first: torchrun in a step of SLURM, or mpirun, whose
 #: helpers SLURM starts.
 _LAUNCHERS = (
-    _Launcher("torchrun", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",), "TORCHELASTIC_RUN_ID"),
-    _Launcher("deepspeed", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_SIZE",), "CROSS_SIZE"),
-    _Launcher("environment", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    _Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
+    _Launcher("deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_SIZE"),
+    _Launcher("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *(
+        _Launcher(name, f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK", f"{prefix}_LOCAL_SIZE")
+        for name, prefix in (("Open MPI", "OMPI_COMM_WORLD"), ("MVAPICH2", "MV2_COMM_WORLD"))
     ),
-    _Launcher(
-        "PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
-    ),
-    _Launcher(
-        "MVAPICH2",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Launcher("PALS", "PALS_RANKID", "PMI_SIZE", ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE",)),
-    _Launcher("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",)),
-    _Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
-    _Launcher("Kubeflow Trainer", "PET_NODE_RANK", "PET_NNODES"),
-    _Launcher("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+    _Launcher("Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    _Launcher("PMI", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    _Launcher("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    _Launcher("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    _Launcher("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 _SLURM_TASKS = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES")  #: of an allocation
-_MAY_RUN_INSIDE = (
-    "Open MPI",
-    "MVAPICH2",
-    "PMI",
-    "PALS",
-    "Flux",
-    "SLURM",
-)  #: whose tasks a script may give RANK and WORLD_SIZE
 #: Without a launcher each of these says that there are other processes, unless it has this value.
 _SIGNS_OF_OTHERS = {
-    **{"RANK": "0", "WORLD_SIZE": "1", "PET_NNODES": "1"},
+    **{"RANK": "0", "WORLD_SIZE": "1", "PET_NNODES": "1", "SKYPILOT_NUM_NODES": "1"},
     **dict.fromkeys(("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK")),
     **dict.fromkeys(_SLURM_TASKS, "1"),
 }
@@ -132,25 +111,24 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     rank, world_size = _number(environ, launcher.rank), _number(environ, launcher.world_size)
     if rank >= world_size:
         raise UserError(
-            f"{launcher.rank}={rank}: expected a whole number from 0 to {launcher.world_size} - 1 = {world_size - 1}"
+            f"{launcher.rank}={rank}: expected a rank from 0 to {launcher.world_size} - 1 = {world_size - 1}"
         )
-    for outer in _LAUNCHERS if launcher.name == "environment" else ():
-        # RANK and WORLD_SIZE may have been exported for all tasks of a step, which would then be one rank.
-        if outer.name in _MAY_RUN_INSIDE and {outer.rank, outer.world_size} <= set(environ):
+    if launcher.name == "environment":  # a script may have given the tasks of a launcher RANK and WORLD_SIZE
+        for outer in _LAUNCHERS[3:]:
+            if not {outer.rank, outer.world_size} <= set(environ):
+                continue
             task, num_tasks = _number(environ, outer.rank), _number(environ, outer.world_size)
             if world_size < num_tasks or (world_size == num_tasks and rank != task):
                 raise UserError(
                     f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
                     f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
                 )
-    if launcher.name in ("environment", "Kubeflow Trainer", "SkyPilot") and "LOCAL_RANK" not in environ:
-        # One process a node, where others would wait for more. PyTorchJob's default is auto: WORLD_SIZE counts pods.
-        name = "SKYPILOT_NUM_GPUS_PER_NODE" if launcher.name == "SkyPilot" else "PET_NPROC_PER_NODE"
-        num_processes, is_auto = environ.get(name, "1"), launcher.name == "environment"
-        if world_size > 1 and num_processes not in ("", "0", "1", *["auto"] * is_auto):
+        # PyTorchJob, whose WORLD_SIZE counts pods: with several GPUs in each, others would wait for more processes.
+        num_processes = environ.get("PET_NPROC_PER_NODE", "")
+        if world_size > 1 and "LOCAL_RANK" not in environ and num_processes not in ("", "0", "1", "auto"):
             raise UserError(
-                f"{name}={num_processes}, but this is the only process of its node; start it as "
-                "`torchrun launch/train.py ...` with the variables of the node"
+                f"PET_NPROC_PER_NODE={num_processes}, but this is the only process of its node; start it as "
+                "`torchrun launch/train.py ...`"
             )
     return LaunchEnvironment(
         rank=rank,
@@ -172,23 +150,9 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
     Where nothing tells the ranks of a host apart, rank 0 alone reports, and one that can be nobody's rank.
     """
     launcher, rank = _find_launcher(environ), reporting_rank(environ)
-    if launcher is not None and not launcher.local_rank:  # one process per node
-        return True
-    local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)
     world_size = environ[launcher.world_size] if launcher else "1"
     is_outside = not world_size.isdecimal() or rank >= int(world_size)
-    return is_outside or next(local_ranks, str(rank)) == "0"
-
-
-def speaks_for_late_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> bool:
-    """Whether this rank reports that rank 0 cannot be reached: ranks that have not met cannot agree on one.
-
-    The first of the second host does, or rank 1 where all are on one.
-    """
-    launcher = _find_launcher(environ)
-    sizes = [environ.get(name, "") for name in (launcher.local_world_size if launcher else ())]
-    local_world_size = next((int(size) for size in sizes if size.isdecimal()), 1)
-    return rank == (local_world_size if local_world_size < world_size else 1)
+    return is_outside or environ.get(launcher.local_rank if launcher else "", str(rank)) == "0"
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -225,11 +189,10 @@ def hosts_of_ranks(environ: Mapping[str, str], world_size: int) -> list[str]:
 def find_launch_warning(environ: Mapping[str, str]) -> str:
     """What is right as it stands and may not be meant: one process where an allocation has room for more."""
     launcher = _find_launcher(environ)
-    is_alone = launcher is not None and launcher.name == "SLURM" and environ[launcher.world_size] == "1"
-    num_tasks = next((environ[n] for n in _SLURM_TASKS if n in environ and environ[n] != "1"), "") if is_alone else ""
-    return (
-        f"one rank in an allocation of {num_tasks}: `srun python launch/train.py` starts them all" if num_tasks else ""
-    )
+    if launcher is None or launcher.name != "SLURM" or environ[launcher.world_size] != "1":
+        return ""
+    num_tasks = next((environ[name] for name in _SLURM_TASKS if environ.get(name, "1") != "1"), "")
+    return num_tasks and f"one rank in an allocation of {num_tasks}: `srun python launch/train.py` starts them all"
 
 
 def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
@@ -239,34 +202,27 @@ def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
 
 def _master_address(environ: Mapping[str, str], launcher: _Launcher, world_size: int) -> str:
     """The host of rank 0; UserError where nothing names it."""
-    name = "PET_MASTER_ADDR" if launcher.name == "Kubeflow Trainer" else "MASTER_ADDR"
-    if address := environ.get(name):
+    if address := environ.get("MASTER_ADDR"):
         return address
-    local_world_sizes = (_number(environ, other) for other in launcher.local_world_size if other in environ)
-    if world_size in (1, next(local_world_sizes, None)) or "1" in (
-        environ.get("SLURM_STEP_NUM_NODES"),
-        environ.get("FLUX_JOB_NNODES"),
-    ):
+    on_one_host = "1" in (environ.get("SLURM_STEP_NUM_NODES"), environ.get("FLUX_JOB_NNODES"))
+    if world_size == 1 or on_one_host or environ.get(launcher.local_world_size) == str(world_size):
         return "127.0.0.1"
-    if launcher.name == "SkyPilot" and environ.get("SKYPILOT_NODE_IPS"):
-        return environ["SKYPILOT_NODE_IPS"].split()[0]
     if azure_address := environ.get("AZ_BATCH_MASTER_NODE"):  # AzureML's Open MPI: address and port of another service
         return azure_address.rpartition(":")[0] or azure_address
     nodelist = environ.get("SLURM_STEP_NODELIST") if launcher.name == "SLURM" else None
     if nodes := expand_nodelist(nodelist or environ.get("SLURM_JOB_NODELIST", "")):
         return nodes[0]
     raise UserError(
-        f"{launcher.world_size}={world_size} without {name}: expected the host of rank 0 in {name} (and a free port in "
-        "MASTER_PORT) on every rank; mpirun sends variables with -x"
+        f"{launcher.world_size}={world_size} without MASTER_ADDR: expected the host of rank 0 in MASTER_ADDR (and a "
+        "free port in MASTER_PORT) on every rank; mpirun sends variables with -x"
     )
 
 
 def _master_port(environ: Mapping[str, str], world_size: int) -> int | None:
-    for name in ("MASTER_PORT", "PET_MASTER_PORT"):
-        if name in environ:
-            if (port := _number(environ, name)) > 65535:
-                raise UserError(f"{name}={port}: expected a port from 0 to 65535")
-            return port
+    if "MASTER_PORT" in environ:
+        if (port := _number(environ, "MASTER_PORT")) > 65535:
+            raise UserError(f"MASTER_PORT={port}: expected a port from 0 to 65535")
+        return port
     if world_size == 1:
         return None
     job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "")

@@ -16,7 +16,6 @@ from trainer.distributed.launch_environment import (
     is_first_of_host,
     read_launch_environment,
     reporting_rank,
-    speaks_for_late_ranks,
     without_launcher,
 )
 
@@ -54,16 +53,6 @@ PYTORCHJOB = variables(
     "RANK=1 WORLD_SIZE=3 MASTER_ADDR=job-master-0 MASTER_PORT=23456 PET_NPROC_PER_NODE=auto PET_NODE_RANK=1 "
     "PET_NNODES=3 PET_MASTER_ADDR=job-master-0 PET_MASTER_PORT=23456"
 )
-#: github.com/kubeflow/trainer, pkg/runtime/framework/plugins/torch/torch.go: the variables of torchrun, for a command
-#: that may not be torchrun; `auto` is turned into a number of processor cores where a pod has no GPU
-TRAINER_V2 = variables(
-    "PET_NNODES=2 PET_NPROC_PER_NODE=1 PET_NODE_RANK=1 PET_MASTER_ADDR=job-node-0-0.job PET_MASTER_PORT=29500"
-)
-#: docs.skypilot.co/en/stable/running-jobs/distributed-jobs.html
-SKYPILOT = variables(
-    "SKYPILOT_NODE_RANK=1 SKYPILOT_NUM_NODES=2 SKYPILOT_NUM_GPUS_PER_NODE=1",
-    {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6"},
-)
 #: mvapich.cse.ohio-state.edu, user guide, "MV2_COMM_WORLD_LOCAL_RANK"
 MVAPICH2 = variables(
     "MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_SIZE=2 MV2_COMM_WORLD_LOCAL_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=2"
@@ -90,7 +79,6 @@ CASES = {
     "torchrun in a task of srun": ({**SRUN, **TORCHRUN}, place(3, 4)),
     "torchrun under PyTorchJob": ({**PYTORCHJOB, **TORCHRUN, "PET_NPROC_PER_NODE": "2"}, place(3, 4)),
     "deepspeed": (DEEPSPEED, place(2, 3)),
-    "deepspeed --launcher slurm": ({**SRUN, "PYTHONPATH": "/x"}, place(5, 8, "gpu003", 15101)),
     "deepspeed --launcher openmpi": ({**OPENMPI, **MASTER}, place(1, 2)),
     "deepspeed --launcher mpich": ({**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, place(1, 2)),
     "mpiexec of PALS with Cray's PMI": ({**PALS, "PMI_LOCAL_SIZE": "2", **MASTER}, place(3, 4)),
@@ -117,15 +105,12 @@ CASES = {
         place(1, 2, "127.0.0.1", 29500),
     ),
     "PyTorchJob": (PYTORCHJOB, place(1, 3, "job-master-0", 23456)),
-    "Trainer v2": (TRAINER_V2, place(1, 2, "job-node-0-0.job", 29500)),
-    "SkyPilot": (SKYPILOT, place(1, 2, "10.0.0.5", 29500)),
     "RANK and WORLD_SIZE in a batch script": ({**TWO_TASKS, **SBATCH_LINES}, place(1, 2)),
     "eight ranks started by hand in each of two tasks": (
         {**TWO_TASKS, **SBATCH_LINES, "RANK": "9", "WORLD_SIZE": "16"},
         place(9, 16),
     ),
     "plain Python": ({"PATH": "/bin"}, ALONE),
-    "plain Python in an allocation of one task": ({**SBATCH, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ALONE),
 }
 
 
@@ -139,7 +124,6 @@ def test_each_launcher_says_which_rank_this_is(name):
 #: The variables, and what the one line says: which one is wrong, and with what.
 REFUSED = {
     "an allocation without srun": (SBATCH, "SLURM_NTASKS=8: .*srun python launch/train.py"),
-    "an allocation of nodes without srun": ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "SLURM_JOB_NUM_NODES=2"),
     "RANK exported for all tasks": ({**SRUN, **SBATCH_LINES, "WORLD_SIZE": "8"}, "RANK=1 .* SLURM_PROCID=5"),
     "a world of one exported for all tasks": (
         {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
@@ -147,12 +131,9 @@ REFUSED = {
     ),
     "mpirun that says no address": (OPENMPI, "OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR.* mpirun .* -x"),
     "PMIx alone": ({"PMIX_RANK": "1"}, "PMIX_RANK=1: .*torchrun"),
-    "PALS without Cray's PMI": ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1"}, "PALS_RANKID=3"),
     "a rank of PMI without its number": ({"PMI_RANK": "1", "PMI_FD": "6"}, "PMI_RANK=1"),
-    "a rank of Flux without its number": ({"FLUX_TASK_RANK": "1"}, "FLUX_TASK_RANK=1"),
     "Flux on two hosts": ({**FLUX, "FLUX_JOB_NNODES": "2"}, "FLUX_JOB_SIZE=2 without MASTER_ADDR"),
     "RANK alone": ({"RANK": "1"}, "RANK=1: .* set RANK, WORLD_SIZE"),
-    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: "),
     "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, "RANK=2: .* WORLD_SIZE - 1 = 1"),
     "a rank that is no number": ({**SBATCH_LINES, "RANK": "one"}, "RANK=one: .* whole number"),
     "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: .* 65535"),
@@ -161,12 +142,12 @@ REFUSED = {
         {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8"},
         "PET_NPROC_PER_NODE=8, .*torchrun",
     ),
-    "Trainer v2 with several GPUs a node": ({**TRAINER_V2, "PET_NPROC_PER_NODE": "4"}, "PET_NPROC_PER_NODE=4"),
     "an elastic job": ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4: .*torchrun"),
-    "SkyPilot with several GPUs a node": (
-        {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8"},
-        "GPUS_PER_NODE=8, .*torchrun",
+    "SkyPilot without torchrun": (
+        {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"},
+        "SKYPILOT_NUM_NODES=2: .*torchrun",
     ),
+    "Trainer v2 without torchrun": ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES=2: .*torchrun"),
 }
 
 
@@ -179,8 +160,7 @@ def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "expected"),
-    [("gpu003", "gpu003"), ("login1,gpu[003-005]", "login1"), ("rack[0-1]node[07,9]-ib", "rack0node07-ib")],
+    ("nodelist", "expected"), [("login1,gpu[003-005]", "login1"), ("rack[0-1]node[07,9]-ib", "rack0node07-ib")]
 )
 def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
     assert read_launch_environment({**SRUN, "SLURM_STEP_NODELIST": nodelist}).master_addr == expected
@@ -195,25 +175,14 @@ def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
         (DEEPSPEED, True),
         (SRUN, False),
         ({**SRUN, "SLURM_LOCALID": "0"}, True),
-        (SKYPILOT, True),
         ({"RANK": "1", "WORLD_SIZE": "2"}, False),
         ({"RANK": "1", "WORLD_SIZE": "x"}, True),
         ({"RANK": "3", "WORLD_SIZE": "2"}, True),  # which there cannot be: nobody else would say it
-        ({**TORCHRUN, "RANK": "9"}, True),
-        ({"RANK": "one"}, True),  # typed by hand, with nobody else to say it
         ({"RANK": "1"}, True),
     ],
 )
 def test_a_mistake_is_said_once_on_each_host(environ, expected):
     assert is_first_of_host(environ) is expected
-
-
-@pytest.mark.parametrize(
-    ("environ", "ranks", "expected"),
-    [({}, 512, 1), ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 512, 8), ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 8, 1)],
-)
-def test_one_rank_reports_for_all_that_rank_0_cannot_be_reached(environ, ranks, expected):
-    assert [rank for rank in range(ranks) if speaks_for_late_ranks(environ, rank, ranks)] == [expected]
 
 
 def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_out_itself():
@@ -230,9 +199,7 @@ def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_o
         ({"SLURM_JOB_NODELIST": "rack[1-2]n[09-10],x"}, 5, "rack1n09 rack1n10 rack2n09 rack2n10 x"),
         ({"TRAINER_HOSTS": "a:1,b:2"}, 3, "a b b"),
         (SRUN, 6, ""),  # not so many on each
-        ({"SLURM_JOB_NODELIST": "n[a-b]"}, 1, "na"),
         ({"SLURM_JOB_NODELIST": "n[1-900000000000]"}, 1, ""),
-        ({}, 2, ""),
     ],
 )
 def test_the_host_of_a_rank_that_did_not_come_is_known_where_the_launcher_names_it(environ, world_size, expected):
@@ -244,8 +211,6 @@ def test_the_host_of_a_rank_that_did_not_come_is_known_where_the_launcher_names_
     [
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, "one rank in an allocation of 8: `srun python"),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ""),
-        (SRUN, ""),
-        ({}, ""),
     ],
 )
 def test_one_task_in_an_allocation_of_many_is_a_warning(environ, expected):
@@ -277,14 +242,12 @@ except ImportError:
 """
 
 
-@pytest.mark.parametrize("script", ["train", "doctor"])
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("script", "variables", "expected"),
     [
-        ({}, "2000 system"),
-        ({"GOMP_SPINCOUNT": "7"}, "7 system"),
-        ({"OMP_WAIT_POLICY": "passive"}, "None system"),
-        ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "2000 mimalloc"),
+        ("doctor", {}, "2000 system"),
+        ("train", {"GOMP_SPINCOUNT": "7", "ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "7 mimalloc"),
+        ("train", {"OMP_WAIT_POLICY": "passive"}, "None system"),
     ],
 )
 def test_spin_and_arrows_pool_are_set_before_they_are_read_unless_the_user_set_them(script, variables, expected):

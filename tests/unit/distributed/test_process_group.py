@@ -126,7 +126,7 @@ def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
 def test_the_first_ranks_of_many_hosts_can_connect_to_one_that_accepts_none():
     with joining._listen(300) as listener:
         for _ in range(300):
-            assert joining._can_connect(("127.0.0.1", listener.getsockname()[1]), 0.0)
+            assert not joining._connection_problem(("127.0.0.1", listener.getsockname()[1]), 0.0)
 
 
 def test_many_ranks_and_hosts_fit_a_line():
