@@ -29,9 +29,9 @@ from trainer.distributed.process_group import DistContext
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
-from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
+from trainer.model.lora import adopt_adapter
 from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
 from trainer.tools.find_lr import find_lr

@@ -128,7 +128,7 @@ ALL_CASES = {
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param([("plus", "zero2"), ("plus", "strict"), ("packed", "strict")], id="a sample"),
+        pytest.param([("plus", "zero2"), ("packed", "strict")], id="a sample"),
         *(pytest.param(cases, id=name, marks=[pytest.mark.sweep, LONG]) for name, cases in ALL_CASES.items()),
     ],
 )
@@ -192,17 +192,16 @@ def test_other_methods_of_peft_keep_the_promises_and_are_exported_as_peft_has_th
         model = save_family(family, tmp_path / f"{family}-{method}", tiny_model, initializer_range=0.3)
         flags = [*tiny_argv(model, data_files, text), "--lr", lr]
         flags += ["--peft-config", write_peft_config(tmp_path / method, method)]
-        for zero in ("zero0", strict_zero_files["zero3"]):
-            job = make_job(tmp_path, f"{method}-{Path(zero).stem}", [*flags, "--ds-config", zero], data=data)
-            jobs.append(job)
+        files = {"zero0": "zero0", "strict": strict_zero_files["zero3"]}
+        for zero in ("strict",) if method == "lora" else files if method == "vera" else ("zero0",):
+            jobs.append(make_job(tmp_path, f"{method}-{zero}", [*flags, "--ds-config", files[zero]], data=data))
     launch_whole_and_resumed(2, jobs)
-    for job, other in zip(jobs[::2], jobs[1::2], strict=True):
-        rows, others = (
-            [r["loss"] for r in read_job_result(tmp_path, j["name"])[0] if "loss" in r] for j in (job, other)
-        )
-        assert rows == pytest.approx(others, rel=LOSS_TOLERANCE), job["name"]
-        for each in (job, other):
-            assert_promises(each, learns="oft" not in each["name"])  # to rotate random weights teaches nothing
+    rows, others = (read_job_result(tmp_path, f"vera-{zero}")[0] for zero in ("zero0", "strict"))
+    assert [r["loss"] for r in rows if "loss" in r] == pytest.approx(
+        [r["loss"] for r in others if "loss" in r], rel=LOSS_TOLERANCE
+    )
+    for job in jobs:
+        assert_promises(job, learns="oft" not in job["name"])  # to rotate random weights teaches nothing
         method, config = job["name"].partition("-")[0], next((tmp_path / job["name"]).glob("export-*"))
         config = json.loads((config / "adapter_config.json").read_text())
         assert config["peft_type"] == method.upper()
@@ -233,7 +232,7 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
     config = json.loads((tmp_path / "of-theirs/adapter_config.json").read_text())
     (tmp_path / "of-theirs/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
     again = []
-    for name, zero in (("ours", "zero0"), ("ours", strict_zero_files["zero3"]), ("dora", "zero2"), ("theirs", "zero1")):
+    for name, zero in (("ours", strict_zero_files["zero3"]), ("dora", "zero2"), ("theirs", "zero1")):
         flags = [*tiny_argv(f"of-{name}", data_files, text), "--ds-config", zero]
         again.append(make_job(tmp_path, f"again-{name}-{Path(zero).stem}", flags))
     launch_whole_and_resumed(2, again)
@@ -256,15 +255,14 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--mode full --model ADAPTER", "holds an adapter, and --mode full trains whole models.*RUN --merge"),
+        ("--mode full --model ADAPTER", "holds an adapter, .*expected --mode lora .*RUN --merge"),
         ("--model ADAPTER --lora-rank 4 --adapter dora", "--lora-rank, --adapter: not with --model .*an adapter"),
-        ("--model ADAPTER --init random", "--init random: --model .* is an adapter"),
-        ("--model ADAPTER --peft-config OFT", "--peft-config: --model .* is an adapter and has its own"),
+        ("--model ADAPTER --init random", "holds an adapter, .*without --init random and --peft-config"),
         ("--model LOST", "its base nowhere, which its adapter_config.json names"),
         ("--model BROKEN", "adapter_model.safetensors: not a whole safetensors file"),
-        ("--model OTHER", "does not fit its base: size mismatch"),
+        ("--model OTHER", "does not fit its base: .*size mismatch"),
         ("--peft-config OFT", r"--peft-config: peft refuses OFT for this model \(TypeError: Target module Conv1D"),
-        ("--peft-config PROMPT", "PROMPT_TUNING trains a prompt"),
+        ("--peft-config PROMPT", "PROMPT_TUNING is not trained here; expected a method that adapts layers"),
         ("--peft-config VERA --lora-rank 4", "--lora-rank: not with --peft-config"),
         ("--peft-config VERA --lora-plus-ratio 16", "--lora-plus-ratio 16: vera has no B; leave it out"),
         ("--peft-config NOWHERE", "--peft-config NOWHERE: expected an adapter_config.json of peft"),
@@ -314,7 +312,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"state_size": 4}, ""),  # full only
     "mixtral": (GROUPED | {"num_local_experts": 2}, "k_proj o_proj q_proj v_proj"),
 }
-FIRST = ("gpt2", "gpt_neox", "llama", "qwen3")
+FIRST = ("gpt_neox", "llama", "gemma2", "mamba")
 
 
 def save_family(family: str, folder: Path, tokenizer_folder: str, **more: Any) -> str:
@@ -330,8 +328,8 @@ def save_family(family: str, folder: Path, tokenizer_folder: str, **more: Any) -
 
 @pytest.mark.parametrize(
     "families",
-    [FIRST, pytest.param(tuple(f for f in FAMILIES if f not in FIRST), marks=pytest.mark.slow)],
-    ids=["first", "others"],
+    [FIRST, pytest.param(tuple(f for f in FAMILIES if f not in FIRST), marks=pytest.mark.sweep)],
+    ids=["a sample", "others"],
 )
 def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, data_files, tmp_path, monkeypatch):
     monkeypatch.setattr(export_cli, "save_tokenizer", lambda *_: None)  # qwen2 would read the tiny one as its own kind
@@ -363,7 +361,7 @@ def test_weights_that_get_no_adapter_are_noted_or_refused(tiny_model, tmp_path):
         build_lora("mamba")
 
 
-@pytest.mark.parametrize("family", ["t5", "bert", "bart", "clip"])
+@pytest.mark.parametrize("family", ["t5", "bert", "clip"])
 def test_what_is_no_causal_model_is_refused_in_one_line_before_data_are_read(family, tmp_path):
     CONFIG_MAPPING[family]().save_pretrained(tmp_path / family)
     flags = f"--mode lora --model {tmp_path / family} --data nowhere.csv --output-dir {tmp_path / 'run'}"

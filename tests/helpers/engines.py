@@ -17,8 +17,8 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
-from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.model.lora import adopt_adapter
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan

@@ -363,7 +363,7 @@ def place_model(
         return loss_module.verify()
     head_problem = context.on_rank_zero(loss_module.verify)
     if head_problem:
-        loss_module.head = None
+        loss_module.uses_head = False
     weights = _WeightByWeight(loss_module, torch.float16 if "fp16" in deepspeed_config else torch.float32)
     import_module("deepspeed").zero.Init(module=weights, config_dict_or_path=dict(deepspeed_config))
     for buffer in loss_module.buffers():

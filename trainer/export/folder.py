@@ -28,7 +28,6 @@ from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import find_model, load_tokenizer
 from trainer.export.verify import STORED_DTYPES
 from trainer.model import lora, quantization
-from trainer.model.adapter_files import QUANTIZATION_FILE
 from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
@@ -122,7 +121,7 @@ def save_adapter(
             "fingerprint": model.metadata["fingerprint"],
             "quantization_config": quantization.bitsandbytes_config_kwargs(model.quant_settings, model.module),
         }
-        (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
+        (folder / lora.QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(folder: Path, model: str, chat_template: str | None, generation_config: Any) -> None:

@@ -16,7 +16,7 @@ from trainer.data.hf_hub import find_model_folder
 from trainer.data.tokenizer import find_model
 from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import VerificationResult
-from trainer.model.adapter_files import QUANTIZATION_FILE
+from trainer.model.lora import QUANTIZATION_FILE
 from trainer.tracking.eval_records import score_name
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, is_number, perplexity
 from trainer.training.schedule import describe_schedule

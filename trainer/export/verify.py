@@ -20,8 +20,8 @@ from trainer.config.errors import first_line
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches
 from trainer.model import quantization
-from trainer.model.adapter_files import QUANTIZATION_FILE
 from trainer.model.build import get_max_positions
+from trainer.model.lora import QUANTIZATION_FILE
 from trainer.model.model_files import FLOATS
 from trainer.training.checkpoint import Checkpoint
 

@@ -1,18 +1,15 @@
 """Causal attention without a mask, and dropout on a processor with the attention around it.
 
-While dynamo traces or a CUDA stream is capturing, transformers builds a [rows, 1, width, width] mask for any rows,
-since it cannot look whether they are packed. With a mask flash attention is not eligible and dropout draws other masks
-than in the eager steps before. Rows here are whole, padded on the right only, so causality is all there is to mask.
-Gain (measured at 0403dda, one thread of an AMD EPYC): 1.47 times (1.43 to 1.50) over the mask, forward and backward of
-1,024 tokens; on a GPU, where it decides on flash attention, not measured.
+While a CUDA stream is capturing, transformers builds a [rows, 1, width, width] mask, since it cannot look whether rows
+are packed: flash attention is then not eligible, and dropout draws other masks than in the eager steps before. Rows
+here are whole, padded on the right only, so causality is all there is to mask (1.47 times as fast as with the mask,
+forward and backward of 1,024 tokens, measured at 0403dda on one thread of an AMD EPYC).
 
-For dropout torch draws a float for each element on a processor, on one thread: in a small model a quarter of a step.
-And its attention has no kernel with dropout there: it computes the half that is masked, too, and keeps probabilities,
-masks and products of every pair of tokens. Here 16 random bits decide on an element, and attention goes by blocks of
-queries, over the keys that they may see. All bits come from torch's generator: seed and shapes give the masks, however
-many threads there are. Gain of a whole step (GPT-2 124M's shape, 2 x 256 tokens, dropout 0.1, fp32, AMD EPYC, in
-alternation; `launch/bench.py steps --without cpu-attention`): full 1.08 to 1.10 times on two threads, 1.05 on one; LoRA
-1.03 and 1.08. Less than a tenth: what keeps it is that the demo's published losses come from its masks.
+On a processor torch draws dropout as a float for each element, on one thread, and its attention has no kernel with
+dropout. Here 16 random bits decide on an element, and attention goes by blocks of queries, over the keys that they may
+see. All bits come from torch's generator: seed and shapes give the masks, however many threads there are. Gain of a
+whole step of GPT-2 124M's shape (`launch/bench.py steps --without cpu-attention`): 1.03 to 1.10 times. Less than a
+tenth: what keeps it is that the demo's published losses come from its masks.
 """
 
 import contextlib
@@ -53,11 +50,8 @@ def rows_of_one_text() -> Iterator[None]:
 
 
 def mask_unless_whole(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """None where attention is causal and nothing else, which the kernel knows by itself; transformers' mask otherwise.
-
-    Otherwise: padding (generation), a cache, a sliding window that the row does not fit in, or a mask function of the
-    model's own (`use_vmap`).
-    """
+    """None where attention is causal and nothing else, which the kernel knows by itself; transformers' mask otherwise:
+    for padding, a cache, a sliding window shorter than the row, or a mask function of the model's own (`use_vmap`)."""
     kv_length, local_size = kwargs.get("kv_length"), kwargs.get("local_size")
     is_square = kwargs.get("q_length", kv_length) == kv_length
     fits_window = local_size is None or (kv_length is not None and kv_length < local_size)
@@ -70,12 +64,11 @@ class Dropout(nn.Dropout):
     """`nn.Dropout` with the masks of `sample_keep_mask`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any shape; the identity in evaluation."""
         return (input * sample_keep_mask(input.shape, self.p)).mul_(dropout_scale(self.p)) if self.training else input
 
 
 def install_on_cpu(module: nn.Module, causal: PreTrainedModel) -> None:
-    """Put these in the place of torch's, in `module` and in the attention of `causal` where it is GPT-2's."""
+    """Put these dropouts in the place of torch's in `module`, and this attention in `causal` where it is GPT-2."""
     install_dropout(module, Dropout)
     config: Any = causal.config
     if config.model_type == "gpt2" and config.attn_pdrop > 0 and config._attn_implementation in ("sdpa", CAUSAL_NAME):
@@ -98,10 +91,8 @@ def num_dropped_levels(probability: float) -> int:
 
 
 def sample_keep_mask(shape: torch.Size, probability: float) -> Tensor:
-    """1 for elements that stay, 0 for those that are dropped: with the `probability`, rounded to 1 / NUM_LEVELS.
-
-    In bytes and not truths: torch makes and multiplies by those with vector instructions, twice as fast.
-    """
+    """1 for elements that stay, 0 for those that are dropped, with the `probability` rounded to 1 / NUM_LEVELS; in
+    bytes, which torch multiplies by twice as fast as by truths."""
     num_elements = shape.numel()
     random_bits = torch.empty(-(-num_elements // 4), dtype=torch.int64).random_(-(2**63), None)
     random_int16 = random_bits.view(torch.int16)[:num_elements].view(shape)
@@ -126,10 +117,9 @@ def blockwise_attention_forward(
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Causal attention with dropout of its probabilities, by blocks of queries.
+    """Causal attention with dropout of its probabilities, by blocks of queries; scores and softmax in float32.
 
-    Scores and softmax in float32 whatever the inputs are; the products with probabilities in the inputs' type. The sum
-    over probabilities times their gradients is taken from the output, as in FlashAttention (Dao et al., arXiv
+    The sum over probabilities times their gradients is taken from the output, as in FlashAttention (Dao et al., arXiv
     2205.14135, appendix B.4), so only probabilities and masks are kept.
     """
 
@@ -160,7 +150,6 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of the inputs of `forward`, in its order."""
         q, k, v, output, *saved = ctx.saved_tensors
         scaling, keep_scale = ctx.scales
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

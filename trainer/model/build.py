@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.initialization import no_init_weights
 
-from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS, GPT2_NAMES
+from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError
 from trainer.config.settings import ModelSettings, Settings
 from trainer.data import hf_hub
 from trainer.data.tokenizer import find_model, resolve_model_path
-from trainer.model import adapter_files, attention, lora, model_files, optimizer, quantization
+from trainer.model import attention, lora, model_files, quantization
 
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
@@ -39,17 +39,14 @@ class TrainableModel:
     loraplus_lr_ratio: float = 1.0  #: LoRA+: rate of the B matrices over that of all else
 
     def get_lr_multiplier(self, name: str) -> float:
-        """By what the learning rate of a trained weight is multiplied."""
         return self.loraplus_lr_ratio if ".lora_B." in name else 1.0
 
     @property
     def embedding_weights(self) -> list[nn.Parameter]:
-        """The weights of every embedding layer."""
         return [layer.weight for layer in self.causal.modules() if isinstance(layer, nn.Embedding)]
 
     @property
     def has_tied_embeddings(self) -> bool:
-        """Whether input and output embeddings are one tensor."""
         output_layer = self.causal.get_output_embeddings()
         return output_layer is not None and output_layer.weight is self.causal.get_input_embeddings().weight
 
@@ -73,7 +70,7 @@ def build_model(
 
     Weights whose type is not changed lie in the file, which all processes of a machine map into the same memory.
     """
-    settings, source = adapter_files.adopt_adapter(settings), find_model(settings.model.model)
+    settings, source = lora.adopt_adapter(settings), find_model(settings.model.model)
     config, quant, dtype = load_config(settings.model), settings.model.quant, torch.float32
     with_values = with_values and not on_meta
     if settings.model.init == "pretrained" and (Path(source.path).is_dir() or with_values):
@@ -122,11 +119,10 @@ def build_model(
             metadata["lora_targets"] = target_modules
             if source.adapter:
                 metadata["base"] = source.name
-                digest = adapter_files.load_adapter(source.adapter, module, with_values=with_values)
-                if metadata["fingerprint"]:
-                    metadata["fingerprint"] = hashlib.sha256(
-                        f"{metadata['fingerprint']} {digest}".encode()
-                    ).hexdigest()[:16]
+                digest = lora.load_adapter(source.adapter, module, with_values=with_values)
+                if fingerprint := metadata["fingerprint"]:
+                    both = f"{fingerprint} {digest}".encode()
+                    metadata["fingerprint"] = hashlib.sha256(both).hexdigest()[:16]
             if quant:  # what is trained of the base is not packed
                 metadata["frozen_bytes"] -= 4 * sum(p.numel() for p in base_parameters if p.requires_grad)
             if settings.lora.adapter == "pissa" and with_values:
@@ -137,7 +133,7 @@ def build_model(
             causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     metadata["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     metadata["share"] = metadata["trainable"] / metadata["parameters"]
-    model = TrainableModel(
+    return TrainableModel(
         module=module,
         causal=causal,
         metadata=metadata,
@@ -145,9 +141,6 @@ def build_model(
         quant_settings=settings.model if quant else None,
         loraplus_lr_ratio=settings.lora.plus_ratio,
     )
-    if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
-        metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.parameters(), model.embedding_weights)
-    return model
 
 
 def to_float32(module: nn.Module) -> None:
@@ -184,13 +177,11 @@ def load_config(settings: ModelSettings) -> Any:
             config = AutoConfig.from_pretrained(**_from_pretrained_kwargs(settings.model))
             model_files.check_config(config)
     if settings.dropout is not None:
-        probabilities = get_dropout_probabilities(config)
-        if not probabilities:
+        if not (names := get_dropout_probabilities(config)):
             raise UserError(
-                f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set; "
-                f"leave it out, or use a model whose config has one of {', '.join(DROPOUT_FIELDS)}"
+                f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set"
             )
-        for name in probabilities:
+        for name in names:
             setattr(config, name, settings.dropout)
     return config
 
@@ -203,11 +194,10 @@ def get_dropout_probabilities(config: Any) -> dict[str, float]:
 def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
     """Arguments that find a model; without a network the local copies are all there is, and nothing is waited for."""
     source = find_model(model)
-    name_or_path = source.path
     return {
-        "pretrained_model_name_or_path": name_or_path,
+        "pretrained_model_name_or_path": source.path,
         "revision": source.revision or "main",
-        "local_files_only": Path(name_or_path).is_dir() or not hf_hub.is_reachable(),
+        "local_files_only": Path(source.path).is_dir() or not hf_hub.is_reachable(),
         "trust_remote_code": False,  # left out, transformers asks on the terminal
     }
 
@@ -218,10 +208,7 @@ def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
 
 
 def _load_pretrained(settings: ModelSettings, config: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model with the stored weights, every one of them and no other; pickles are not read.
-
-    `options`: of from_pretrained; on the meta device only names and shapes are looked at.
-    """
+    """The model with the stored weights, every one of them and no other; on the meta device only their shapes."""
     with _refuse_model(settings.model, model_files.WEIGHTS_FILE):
         model_files.check_weight_files(Path(resolve_model_path(settings.model)))
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -241,8 +228,7 @@ def _load_pretrained(settings: ModelSettings, config: Any, dtype: torch.dtype, *
 
 @contextlib.contextmanager
 def _refuse_model(model: str, file: str) -> Iterator[None]:
-    """Any error within, which reads `file`, becomes a UserError of one line about --model: libraries raise as many
-    kinds as there are mistakes in a folder."""
+    """Any error within, which reads `file`, becomes one line about --model: libraries raise many kinds."""
     try:
         yield
     except UserError as error:
@@ -252,15 +238,13 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
         folder = Path(source.path)
         problem = f"{file} cannot be used: {model_files.reason(error)}"
         if isinstance(error, OSError) and not (folder / file).exists():
-            expected = "--model FOLDER with config.json and safetensors (pickles may hold code and are not read)"
-            if folder.is_dir() or hf_hub.is_reachable():
-                problem = f"has no {file}" if folder.is_dir() else f"no such folder, and the Hub gives no {file}"
-                problem += f"; pass {expected}"
-            else:
-                problem = "no such folder, not in the Hub's cache, and the Hub cannot be reached; run `hf download "
-                problem += f"{source.path}` where it can, or pass {expected}"
-            if model in GPT2_NAMES:
-                problem += f", or --model {DEMO_MODEL}, the embedded toy"
+            problem = f"has no {file}"
+            if not folder.is_dir():
+                unreachable = f"the Hub cannot be reached; run `hf download {source.path}` where it can"
+                gives_none = f"the Hub gives no {file}" if hf_hub.is_reachable() else unreachable
+                problem = f"no such folder, and {gives_none}"
+            problem += "; pass --model FOLDER with config.json and safetensors (pickles are not read)"
+            problem += f", or --model {DEMO_MODEL}, the embedded toy"
         if source.adapter:
             problem = f"its base {source.name}, which its adapter_config.json names: {problem}"
         raise UserError(f"--model {model}: {problem}") from error

@@ -1,26 +1,31 @@
-"""Adapters on a causal LM: which layers get one, and of which kind. The only door to peft."""
+"""Adapters on a causal LM: which layers get one, of which kind, and `--model ADAPTER`. The only door to peft."""
 
+import dataclasses
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from trainer.config import choices
 from trainer.config.errors import UserError
-from trainer.config.settings import LoraSettings
-from trainer.model.model_files import HALF_TYPES
+from trainer.config.files import read_json_object
+from trainer.config.settings import LoraSettings, Settings
+from trainer.data.hf_hub import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from trainer.data.tokenizer import find_model
+from trainer.model.model_files import HALF_TYPES, reason, weights_file_problem
 
-#: peft's types whose weights are not parameters that an optimizer alone moves
-UNSUPPORTED_TYPES = {
-    "ADALORA": "moves its ranks between steps",
-    "XLORA": "mixes adapters that are trained already",
-    "POLY": "needs the number of a task with each row",
-}
+QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
+#: peft's types that move their ranks between steps, mix trained adapters, or need the number of a task with each row
+UNSUPPORTED_TYPES = ("ADALORA", "XLORA", "POLY")
 
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
@@ -41,8 +46,7 @@ def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> l
     for mixer_name, mixer in causal.named_modules():
         inside = sorted(name for name in selected if name.startswith(f"{mixer_name}."))
         if inside and hasattr(mixer, "conv1d") and hasattr(mixer, "out_proj"):
-            # Of a state-space model (Mamba and its kin), whose kernels read the weights past an adapter; peft refuses
-            # some of them (`_check_lora_target_modules_mamba`).
+            # Of a state-space model (Mamba and its kin), whose kernels read the weights past an adapter.
             raise UserError(
                 f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(mixer).__name__} reads its weights past "
                 f"an adapter ({causal.config.model_type}); expected --mode full, or layers outside of it"
@@ -66,8 +70,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _ends_with(name: str, suffix: str) -> bool:
-    """Whether the last parts of a layer's name are these."""
-    return f".{name}".endswith(f".{suffix}")
+    return f".{name}".endswith(f".{suffix}")  # whole parts of the name
 
 
 def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
@@ -83,9 +86,8 @@ def add_adapters(
     """The peft model around `causal`, whose own weights are frozen but for those of `modules_to_save`.
 
     pissa moves the largest singular vectors of each layer's weight from the base into its adapter
-    (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` of
-    which the model has none, and for a rank of pissa that is more than a layer has singular vectors. `with_values`:
-    False where the base's weights stand for their shapes alone.
+    (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` or a
+    rank of pissa that the model has no place for. `with_values`: False where the base has shapes alone.
     """
     from peft import LoraConfig, TaskType  # imports bitsandbytes: only where it is needed
 
@@ -107,16 +109,12 @@ def add_adapters(
     )
     module = _wrap(causal, config)
     output_layer = causal.get_output_embeddings()
+    norms = [layer for layer in causal.modules() if "norm" in type(layer).__name__.lower()]
     parameters = {
         "wte": list(causal.get_input_embeddings().parameters()),
         "lm_head": list(output_layer.parameters()) if output_layer is not None else [],
         "bias": [p for n, p in causal.named_parameters() if n.endswith(".bias") and ".lora_" not in n],
-        "layernorm": [
-            parameter
-            for layer in causal.modules()
-            if "norm" in type(layer).__name__.lower()
-            for parameter in layer.parameters(recurse=False)
-        ],
+        "layernorm": [parameter for layer in norms for parameter in layer.parameters(recurse=False)],
     }
     for group in settings.modules_to_save:
         if not parameters[group]:
@@ -138,30 +136,27 @@ def add_peft_adapters(causal: PreTrainedModel, settings: LoraSettings, source: s
     peft_type, init = values["peft_type"], values.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(f"{source}: init_lora_weights {init} changes the base; expected true, or --adapter pissa")
+    unsupported = f"{source}: {peft_type} is not trained here; expected a method that adapts layers, for instance VERA"
     own, has_conv1d = list(causal.parameters()), any(isinstance(layer, Conv1D) for layer in causal.modules())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Unexpected keyword arguments")
             config: Any = PeftConfig.from_peft_type(**values, task_type=TaskType.CAUSAL_LM)
-        if reason := UNSUPPORTED_TYPES.get(peft_type) or ("trains a prompt" if config.is_prompt_learning else ""):
-            raise UserError(f"{source}: {peft_type} {reason}; expected a method that adapts layers, for instance VERA")
+        if peft_type in UNSUPPORTED_TYPES or config.is_prompt_learning:
+            raise UserError(unsupported)
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = has_conv1d
         module = _wrap(causal, config)
     except UserError:
         raise
     except Exception as error:  # peft's own kinds, of its methods as well
-        problem = " ".join(str(error).split())[:200] or "no reason given"
-        raise UserError(
-            f"{source}: peft refuses {peft_type} for this model ({type(error).__name__}: {problem})"
-        ) from None
+        raise UserError(f"{source}: peft refuses {peft_type} for this model ({reason(error)})") from None
     adapted = sorted({name.rsplit(".", 1)[-1] for name, m in causal.named_modules() if isinstance(m, BaseTunerLayer)})
     kept = {id(parameter) for parameter in module.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    if not sum(p.numel() for p in trained):
-        raise UserError(f"{source}: {peft_type} trains nothing here; expected a config that names what it adapts")
-    if any(id(p) not in kept for p in own) or not all(p.is_floating_point() for p in trained):
-        raise UserError(f"{source}: {peft_type} replaces weights of the base; expected a method that adds its own")
+    adds_floats = sum(p.numel() for p in trained) and all(p.is_floating_point() for p in trained)
+    if not adds_floats or any(id(p) not in kept for p in own):  # it trains nothing, or replaces weights of the base
+        raise UserError(unsupported)
     return module, adapted
 
 
@@ -193,3 +188,57 @@ def adapter_state_dict(module: Any, trained: Mapping[str, Tensor]) -> dict[str, 
 
     stored = get_peft_model_state_dict(module, {**module.state_dict(), **trained}, save_embedding_layers=False)
     return {**{n: t for n, t in trained.items() if ".default" not in n and n not in stored}, **stored}
+
+
+def adopt_adapter(settings: Settings) -> Settings:
+    """The settings with the shape of the adapter that --model names; unchanged where it names a whole model.
+
+    UserError for settings that contradict it.
+    """
+    name, folder = settings.model.model, find_model(settings.model.model).adapter
+    if folder is None:
+        return settings
+    if settings.mode == "full" or settings.model.init == "random" or "--peft-config" in settings.overridden:
+        raise UserError(
+            f"--model {name}: holds an adapter, with a base and a shape of its own; expected --mode lora without "
+            "--init random and --peft-config, or the merged model (of a run here: launch/export.py RUN --merge)"
+        )
+    if problems := settings.shape_flag_problems(f"--model {name}, an adapter"):
+        raise UserError(*problems)
+    config = read_json_object(folder / ADAPTER_CONFIG_FILE, f"--model {name}: {ADAPTER_CONFIG_FILE}")
+    lora = dataclasses.replace(
+        LoraSettings(plus_ratio=settings.lora.plus_ratio), peft_config=str(folder / ADAPTER_CONFIG_FILE)
+    )
+    if lora.kind == "lora":
+        kind: choices.Adapter = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+        shape = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "dropout": config.get("lora_dropout")}
+        lora = dataclasses.replace(lora, adapter=kind, **{key: value for key, value in shape.items() if value})
+    return dataclasses.replace(settings, lora=lora)
+
+
+def load_adapter(folder: Path, module: Any, *, with_values: bool) -> str:
+    """Put an adapter's weights into a peft model of its shape, and let those of the base that stand in its file be
+    trained; returns a hash of the file. UserError where they do not fit; pickles are not read.
+
+    `with_values`: False where the model has shapes alone.
+    """
+    from peft import set_peft_model_state_dict
+
+    path = folder / ADAPTER_WEIGHTS_FILE
+    if problem := weights_file_problem(path):
+        raise UserError(f"{path}: {problem} (pickles are not read)")
+    weights, parameters = load_file(path), dict(module.named_parameters())
+    for name in weights.keys() & parameters.keys():
+        parameters[name].data = parameters[name].data.float()
+        parameters[name].requires_grad_(True)
+    if not with_values:
+        return ""
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    try:
+        result = set_peft_model_state_dict(module, weights)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: does not fit its base: {reason(error)}") from None
+    if unknown := [*result.unexpected_keys, *sorted(trained & set(result.missing_keys))]:
+        raise UserError(f"{path}: {unknown[0]} does not fit {ADAPTER_CONFIG_FILE}, and {len(unknown) - 1} more")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

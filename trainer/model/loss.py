@@ -4,8 +4,7 @@ Sums and counts are kept apart everywhere and divided once, by the number of tar
 so the loss does not depend on how rows are spread over micro-batches and ranks.
 
 With all logits at once a whole step takes 1.25 times as long (6 layers, 512 wide, 256 tokens, one thread of an AMD
-EPYC; `launch/bench.py steps --without chunked-loss`). At most 128 MiB of them are made at a time, where 2,048 positions
-of GPT-2 are 393 MiB, and as much again for their gradient.
+EPYC; `launch/bench.py steps --without chunked-loss`), and 2,048 positions of GPT-2 are 393 MiB, twice with a gradient.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from trainer.model.attention import rows_of_one_text
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in chunks
 FROZEN_CHUNK_DIVISOR = 2  # chunks are so many times smaller where no gradient of the output layer is added up
-VERIFIED_TOKENS = 9  # of each of the two rows by which the head is held against the model's own logits
+SAMPLE_WIDTH = 9  # tokens of each of the two rows by which a form is held against the model's own
 VOCAB_MULTIPLE = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 CPU_CHUNK_LOGITS = 2**20  # logits that a processor works on at one time: they stay in its cache
 
@@ -40,7 +39,7 @@ def uses_gpu_form(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def simulate_gpu(is_simulated: bool) -> Iterator[None]:
-    """Within it CPU tensors take the GPU form of every kernel, if `is_simulated`."""
+    """Within it CPU tensors take the GPU form of every kernel."""
     global _is_gpu_simulated
     _is_gpu_simulated = is_simulated
     try:
@@ -49,14 +48,23 @@ def simulate_gpu(is_simulated: bool) -> Iterator[None]:
         _is_gpu_simulated = False
 
 
-def find_output_head(causal: PreTrainedModel) -> tuple[nn.Module, float] | None:
-    """The output layer, and by what its input is multiplied (Cohere, Granite), as the configuration has them; None
-    where more than that is done to the logits (Gemma 2's cap)."""
-    layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
-    if layer is None or causal.base_model is causal or getattr(config, "final_logit_softcapping", None):
-        return None
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return layer, scale
+def has_plain_head(causal: PreTrainedModel) -> bool:
+    """Whether logits are what the output layer makes; more is done to Gemma 2's (a cap), Cohere's and Granite's."""
+    config, is_bare = causal.config.get_text_config(), causal.base_model is causal
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in names)
+    return not changes_logits and not is_bare and causal.get_output_embeddings() is not None
+
+
+def make_sample(causal: PreTrainedModel) -> Tensor:
+    """Two rows of token ids [2, SAMPLE_WIDTH] to try a form of the model on."""
+    device, vocab_size = next(causal.parameters()).device, causal.config.get_text_config().vocab_size
+    return (torch.arange(2 * SAMPLE_WIDTH, device=device) * 7919 % vocab_size).view(2, -1)
+
+
+def describe_failure(error: Exception) -> str:
+    """Of a form of the model that cannot be computed, with as many kinds of errors as there are architectures."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 class CausalLMLoss(nn.Module):
@@ -70,7 +78,7 @@ class CausalLMLoss(nn.Module):
         self.causal = causal
         self.autocast_dtype = autocast_dtype
         self.label_smoothing = label_smoothing
-        self.head = find_output_head(causal)  #: None: the model makes all its logits at once
+        self.uses_head = has_plain_head(causal)  #: else the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
 
     def verify(self) -> str:
@@ -78,27 +86,26 @@ class CausalLMLoss(nn.Module):
 
         Where they differ the model's own are used from here on, and the line returned says why and what they cost.
         """
-        vocab_size = self.causal.config.get_text_config().vocab_size
-        head, self.head, problem = self.head, None, "its output is more than a layer of the hidden states"
-        if head is not None:
-            weight, was_training = next(self.causal.parameters()), self.causal.training
-            ids = (torch.arange(2 * VERIFIED_TOKENS, device=weight.device) * 7919 % vocab_size).view(2, -1)
+        problem = "its output is more than a layer of the hidden states"
+        if self.uses_head:
+            ids, was_training = make_sample(self.causal), self.causal.training
             self.causal.eval()
             try:
+                self.uses_head = False
                 with torch.no_grad():
                     own = float(self(ids, ids)[0])
-                self.head = head
+                self.uses_head = True
                 by_head = float(self(ids, ids)[0].detach())
-                bound = 1e-5 if (self.autocast_dtype or weight.dtype) == torch.float32 else 2**-8
+                bound = 1e-5 if (self.autocast_dtype or self.causal.dtype) == torch.float32 else 2**-8
                 if abs(by_head - own) <= bound * abs(own):
                     return ""
                 problem = f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}"
-            except Exception as error:  # as many kinds as there are architectures
-                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            except Exception as error:
+                problem = describe_failure(error)
             finally:
                 self.causal.train(was_training)
-        self.head = None
-        size = 4 * vocab_size / 2**20
+        self.uses_head = False
+        size = 4 * self.causal.config.get_text_config().vocab_size / 2**20
         return f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {problem}"
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,7 +113,7 @@ class CausalLMLoss(nn.Module):
 
         In nats; the sum has a gradient, the rows' have none. `position_ids` [rows, width], from 0 in each of the
         examples that share a row: transformers then masks them from one another, unless it is given an attention mask
-        or a cache. So neither is given: rows are padded on the right only, where a causal model cannot look.
+        or a cache. Rows are padded on the right only, where a causal model cannot look.
         """
         attention = self.causal.config._attn_implementation
         if position_ids is not None and attention not in PACKED_ATTENTIONS:
@@ -118,20 +125,21 @@ class CausalLMLoss(nn.Module):
         smoothing = self.label_smoothing if self.training else 0.0
         autocast = torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext()
         with autocast, contextlib.nullcontext() if is_packed else rows_of_one_text():
-            if self.head is None:
+            if not self.uses_head:
                 logits = self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
                 nll = _nll(logits, targets, smoothing)
                 nll_sum = nll.sum()
             else:
-                nll_sum, nll = self._chunked_loss(*self.head, input_ids, targets, inputs, smoothing)
+                nll_sum, nll = self._chunked_loss(input_ids, targets, inputs, smoothing)
         return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
     def _chunked_loss(
-        self, layer: Any, scale: float, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor], smoothing: float
+        self, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor], smoothing: float
     ) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         max_rows = MAX_LOGITS_BYTES // (4 * self.causal.config.get_text_config().vocab_size)
         needs_grad, embedding = torch.is_grad_enabled(), self.causal.get_input_embeddings()
+        layer: Any = self.causal.get_output_embeddings()
         is_sharded = self.is_head_sharded or hasattr(layer.weight, "ds_id")
         uses_kernel = type(layer) is nn.Linear and not is_sharded and layer.weight.dtype != torch.float16
         is_tied = type(embedding) is nn.Embedding and embedding.weight is layer.weight and layer.weight.requires_grad
@@ -142,17 +150,14 @@ class CausalLMLoss(nn.Module):
             rows = TiedEmbedding.apply(layer.weight, input_ids, tied_weight_grads, embedding.padding_idx)
             inputs = {"inputs_embeds": rows, **inputs}
         hidden = self.causal.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        if scale != 1:
-            hidden = hidden * scale
         if uses_kernel:
             if not layer.weight.requires_grad:
                 max_rows //= FROZEN_CHUNK_DIVISOR
             num_chunks = math.ceil(len(targets) / max_rows)
             chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
-            nll_sum, nll = LinearCrossEntropy.apply(
+            return LinearCrossEntropy.apply(
                 hidden, layer.weight, layer.bias, targets, chunk_size, needs_grad, tied_weight_grads, smoothing
             )
-            return nll_sum, nll
 
         def chunk_nll(hidden: Tensor, targets: Tensor) -> Tensor:
             return _nll(layer(hidden), targets, smoothing)
@@ -168,30 +173,26 @@ class CausalLMLoss(nn.Module):
 
 
 def find_packing_problem(causal: PreTrainedModel) -> str:
-    """How the examples of a packed row change one another's loss, "" where they do not; before ZeRO shards anything.
-
-    Two rows of a few tokens are held against both in one row, with their positions and, for comparison, without.
-    """
+    """How the examples of a packed row change one another's loss, "" where they do not; before ZeRO shards anything:
+    two rows are held against both in one row, with their positions and, for comparison, without."""
     own_attention, was_training = causal.config._attn_implementation, causal.training
-    loss_module, device = CausalLMLoss(causal, None), next(causal.parameters()).device
-    vocab_size = causal.config.get_text_config().vocab_size
-    ids = (torch.arange(2 * VERIFIED_TOKENS, device=device) * 7919 % vocab_size).view(2, -1)
-    labels = ids.masked_fill(torch.arange(VERIFIED_TOKENS, device=device) == 0, IGNORE_INDEX)
-    row = ids.view(1, -1), labels.view(1, -1)
-    positions = torch.arange(VERIFIED_TOKENS, device=device).repeat(2)[None]
+    loss_module, ids = CausalLMLoss(causal, None), make_sample(causal)
+    positions = torch.arange(SAMPLE_WIDTH, device=ids.device)
+    row = ids.view(1, -1), ids.masked_fill(positions == 0, IGNORE_INDEX).view(1, -1)
+    inputs = ((ids, ids), row, (*row, positions.repeat(2)[None]))
     causal.eval()
     try:
         with torch.no_grad():
             if own_attention not in PACKED_ATTENTIONS:
                 causal.set_attn_implementation("sdpa")
-            apart, joined, packed = (float(loss_module(*inputs)[0]) for inputs in ((ids, ids), row, (*row, positions)))
-    except Exception as error:  # as many kinds as there are architectures
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            apart, joined, packed = (float(loss_module(*each)[0]) for each in inputs)
+    except Exception as error:
+        return describe_failure(error)
     finally:
         causal.train(was_training)
         causal.set_attn_implementation(own_attention)
     difference = abs(packed - apart)
-    bound = 1e-5 if next(causal.parameters()).dtype == torch.float32 else 2**-8  # and far less than without positions
+    bound = 1e-5 if causal.dtype == torch.float32 else 2**-8  # and far less than without positions
     if difference <= 1e-5 * apart or difference <= min(bound * apart, abs(joined - apart) / 4):
         return ""
     return f"examples of one row see one another (loss {packed:.6g}, apart {apart:.6g})"
@@ -200,9 +201,9 @@ def find_packing_problem(causal: PreTrainedModel) -> str:
 class LinearCrossEntropy(torch.autograd.Function):
     """The summed loss over the output layer's logits, chunk by chunk, each with its gradients while it is there.
 
-    The gradient of the sum to the logits is softmax - labels, whatever comes after: so no logits have to be kept or
-    made a second time, which would be a quarter of the layer's work. It holds one float32 gradient of the layer's
-    weight instead (where that is trained). Under fp16 the small softmax values would vanish unscaled: not used there.
+    The gradient of the sum to the logits is softmax - labels, whatever comes after: so no logits are kept or made a
+    second time, but one float32 gradient of the layer's weight, where that is trained. Under fp16 the small softmax
+    values would vanish unscaled: not used there.
     """
 
     @staticmethod
@@ -264,7 +265,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradients times that of the sum."""
         grad_hidden, grad_weight, grad_bias = ctx.grads
         ctx.grads = None
         if grad_weight is not None:
@@ -310,8 +310,8 @@ def _nll_inplace(logits: Tensor, targets: Tensor, vocab_size: int, needs_grad: b
     """Logits [n, vocabulary and padding], targets [n] -> nll [n] in float32, 0 where not counted.
 
     In the place of the logits stands then, where it is needed, the gradient of each row's nll as if it were counted:
-    softmax - labels, whose entry of the target is made apart, since it would lose its digits in bfloat16:
-    p - 1 = expm1(log p). Smoothed labels are e / V, and 1 - e more at the target.
+    softmax - labels, where the target's p - 1 = expm1(log p) keeps its digits in bfloat16. Smoothed labels are e / V,
+    and 1 - e more at the target.
     """
     # So many rows at a time that a processor keeps them in its cache from one operation to the next.
     num_rows = len(logits) if uses_gpu_form(logits.device) else max(1, CPU_CHUNK_LOGITS // logits.shape[1])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.settings import TrainSettings
 
-MIN_8BIT_SIZE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 bits
 MOMENTS = ("exp_avg", "exp_avg_sq")  #: the two moments, as torch and the checkpoints call them
 _BNB_STATE_KEYS = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}  # as bitsandbytes calls them
 
@@ -54,18 +53,6 @@ def build_optimizer(
             else:
                 optimizer.init_state(group, parameter, group_index, param_index)
     return optimizer
-
-
-def count_fp32_state(parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter]) -> dict[str, int]:
-    """Of the trained weights those whose moments an 8-bit form keeps in 32 bits, where nothing is saved."""
-    fp32_state_ids = {id(parameter) for parameter in embeddings}
-    sizes = [(p.numel(), id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE) for p in parameters if p.requires_grad]
-    return {
-        "tensors": len(sizes),
-        "kept_tensors": sum(is_kept for _, is_kept in sizes),
-        "kept_parameters": sum(size for size, is_kept in sizes if is_kept),
-        "parameters": sum(size for size, _ in sizes),
-    }
 
 
 def iter_named_state(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -22,10 +22,7 @@ INT8_THRESHOLD = 0.0
 
 
 def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.device) -> None:
-    """Pack the weight of every Conv1D and Linear but the output layer, in place; they move to `device`.
-
-    Transformers packs while it reads a file; these weights may be random ones, and have been checked in float32.
-    """
+    """Pack the weight of every Conv1D and Linear but the output layer, in place; they move to `device`."""
     from transformers.integrations import replace_with_bnb_linear  # imports bitsandbytes: only where it is needed
 
     layers = _packable_layers(causal)
@@ -45,24 +42,19 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
 
 
 def _packable_layers(causal: PreTrainedModel) -> dict[str, Any]:
-    """The layers that are packed: every Conv1D and Linear but the output layer."""
     output_layer = causal.get_output_embeddings()
     layers = {n: m for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
     return {name: layer for name, layer in layers.items() if layer is not output_layer}
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the 4-bit layers compute in `dtype`."""
     for layer in _iter_4bit_layers(model):
         layer.compute_dtype = dtype
 
 
 def disable_avx512_repacking(model: nn.Module) -> None:
-    """Keep 4-bit layers from another arithmetic in evaluation than in training.
-
-    On processors with AVX512-BF16 bitsandbytes packs them anew at the first evaluation, computes in bf16 from then
-    on, and gives their input no gradient any more.
-    """
+    """Keep 4-bit layers as they are: on processors with AVX512-BF16 bitsandbytes packs them anew at the first
+    evaluation, computes in bf16 from then on, and gives their input no gradient any more."""
     for layer in _iter_4bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
@@ -75,11 +67,8 @@ def _iter_4bit_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def count_quantized_bytes(causal: PreTrainedModel, settings: ModelSettings) -> int:
-    """Bytes of a base in float32 once it is packed, with the scales, from the shapes of its weights alone.
-
-    int8 has a float32 scale for each row, the 4-bit kinds one for each block of 64 elements; packed doubly, those
-    scales are bytes with a float32 scale for each 256 of them.
-    """
+    """Bytes of a base in float32 once it is packed, from shapes alone: int8 has a float32 scale for each row, the
+    4-bit kinds one for each 64 elements; packed doubly, those are bytes with a float32 scale for each 256 of them."""
     num_bytes = sum(4 * parameter.numel() for parameter in causal.parameters())
     for layer in _packable_layers(causal).values():
         num_elements = layer.weight.numel()

@@ -22,8 +22,8 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import without_launcher
 from trainer.distributed.machine import find_free_port, peak_memory_bytes
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
-from trainer.model.adapter_files import adopt_adapter
 from trainer.model.build import build_model, get_max_positions, load_config
+from trainer.model.lora import adopt_adapter
 from trainer.tools.processes import failure_reason, start_process
 from trainer.tracking.optional_loggers import check_loggers
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early

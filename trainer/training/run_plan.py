@@ -32,7 +32,6 @@ from trainer.distributed.preflight import config_digest
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
-from trainer.model.optimizer import MIN_8BIT_SIZE
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule, describe_schedule
 from trainer.training.scorers import check_scorers
@@ -469,12 +468,5 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append(
             f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
             f"weights; in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
-        )
-    moments = model_info.get("kept_in_32_bits")
-    if moments and moments["kept_tensors"]:
-        notes.append(
-            f"{settings.train.optim}: {moments['kept_tensors']} of {moments['tensors']} trained tensors "
-            f"({moments['kept_parameters'] / moments['parameters']:.0%} of the parameters) are embeddings or under "
-            f"{MIN_8BIT_SIZE:,} elements: their moments stay in 32 bits and nothing is saved"
         )
     return notes

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 from transformers.activations import NewGELUActivation
 
@@ -46,16 +45,12 @@ def make_llama(session_dir: Path) -> str:
         ("--mode full", WTE + 1024 * D + LAYERS * 12 * D * D + BIASES + NORMS - LAYERS * 2 * D - D, 124_439_808),
         ("", LORA, 1_179_648),
         ("--lora-rank 16", 2 * LORA, 2_359_296),
-        ("--lora-target-modules c_attn", LAYERS * 8 * (D + 3 * D), 294_912),
         ("--lora-target-modules attn.c_proj,c_fc", LAYERS * 8 * (D + D + D + 4 * D), 516_096),
         ("--lora-target-modules attention", LAYERS * 8 * ((D + 3 * D) + (D + D)), 442_368),
-        ("--lora-target-modules mlp", LAYERS * 8 * 2 * (D + 4 * D), 737_280),
         ("--lora-target-modules *.h.1?.attn.c_attn,h.3.mlp.c_fc", 8 * (2 * 4 * D + 5 * D), 79_872),
         ("--adapter dora", LORA + OUTPUTS, 1_262_592),
-        ("--adapter rslora", LORA, 1_179_648),
         ("--adapter pissa", LORA, 1_179_648),
         ("--modules-to-save wte,lm_head", LORA + WTE, 39_777_024),  # tied: the same tensor
-        ("--modules-to-save layernorm", LORA + NORMS, 1_218_048),
         # the norms' biases count once
         ("--modules-to-save layernorm,bias", LORA + NORMS + BIASES - LAYERS * 2 * D - D, 1_300_992),
     ],
@@ -71,15 +66,12 @@ def test_parameter_formulas_hold_on_linear_layers_whose_embeddings_are_not_tied(
     d, wide = LLAMA.hidden_size, LLAMA.intermediate_size
     attention, mlp = 2 * 8 * 4 * (d + d), 2 * 8 * 3 * (d + wide)
     for flags, count in (
-        ("--lora-target-modules attention", attention),
         ("--lora-target-modules mlp", mlp),
         ("--adapter dora", attention + mlp + 2 * (4 * d + 2 * wide + d)),
-        ("--modules-to-save wte,lm_head", attention + mlp + 2 * 97 * d),
-        ("--modules-to-save layernorm", attention + mlp + 5 * d),
+        ("--modules-to-save wte,lm_head,layernorm", attention + mlp + 2 * 97 * d + 5 * d),
     ):
-        assert (
-            build_model(parse_settings(make_llama(session_dir), flags), on_meta=True).metadata["trainable"] == count
-        ), flags
+        built = build_model(parse_settings(make_llama(session_dir), flags), on_meta=True)
+        assert built.metadata["trainable"] == count, flags
 
 
 # --- targets ---
@@ -89,12 +81,8 @@ def test_parameter_formulas_hold_on_linear_layers_whose_embeddings_are_not_tied(
     ("config", "targets", "expected"),
     [
         (LLAMA, "", "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),  # every layer but the output
-        (LLAMA, "attention", "k_proj o_proj q_proj v_proj"),
         (LLAMA, "*.layers.1.*.q_proj", "1.self_attn.q_proj"),
-        (LLAMA, "model.layers.1.mlp.up_proj", "1.mlp.up_proj"),
-        (NEOX, "", "dense dense_4h_to_h dense_h_to_4h query_key_value"),
         (NEOX, "mlp", "dense_4h_to_h dense_h_to_4h"),
-        (GPT2, "", "c_attn c_fc c_proj"),
         (GPT2, "attention", "attn.c_proj c_attn"),  # the MLP has a c_proj too
     ],
 )
@@ -104,7 +92,7 @@ def test_lora_targets_become_the_shortest_unambiguous_layer_names(config, target
     assert resolve_target_modules(causal, settings) == expected.split()
 
 
-@pytest.mark.parametrize("targets", ["q_proj", "c_attn,q_proj", "proj", "wte", "lm_head", "c_attn,*.h.9.*"])
+@pytest.mark.parametrize("targets", ["proj", "lm_head", "c_attn,*.h.9.*"])
 def test_a_lora_target_that_matches_no_layer_or_the_output_is_refused_even_beside_one_that_does(tiny_model, targets):
     with pytest.raises(UserError) as caught:
         build_model(parse_settings(tiny_model, f"--lora-target-modules {targets}"))
@@ -136,32 +124,16 @@ def test_both_modes_start_from_the_same_base_and_a_random_one_is_saved_as_it_was
     causal = build_model(parse_settings(tiny_model, "--mode full")).causal
     with torch.no_grad():
         causal.transformer.ln_f.bias[-1] += 1e-6
-    assert len({stored, random, compute_fingerprint(causal)}) == 3, "every weight counts"
-
-
-def test_the_seed_decides_random_weights_and_adapters(tiny_model):
-    def weights(flags: str) -> torch.Tensor:
-        parameters = build_model(parse_settings(tiny_model, flags)).module.parameters()
-        return torch.cat([p.detach().flatten() for p in parameters])
-
-    assert torch.equal(weights(""), weights(""))
-    assert not torch.equal(weights(""), weights("--seed 43"))
+    assert len({stored, random, compute_fingerprint(causal), fingerprint("--init random --seed 43")}) == 4
 
 
 def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"--model no-such-org/no-such-model: no such folder.*pass --model FOLDER"):
         build_model(parse_settings("no-such-org/no-such-model"))
-    message = r"--model gpt2: .*run `hf download gpt2` where it can, .*or --model demo-base, the embedded toy$"
+    message = r"--model gpt2: .*run `hf download gpt2` where it can; .*or --model demo-base, the embedded toy$"
     with pytest.raises(UserError, match=message):  # own data without --model are never trained on the toy
         build_model(cli.parse_args(["--mode", "full", "--data", "records.csv"]).settings)
-
-
-def test_weights_are_float32_whatever_the_folder_holds(tiny_model, tmp_path):
-    AutoModelForCausalLM.from_pretrained(tiny_model).half().save_pretrained(tmp_path)
-    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
-    built = build_model(parse_settings(str(tmp_path), "--mode full"))
-    assert {p.dtype for p in built.module.parameters()} == {torch.float32}
 
 
 def test_the_one_kernel_activation_equals_that_of_transformers(tiny_model):

@@ -76,7 +76,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[torch.Te
 
 
 @pytest.mark.parametrize("whole_layer", [True, False])
-@pytest.mark.parametrize("positions", [1, 7, 19])
+@pytest.mark.parametrize("positions", [1, 7])
 def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_gradients(
     causal, monkeypatch, limit_positions, positions, whole_layer
 ):
@@ -93,6 +93,8 @@ def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_grad
     assert max(num_rows) <= positions, "never more logits at one time"
     assert sum(num_rows) == 3 * WIDTH * (1 if whole_layer else 2)
     torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        assert torch.equal(module(ids, labels)[1], sums), "as in an evaluation"
     for actual, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
 
@@ -135,7 +137,7 @@ def test_smoothed_labels_are_torchs_in_training_and_not_in_evaluation(causal, li
     if head == "divided":
         causal.lm_head.weight.ds_id = 0
     elif head == "unknown":
-        module.head = plain.head = None
+        module.uses_head = plain.uses_head = False
     sums, grads = compute_gradients(module.train(), ids, labels)
     rel, atol = (1e-5, 1e-5) if dtype is None else (5e-3, 2e-2)
     assert float(sums.sum()) == pytest.approx(float(expected.detach()), rel=rel)
@@ -146,10 +148,10 @@ def test_smoothed_labels_are_torchs_in_training_and_not_in_evaluation(causal, li
         assert not torch.equal(module.train()(ids, labels)[1], plain(ids, labels)[1])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
 def test_a_step_reads_no_value_from_its_device(name, tiny_model):
     """A GPU would be waited for; transformers looks whether rows are packed."""
-    config = transformers.MistralConfig(**GROUPED, sliding_window=8) if name == "mistral" else OTHER_MODELS.get(name)
+    config = transformers.MistralConfig(**GROUPED, sliding_window=8) if name == "mistral" else None
     causal = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(tiny_model)
     attention.install(causal)
     reads = []
@@ -204,21 +206,6 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causa
         grads += torch.autograd.grad(loss_sum.mul(0.25), trained)
     assert causal.lm_head.weight.grad is None
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
-
-
-def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(causal, monkeypatch, limit_positions):
-    """As in an evaluation. 97 words lie in rows of 128: a processor's product with odd rows takes nearly twice as
-    long."""
-    module, batch = CausalLMLoss(causal, None), make_batch()
-    calls = spy(monkeypatch, loss_module, "_nll_inplace")
-    _, with_gradients = module(*batch)
-    with torch.no_grad():
-        _, whole = module(*batch)
-        limit_positions(7)
-        torch.testing.assert_close(module(*batch)[1], whole, rtol=1e-6, atol=0)
-    assert torch.equal(with_gradients, whole)
-    assert [len(logits) for logits in calls] == [60, 60, *[7] * 8, 4], "logits at one time"
-    assert {(logits.shape[1], *logits.stride()) for logits in calls} == {(128, 128, 1)}
 
 
 # --- which tokens count ---
@@ -290,10 +277,8 @@ OTHER_MODELS = {
     "llama, tied": transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0),
     "phi": transformers.PhiConfig(**GROUPED),
-    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=32, pad_token_id=5),
     "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=8, dropout=0.0),
     "granite": transformers.GraniteConfig(**GROUPED, logits_scaling=8.0),
-    "cohere": transformers.CohereConfig(**GROUPED, logit_scale=0.25, eos_token_id=1),
     "bloom": transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=VOCAB, pad_token_id=5),
 }
 
@@ -309,11 +294,12 @@ def make_other_model(name: str) -> Any:
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_gpu, limit_positions):
-    """Heads with a bias, a scale, a projection; tied embeddings with a padding row, which gets no gradient."""
+    """Heads with a bias, a projection; tied embeddings with a padding row, which gets no gradient; all logits at once
+    where more is done to them (a cap, a scale)."""
     causal = make_other_model(name)
     module, (ids, labels) = CausalLMLoss(causal, None), make_batch()
     ids[1, 6:9] = labels[1, 6:9] = 5
-    assert bool(module.verify()) == (name == "gemma2"), "a cap on the logits: they are all made at once"
+    assert bool(module.verify()) == (name in ("gemma2", "granite"))
     expected = hugging_face_gradients(causal, ids, labels)
     limit_positions(7)
     with simulate_gpu(is_gpu):
@@ -323,9 +309,8 @@ def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_g
         assert (actual - other).norm() <= 1e-5 * (other.norm() + 0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_a_head_that_is_more_than_its_layer_is_found_at_the_start_and_all_logits_are_made(name, monkeypatch):
-    causal = make_other_model(name)
+def test_a_head_that_is_more_than_its_layer_is_found_at_the_start_and_all_logits_are_made(monkeypatch):
+    causal = make_other_model("opt")
     original = causal.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -2,9 +2,9 @@
 
 import ast
 import contextlib
+import io
 import json
 import os
-import pickle
 import shutil
 import struct
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_build import parse_settings
-from transformers import AutoModelForCausalLM, BartConfig, BertConfig, T5Config, XLNetConfig
+from transformers import AutoModelForCausalLM, XLNetConfig
 
 import trainer
 from trainer.config.errors import UserError
@@ -103,31 +103,19 @@ def canary(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-@pytest.mark.parametrize("answer", ["", "yes\n"])
-def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, canary, monkeypatch, capsys, answer):
+def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, canary, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    assert type(build(folder)).__module__.startswith("transformers.models.gpt2"), "a known type needs no code"
     change_config(folder, model_type="evil")
-    read_end, write_end = os.pipe()
-    os.write(write_end, answer.encode())
-    os.close(write_end)
-    with os.fdopen(read_end) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        message = "model_type 'evil' is not known to transformers, and code in the folder is never run"
-        assert_refused(folder, message, also_dry_run=False)
+    message = "model_type 'evil' is not known to transformers, and code in the folder is never run"
+    assert_refused(folder, message, also_dry_run=False)
     assert capsys.readouterr().out == ""
     assert not canary.exists()
 
 
-def test_code_beside_a_known_model_type_is_left_alone(folder, canary):
-    assert type(build(folder)).__module__.startswith("transformers.models.gpt2")
-    change_config(folder, auto_map="x")
-    build(folder)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("dump", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_pickled_weights_are_refused_unread(folder, tmp_path, dump):
+def test_pickled_weights_are_refused_unread(folder, tmp_path):
     (folder / WEIGHTS).unlink()
-    dump(Canary(tmp_path / "canary"), folder / "pytorch_model.bin")
+    torch.save(Canary(tmp_path / "canary"), folder / "pytorch_model.bin")
     assert_refused(folder, "has no model.safetensors; pass --model FOLDER with config.json and safetensors (pickles")
     assert not (tmp_path / "canary").exists()
 
@@ -153,29 +141,10 @@ def test_every_call_that_reads_a_model_refuses_its_code():
 # --- other kinds of models ---
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (BertConfig(vocab_size=97, hidden_size=16, num_attention_heads=2), "bert without is_decoder is not a causal"),
-        (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2), "t5 is not a causal language model"),
-        (BartConfig(vocab_size=97, d_model=16), "bart is not a causal language model"),
-    ],
-)
-def test_a_model_that_is_not_causal_is_refused_by_name_before_its_weights(tmp_path, config, message):
-    config.save_pretrained(tmp_path / "model")
-    assert_refused(tmp_path / "model", message)
-
-
 def test_a_model_that_sees_later_tokens_is_refused_whatever_it_calls_itself(tmp_path):
     config = XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     assert_refused(tmp_path / "model", "XLNetLMHeadModel sees the tokens it is to predict", also_dry_run=False)
-
-
-def test_an_adapter_folder_is_not_taken_for_a_model(folder):
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-    (folder / "config.json").unlink()  # as peft leaves it
-    assert_refused(folder, "holds an adapter")
 
 
 # --- weights ---
@@ -205,18 +174,12 @@ NOT_WHOLE = "model.safetensors: not a whole safetensors file"
         (lambda f: change_config(f, n_layer=3), "config.json: transformer.h.2.attn.c_attn.bias is missing, "),
         (lambda f: change_config(f, n_layer=1), "config.json: transformer.h.1.attn.c_attn.weight has no place, "),
         (lambda f: change_config(f, n_embd=32), "transformer.h.0.attn.c_attn.bias has shape [48] and not [96]"),
-        (lambda f: change_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
         (lambda f: (f / "config.json").unlink(), "has no config.json; pass --model FOLDER"),
         (lambda f: (f / WEIGHTS).rename(f / "tf_model.h5"), "has no model.safetensors; pass --model FOLDER"),
         (make_pipe, "model.safetensors: not a plain file"),
-        (replace_weights(lambda w: w.int()), "is of I32; expected floats"),
-        (replace_bytes(lambda _: b""), NOT_WHOLE),
+        (replace_weights(lambda w: w.int()), "of type I32; expected floats"),
         (replace_bytes(lambda _: struct.pack("<Q", 2**60)), NOT_WHOLE),
-        (replace_bytes(lambda _: struct.pack("<Q", 2) + b"[]"), NOT_WHOLE),
-        (replace_bytes(lambda _: struct.pack("<Q", 2) + b"{}x"), NOT_WHOLE),
         (replace_bytes(lambda whole: whole[:-1]), NOT_WHOLE),
-        (replace_bytes(lambda whole: whole[:-4096]), NOT_WHOLE),
-        (replace_bytes(lambda whole: whole + b"x"), NOT_WHOLE),
     ],
 )
 def test_weights_that_are_damaged_or_do_not_fit_the_configuration_are_refused_by_name(folder, damage, message):
@@ -244,15 +207,12 @@ def test_gpt2_as_published_and_weights_in_several_files_load(folder):
     torch.testing.assert_close(build(folder).state_dict(), expected, rtol=0, atol=0)
 
 
-NAMES = ("../outside/model.safetensors", "/etc/hostname", "a/../../x.safetensors", "x.bin", "")
+NAMES = ("../outside/model.safetensors", "/etc/hostname", "x.bin", 1)
 
 
 @pytest.mark.parametrize(
     "content",
-    [
-        *(json.dumps({"metadata": {}, "weight_map": {"transformer.wte.weight": name}}) for name in NAMES),
-        *("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000),
-    ],
+    [*(json.dumps({"weight_map": {"transformer.wte.weight": name}}) for name in NAMES), "", "{}", "[" * 100_000],
 )
 def test_an_index_that_is_damaged_or_names_a_file_outside_its_folder_is_refused(folder, content):
     shutil.copytree(folder, folder.parent / "outside")
@@ -267,27 +227,23 @@ def test_an_index_that_is_damaged_or_names_a_file_outside_its_folder_is_refused(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("vocab_size", -5), ("vocab_size", 10**12), ("n_layer", 0), ("n_layer", 10**9), ("n_head", 0), ("n_head", 3)],
-        *[("n_embd", "sixteen"), ("n_embd", True), ("n_inner", 2**32), ("n_positions", -1), ("dtype", "x")],
-        *[("num_labels", 10**9), ("num_labels", -1), ("num_labels", "x"), ("use_return_dict", False)],
-        *[("vocab_size", 0), ("n_head", -1), ("n_positions", 0)],
-        *[("n_positions", 64), ("activation_function", "exec"), ("activation_function", None)],
-        *[("model_type", ["gpt2"]), ("model_type", "../x"), ("quantization_config", {"quant_method": "x"})],
+        *[("vocab_size", -5), ("vocab_size", 10**12), ("n_layer", 10**9), ("n_head", 0), ("n_head", 3)],
+        *[("n_embd", "sixteen"), ("n_inner", 2**32), ("dtype", "x"), ("num_labels", 10**9), ("n_positions", 64)],
+        *[("activation_function", "exec"), ("model_type", ["gpt2"]), ("quantization_config", {"quant_method": "x"})],
         *[("transformers_weights", "other.safetensors"), ("attn_implementation", "someone/attention-kernel")],
     ],
 )
 def test_a_configuration_that_no_model_has_is_refused_in_one_line(folder, key, value):
     change_config(folder, **{key: value})
     shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
-    names_code = key == "attn_implementation"
-    assert_refused(folder, "attn_implementation names code of the hub" if names_code else "", also_dry_run=False)
+    names_other_files = key in ("attn_implementation", "transformers_weights", "quantization_config")
+    assert_refused(folder, f"config.json: {key}: leave it out" if names_other_files else "", also_dry_run=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 200_000, b'{"n_layer": ' + b"9" * 5000])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 200_000])
 def test_a_configuration_that_is_not_json_is_refused_in_one_line(folder, content):
-    for name in ("config.json", "generation_config.json"):
-        (folder / name).write_bytes(content)
-        assert_refused(folder, f": {name}: ")
+    (folder / "config.json").write_bytes(content)
+    assert_refused(folder, ": config.json: ", also_dry_run=False)
 
 
 JSON_VALUES = st.recursive(
