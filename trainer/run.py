@@ -154,7 +154,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
         in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []
-        show_plan([*plan.sections(), *in_use], plan.set_by_user())
+        show_plan([*plan.sections(), *in_use])
     if args.dry_run:
         return 0
     if args.find_batch:

@@ -66,7 +66,6 @@ def make_run_records(
     loss: Callable[[int], float] = healthy_loss,
     val: Callable[[int], float] = healthy_loss,
     noise: float = 0.1,
-    norm: float = 0.8,
     seconds: float = 0.1,
     eval_every: int = 50,
     eval_seconds: float = 1.0,
@@ -77,7 +76,7 @@ def make_run_records(
         axes: dict[str, Any] = {"step": step, "epoch": step / 50, "samples": step, "tokens": step}
         if step:
             clock += seconds
-            numbers = {"loss": loss(step) + rng.gauss(0, noise), "grad_norm": norm * rng.uniform(0.7, 1.4)}
+            numbers = {"loss": loss(step) + rng.gauss(0, noise), "grad_norm": 0.8}
             yield StepRecord(**axes, **numbers, lr=5e-4, tokens_per_second=1.0, time=clock)
         if step % eval_every == 0:
             clock += eval_seconds if step else 0.0
@@ -109,10 +108,6 @@ def flat_loss_run(val_rise: float = 0.0) -> Iterator[Record]:
     return make_run_records(loss=lambda _: 4.0, val=lambda step: 4.0 + val_rise * min(step, 30), eval_every=25)
 
 
-def worse_run() -> Iterator[Record]:
-    return make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50)
-
-
 def jumping_run(loss: float) -> Iterator[Record]:
     """Of six steps: the first has the loss of the weights before training."""
     return make_run_records(steps=6, loss=lambda step: 4.0 if step == 1 else loss)
@@ -123,28 +118,19 @@ def nan_loss_run() -> list[Record]:
     return [*make_run_records(steps=9), EventRecord(event="not_finite", step=10, message=message, time=1.0)]
 
 
-def make_skipped_steps(steps: Iterable[int]) -> list[EventRecord]:
-    return [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in steps]
-
-
 def slow_run(**options: Any) -> Iterator[Record]:
     return make_run_records(seconds=1.0, **options)
 
 
 PRETRAINED = {"model__init": "pretrained", "data__vocabulary": 97}  # a guess costs ln 97 = 4.57
-FP16 = {"resolved__precision": "fp16"}
 EVERY_10 = {"eval_every": 10, "eval_seconds": 30}
 #: {fault: (code, a word of the remedy, rows, facts of the run, on what seconds are spent before each row)}
 FAULTS: dict[str, tuple[Any, ...]] = {
     "flat": ("flat_loss", "--lr 1e-08", flat_loss_run(), {"settings__train__lr": 1e-9}),
     "flat and worse": ("flat_loss", "--lr 0.01", flat_loss_run(val_rise=0.01), {"settings__train__lr": 0.1}),
-    "no gradient": ("no_gradient", "--objective blocks", make_run_records(norm=1e-6), {}),
-    "underflow": ("no_gradient", "--precision bf16", make_run_records(norm=0.0), FP16),
-    "masked": ("masked_labels", "--prompt", make_run_records(), {"data__train__num_target_tokens": 2_000}),
     "rising": ("diverging", "--lr 0.0002", make_run_records(loss=exploding_loss), {}),
     "jump": ("diverging", "--lr 5e-05", jumping_run(9.0), {}),
     "above a guess": ("diverging", "--lr 5e-05", jumping_run(4.75), PRETRAINED),
-    "worse than before": ("diverging", "--lr 0.0002", worse_run(), {"settings__train__lr": 5e-4}),
     "not finite": ("diverging", "--lr 0.0002", nan_loss_run(), {"resolved__precision": "bf16"}),
     "by heart": ("overfitting", "--early-stop 1 --export best", memorizing_run(), {}),
     "by heart, stopping": (
@@ -153,13 +139,6 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         memorizing_run(),
         {"settings__train__early_stop": "3", "resolved__dropout": 0.1},
     ),
-    "by heart, with smoothed labels": (
-        "overfitting",
-        "--early-stop 1 --export best",
-        memorizing_run(rise=0.025, loss=lambda step: 4 + healthy_loss(step)),
-        {"settings__train__label_smoothing": 0.1},
-    ),
-    "overflow": ("overflow", "--precision bf16", make_skipped_steps(range(1, 60, 3)), FP16),
     "data": ("waiting_for_data", "TRAINER_CACHE", slow_run(), {}, ("data", 0.3)),
     "logging": ("slow_logging", "--wandb offline", slow_run(), {"wandb__mode": "online"}, ("logging", 0.3)),
     "evaluation": (
@@ -179,17 +158,14 @@ def test_each_fault_is_diagnosed_once_and_nothing_else_is(name):
     finding = diagnostics[code]
     assert remedy in finding.remedy
     assert finding.cause
-    assert all(value is not None for value in finding.evidence.values())
     line = finding.to_record(7, 1.5)
     assert line.message.startswith(f"{TOPICS[code]}: {finding.seen}. Likely cause: ")
-    json.dumps(line.facts, allow_nan=False)
     if name == "by heart":
-        assert [finding.evidence[key] for key in ("since_step", "since_epoch", "epochs")] == [100, 2.0, 1.0]
         assert "rose for 1 epochs, since epoch 2 (step 100): 2.0000 -> 2.1000" in finding.seen
 
 
 def test_every_diagnostic_code_has_a_fault_in_the_tests():
-    assert {fault[0] for fault in FAULTS.values()} | {"adapter_still_zero"} == set(TOPICS)
+    assert {fault[0] for fault in FAULTS.values()} == set(TOPICS)
 
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(5, 20))])
@@ -200,7 +176,6 @@ def test_records_of_a_healthy_run_give_no_diagnostic(seed):
     stream = make_run_records(
         seed=seed,
         noise=dice.uniform(0.02, 0.4),
-        norm=dice.uniform(0.3, 3),
         seconds=dice.uniform(0.1, 2),
         val=lambda step: healthy_loss(step) + dice.gauss(0, 0.003),
         eval_every=dice.choice([10, 25, 50]),
@@ -214,18 +189,17 @@ def test_records_of_a_healthy_run_give_no_diagnostic(seed):
         pytest.param(make_run_records(seconds=0.2), ("data", 0.1), set(), id="40 seconds are too short"),
         pytest.param(slow_run(steps=4, eval_every=4, eval_seconds=90), ("data", 0), set(), id="the last one alone"),
         pytest.param(slow_run(steps=8, eval_every=4, eval_seconds=90), ("data", 0), {"much_evaluation"}, id="two"),
-        pytest.param(make_skipped_steps((1, 2, 3, 4, 5, 40)), ("data", 0), set(), id="a scale on its way down"),
     ],
 )
 def test_a_diagnosis_waits_for_enough_evidence(stream, spent, expected):
-    assert set(diagnose(make_metadata(**FP16), stream, spent)) == expected
+    assert set(diagnose(make_metadata(), stream, spent)) == expected
 
 
 def test_a_diagnostic_is_reported_once_across_a_resume():
     """Wherever the run is cut, both parts together say what the whole one says; rows are all that is handed on."""
-    stream = list(make_run_records(loss=exploding_loss, norm=0.0))
+    stream = list(make_run_records(loss=exploding_loss))
     whole = diagnose(make_metadata(), stream)
-    assert set(whole) == {"diverging", "no_gradient"}
+    assert set(whole) == {"diverging"}
     for cut in range(0, len(stream), 7):
         written: list[Record] = []
         first = DiagnosticsMonitor(make_metadata())
@@ -265,31 +239,11 @@ def test_losses_on_other_data_are_not_compared():
 # --- real runs -------------------------------------------------------------------------------------------------------
 
 
-def _scale_gradients(engine: Any) -> None:
-    for parameter in engine.trainable_params.values():
-        parameter.register_hook(lambda gradient: gradient * 1e-12)
-
-
-def _disable_update(engine: Any) -> None:
-    step = engine.optimizer.step
-
-    def step_without_lr() -> None:
-        for group in engine.optimizer.param_groups:
-            group["lr"] = 0.0
-        step()
-
-    engine.optimizer.step = step_without_lr
-
-
-INJECT = {"scaled_gradients": _scale_gradients, "no_update": _disable_update}
-
-
 def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Run each job, with its `fault`, into its own run folder."""
+    """Run each job into its own run folder."""
     with joined_ranks() as dist_context:
         for job in jobs:
             run = start_engine(job, dist_context)
-            INJECT.get(job["fault"], lambda _: None)(run.engine)
             folder = Path(run.settings.run_folder)
             folder.mkdir(parents=True)
             manager = run.checkpoint_manager(folder / "checkpoints", save_total_limit=1)
@@ -300,7 +254,7 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
     return 0
 
 
-Job = tuple[str, str, str]  # data (many rows, few, or long prompts before short completions), flags, fault
+Job = tuple[str, str]  # data, flags
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +269,6 @@ def diagnose_real_runs(
     rng = random.Random(5)
     pairs = [(f"w{n}", f" w{n + 1} w{n + 2}") for n in (rng.randrange(1, 90) for _ in range(200))]
     rows = {
-        "masked": [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)],
         "short": [{"prompt": prompt, "completion": completion} for prompt, completion in pairs],
         "chat": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs],
     }
@@ -329,12 +282,12 @@ def diagnose_real_runs(
 
     def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, dict[str, int]]:
         rank_jobs = []
-        for name, (data, flags, fault) in jobs.items():
+        for name, (data, flags) in jobs.items():
             flags = f"{text} {flags.format(template=template)} --output-dir {out / name}"
             argv = tiny_argv(tiny_model, (paths[data], paths[data if data in ("chat", "short") else "val"]), flags)
             if data == "chat":
                 argv = argv[: argv.index("--prompt")]
-            rank_jobs.append(make_job(out, name, argv, fault=fault))
+            rank_jobs.append(make_job(out, name, argv))
         launch_jobs(1, rank_jobs, target=diagnose_jobs)
         events = {name: read_events(out / name, "diagnosis") for name in jobs}
         return {name: {row["facts"]["code"]: row["step"] for row in events[name]} for name in jobs}
@@ -343,20 +296,16 @@ def diagnose_real_runs(
 
 
 REAL_FAULTS = {
-    "flat_loss": ("many", "--mode full --lr 1e-7 --max-steps 60 --eval-every 20", ""),
-    "no_gradient": ("many", "--mode full --lr 3e-3 --max-steps 12", "scaled_gradients"),
-    "adapter_still_zero": ("many", "--mode lora --lr 3e-3 --max-steps 6 --eval-every 3", "no_update"),
-    "masked_labels": ("masked", "--objective completion --mode full --lr 3e-3 --max-steps 2", ""),
-    "diverging": ("many", "--mode full --lr 3 --max-steps 80", ""),
-    "overfitting": ("few", "--mode full --lr 0.02 --epochs 25 --eval-every epoch", ""),
+    "flat_loss": ("many", "--mode lora --lr 1e-7 --max-steps 60 --eval-every 20"),
+    "diverging": ("many", "--mode full --lr 3 --max-steps 80"),
+    "overfitting": ("few", "--mode full --lr 0.02 --epochs 25 --eval-every epoch"),
 }
-ALSO_VALID_CODES = {"no_gradient": {"flat_loss"}, "diverging": {"flat_loss"}}  # as true of a run with that fault
 
 
 def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
     findings = diagnose_real_runs(tmp_path, REAL_FAULTS)
     for code, steps in findings.items():
-        assert {code} <= set(steps) <= {code, *ALSO_VALID_CODES.get(code, ())}
+        assert {code} <= set(steps) <= {code, *({"flat_loss"} if code == "diverging" else ())}, "both are true"
     assert findings["diverging"]["diverging"] <= 10, "at once"
 
 
@@ -385,7 +334,7 @@ def test_healthy_real_runs_give_no_diagnostic(runs, diagnose_real_runs, tmp_path
         data, flags = HEALTHY_DATA[kind]
         steps = 60 if data == "many" else 200
         flags += f" --mode {mode} --seed {seed} --lr {HEALTHY_RATES[mode][rate]} --max-steps {steps} --eval-every epoch"
-        jobs[f"{kind}-{mode}-{rate}".replace(" ", "-")] = (data, flags, "")
+        jobs[f"{kind}-{mode}-{rate}".replace(" ", "-")] = (data, flags)
     assert not {name: codes for name, codes in diagnose_real_runs(tmp_path, jobs).items() if codes}
 
 
@@ -417,7 +366,7 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
 @pytest.mark.usefixtures("no_pictures")
 def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path):
     folder = make_run_folder(tmp_path / "run")
-    event = next(iter(diagnose(make_metadata(), make_run_records(norm=1e-6)).values())).to_record(50, 5.0)
+    event = next(iter(diagnose(make_metadata(), make_run_records(loss=exploding_loss)).values())).to_record(50, 5.0)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "event", **vars(event)}) + "\n")
     runs, problems = load_runs([str(folder)])
@@ -429,9 +378,9 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
     for page in ("report.html", "report.md"):
         text = (tmp_path / "out" / page).read_text()
         assert "Diagnosis" in text
-        assert "the gradient of the last 10 steps is next to nothing" in text
+        assert "the training loss rose to" in text
     summary = wandb_summary(event)
-    assert summary == {"event/diagnosis/no_gradient": event.message}
+    assert summary == {"event/diagnosis/diverging": event.message}
     rows = collect_wandb_rows([{"train/global_step": 0, "eval/loss": 2.0, "train/epoch": 0.0}])
     run = build_wandb_run("w", wandb_config(make_run_metadata("full")), {**summary, "wall_seconds": 1.0}, 0, rows)
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"

@@ -5,7 +5,6 @@ test_signals.py the signals and the ranks that hang.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -17,24 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers.launch_ranks import train
 from helpers.process_groups import (
-    FORWARD,
     assert_resumes_like,
     fault_at,
     last_logged_step,
     list_checkpoints,
     read_events,
     read_records,
-    read_reproducible_records,
     run_to_error,
 )
-from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
-from transformers import AutoModelForCausalLM
 
 from trainer.tools.doctor.run_checks import inspect_run, move_aside
-from trainer.training.checkpoint import load_weights, resolve_checkpoint
 
 
 def copy_until_step_4(finished_run: Path, out: Path) -> Path:
@@ -85,38 +77,12 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_with_one_line(argv, fini
         assert_resumes_like(finished_run, argv, out)
 
 
-def test_a_disk_that_fills_up_while_logging_ends_the_run_with_one_line(argv, tmp_path):
-    """From step 7 on no page is left: the rows still fill the last one (4 KiB), and one of them fits only in part."""
-    flags = [*argv, "--max-steps", "12", "--eval-every", "1", "--save-every", "6", "--num-samples", "0"]
+def test_a_read_only_run_folder_is_refused(argv, finished_run, tmp_path):
     with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
-        out = disk / "run"
-        full = fault_at(FORWARD, 7, partial(fill_disk, disk, 0))
-        error = run_to_error(flags, out=out, fault=full, exit_code=1)
-        name = r"(metrics\.jsonl|eval_records/step-\d+-val\.parquet)"
-        written = rf"cannot write {re.escape(str(out))}/{name}: No space left on device"
-        assert re.search(written, error)
-        assert (out / "metrics.jsonl").read_bytes().endswith(b"\n"), "no half row"
-        assert last_logged_step(out) > 6
-        (disk / "filler").unlink()
-        train([*flags, "--resume"], out=out, world_size=2)
-        assert "resumed from step-000006" in read_events(out, "resumed")[0]["message"]
-        assert [row["step"] for row in read_reproducible_records(out) if row["kind"] == "step"] == list(range(1, 13))
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_read_only_run_folder_is_refused(resume, argv, finished_run, tmp_path):
-    with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
-        if resume:
-            copy_until_step_4(finished_run, disk / "run")
+        copy_until_step_4(finished_run, disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        error = run_to_error([*argv, *(["--resume"] if resume else [])], out=disk / "run")
+        error = run_to_error([*argv, "--resume"], out=disk / "run")
     assert re.search(f"--output-dir {disk / 'run'}: {disk}\\S* is read-only for this user", error)
-
-
-def test_a_run_folder_under_a_file_is_refused(argv, tmp_path):
-    (tmp_path / "file").write_text("")
-    error = run_to_error(argv, out=tmp_path / "file" / "run")
-    assert f"{tmp_path / 'file'} is not a folder; name another one" in error
 
 
 # --- damaged checkpoints -----------------------------------------------------------------------------------------
@@ -141,16 +107,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_and_says_so(ar
     assert message in output, "and it is said on the terminal"
 
 
-def test_resuming_without_an_intact_checkpoint_is_refused(argv, finished_run, tmp_path):
-    out = copy_until_step_4(finished_run, tmp_path / "run")
-    for name in list_checkpoints(out):
-        os.truncate(out / "checkpoints" / name / "state.safetensors", 99)
-    error = run_to_error([*argv, "--resume"], out=out)
-    assert "no whole checkpoint in" in error
-    assert "state.safetensors has" in error
-    assert last_logged_step(out) == 8, "nothing was touched"
-
-
 def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_is_touched(
     argv, finished_run, tmp_path
 ):
@@ -169,20 +125,6 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert_resumes_like(finished_run, [*argv, "--allow-change", "records"], out)
     assert "records changed from as written to eval_records: it has 1 evaluations" in str(read_events(out, "resumed"))
-
-
-def test_resuming_from_the_checkpoint_of_another_model_is_refused(
-    argv, tiny_model, finished_run, tmp_path, session_dir
-):
-    other = make_tiny_gpt2(session_dir / "other", dropout=0.0, seed=1)
-    moved = copy_until_step_4(finished_run, tmp_path / "run")
-    stranger = tmp_path / "stranger"
-    train([other if word == tiny_model else word for word in argv], out=stranger, world_size=2)
-    shutil.rmtree(moved / "checkpoints" / "step-000004")
-    shutil.copytree(stranger / "checkpoints" / "step-000004", moved / "checkpoints" / "step-000004")
-    error = run_to_error([*argv, "--resume"], out=moved)
-    assert "step-000004 is of a run on another base model" in error
-    assert "step-000004" in list_checkpoints(moved), "nothing was touched"
 
 
 # --- numbers that are not finite ---------------------------------------------------------------------------------
@@ -212,7 +154,7 @@ def inject_non_finite(rank: int, step: int, where: str, value: float) -> None:
         ("zero2", "loss", "nan"),
         pytest.param("zero0", "gradient", "inf", marks=pytest.mark.sweep),
         pytest.param("zero1", "gradient", "nan", marks=pytest.mark.sweep),
-        ("zero3", "gradient", "inf"),
+        pytest.param("zero3", "gradient", "inf", marks=pytest.mark.sweep),
     ],
 )
 def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
@@ -228,48 +170,9 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
     assert ("loss" in event["message"]) == (where == "loss")
     assert "step-000003" in list_checkpoints(out), "the last finite state is kept"
     assert last_logged_step(out) == 4
-    dumps = [np.load(out / f"not-finite-step-4-rank-{rank}.npz") for rank in range(2)]
-    assert sum(len(dump["input_ids_0"]) for dump in dumps) >= len(event["facts"]["rows"]) > 0
+    assert len(event["facts"]["rows"]) == 6, "the rows of the global batch"
     if where == "loss":  # one of them is enough
         assert_resumes_like(finished_run, flags, out)
-
-
-def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, out, tmp_path):
-    """A base whose last position is infinite: only one row of the training data is so long."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(tiny_model, tmp_path / "base")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    weights["transformer.wpe.weight"][20:] = float("inf")
-    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    write_records(tmp_path / "data.jsonl", num_records=25, seed=1)
-    with open(tmp_path / "data.jsonl", "a") as file:
-        json.dump({"prompt": "w1", "completion": " " + " ".join(f"w{n}" for n in range(2, 25))}, file)
-    val = write_records(tmp_path / "val.jsonl", num_records=9, seed=2)
-    text = "--mode full --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --max-steps 8"
-    argv = tiny_argv(str(tmp_path / "base"), (str(tmp_path / "data.jsonl"), val), f"{text} --ds-config zero2")
-    error = run_to_error(argv, out=out, exit_code=1)
-    event = read_events(out, "not_finite")[0]
-    step = event["step"]
-    assert 25 in event["facts"]["rows"], "the long row"
-    assert step > 1
-    assert f"the weights are those after step {step - 1}" in error
-    assert f"the rows are in not-finite-step-{step}-rank-*.npz" in error
-
-    source = resolve_checkpoint(out / "checkpoints", "latest")
-    assert source.step == step - 1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    load_weights(source, model)
-    lengths = {}
-    for rank in range(2):
-        arrays = np.load(out / f"not-finite-step-{step}-rank-{rank}.npz").items()
-        dump = {name: torch.from_numpy(array) for name, array in arrays}
-        for n in range(3):
-            loss = model(input_ids=dump[f"input_ids_{n}"], labels=dump[f"labels_{n}"]).loss
-            lengths[int(dump[f"index_{n}"])] = (dump[f"input_ids_{n}"].shape[1], bool(torch.isfinite(loss)))
-    assert len(lengths) == 6, "every row of the global batch once"
-    assert all(finite == (length <= 20) for length, finite in lengths.values()), lengths
-    assert sum(not finite for _, finite in lengths.values()) == 1
 
 
 def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(argv, out):

@@ -4,7 +4,7 @@ The same names and tensors under every ZeRO stage and number of ranks.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -50,13 +50,6 @@ class EngineState:
             return True
         total_bytes = sum(p.ds_numel * p.element_size() for p in self.deepspeed_engine.module.parameters())
         return all(self.dist_context.all_gather_object(total_bytes < torch.cuda.mem_get_info(device)[0] / 2))
-
-    def max_abs(self, names: Iterable[str]) -> float:
-        """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""
-        params = [self.trainable_params[name] for name in names]
-        local_tensors = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in params]
-        local_max = max((float(tensor.abs().max()) for tensor in local_tensors if tensor.numel()), default=0.0)
-        return max(self.dist_context.all_gather_object(local_max))
 
     def optimizer_bytes(self) -> int:
         return optimizer.count_state_bytes(self._torch_optimizer)

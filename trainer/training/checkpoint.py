@@ -10,7 +10,6 @@ kept: a frozen base, packed or reduced by pissa, is made again from its own weig
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -32,7 +30,6 @@ from trainer.config.choices import Mode, Precision
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.fields import Float, NonNegativeInt, RunId, Text
 from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
-from trainer.data.sampler import MicroBatch
 from trainer.model import optimizer
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training.schedule import TrainState
@@ -178,8 +175,7 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     else:
         selected = next((c for c in checkpoints if c.step == int(which.removeprefix("step-"))), None)
     if selected is None:
-        status = "damaged" if (folder / which).is_dir() else "not"
-        raise UserError(f"{flag} {which}: {status} in {folder}; whole checkpoints there: {available}")
+        raise UserError(f"{flag} {which}: not in {folder}; whole checkpoints there: {available}")
     if damage := selected.find_damage():
         raise UserError(f"{damage}; pass {flag} step-N to take another of {available}")
     return selected
@@ -239,11 +235,13 @@ class CheckpointManager:
             try:
                 self._write_checkpoint(engine, tensors, state, target)
             except OSError as error:
-                problem = f"checkpoint {target} not written: {error.strerror or error}; the checkpoints before it are"
+                problem = (
+                    f"checkpoint {target} not written: {error.strerror or error}; the checkpoints before it are whole"
+                )
         for _ in tensors:  # the gathering needs everybody, to its end
             pass
         if problem := self.dist_context.all_gather_object(problem)[0]:
-            raise TrainingError(f"{problem} whole")
+            raise TrainingError(problem)
 
     def _write_checkpoint(
         self, engine: "Engine", tensors: Iterable[tuple[str, Tensor]], state: TrainState, target: Path
@@ -252,8 +250,7 @@ class CheckpointManager:
         with new_folder(target) as folder:
             size, digest = _write_safetensors(folder / STATE_FILE, engine, tensors)
             metadata = {"format": FORMAT_VERSION, "bytes": size, "sha256": digest}
-            if (loss_scale := engine.state.loss_scale()) is not None:
-                metadata["loss_scale"] = loss_scale
+            metadata["loss_scale"] = engine.state.loss_scale()
             write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
             if target.exists():
                 _delete_folder(target)
@@ -279,23 +276,6 @@ class CheckpointManager:
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
         metadata = {**metadata, **self.identity, "progress": state.as_dict(), **self.record_digests()}
         return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
-
-    def dump_batch(self, step: int, micro_batches: list[MicroBatch]) -> str:
-        """Keep this rank's rows of a step whose numbers were not finite, to reproduce it; returns the files' name.
-
-        Of micro-batch n `input_ids_n`, `labels_n`, and the `index_n` that with seed and step draws its dropout masks.
-        """
-        name, buffer = f"not-finite-step-{step}-rank-*.npz", io.BytesIO()
-        arrays: dict[str, Any] = {}
-        for n, batch in enumerate(micro_batches):
-            arrays |= {f"input_ids_{n}": batch.input_ids, f"labels_{n}": batch.labels, f"index_{n}": batch.index}
-        np.savez_compressed(buffer, **arrays)
-        try:
-            path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
-            write_atomically(path, buffer.getvalue())
-        except OSError:  # a full disk must not hide the loss that was not finite
-            return "no file, the disk is full"
-        return name
 
 
 def _write_safetensors(path: Path, engine: "Engine", tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
@@ -355,7 +335,7 @@ def _remove_temporary(folder: Path) -> None:
 def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:
     """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's.
 
-    `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
+    `context`: of the ranks, which must all call; None: of a process alone.
     """
     layout, read_tensor = _open_tensors(checkpoint, torch.device("cpu"), context)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -367,15 +347,10 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContex
             expected[f"{moment}/{name}"] = (shape, torch.uint8 if is_8bit else torch.float32)
             if is_8bit:
                 expected[f"{moment}.absmax/{name}"] = ((-(-parameter.numel() // SCALE_BLOCK),), torch.float32)
-    if different := sorted(n for n in expected | layout if expected.get(n) != layout.get(n)):
-        found, wanted = (
-            "missing" if entry is None else f"{entry[1]} {list(entry[0])}"
-            for entry in (layout.get(different[0]), expected.get(different[0]))
-        )
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model or damaged: {different[0]} is {found}, expected "
-            f"{wanted.replace('missing', 'none')}, and {len(different) - 1} more differ"
-        )
+    for name in sorted(expected | layout):
+        if expected.get(name) != (entry := layout.get(name)):
+            is_what = "is missing" if entry is None else f"is {entry[1]} {list(entry[0])}"
+            raise UserError(f"checkpoint {checkpoint.folder} is of another model or damaged: {name} {is_what}")
     for name, parameter in parameters.items():
         parameter.data = read_tensor(f"weight/{name}").to(parameter.device)
 

@@ -1,15 +1,15 @@
 """What is wrong with a run while it runs: records and seconds in, findings out. Pure: no torch, no file, no clock.
 
 A finding is made once a run and kept as an event record, so a resumed run takes the rows it left (`replay`) and says
-nothing twice. The rules on losses, gradients and adapters say the same on every machine; those on time do not.
+nothing twice. The rules on losses say the same on every machine; those on time do not.
 """
 
 import math
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import fmean, median
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,18 +21,16 @@ FLAT_STEPS, FLAT_SHARE = 50, 0.1  # a trend is looked for after so many steps, a
 FLAT_MAX_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
 FLAT_VISIBLE_FALL = 0.1  # of the loss; where the noise would hide even this, as of batches of one, nothing is said
 MIN_VAL_DROP = 0.01  # a validation loss that fell by this share shows that the run learns
-TINY_STEPS = 10  # steps over which the gradient must be next to nothing
-MAX_MASKED_SHARE = 0.9
 JUMP_STEPS, MIN_JUMP, JUMP_STD_ERRORS = 5, 0.2, 4.0
 MIN_RISE, RISE_STD_ERRORS = 0.1, 6.0
 GENERALISATION_LOSS, FALL_STD_ERRORS = 0.01, 2.0
-NUM_HALVINGS, OVERFLOW_STEPS = 17, 100
 MIN_RUN_SECONDS = 60.0  # a shorter run need not be faster
 MAX_DATA_SHARE, MAX_LOGGING_SHARE, MAX_EVALUATION_SHARE = 0.2, 0.1, 0.4
-#: every code and what it means for the user; codes of one meaning are different ways to see it
+#: every code and what it means for the user
 TOPICS = {
-    **dict.fromkeys(("flat_loss", "no_gradient", "adapter_still_zero", "masked_labels"), "not learning"),
-    **{code: code for code in ("diverging", "overfitting", "overflow")},
+    "flat_loss": "not learning",
+    "diverging": "diverging",
+    "overfitting": "overfitting",
     **dict.fromkeys(("waiting_for_data", "slow_logging", "much_evaluation"), "too slow"),
 }
 
@@ -45,13 +43,12 @@ class Diagnostic:
     seen: str  #: the evidence in words
     cause: str
     remedy: str  #: a flag with a value, as it would be typed
-    evidence: dict[str, Any] = field(default_factory=dict)  #: the numbers
 
     def to_record(self, step: int, time: float) -> EventRecord:
         """The event that keeps it; its message is the one line for the console."""
         topic = TOPICS[self.code]
         message = f"{topic}: {self.seen}. Likely cause: {self.cause}; try {self.remedy}"
-        facts = {"code": self.code, "topic": topic, **vars(self)}
+        facts = {"topic": topic, **vars(self)}
         return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
 
 
@@ -91,10 +88,6 @@ def _in_std_errors(value: float, variance: float) -> float:
     return value / math.sqrt(variance)
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 class DiagnosticsMonitor:
     """Takes the records of a run in order and gives back what is new to say.
 
@@ -103,16 +96,13 @@ class DiagnosticsMonitor:
 
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata`: the content of the run's run.json."""
-        settings, data = metadata.get("resumed", metadata)["settings"], metadata["data"]["train"]
+        settings = metadata.get("resumed", metadata)["settings"]
         self.metadata, self.train_settings = metadata, settings["train"]
         self.lr, self.eval_every = settings["train"]["lr"], settings["output"]["eval_every"]
         self.precision = metadata["resolved"]["precision"]
-        self.masked_share = 1 - data["num_target_tokens"] / max(1, data["tokens"])
         self.reported_codes: set[str] = set()
-        self.recent_norms: deque[float] = deque(maxlen=TINY_STEPS)
         self.changed_data: Any = None  # by the newest resume
         self._forget_losses()
-        self.skipped_steps: deque[int] = deque(maxlen=NUM_HALVINGS + 1)
         self._seconds: Counter[str] = Counter()  # by what they were spent on
         self._start_time: float | None = None  # time of the first row of this process
         self._previous_time = 0.0  # time of the row before
@@ -155,17 +145,6 @@ class DiagnosticsMonitor:
         """Count seconds that were spent on `data`, `logging` or `evaluation`."""
         self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
 
-    def check_adapter(self, max_abs_b: float) -> list[Diagnostic]:
-        """What the largest entry of the adapters' B by size, measured after a step, shows.
-
-        AdamW moves each weight with a gradient by about the rate from its first step, so it is never zero by chance.
-        """
-        seen = "every B of the LoRA adapters is still zero: the model is the base model"
-        cause = "no gradient reaches the adapters, or no update was applied"
-        remedy = "--lora-target-modules with layers that the model uses"
-        finding = Diagnostic("adapter_still_zero", seen, cause, remedy, {"largest_b": max_abs_b})
-        return self._select_new([finding] if not max_abs_b else [])
-
     def _select_new(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
         new_ones = {d.code: d for d in diagnostics if d.code not in self.reported_codes}
         self.reported_codes |= set(new_ones)
@@ -176,56 +155,21 @@ class DiagnosticsMonitor:
             yield from self._check_step(record)
         elif isinstance(record, EvalRecord):
             yield from self._check_evaluation(record)
-        elif isinstance(record, EventRecord) and record.event == "skipped_step":
-            # More than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16 times, the first
-            # overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
-            self.skipped_steps.append(record.step)
-            num_skipped, num_steps = len(self.skipped_steps), record.step - self.skipped_steps[0] + 1
-            if num_skipped > NUM_HALVINGS and num_steps <= OVERFLOW_STEPS:
-                seen = f"{num_skipped} updates of the last {num_steps} steps were left out"
-                cause = "gradients overflow in fp16 at every loss scale"
-                evidence = {"skipped": num_skipped, "steps": num_steps}
-                yield Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
         elif isinstance(record, EventRecord) and record.event == "resumed":
             changed = record.facts.get("changed")
             self._note_resume(changed if isinstance(changed, dict) else {})
         elif isinstance(record, EventRecord) and record.event == "not_finite":
             for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
-            yield self._diverging(record.message.split(";", 1)[0], {"step": record.step}, for_precision)
+            yield self._diverging(record.message.split(";", 1)[0], for_precision=for_precision)
 
-    def _diverging(
-        self, seen: str, evidence: dict[str, Any], for_precision: str = "", lr_divisor: float = 3
-    ) -> Diagnostic:
+    def _diverging(self, seen: str, *, for_precision: str = "", lr_divisor: float = 3) -> Diagnostic:
         cause = f"the learning rate {self.lr:g} is too high{for_precision}"
-        return Diagnostic("diverging", seen, cause, f"--lr {self.lr / lr_divisor:.1g}", evidence)
+        return Diagnostic("diverging", seen, cause, f"--lr {self.lr / lr_divisor:.1g}")
 
     def _check_step(self, record: StepRecord) -> Iterator[Diagnostic]:
         self.steps.append(record.step)
         self.losses.append(record.loss)
-        self.recent_norms.append(record.grad_norm)
         n, total_steps = len(self.losses), self.metadata["resolved"]["total_steps"]
-
-        if self.masked_share >= MAX_MASKED_SHARE:
-            seen = f"{self.masked_share:.1%} of the training tokens are not target tokens: the loss ignores them"
-            cause, remedy = "prompts are long and completions short", "--objective blocks, or a shorter --prompt"
-            yield Diagnostic("masked_labels", seen, cause, remedy, {"masked_share": self.masked_share})
-
-        # The gradient's root mean square, which is the norm over the square root of the number of weights, is under
-        # AdamW's epsilon: Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1), so less than
-        # half of the rate is left of it.
-        num_weights, epsilon = self.metadata["model"]["trainable"], self.train_settings["epsilon"]
-        grad_norm = median(self.recent_norms)
-        rms = grad_norm / math.sqrt(num_weights)
-        if len(self.recent_norms) == TINY_STEPS and rms < epsilon:
-            cause, remedy = "the loss hardly depends on what is trained", "--objective blocks, where every token counts"
-            if self.precision == "fp16":
-                cause, remedy = "gradients underflow in fp16", "--precision bf16"
-            elif self.metadata["mode"] == "lora":
-                remedy = "--lora-target-modules with layers that matter"
-            seen = f"the gradient of the last {TINY_STEPS} steps is next to nothing (norm {grad_norm:.1e} over "
-            seen += f"{num_weights:,} weights: below AdamW's epsilon {epsilon:g})"
-            evidence = {"grad_norm": grad_norm, "rms": rms, "epsilon": epsilon}
-            yield Diagnostic("no_gradient", seen, cause, remedy, evidence)
 
         # The mean of five steps after the first update lies above the loss before it by a fifth and 4 standard errors,
         # or, of pretrained weights, above a guess among all tokens. Of 2,400 simulated runs that learn, whose losses
@@ -238,7 +182,7 @@ class DiagnosticsMonitor:
             mean, variance = fmean(recent[-JUMP_STEPS:]), estimate_mean(recent).variance * len(recent) / JUMP_STEPS
             if mean >= jump_loss and welch_t(MeanEstimate(mean, variance), MeanEstimate(start, 0)) >= JUMP_STD_ERRORS:
                 seen = f"the training loss of the last {JUMP_STEPS} steps is {mean:.4f}, and it was {start:.4f} before "
-                yield self._diverging(f"{seen}training", {"now": mean, "before": start}, lr_divisor=10)
+                yield self._diverging(f"{seen}training", lr_divisor=10)
 
         # The mean of the last window lies a tenth and six standard errors above the lowest one. Six, because of many
         # windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
@@ -248,8 +192,7 @@ class DiagnosticsMonitor:
             if std_errors >= RISE_STD_ERRORS:
                 seen = f"the training loss rose to {window.value:.4f}, a mean of {WINDOW_STEPS} steps, from "
                 seen += f"{lowest.value:.4f} at its lowest ({min(std_errors, 999):.0f} standard errors)"
-                evidence = {"now": window.value, "lowest": lowest.value, "errors": _finite_or_none(std_errors)}
-                yield self._diverging(seen, evidence)
+                yield self._diverging(seen)
         if n % WINDOW_STEPS == 0 and (lowest is None or window.value < lowest.value):
             self.lowest_window = window
 
@@ -269,9 +212,7 @@ class DiagnosticsMonitor:
                 seen = f"the training loss did not measurably fall in {n} steps (mean {mean:.4f}, slope {slope:+.1e} a "
                 seen += f"step, t {t:+.1f})"
                 cause = f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}"
-                evidence = {"steps": n, "slope": slope, "t": _finite_or_none(t), "mean": mean}
-                evidence |= {"recent": fmean(self.losses[-WINDOW_STEPS:])}
-                yield Diagnostic("flat_loss", seen, cause, f"--lr {new_lr:g}", evidence)
+                yield Diagnostic("flat_loss", seen, cause, f"--lr {new_lr:g}")
 
     def _check_evaluation(self, record: EvalRecord) -> Iterator[Diagnostic]:
         if self.evals and (losses := self.losses[self.num_steps_at_eval :]):
@@ -286,13 +227,6 @@ class DiagnosticsMonitor:
         first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
         # Label smoothing raises the training loss alone, which is then compared with that of the first step.
         start = max(first.loss, self.losses[0]) if self.train_settings["label_smoothing"] else first.loss
-
-        # Worse than before training, on the validation and on the training rows, by a tenth.
-        rise = 1 + MIN_RISE
-        if not first.step and last.loss >= first.loss * rise and train_loss.value >= start * rise:
-            seen = f"the model is worse than before training: validation loss {first.loss:.4f} -> {last.loss:.4f}, "
-            seen += f"training loss {train_loss.value:.4f}"
-            yield self._diverging(seen, {"before": first.loss, "now": last.loss, "train": train_loss.value})
 
         # The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell by
         # two standard errors, from the stretch before the lowest evaluation to the last one. The first is the
@@ -311,10 +245,7 @@ class DiagnosticsMonitor:
             remedy = f"--early-stop {max(1, num_later - 1)} --export best"
             if self.train_settings.get("early_stop"):
                 remedy = f"--dropout {min(0.5, self.metadata['resolved']['dropout'] + 0.1):.2g}"
-            evidence = {"since_epoch": best.epoch, "since_step": best.step, "epochs": num_epochs}
-            evidence |= {"evaluations": num_later, "best": best.loss, "now": last.loss}
-            evidence |= {"train_before": before.value, "train_now": train_loss.value}
-            yield Diagnostic("overfitting", seen, "the model learns the training rows by heart", remedy, evidence)
+            yield Diagnostic("overfitting", seen, "the model learns the training rows by heart", remedy)
 
     def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
         if elapsed_seconds < MIN_RUN_SECONDS:
@@ -337,4 +268,4 @@ class DiagnosticsMonitor:
             share = self._seconds[category] / elapsed_seconds
             if share >= max_share:
                 seen = f"{share:.0%} of {elapsed_seconds:.0f} s went {spent}"
-                yield Diagnostic(code, seen, cause, remedy, {"share": share, "seconds": elapsed_seconds})
+                yield Diagnostic(code, seen, cause, remedy)

@@ -7,13 +7,14 @@ retained text, of the base model's own kind: its loss after training less its lo
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import UserError
 from trainer.config.files import read_json_object
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches, eval_order
@@ -25,8 +26,6 @@ from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainState
 
 OTHER_SPLITS: dict[ScoredSplit, str] = {"test": "test loss", "retain": "loss of retained text"}
-
-
 BATCHES_BETWEEN_STOPS = 8  # batches between two questions whether a rank should stop, for which all wait
 
 
@@ -57,28 +56,22 @@ def evaluate(
     `num_bytes`: of the targets' text in UTF-8, 0 where it is not known; `row_nll`: where another run has evaluated the
     same weights, and no row is again. Raises StopRequested, on all ranks alike, where any of them is to stop.
     """
-    row_nll = _evaluate_rows(engine, dataset, eval_batch_size, should_stop) if row_nll is None else row_nll
+    if row_nll is None:
+        context, order = engine.dist_context, eval_order(dataset)
+        batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
+        for number, micro_batch in enumerate(eval_batches(dataset, eval_batch_size, context.rank, context.world_size)):
+            if number % BATCHES_BETWEEN_STOPS == 0 and any(context.all_gather_object(should_stop())):
+                raise StopRequested
+            indices = order[micro_batch.index : micro_batch.index + eval_batch_size]
+            batch_losses.append(engine.evaluate(micro_batch)[: len(indices)])  # a rank without rows: a masked one
+            row_indices += indices.tolist()
+        local_losses = [loss for losses in batch_losses for loss in losses.tolist()]
+        row_nll = [math.nan] * len(dataset)
+        for rank_indices, rank_losses in context.all_gather_object((row_indices, local_losses)):
+            for index, loss in zip(rank_indices, rank_losses, strict=True):
+                row_nll[index] = loss
     nll_sum, num_target_tokens = math.fsum(row_nll), int(dataset.num_target_tokens().sum())
     return Evaluation(row_nll, nll_sum / num_target_tokens, num_target_tokens, bits_per_byte(nll_sum, num_bytes))
-
-
-def _evaluate_rows(
-    engine: Engine, dataset: TokenDataset, eval_batch_size: int, should_stop: Callable[[], bool]
-) -> list[float]:
-    context, order = engine.dist_context, eval_order(dataset)
-    batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
-    for number, micro_batch in enumerate(eval_batches(dataset, eval_batch_size, context.rank, context.world_size)):
-        if number % BATCHES_BETWEEN_STOPS == 0 and any(context.all_gather_object(should_stop())):
-            raise StopRequested
-        indices = order[micro_batch.index : micro_batch.index + eval_batch_size]
-        batch_losses.append(engine.evaluate(micro_batch)[: len(indices)])  # a rank without rows is fed a masked one
-        row_indices += indices.tolist()
-    local_losses = [loss for losses in batch_losses for loss in losses.tolist()]
-    row_nll = [math.nan] * len(dataset)
-    for rank_indices, rank_losses in context.all_gather_object((row_indices, local_losses)):
-        for index, loss in zip(rank_indices, rank_losses, strict=True):
-            row_nll[index] = loss
-    return row_nll
 
 
 def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) -> dict[str, list[float]]:
@@ -90,6 +83,14 @@ def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) ->
     folder, keys = settings["output"]["base_from"], ["id", "occurrence", "targets"]
     lora = settings["lora"]  # pissa changes the base in its last digits, other methods may start elsewhere
     changes_base = metadata["mode"] == "lora" and (lora["adapter"] == "pissa" or lora["peft_config"])
+
+    def base_facts(run: Mapping[str, Any]) -> list[Any]:
+        """What two runs must share for the base's evaluation by one to be that by the other."""
+        model, resolved, hardware, data_info = run["model"], run["resolved"], run["hardware"], run["data"]
+        facts = [model["fingerprint"], run["settings"]["model"]["quant"], resolved["precision"], resolved["device"]]
+        facts += [hardware.get("gpu") or hardware.get("cpu"), run["versions"]["torch"]]
+        return [*facts, data_info["fingerprint"], data_info["val_fingerprint"]]
+
     if folder is None or settings["model"]["init"] != "pretrained" or changes_base:
         return {}
     for split in ("val", *OTHER_SPLITS):
@@ -97,19 +98,11 @@ def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) ->
             with contextlib.suppress(UserError, LookupError, TypeError):  # of a run that is going, or was damaged
                 other = read_json_object(path.parents[1] / "run.json")
                 rows = read_evaluations(path.parent, val_steps={0}).query("step == 0 and split == @split")
-                is_same_base = _base_facts(other) == _base_facts(metadata)
+                is_same_base = base_facts(other) == base_facts(metadata)
                 if is_same_base and np.array_equal(rows[keys].to_numpy(), data.row_info(split)[keys].to_numpy()):
                     evaluations[split] = rows["nll"].tolist()
                     break
     return evaluations
-
-
-def _base_facts(metadata: Mapping[str, Any]) -> list[Any]:
-    """What two runs must share for the base's evaluation by one to be that by the other."""
-    model, resolved, hardware = metadata["model"], metadata["resolved"], metadata["hardware"]
-    facts = [model["fingerprint"], metadata["settings"]["model"]["quant"], resolved["precision"], resolved["device"]]
-    machine = [hardware.get("gpu") or hardware.get("cpu"), metadata["versions"]["torch"]]
-    return [*facts, *machine, metadata["data"]["fingerprint"], metadata["data"]["val_fingerprint"]]
 
 
 def evaluate_other_splits(
@@ -127,7 +120,6 @@ def evaluate_other_splits(
     `step`: of the weights that the engine holds, which may be those of an earlier checkpoint than `train_state`;
     `base_nll`: losses of the splits that another run has evaluated.
     """
-    nll_by_split = dict[ScoredSplit, Sequence[float]]()
     for split, name in OTHER_SPLITS.items():
         dataset = getattr(data, split)
         if not len(dataset):
@@ -136,26 +128,17 @@ def evaluate_other_splits(
         row_nll, loss, num_target_tokens, bits = evaluate(
             engine, dataset, plan.settings.train.eval_batch, num_bytes=num_bytes, row_nll=base_nll.get(split)
         )
-        nll_by_split[split] = row_nll
-
-        def write_rows() -> None:
-            try:
-                rows = data.row_info(split)  # noqa: B023  # called at once
-            except ValueError as error:
-                raise TrainingError(str(error)) from error
-            folder = Path(plan.settings.run_folder) / EVAL_RECORDS_FOLDER
-            write_evaluation(folder, rows, step=step, split=split, nll=row_nll)  # noqa: B023
-
-        plan.dist_context.on_rank_zero(write_rows)
+        folder = Path(plan.settings.run_folder) / EVAL_RECORDS_FOLDER
+        write_rows = partial(write_evaluation, folder, step=step, split=split, nll=row_nll)
+        plan.dist_context.on_rank_zero(lambda: write_rows(data.row_info(split)))  # noqa: B023  # called at once
         in_bytes = f", {bits:.4f} bits per byte" if bits is not None else ""
         message = (
             f"{name} {loss:.4f} nats per token{in_bytes} over {len(dataset)} rows, with the weights of step {step}"
         )
         facts = {"step": step, "loss": loss, "bits_per_byte": bits}
         facts |= {"num_target_tokens": num_target_tokens, "num_rows": len(dataset)}
-        time = train_state.elapsed_seconds
-        yield EventRecord(event=f"{split}_evaluation", step=step, message=message, time=time, facts=facts)
-    for split, row_nll in nll_by_split.items() if plan.settings.output.score and step else ():
-        if split == "test" or data.retain.target_mask is not None:  # prompts with references
-            time = train_state.elapsed_seconds
-            yield score_records(plan.settings, data, engine, split, step=step, row_nll=row_nll, now=time)
+        now = train_state.elapsed_seconds
+        yield EventRecord(event=f"{split}_evaluation", step=step, message=message, time=now, facts=facts)
+        has_references = split == "test" or dataset.target_mask is not None
+        if plan.settings.output.score and step and has_references:
+            yield score_records(plan.settings, data, engine, split, step=step, row_nll=row_nll, now=now)

@@ -4,7 +4,7 @@ all test records, and of retained ones that are prompts with references, to be s
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from trainer.config.settings import Settings
 from trainer.data.chat import end_token_ids
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.tokenizer import encode, load_tokenizer
+from trainer.data.unseen import SPLIT_NAMES
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name, write_evaluation
@@ -61,10 +62,8 @@ def make_prompts(data: PreparedDataset, tokenizer: Any, max_positions: int | Non
 def completion_length(prompts: Sequence[EvalPrompt], max_positions: int | None) -> int:
     """Tokens to generate: some more than the longest reference, as many as fit behind the longest prompt."""
     longest_reference = max((prompt.reference_length for prompt in prompts), default=0)
-    length = min(MAX_COMPLETION_TOKENS, EXTRA_COMPLETION_TOKENS + longest_reference)
-    if max_positions is None or not prompts:
-        return length
-    return min(length, max_positions - max(len(prompt.ids) for prompt in prompts))
+    room = math.inf if max_positions is None else max_positions - max((len(p.ids) for p in prompts), default=0)
+    return int(min(MAX_COMPLETION_TOKENS, EXTRA_COMPLETION_TOKENS + longest_reference, room))
 
 
 class GenerationEvaluator:
@@ -103,19 +102,24 @@ class GenerationEvaluator:
         """The samples of the weights that were just evaluated; all ranks must call."""
         if not self.prompts:
             return None
-        start_time = time.perf_counter()
-        number, prompt_ids = len(self.prompts), [prompt.ids for prompt in self.prompts]
-        limits = [self.max_new_tokens] * number
+        start_time, number = time.perf_counter(), len(self.prompts)
+        prompt_ids, limits = [prompt.ids for prompt in self.prompts], [self.max_new_tokens] * number
         completions = self.engine.generate(prompt_ids, limits, self.end_token_ids, batch_size=number)
         texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         seconds = time.perf_counter() - start_time
         self.elapsed_seconds += seconds
         if record.step == 0:
             self.base_completions = texts
-        examples = []
-        for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)]):
-            references = {"reference": prompt.references[0], "references": len(prompt.references)}
-            examples.append({"prompt": prompt.text, **references, "base": base, "completion": text})
+        examples = [
+            {
+                "prompt": prompt.text,
+                "reference": prompt.references[0],
+                "references": len(prompt.references),
+                "base": base,
+                "completion": text,
+            }
+            for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[:number])
+        ]
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
         facts |= {"seconds": seconds, "texts": examples}
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
@@ -149,21 +153,16 @@ def split_rows(dataset: TokenDataset, end_ids: Sequence[int], block_size: int) -
 
 def _load_rows(
     settings: Settings, data: PreparedDataset, split: ScoredSplit
-) -> tuple[Any, tuple[int, ...], list[PromptRow]]:
-    """(the tokenizer, the tokens at which a text ends, the records)."""
+) -> tuple[Any, tuple[int, ...], list[PromptRow], Callable[[Sequence[str]], list[ScoredText]]]:
+    """(the tokenizer, the tokens at which a text ends, the records, a function from the text generated for each to what
+    a scorer gets)."""
     tokenizer = load_tokenizer(settings.model.model)
     end_ids = end_token_ids(tokenizer, data.metadata.get("chat_template"))
-    return tokenizer, end_ids, split_rows(getattr(data, split), end_ids, data.metadata["block_size"])
-
-
-def _scored_texts(tokenizer: Any, rows: Sequence[PromptRow], texts: Sequence[str]) -> list[ScoredText]:
-    """What a scorer gets of each record, `texts` being what was generated for it."""
+    rows = split_rows(getattr(data, split), end_ids, data.metadata["block_size"])
     prompts = tokenizer.batch_decode([row.prompt for row in rows])
-    references = tokenizer.batch_decode([row.reference for row in rows], skip_special_tokens=True)
-    return [
-        ScoredText(text, reference if row.is_whole else None, prompt)
-        for row, text, reference, prompt in zip(rows, texts, references, prompts, strict=True)
-    ]
+    decoded = tokenizer.batch_decode([row.reference for row in rows], skip_special_tokens=True)
+    references = [text if row.is_whole else None for row, text in zip(rows, decoded, strict=True)]
+    return tokenizer, end_ids, rows, lambda texts: list(map(ScoredText, texts, references, prompts))
 
 
 def check_test_records(settings: Settings, data: PreparedDataset) -> None:
@@ -180,8 +179,8 @@ def check_test_records(settings: Settings, data: PreparedDataset) -> None:
     elif form == "template" and settings.data.prompt is None:
         problem = "the records have no prompts; expected --prompt beside --completion"
     else:
-        tokenizer, _, rows = _load_rows(settings, data, "test")
-        check_references(output.score, _scored_texts(tokenizer, rows, [""] * len(rows)), "test record")
+        _, _, rows, make_items = _load_rows(settings, data, "test")
+        check_references(output.score, make_items([""] * len(rows)), "test record")
         return
     raise UserError(f"--score {output.score[0]}: {problem}")
 
@@ -203,8 +202,8 @@ def score_records(
     the records; `now`: seconds since the run began.
     """
     start_time, context = time.perf_counter(), engine.dist_context
-    tokenizer, end_ids, rows = _load_rows(settings, data, split)
-    event, name = f"{split}_scores", {"test": "test", "retain": "retained"}[split]
+    tokenizer, end_ids, rows, make_items = _load_rows(settings, data, split)
+    event, records = f"{split}_scores", f"the {SPLIT_NAMES[split]} records"
     max_positions = get_max_positions(engine.model.causal.config)
     limit = settings.output.score_tokens or EXTRA_COMPLETION_TOKENS + max(len(row.reference) for row in rows)
     prompts = list(dict.fromkeys(row.prompt for row in rows))
@@ -215,7 +214,7 @@ def score_records(
             raise TrainingError(DOES_NOT_FIT)
         completions = engine.generate(prompts, limits, end_ids, batch_size=settings.train.eval_batch)
     except TrainingError as error:
-        message = f"no scores of the {name} records: {error}"
+        message = f"no scores of {records}: {error}"
         return EventRecord(event=event, step=step, message=message, time=now, facts=facts)
     generated = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
     texts_by_prompt = dict(zip(prompts, generated, strict=True))
@@ -223,7 +222,7 @@ def score_records(
 
     def score() -> tuple[dict[str, list[float | None]], dict[str, str]]:
         """({scorer: score of each record}, {scorer: why there is none}), once they are written."""
-        items, scores, failures = _scored_texts(tokenizer, rows, texts), {}, {}
+        items, scores, failures = make_items(texts), {}, {}
         for scorer in settings.output.score:
             try:
                 values = score_texts(scorer, items, on_wait=context.watchdog.heartbeat)
@@ -248,8 +247,7 @@ def score_records(
     for scorer, values in scores.items():
         known = [value for value in values if value is not None]
         facts["scores"][score_name(scorer)] = mean = math.fsum(known) / len(known)
-        without = f" ({len(values) - len(known)} others have no reference)" if len(known) < len(values) else ""
-        parts.append(f"{scorer} {mean:.4f} over {len(known)} records{without}")
+        parts.append(f"{scorer} {mean:.4f} over {len(known)} records with a reference")
     parts += [f"no scores by {scorer}: it {failure}" for scorer, failure in failures.items()]
     if num_ties := sum(completion.is_near_tie for completion in completions):
         parts.append(
@@ -257,5 +255,5 @@ def score_records(
             "--eval-batch or machine they may read otherwise"
         )
     facts |= {"failures": failures, "num_near_ties": num_ties, "seconds": time.perf_counter() - start_time}
-    message = f"scores of the {name} records with the weights of step {step}: {'; '.join(parts)}"
+    message = f"scores of {records} with the weights of step {step}: {'; '.join(parts)}"
     return EventRecord(event=event, step=step, message=message, time=now + facts["seconds"], facts=facts)

@@ -66,12 +66,9 @@ def train(
                 yield _step_record(schedule, state, batch, result)
         except NonFiniteError as error:
             step, rows = state.step + 1, error.batch.example_ids if error.batch else []
-            dump_name = checkpoints.dump_batch(step, error.batch.micro_batches if error.batch else [])
             if state.step > last_saved_step:
                 yield _save(checkpoints, engine, state)
-            message = (
-                f"step {step}: {error}; the weights are those after step {state.step}, the rows are in {dump_name}"
-            )
+            message = f"step {step}: {error}; the weights are those after step {state.step}"
             yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch(), facts={"rows": rows})
             raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
         if not state.stop_requested:

@@ -38,15 +38,10 @@ def device_name(dist_context: DistContext) -> str:
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
-
-    def git(*command: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.check_output(
-            ["git", *command], cwd=folder, stderr=subprocess.DEVNULL, timeout=10, text=True
-        ).strip()
-
+    options: Any = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10, "text": True}
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], **options).strip()
+        return {"commit": commit, "dirty": bool(subprocess.check_output(["git", "status", "--porcelain"], **options))}
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -59,7 +54,6 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
         "gpus": dist_context.world_size if is_gpu else 0,
-        "gpus_here": torch.cuda.device_count(),
     }
 
 
@@ -78,9 +72,9 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
     """
     if context.num_nodes == 1:
         return []
-    run_folder, lock = Path(settings.run_folder), None
+    lock = None
     with contextlib.suppress(OSError):
-        lock = (run_folder / LOCK_FILE).read_text()
+        lock = Path(settings.run_folder, LOCK_FILE).read_text(encoding="utf-8")
     # `deepspeed` forwards no variable for these.
     folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
     by_host = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True))
@@ -91,11 +85,10 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
     if note := describe_clocks(context):
         lines.append(("note", note))
     here = context.hosts[0]
-    if without := list_some(
-        (host for host, (_, other) in by_host.items() if other != by_host[here][1]), MAX_HOSTS_SHOWN
-    ):
+    others = [host for host, (_, other) in by_host.items() if other != by_host[here][1]]
+    if without := list_some(others, MAX_HOSTS_SHOWN):
         only_here = f"only {here} holds the checkpoints and can be the first to resume"
-        lines.append(("note", f"{run_folder} of {here} is not seen on {without}: {only_here}"))
+        lines.append(("note", f"{settings.run_folder} of {here} is not seen on {without}: {only_here}"))
     return lines
 
 

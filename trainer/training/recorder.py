@@ -57,14 +57,13 @@ class Recorder:
         previous_records = read_records(self.folder / METRICS_FILE) if self.loggers else ()
         #: what a process that was killed did not say
         self.unreported = self.diagnostics.replay(self.samples.replay(previous_records))
-        self._lora_b_names = tuple(name for name in engine.trainable_params if ".lora_B." in name)
         self._data_wait_seconds = 0.0  # of the engine's, up to the record before
         self._num_graph_checks = self._num_plan_changes = 0  # of the engine's, that were reported
 
     def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
         schedule, output = self.plan.schedule, self.plan.settings.output
         rows_file, evaluations = self.folder / METRICS_FILE, self.folder / EVAL_RECORDS_FOLDER
-        show_plan(self.plan.sections(), self.plan.set_by_user())
+        show_plan(self.plan.sections())
         if is_resumed:
             if rows_file.exists():
                 self.num_truncated = rewind(rows_file, state.step or -1, eval_pending=state.eval_pending)
@@ -99,22 +98,16 @@ class Recorder:
     def begin(self, state: TrainState, source: Checkpoint | None) -> None:
         """Log what there is to say before the first record: of a resumed run from where it goes on and what changed."""
         if "resumed" in self.metadata:
-            origin = source.folder.name if source else "the start: the run had no checkpoint"
-            message = f"resumed from {origin}"
-            message += f", {self.num_truncated} rows after it cut off" if self.num_truncated else ""
-            message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
+            origin, changes = source.folder.name if source else "the start", self.metadata["resumed"]["changed"]
+            parts = [f"resumed from {origin}" + ": the run had no checkpoint" * (source is None)]
+            parts[0] += f", {self.num_truncated} rows after it cut off" if self.num_truncated else ""
+            parts += [f"passed over: {reason}" for reason in (source.skipped_reasons if source else ())]
             if set_aside := self.metadata["resumed"]["set_aside"]:
-                message += f"; its rows are kept in {' and '.join(set_aside)}"
-            changes = self.metadata["resumed"]["changed"]
-            message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
-            facts = {
-                "checkpoint": origin,
-                "rows_cut": self.num_truncated,
-                "changed": changes,
-                "resolved": self.plan.resolved(),
-                "execution": self.plan.execution_entry(state.step),
-            }
-            self.log_event("resumed", state, message, facts)
+                parts.append(f"its rows are kept in {' and '.join(set_aside)}")
+            parts += [f"{name} changed from {old} to {new}" for name, (old, new) in changes.items()]
+            facts = {"checkpoint": origin, "rows_cut": self.num_truncated, "changed": changes}
+            facts["resolved"] = self.plan.resolved()
+            self.log_event("resumed", state, "; ".join(parts), facts)
         for diagnostic in self.unreported:
             self.log(diagnostic.to_record(state.step, state.elapsed_seconds))
         if self.samples.disabled_reason:
@@ -139,13 +132,9 @@ class Recorder:
         self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
         self._data_wait_seconds = self.engine.data_wait_seconds
         diagnostics = self.diagnostics.on_record(record)
-        if isinstance(record, EvalRecord):
-            if record.step and self._lora_b_names:
-                diagnostics += self.diagnostics.check_adapter(self.engine.state.max_abs(self._lora_b_names))
-                self._lora_b_names = ()  # what has moved once is not zero again
-            if samples := self.samples.evaluate(record):
-                self.diagnostics.add_time("evaluation", samples.facts["seconds"])
-                yield samples
+        if isinstance(record, EvalRecord) and (samples := self.samples.evaluate(record)):
+            self.diagnostics.add_time("evaluation", samples.facts["seconds"])
+            yield samples
         for diagnostic in diagnostics:
             yield diagnostic.to_record(record.step, record.time)
         step, now, checks, changes = record.step, record.time, self.engine.graph_checks, self.engine.plan_changes
@@ -170,7 +159,7 @@ class Recorder:
         if error := sys.exc_info()[1]:
             printed_lines.append(mask_credentials(f"error: {error}"))  # the caller prints it, when W&B is closed
         if exit_code == 0:  # before W&B is closed, whose Logs have it too
-            reasons = self.plan.incomparable_reasons() if reference.is_worth_a_word(self.metadata) else []
+            reasons = self.plan.incomparable_reasons if reference.is_worth_a_word(self.metadata) else []
             show_summary(rows, reasons, with_reference=reference.is_asked_for(self.plan.settings.preset, reasons))
         for logger in self.loggers:
             logger.close(exit_code)

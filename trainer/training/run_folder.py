@@ -113,9 +113,13 @@ def begin_run(
             wandb = wandb_block(plan.settings.output, plan.data_info["source"])
             metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
         else:  # `settings` stay those it began with; the next resume takes these
-            entry = plan.execution_entry(source.step if source is not None else 0)
+            entry = plan.execution.as_entry(source.step if source is not None else 0, "as planned")
             is_new = entry["path"] != previous["execution"][-1]["path"]
-            set_aside = _set_aside_records(folder) if source is None else []
+            set_aside = list[str]()
+            if source is None:
+                remove_leftovers(folder / EVAL_RECORDS_FOLDER)  # of the process that was killed
+                paths = [folder / name for name in (METRICS_FILE, EVAL_RECORDS_FOLDER) if (folder / name).exists()]
+                set_aside = [path.rename(free_path(path)).name for path in paths]
             resumed = {"settings": plan.settings.as_dict(), "changed": changes, "set_aside": set_aside}
             metadata = {**previous, "resumed": resumed, "execution": [*previous["execution"], *[entry] * is_new]}
         write_run_json(folder, metadata)
@@ -200,33 +204,17 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
     return {name: change for name, change in changes.items() if change is not None}
 
 
-def _set_aside_records(folder: Path) -> list[str]:
-    """Give the rows and evaluations of a run that begins again other names; returns these."""
-    paths = [folder / name for name in (METRICS_FILE, EVAL_RECORDS_FOLDER) if (folder / name).exists()]
-    remove_leftovers(folder / EVAL_RECORDS_FOLDER)  # of the process that was killed
-    return [path.rename(free_path(path)).name for path in paths]
-
-
-def find_changed_values(
-    previous: Mapping[str, Any], source: Checkpoint | None, current: Mapping[str, Any]
-) -> dict[str, Any]:
-    """{name: what it was} of the values of `current` (`_fixed_values`) that differ from the checkpoint's, or without
-    one from the run's beginning, and that no earlier resume was allowed to change."""
-    earlier = {name: now for name, (_, now) in previous.get("resumed", {}).get("changed", {}).items()}
-    saved = {**_initial_values(previous), **earlier}
-    if source is not None:
-        saved = _fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
-    allowed = {name for name, value in current.items() if name in earlier and earlier[name] == value}
-    return {n: saved.get(n) for n, value in current.items() if value != saved.get(n) and n not in allowed}
-
-
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
     """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
     settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"]).fixed_on_resume()
-    current = _fixed_values(settings, source.metadata["data"], source.metadata["precision"])
-    changed = find_changed_values(metadata, source, current)
-    differences = ", ".join(f"{name} is {current[name]} and was {was}" for name, was in changed.items())
-    return f"by run.json {differences} when {source.folder.name} was saved; restore it" if changed else ""
+    current, saved = (
+        _fixed_values(settings, source.metadata["data"], source.metadata["precision"]),
+        _saved_values(source),
+    )
+    differences = ", ".join(
+        f"{n} is {value} and was {saved.get(n)}" for n, value in current.items() if value != saved.get(n)
+    )
+    return f"by run.json {differences} when {source.folder.name} was saved; restore it" if differences else ""
 
 
 def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
@@ -234,10 +222,8 @@ def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dic
     return values  # as JSON gives them back
 
 
-def _initial_values(previous: Mapping[str, Any]) -> dict[str, Any]:
-    settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
-    settings["model_config"] = previous["model"].get("config")
-    return _fixed_values(settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
+def _saved_values(source: Checkpoint) -> dict[str, Any]:
+    return _fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
 
 
 def _allowed_changes(
@@ -245,13 +231,18 @@ def _allowed_changes(
 ) -> dict[str, list[Any]]:
     """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
 
-    UserError for the first other difference from the checkpoint: run.json may have been edited since it was saved.
+    UserError for the first difference from the checkpoint, without one from the run's beginning, that is not allowed:
+    run.json may have been edited since it was saved.
     """
     current = _fixed_values(plan.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
     for name in allowed_names:
         if name not in (*current, "records"):
             raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
-    changed, initial = find_changed_values(previous, source, current), _initial_values(previous)
+    settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
+    settings["model_config"] = previous["model"].get("config")
+    initial = _fixed_values(settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
+    saved = initial if source is None else _saved_values(source)
+    changed = {name: saved.get(name) for name, value in current.items() if value != saved.get(name)}
     if refused := [name for name in changed if name not in allowed_names]:
         raise UserError(
             f"--resume: {refused[0]} is {current[refused[0]]} and was {changed[refused[0]]} in this run; "

@@ -18,7 +18,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import join_words, shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
-from trainer.data.sampler import TrainBatches, padding_share
+from trainer.data.sampler import padding_share
 from trainer.data.tokenizer import resolve_model_path
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
@@ -40,26 +40,6 @@ OBJECTIVES = {
     "blocks": "blocks: loss on every token, records joined and cut",
     "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
 }
-#: line of the plan -> how the flags begin from which its value follows
-FLAGS_OF_LINES = {
-    "model": ("--model", "--init", "--quant", "--dropout"),
-    "trainable": ("--lora-", "--adapter", "--modules-to-save"),
-    "data": ("--data", "--block-size", "--max-samples"),
-    "mixture": ("--data",),
-    "validation": ("--val-", "--split-by"),
-    "test": ("--test-",),
-    "format": ("--format", "--prompt", "--completion", "--chat-template"),
-    "objective": ("--objective", "--prompt", "--completion"),
-    "batch": ("--global-batch", "--micro-batch", "--packing"),
-    "padding": ("--packing",),
-    "steps": ("--epochs", "--max-steps", "--global-batch"),
-    "learning rate": ("--lr", "--schedule", "--warmup-", "--min-lr"),
-    "scores": ("--score",),
-    "precision": ("--precision",),
-    "ZeRO file": ("--ds-config",),
-    "execution": ("--execution", "--activation-checkpointing"),
-    "output": ("--output-dir", "--run-name"),
-}
 WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
@@ -76,7 +56,7 @@ class RunPlan:
     execution: ExecutionPlan
     model_info: dict[str, Any]
     data_info: dict[str, Any]
-    padding: str  #: the share of padding among the positions that are computed
+    padding: float  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
     #: of a rank under a ZeRO file; `row_length` in tokens and `micro_batch_size`: left out, those of the run
     estimate_memory: Callable[..., MemoryEstimate]
@@ -92,24 +72,16 @@ class RunPlan:
         """(what, value) lines of the plan for people, without the headings."""
         return [line for _, lines in self.sections() for line in lines]
 
-    def set_by_user(self) -> set[str]:
-        """The lines of the plan whose value follows from a flag that the user gave."""
-        is_full = self.settings.mode == "full"  # where the flags of adapters decide nothing
-        flags = [flag for flag in self.settings.overridden if not (is_full and flag.startswith("--lora-"))]
-        return {key for key, prefixes in FLAGS_OF_LINES.items() if any(flag.startswith(prefixes) for flag in flags)}
-
     def sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """(heading, (what, value) lines) of the plan for people: what is trained, on what, how and where; notes."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
         train, unit = data_info["train"], "blocks" if data_info["objective"] == "blocks" else "examples"
 
         def describe_split(split: str) -> str:
-            counts = data_info[split]
-            what = f"values of {data_info['split_by']}" if data_info["split_by"] else "prompts"
-            groups = "" if counts["units"] == counts["examples"] else f" with {counts['units']:,} distinct {what}"
-            if num_seen := data_info["num_seen"].get(split):  # whose groups are not counted
-                groups = f" ({num_seen:,} of {counts['records']:,} records are not new)"
-            text = f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
+            counts, num_seen = data_info[split], data_info["num_seen"].get(split)
+            text = f"{counts['examples']:,} {unit}"
+            text += f" ({num_seen:,} of {counts['records']:,} records are not new)" if num_seen else ""
+            text += f", {counts['num_target_tokens']:,} target tokens"
             fraction = {"val": settings.data.val_fraction, "test": settings.data.test_fraction}.get(split, 0.0)
             is_split_off = data_info["split"] != "given" if split == "val" else fraction
             return text + (f" ({fraction:.3g} of the records, split off by hash)" if is_split_off else "")
@@ -127,7 +99,7 @@ class RunPlan:
         example, words = data_info["example"], to_argv(settings, {})[4:]  # behind mode and preset
         run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
-            ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
+            ("you set", shlex.join(shorten(word, 60) for word in words) or "nothing"),
         ]
         if self.spellings:
             run.append(("spellings", "; ".join(self.spellings)))
@@ -148,7 +120,7 @@ class RunPlan:
             data.append(("mixture", f"{text}: {passes:.3g} passes over them an epoch"))
         training = [
             ("batch", str(schedule.batch)),
-            ("padding", self.padding),
+            ("padding", f"{self.padding:.1%} of the positions"),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
         ]
@@ -182,9 +154,6 @@ class RunPlan:
             ("Warnings", [("warning", warning) for warning in warnings]),
         ]
 
-    def execution_entry(self, step: int) -> dict[str, Any]:
-        return self.execution.as_entry(step, "as planned")
-
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json of a run that begins."""
         settings = self.settings
@@ -199,11 +168,11 @@ class RunPlan:
             "settings": settings.as_dict(),
             "overridden": list(settings.overridden),
             "resolved": self.resolved(),
-            "execution": [self.execution_entry(0)],
+            "execution": [self.execution.as_entry(0, "as planned")],
             "deepspeed": self.deepspeed_config,
             "data": self.data_info,
             "model": self.model_info,
-            "not_comparable_with_card": self.incomparable_reasons(),
+            "not_comparable_with_card": self.incomparable_reasons,
             "versions": package_versions(),
             "git": git_state(),
             "hardware": describe_hardware(self.dist_context),
@@ -247,6 +216,7 @@ class RunPlan:
             "dropout": self.dropout,
         }
 
+    @property
     def incomparable_reasons(self) -> list[str]:
         """Why the losses cannot be held against the card's."""
         return [*reference.disagreements(self.data_info, self.model_info), reference.UNKNOWN_REASON]
@@ -353,7 +323,21 @@ def make_plan(
         )
 
     def decide() -> tuple[DeepSpeedFile, ExecutionPlan]:
-        file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_memory)
+        if settings.engine.ds_config:
+            file = read_deepspeed_file(settings.engine.ds_config)
+        elif settings.train.optim in EIGHT_BIT_OPTIMIZERS:
+            file = read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
+        elif settings.engine.execution == "graphs":
+            file = read_deepspeed_file("zero0", "--execution graphs needs it")
+        else:
+            file = choose_deepspeed_file(
+                model_info=model_info,
+                world_size=dist_context.world_size,
+                device_memory_bytes=dist_context.least_memory_bytes(),
+                precision=precision,
+                estimate_bytes=lambda file: required_bytes(estimate_memory(file), model_info, dist_context.device)[0],
+                stages=range(3 if _zero_3_problem(settings) else 4),
+            )
         validate_stage(settings, file)
         return file, make_execution_plan(
             settings, dist_context, stage=file.stage, precision=precision, model_dropout=dropout
@@ -382,7 +366,9 @@ def make_plan(
         model_info={**model_info, "config": config_digest(load_config(replace(settings.model, dropout=None)))},
         data_info=data.metadata,
         dropout=dropout,
-        padding=_describe_padding(schedule.batches(data.train, dist_context.rank)),
+        padding=padding_share(
+            schedule.batches(data.train, dist_context.rank), min(NUM_STEPS_COUNTED, schedule.steps_per_epoch)
+        ),
         estimate_memory=estimate_memory,
     )
 
@@ -400,48 +386,12 @@ def build_planned_model(plan: RunPlan, *, with_fingerprint: bool = False) -> Tra
     )
 
 
-def _choose_deepspeed_file(
-    settings: Settings,
-    dist_context: DistContext,
-    model_info: dict[str, Any],
-    precision: str,
-    estimate_memory: Callable[[DeepSpeedFile], MemoryEstimate],
-) -> DeepSpeedFile:
-    if settings.engine.ds_config:
-        return read_deepspeed_file(settings.engine.ds_config)
-    if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
-        return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
-    if settings.engine.execution == "graphs":
-        return read_deepspeed_file("zero0", "--execution graphs needs it")
-    return choose_deepspeed_file(
-        model_info=model_info,
-        world_size=dist_context.world_size,
-        device_memory_bytes=dist_context.least_memory_bytes(),
-        precision=precision,
-        estimate_bytes=lambda file: required_bytes(estimate_memory(file), model_info, dist_context.device)[0],
-        stages=range(3 if _zero_3_problem(settings) else 4),
-    )
-
-
-def _describe_padding(batches: TrainBatches) -> str:
-    """The share of padding in the first steps; of packed rows also what it would be one example a row."""
-    config = batches.batch_config
-    num_steps = min(NUM_STEPS_COUNTED, -(-len(batches.dataset) // config.global_batch))
-    text = f"{padding_share(batches, num_steps):.1%} of the positions"
-    if config.packed_width:
-        plain = replace(batches, batch_config=replace(config, packed_width=None), by_length=True)
-        text += f"; one example a row, those of like length together: {padding_share(plain, num_steps):.1%}"
-    return text
-
-
 def preset_notes(settings: Settings, *, with_rate: bool = True) -> list[str]:
     """What a preset means for this model, where that is worth a line, and, `with_rate`, where its rate comes from."""
     notes, flags = [], settings.overridden
     origins = {"finetune": "a guess from the literature", "demo": f"of --preset demo, made for {DEMO_MODEL}"}
     origins["gpt2"] = "from a published fine-tuning of GPT-2 (LoRA: ten times that)"
     advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
-    if settings.preset == "finetune" and "--block-size" not in flags:
-        notes.append(f"block size {settings.data.block_size}: from the lengths of the data; --block-size sets another")
     if settings.preset in origins and settings.model.model != DEMO_MODEL and "--lr" not in flags and with_rate:
         notes.append(f"learning rate {settings.train.lr:g}: {origins[settings.preset]}; {advice}")
     if settings.model.model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
@@ -463,10 +413,4 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append(WARNING + ties)
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
-    if settings.model.quant:
-        double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
-        notes.append(
-            f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
-            f"weights; in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
-        )
     return notes

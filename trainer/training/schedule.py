@@ -174,7 +174,9 @@ def learning_rate(
     warm-up has the full rate, and the rate after the last one would be `min_lr`. A function of the step alone: a run
     resumed in the middle goes on with the rates it would have had.
     """
-    decay_start = total_steps - num_decay_steps(warmup_steps, total_steps) if schedule == "wsd" else warmup_steps
+    decay_start = warmup_steps
+    if schedule == "wsd":
+        decay_start = total_steps - math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
     if step < warmup_steps:
         factor = step / warmup_steps
         if schedule != "wsd":  # only its warm-up begins at `min_lr`
@@ -189,10 +191,6 @@ def learning_rate(
         factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
     min_ratio = min_lr / peak_lr
     return peak_lr * (factor * (1.0 - min_ratio) + min_ratio)
-
-
-def num_decay_steps(warmup_steps: int, total_steps: int) -> int:
-    return math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
 
 
 def describe_schedule(schedule: Schedule, *, min_lr: float, warmup_steps: int) -> str:

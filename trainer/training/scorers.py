@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Context, Decimal
+from decimal import Decimal
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,21 +57,19 @@ def check_scorers(names: Sequence[str]) -> None:
     """UserError in one line where a scorer of --score cannot be used here; loads what the user named."""
     from trainer.tracking.eval_records import score_name  # with pandas, for which a scorer's process need not wait
 
-    for i, name in enumerate(names):
+    columns = dict[str, str]()
+    for name in names:
         try:
             choices.check_scorer(name)
         except ValueError:
             raise UserError(f"--score {name}: expected {choices.SCORERS}") from None
-        if name in names[:i]:
-            raise UserError(f"--score {name}: given twice; expected each scorer once")
-        for other in names[:i]:
-            if score_name(other) == score_name(name):
-                column = f"score_{score_name(name)}, as has --score {other}"
-                raise UserError(f"--score {name}: has the column {column}; expected names with other letters or digits")
+        if (other := columns.setdefault(score_name(name), name)) != name or names.count(name) > 1:
+            column = f"score_{score_name(name)}, as has --score {other}"
+            raise UserError(
+                f"--score {name}: has the column {column}; expected each once, with other letters or digits"
+            )
         if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
-        if (file := choices.scorer_file(name)) and not Path(file).is_file():
-            raise UserError(f"--score {name}: there is no file {file}; expected FILE.py:function")
         if ":" in name:
             try:
                 score_texts(name, ())
@@ -190,19 +188,12 @@ def json_value(text: str) -> str | None:
     """A text that is the same for equal JSON values, None for what is no JSON: blanks, the order of keys and how a
     number is written do not count; 1 and true differ."""
 
-    def number(digits: str) -> Decimal:
-        return Decimal(digits).normalize(Context(prec=100_000)) or Decimal()  # without the sign of -0
+    def number(digits: str) -> float:
+        return float(digits) or 0.0  # without the sign of -0
 
-    with contextlib.suppress(ValueError, ArithmeticError, RecursionError):  # numbers and depths beyond all use, too
-        return repr(
-            json.loads(
-                text,
-                parse_int=number,
-                parse_float=number,
-                parse_constant=int,  # which refuses NaN and Infinity
-                object_pairs_hook=lambda pairs: dict(sorted(dict(pairs).items())),
-            )
-        )
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text, parse_int=number, parse_float=number, parse_constant=int)  # which refuses NaN
+        return json.dumps(value, sort_keys=True)
     return None
 
 
@@ -268,35 +259,25 @@ def _regex_scorer(pattern: str) -> Callable[[str, str, str], float]:
     return score
 
 
-def _file_scorer(file: Path, name: str) -> Callable[[str, str, str], Any]:
-    """The function of a user's file: called with text and reference, and with `prompt=` where it takes that."""
-    sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location("scorer", file)
+def load_scorer(name: str) -> Callable[[str, str, str], Any]:
+    """The function (text, reference, prompt) of a scorer; of FILE.py:function a user's, called with text and reference,
+    and with `prompt=` where it takes that."""
+    if name.startswith("regex:"):
+        return _regex_scorer(name.removeprefix("regex:"))
+    if not (file := choices.scorer_file(name)):
+        return lambda text, reference, prompt: score_text(name, text, reference)
+    path, function_name = Path(file).absolute(), name.rpartition(":")[2]
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("scorer", path)
     assert spec is not None, "a file of Python"
     assert spec.loader is not None
     module = sys.modules["scorer"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise ScorerError(f"{file} has no function {name}")
+        raise ScorerError(f"{path} has no function {function_name}")
     takes_prompt = "prompt" in inspect.signature(function).parameters
     return lambda text, reference, prompt: function(text, reference, **({"prompt": prompt} if takes_prompt else {}))
-
-
-def load_scorer(name: str) -> Callable[[str, str, str], Any]:
-    """The function (text, reference, prompt) of a scorer; runs the file of FILE.py:function."""
-    if file := choices.scorer_file(name):
-        return _file_scorer(Path(file).absolute(), name.rpartition(":")[2])
-    if name.startswith("regex:"):
-        return _regex_scorer(name.removeprefix("regex:"))
-    return lambda text, reference, prompt: score_text(name, text, reference)
-
-
-def _answer(scorer: Callable[[str, str, str], Any], message: list[str]) -> float:
-    value = scorer(*message)
-    if not hasattr(value, "__float__") or not 0 <= float(value) <= 1:  # of numpy and torch too
-        raise ScorerError(f"returned {shorten(repr(value), 60)}; expected a number from 0 to 1")
-    return float(value)
 
 
 def main() -> None:
@@ -313,7 +294,10 @@ def main() -> None:
                 if scorer is None:
                     scorer = load_scorer(*message)
                 else:
-                    answer = {"score": _answer(scorer, message)}
+                    value = scorer(*message)
+                    if not hasattr(value, "__float__") or not 0 <= float(value) <= 1:  # of numpy and torch too
+                        raise ScorerError(f"returned {shorten(repr(value), 60)}; expected a number from 0 to 1")
+                    answer = {"score": float(value)}
             except ScorerError as error:
                 answer = {"error": str(error)}
             except (Exception, SystemExit) as error:

@@ -165,7 +165,7 @@ def test_help_shows_every_flag_with_the_presets_defaults(capsys):
         ("--data a.csv --preset card", "card", 3e-5, []),
         ("--data a.csv --model demo-base", "demo", 5e-4, []),
         ("--data a.csv --preset demo", "demo", 5e-4, ["--preset demo trains demo-base, the embedded toy, on"]),
-        ("--model org/m", "finetune", 2e-5, ["block size 0: from the lengths", "learning rate 2e-05: a guess"]),
+        ("--model org/m", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),
         ("--model org/m --lr 1e-4 --block-size 64", "finetune", 1e-4, []),
         ("--model gpt2 --preset finetune --block-size 64", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),
         ("--model some/folder --preset demo", "demo", 5e-4, ["learning rate 0.0005: of --preset demo, made for"]),

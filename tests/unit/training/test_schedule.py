@@ -1,5 +1,6 @@
 """The learning rate: linear warm-up, linear to zero, number by number as Hugging Face's scheduler."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 from trainer.config.settings import resolve
-from trainer.training.schedule import learning_rate, num_decay_steps
+from trainer.training.schedule import learning_rate
 
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
 
@@ -44,7 +45,7 @@ def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warm
         ),
         "constant": lambda: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
         "wsd": lambda: transformers.get_wsd_schedule(
-            optimizer, warmup, num_decay_steps(warmup, total), total, min_lr_ratio=min_lr / 0.3
+            optimizer, warmup, math.ceil(0.1 * max(0, total - warmup)), total, min_lr_ratio=min_lr / 0.3
         ),
     }[schedule]()
     if schedule in ("linear", "constant"):
