@@ -21,7 +21,7 @@ from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import load_config
 from trainer.report.run_data import read_folder
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, rewind, to_line
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord
 from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_plan import make_plan
@@ -86,7 +86,6 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
     [
         ("1", [3, 2, 2.5, 9, 9], 3),
         ("2", [3, 2, 2.5, 1.9, 1.95, 1.94, 9], 6),  # 1.94 is under its neighbour, not under the lowest
-        ("2", [3, 2, 2, 2, 9], 4),  # not lower is not better
         ("2:0.5", [3, 2.8, 2.6, 9], 3),  # each falls, but not by more than 0.5 below the mark of 3
         ("2:0.5", [3, 2.8, 2.4, 2.3, 2.2, 9], 5),  # the mark moves to 2.4 only
     ],
@@ -149,16 +148,6 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(run_losses):
     assert (saved[-1].step, saved[-1].skipped_steps) == (20, 1), "AdamW's count of steps after a resume leaves it out"
 
 
-def test_records_that_an_evaluation_repeats_after_a_resume_are_cut(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    events = ("interrupted", "early_stop")
-    interrupted, stop = (to_line(EventRecord(event=name, step=4, message="", time=1.0)) + "\n" for name in events)
-    path.write_text(interrupted + stop)
-    assert rewind(path, 4) == 0, "a run that is resumed at its stop keeps the row"
-    assert rewind(path, 4, eval_pending=True) == 1
-    assert path.read_text() == interrupted
-
-
 # --- real ranks ------------------------------------------------------------------------------------------------------
 
 
@@ -203,19 +192,6 @@ def test_an_early_stop_is_a_good_end_that_exports_the_best_weights_and_all_recor
     assert match is not None
     assert match[2] == f"{best['loss']:.6f}"
     assert float(match[1]) == pytest.approx(best["loss"], rel=1e-6), "what the export is held to"
-    card = (overfitted_run / "model" / "README.md").read_text()
-    assert f"after step {best['step']:,} of" in card
-    assert f"training went on to step {end['step']}." in card
-    assert f"The run stopped early after step {end['step']} of" in card
-
-
-@pytest.mark.sweep
-def test_export_best_exports_the_best_adapter_under_zero3(argv, tmp_path):
-    more = ["--epochs", "40", "--early-stop", "2", "--save-every", "never", "--export", "best", "--lr", "0.1"]
-    train(["--mode", "lora", *argv, *more, "--ds-config", "zero3"], out=tmp_path / "run", world_size=2)
-    (end,) = read_events(tmp_path / "run", "finished")
-    assert end["facts"]["exported"]["step"] < end["step"], "otherwise nothing is shown here"
-    assert end["facts"]["export"].startswith("reloaded and checked")
 
 
 def test_a_run_resumed_at_its_early_stop_ends_there(overfitted_run, tmp_path):
@@ -231,10 +207,7 @@ def test_a_run_resumed_at_its_early_stop_ends_there(overfitted_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        *(
-            (f"--early-stop={rule}", "--early-stop .*: expected PATIENCE")
-            for rule in ["0", "-1", "x", "2:", "2:-1", "2:x", "1.5", "2:nan"]
-        ),
+        *((f"--early-stop={rule}", "--early-stop .*: expected PATIENCE") for rule in ["0", "x", "2:-1", "2:nan"]),
         ("--early-stop 2 --eval-every never", "--early-stop 2: expected --eval-every epoch or a number of steps"),
     ],
 )

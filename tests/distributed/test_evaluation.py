@@ -22,7 +22,7 @@ from trainer.data.dataset import load
 from trainer.training.evaluation import evaluate
 
 OBJECTIVES = ("blocks", "completion")
-BATCHES = (1, 2, 3, 4, 5, 8, 9, 64)  # of 9 rows or 8 blocks: most leave a ragged or a missing batch on some rank
+BATCHES = (1, 3, 4, 64)  # of 9 rows or 8 blocks: most leave a ragged or a missing batch on some rank
 
 
 @pytest.fixture(scope="module")

@@ -36,15 +36,12 @@ SAMPLE_CELLS = [
     (1, "accumulate", "zero0", "full", "blocks"),
     (1, "micro", "zero2", "lora", "completion"),
     (2, "micro", "zero0", "lora", "blocks"),
-    (2, "accumulate", "zero0", "full", "completion"),
     (2, "accumulate", "zero1", "full", "completion"),
-    (2, "micro", "zero2", "full", "blocks"),
     (2, "accumulate", "zero2_offload", "lora", "completion"),
     (2, "accumulate", "zero3", "full", "completion"),
     (2, "micro", "zero3", "lora", "blocks"),
     (2, "accumulate", "zero3_offload", "full", "blocks"),
     (3, "accumulate", "zero2", "full", "completion"),
-    (3, "micro", "zero3", "full", "completion"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves: one real run of each mode on two ranks, read back."""
+"""What a run leaves: one real run on two ranks, read back."""
 
 import gzip
 import json
@@ -10,23 +10,20 @@ import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.config.batch_config import BatchConfig
-from trainer.config.cli import parse_args
 from trainer.config.settings import Settings
 from trainer.data.dataset import load
 from trainer.data.prepare import prepare
 from trainer.data.sampler import epoch_order, step_counts
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
-from trainer.training.schedule import TrainSchedule
 
 SECRETS = {"WANDB_API_KEY": "f00dfeed" * 5, "HF_TOKEN": "hf_" + "Tq9" * 12, "HUB_PASSWORD": "correct-horse-battery"}
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
-def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def finished_run(tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
     """A finished run: two epochs in steps of 4 examples over 2 ranks, with accumulation, evaluated within the epoch."""
-    out = tmp_path_factory.mktemp("run") / request.param
-    text = f"--mode {request.param} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2"
+    out = tmp_path_factory.mktemp("run") / "lora"
+    text = "--mode lora --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2"
     text += " --eval-every 3 --wandb offline --lr 1e-2 --report-to tensorboard --profile 2"
     output = train(
         tiny_argv(tiny_model, data_files, text), out=out, world_size=2, env={"WANDB_MODE": "offline", **SECRETS}
@@ -34,7 +31,7 @@ def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str,
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "epoch", "event")}
     metadata = json.loads((out / "run.json").read_text())
-    return {"mode": request.param, "out": out, "output": output, "about": metadata, **by_kind}
+    return {"out": out, "output": output, "about": metadata, **by_kind}
 
 
 def test_no_key_or_token_of_the_environment_is_written_or_printed(finished_run):
@@ -98,7 +95,7 @@ def test_a_profile_has_its_trace_and_its_ten_largest_operations(finished_run):
 
 def test_run_json_records_the_resolved_plan(finished_run):
     metadata = finished_run["about"]
-    assert metadata["mode"] == finished_run["mode"]
+    assert metadata["mode"] == "lora"
     assert {"--data", "--lr", "--eval-every"} <= set(metadata["overridden"])
     resolved = metadata["resolved"]
     assert (resolved["ranks"], resolved["accumulation"], resolved["total_steps"]) == (2, 2, 14)
@@ -107,7 +104,7 @@ def test_run_json_records_the_resolved_plan(finished_run):
     assert [entry["path"] for entry in metadata["execution"]] == ["eager"]
     assert (metadata["data"]["train"]["records"], metadata["data"]["val"]["examples"]) == (25, 9)
     assert len(metadata["data"]["fingerprint"]) >= 16
-    assert metadata["model"]["trainable"] == (8_656 if finished_run["mode"] == "full" else 4_096)
+    assert metadata["model"]["trainable"] == 4_096
     assert metadata["versions"]["deepspeed"]
     assert metadata["hardware"]["cores"] >= 1
 
@@ -130,18 +127,3 @@ def test_the_terminal_shows_the_output_of_one_rank_and_the_summary_table(finishe
     assert finished_run["output"].count("validation loss") >= 7
     assert "card" not in finished_run["output"], "these data are not the card's, and nobody asked for it"
     assert "Warning" not in finished_run["output"]
-
-
-@pytest.mark.parametrize(
-    ("every", "steps"),
-    [("epoch", [4, 8, 10]), ("3", [3, 6, 9, 10]), ("never", [10]), ("1", list(range(1, 11))), ("99", [10])],
-)
-def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every, steps):
-    schedule = TrainSchedule(
-        settings=parse_args(["--mode", "full", "--eval-every", every]).settings,
-        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
-        num_examples=4,
-        total_steps=10,
-        steps_per_epoch=4,
-    )
-    assert [step for step in range(1, 11) if schedule.is_eval_due(step)] == steps

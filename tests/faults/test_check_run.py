@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
 
@@ -99,15 +100,41 @@ def resume_all(folder: str, argv: list[str]) -> int:
     return 0
 
 
-def test_check_run_and_resume_agree_about_every_damaged_folder(tiny_model, data_files, tmp_path):
+#: one of each kind; the sweep takes all
+SAMPLE = (
+    *(
+        "nothing",
+        "tensors changed",
+        "all tensors gone",
+        "checkpoints gone",
+        "requeue a folder",
+        "rows twice",
+        "rows a pipe",
+    ),
+    *(
+        "a row broken",
+        "an evaluation cut",
+        "run.json cut",
+        "another rate",
+        "other data",
+        "another base",
+        "nothing trained",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "damages", [SAMPLE, pytest.param(tuple(DAMAGES), marks=pytest.mark.sweep)], ids=["some", "all"]
+)
+def test_check_run_and_resume_agree_about_every_damaged_folder(damages, tiny_model, data_files, tmp_path):
     text = "--mode full --block-size 16 --global-batch 6 --max-steps 4 --save-every 2 --eval-every 2 --num-samples 0"
     argv = tiny_argv(tiny_model, data_files, text, "--wandb", "disabled")
     train(argv, out=tmp_path / "run")
     folder = tmp_path / "damaged"
     expected = {}
-    for name, damage in DAMAGES.items():
+    for name in damages:
         run = Path(shutil.copytree(tmp_path / "run", folder / name.replace(" ", "-")))
-        damage(run)
+        DAMAGES[name](run)
         (check,) = (check for check in inspect_run(run).uses if check.name == "resume")
         expected[run.name] = (check.level == "ok" and "--allow-change" not in check.message, check.message)
     log = tmp_path / "log"

@@ -294,7 +294,6 @@ print(all(is_attached() for _, is_attached in find_launchers({"CROSS_SIZE": "1"}
 @pytest.mark.parametrize(
     ("launcher", "is_session_leader", "expected"),
     [
-        ("there", False, True),
         ("there", True, True),  # started by sshd, as pdsh does it: the login shell leads a session
         ("gone", False, False),  # it ended before the rank looked: who takes in orphans is above the rank
     ],

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 
+from trainer.config.batch_config import BatchConfig
+from trainer.config.cli import parse_args
 from trainer.config.settings import resolve
-from trainer.training.schedule import learning_rate
+from trainer.training.schedule import TrainSchedule, learning_rate
 
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
 
@@ -62,3 +64,15 @@ def test_the_warm_up_share_is_rounded_up_as_transformers_does(tmp_path: Any) -> 
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), warmup_steps=0.03, use_cpu=True, report_to=[])
     for total in (1, 10, 33, 34, 100, 19_863):
         assert train.num_warmup_steps(total) == arguments.get_warmup_steps(total)
+
+
+@pytest.mark.parametrize(("every", "steps"), [("epoch", [4, 8, 10]), ("3", [3, 6, 9, 10]), ("never", [10])])
+def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every: str, steps: list[int]):
+    schedule = TrainSchedule(
+        settings=parse_args(["--mode", "full", "--eval-every", every]).settings,
+        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
+        num_examples=4,
+        total_steps=10,
+        steps_per_epoch=4,
+    )
+    assert [step for step in range(1, 11) if schedule.is_eval_due(step)] == steps
