@@ -94,9 +94,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
         for scorer in settings.output.score:  # code runs only where the user has named it
             if scorer_file(scorer) and scorer not in args.settings.output.score:
-                raise UserError(
-                    f"--score {scorer}: is code that run.json names; give the flag again, or another --score"
-                )
+                raise UserError(f"--score {scorer}: is code that run.json names; give the flag again, or another one")
         validate_early(settings, context, is_dry_run=args.dry_run)
         check_loggers(settings.output)
         if settings.output.export != "none" and not args.dry_run:
@@ -111,19 +109,15 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     def prepare_folder() -> Path:
         """Downloaded, hashed and tokenised by one rank of each host, then read by all of it."""
 
-        def log(line: str) -> None:
-            if context.rank == 0:
-                print(line, flush=True)
-
+        log = partial(print, flush=True) if context.rank == 0 else lambda line: None
         max_positions = get_max_positions(load_config(settings.model))
-        folder = prepare(
-            settings.data,
-            model=settings.model.model,
-            global_batch=settings.train.global_batch,
-            max_positions=max_positions,
-            log=log,
-            heartbeat=context.watchdog.heartbeat,
-        ).folder
+        options: dict[str, Any] = {
+            "model": settings.model.model,
+            "global_batch": settings.train.global_batch,
+            "log": log,
+        }
+        options |= {"max_positions": max_positions, "heartbeat": context.watchdog.heartbeat}
+        folder = prepare(settings.data, **options).folder
         with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
         source = find_model(settings.model.model)
         hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
@@ -145,10 +139,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         fingerprints["the configuration of the base model"] = config_digest(model_config)
         refuse_differences(context, fingerprints)
         model_info = build_model(settings, on_meta=True).metadata
-        lengths, global_batch = data.train.lengths(), settings.train.global_batch
-        step_flops = context.on_rank_zero(
-            lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch)
-        )
+        count_flops = partial(count_step_flops, lengths=data.train.lengths(), global_batch=settings.train.global_batch)
+        step_flops = context.on_rank_zero(lambda: count_flops(settings))
         plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
     plan = replace(plan, spellings=args.notes, finds_lr=args.find_lr is not None)
     if (args.dry_run or args.runs_finder) and context.rank == 0:

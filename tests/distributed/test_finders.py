@@ -195,7 +195,7 @@ def test_sizes_that_a_processor_has_no_memory_for_are_not_tried_and_none_that_fi
 ):
     monkeypatch.setattr(find_batch, "run_trial", lambda _, __, n: tried_trial(n, n))
     plan, row_length = planned.plan, int(planned.data.train.lengths().max())
-    estimates = [plan.estimate_memory(plan.deepspeed_file, row_length, size) for size in (2, 4)]
+    estimates = [plan.estimate_memory(plan.deepspeed_file, row_length=row_length, micro_batch_size=n) for n in (2, 4)]
     two, four = (find_batch.required_bytes(e, plan.model_info, plan.dist_context.device)[0] for e in estimates)
     limit = (two + four) / 2 / find_batch.MEMORY_BUDGET_SHARE
     monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: limit)

@@ -36,7 +36,7 @@ with joined_ranks() as context:
         run.engine.launch_update(1e-4, sums)()
     libraries = resident("RssFile") - libraries_before  # read in at the first step: no tensors
     grown = resident("VmHWM") - before - libraries
-    estimate = run.plan.estimate_memory(run.plan.deepspeed_file, width)
+    estimate = run.plan.estimate_memory(run.plan.deepspeed_file, row_length=width)
     print(json.dumps({"grown": grown, "estimate": estimate.peak}))
 """
 CASES = [

@@ -59,7 +59,7 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     not_tried, size, examples_per_rank = "", 1, global_batch // context.world_size
     while size <= examples_per_rank:
         if context.device.type == "cpu":  # a GPU says itself what fits
-            estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
+            estimate = plan.estimate_memory(plan.deepspeed_file, row_length=row_length, micro_batch_size=size)
             needed_bytes = required_bytes(estimate, plan.model_info, context.device)[0]
             if needed_bytes > limit_bytes:
                 not_tried = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB of a rank, over "

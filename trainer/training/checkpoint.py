@@ -105,15 +105,15 @@ class Checkpoint:
 
     def find_damage(self) -> str | None:
         """What is wrong with its tensors; None where they are whole."""
-        name, path = f"checkpoint {self.folder}", self.folder / STATE_FILE
+        path = self.folder / STATE_FILE
         try:
             with open_plain_file(path) as file:
-                if (size := path.stat().st_size) != self.metadata["bytes"]:
-                    return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                is_whole = path.stat().st_size == self.metadata["bytes"]
+                is_whole = is_whole and hashlib.file_digest(file, "sha256").hexdigest() == self.metadata["sha256"]
+                problem = "" if is_whole else "was changed since it was written"
         except OSError as error:
-            return f"{name}: cannot read {STATE_FILE}: {error.strerror}"
-        return None if digest == self.metadata["sha256"] else f"{name}: {STATE_FILE} was changed since it was written"
+            problem = f"cannot be read: {error.strerror}"
+        return f"checkpoint {self.folder}: {STATE_FILE} {problem}" if problem else None
 
 
 def any_checkpoint(folder: Path) -> bool:
@@ -141,7 +141,7 @@ def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | 
     readable = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)}
     for _, path in reversed(_numbered_folders(folder)):
         checkpoint = readable.get(path)
-        missing = f"checkpoint {path}: {METADATA_FILE} is missing or damaged (checksum)"
+        missing = f"checkpoint {path}: {METADATA_FILE} is missing or was changed since it was written"
         yield path, checkpoint, checkpoint.find_damage() if checkpoint else missing
 
 

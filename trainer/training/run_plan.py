@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class RunPlan:
     data_info: dict[str, Any]
     padding: float  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
-    #: of a rank under a ZeRO file; `row_length` in tokens and `micro_batch_size`: left out, those of the run
+    #: of a rank under a ZeRO file; with another `row_length` or `micro_batch_size` where these are passed
     estimate_memory: Callable[..., MemoryEstimate]
     spellings: tuple[str, ...] = ()  #: what flags of other programs were taken for
     finds_lr: bool = False  #: whether the plan is that of --find-lr, which needs no advice to run it
@@ -252,19 +253,15 @@ def validate_early(settings: Settings, dist_context: DistContext, *, is_dry_run:
 
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    stage = deepspeed_file.stage
-    if stage and settings.train.optim in EIGHT_BIT_OPTIMIZERS:
+    stage, optim = deepspeed_file.stage, settings.train.optim
+    if stage and optim in EIGHT_BIT_OPTIMIZERS:  # ZeRO joins all tensors and cuts them by rank, and so the 8-bit blocks
         raise UserError(
-            f"--optim {settings.train.optim}: not under ZeRO {stage}, which joins all tensors and cuts them by rank, "
-            "so the 8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
+            f"--optim {optim}: under ZeRO {stage} every number depends on the ranks; expected --ds-config zero0"
         )
     if stage == 0 and settings.engine.precision == "fp16":
         raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
     if stage and settings.engine.execution == "graphs":
-        raise UserError(
-            f"--execution graphs: steps of ZeRO {stage} are eager; expected --ds-config zero0, or --execution auto or "
-            "eager"
-        )
+        raise UserError(f"--execution graphs: steps of ZeRO {stage} are eager; expected --ds-config zero0, or eager")
     if stage == 3 and (problem := _zero_3_problem(settings)):
         raise UserError(f"--quant {settings.model.quant}: {problem}")
 
@@ -307,20 +304,15 @@ def make_plan(
     )
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
 
-    def estimate_memory(
-        file: DeepSpeedFile,
-        row_length: int = int(data.train.lengths().max()),
-        micro_batch_size: int = batch.micro_batch_size,
-    ) -> MemoryEstimate:
-        return estimate_rank_memory(
-            settings,
-            dist_context,
-            model_info,
-            file,
-            precision=precision,
-            row_length=row_length,
-            micro_batch_size=micro_batch_size,
-        )
+    estimate_memory = partial(
+        estimate_rank_memory,
+        settings,
+        dist_context,
+        model_info,
+        precision=precision,
+        row_length=int(data.train.lengths().max()),
+        micro_batch_size=batch.micro_batch_size,
+    )
 
     def decide() -> tuple[DeepSpeedFile, ExecutionPlan]:
         if settings.engine.ds_config:

@@ -121,11 +121,11 @@ def break_row(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "message", "resume"),
     [
-        (truncate_state, "step-000006", "has 20 bytes of", "from step-000003"),
+        (truncate_state, "step-000006", "was changed since it was written", "from step-000003"),
         (
             lambda run: (run / "checkpoints/step-000006/state.json").write_text("{"),
             "step-000006",
-            "missing or damaged",
+            "missing or was changed",
             "from step-000003",
         ),
         (break_row, "metrics.jsonl", "line 5: ", "metrics.jsonl: line 5"),

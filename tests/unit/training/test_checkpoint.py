@@ -135,15 +135,14 @@ def replace_by(path: Path, make: Callable[[Path], object]) -> None:
     make(path)
 
 
+CHANGED = "was changed since it was written"
 DAMAGE: list[tuple[str, str, Callable[[Path], object]]] = [  # of a file, and what is said of it
-    ("state.safetensors", "has 20 bytes of", lambda path: os.truncate(path, 20)),
-    ("state.safetensors", "was changed since it was written", flip_bit),
-    ("state.safetensors", "No such file", Path.unlink),
-    ("state.json", "is missing or damaged", lambda path: flip_bit(path, b'"tokens_seen": ')),
-    ("state.json", "is missing or damaged", lambda path: os.truncate(path, 100)),
+    ("state.safetensors", CHANGED, lambda path: os.truncate(path, 20)),
+    ("state.safetensors", CHANGED, flip_bit),
+    ("state.json", CHANGED, lambda path: flip_bit(path, b'"tokens_seen": ')),
     *(
         (name, message, lambda path, make=make: replace_by(path, make))
-        for name, message in (("state.json", "is missing or damaged"), ("state.safetensors", "cannot read"))
+        for name, message in (("state.json", CHANGED), ("state.safetensors", "cannot be read"))
         for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"))
     ),
 ]
@@ -157,7 +156,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(name,
     source = resolve_checkpoint(folder.parent, "latest")
     assert source.step == 2
     (reason,) = source.skipped_reasons
-    assert re.search(f"step-000003: .*{name}.* {message}", reason) or re.search(f"{message} {name}: ", reason), reason
+    assert re.search(f"step-000003: {name} .*{message}", reason), reason
     with pytest.raises(UserError, match=r"step-(00000)?3") as caught:
         resolve_checkpoint(folder.parent, "step-3")
     assert "\n" not in str(caught.value)

@@ -132,7 +132,7 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:
     files += [plan.deepspeed_file] if plan.deepspeed_file.name not in DS_CONFIG_NAMES else []
     table, context = [], plan.dist_context
     for file in files:
-        estimate = plan.estimate_memory(file, row_length)
+        estimate = plan.estimate_memory(file, row_length=row_length)
         device_bytes, host_bytes = required_bytes(estimate, plan.model_info, context.device)
         row = {
             "ds_config": file.name,
