@@ -23,8 +23,6 @@ from helpers.process_groups import read_events, read_records, read_reproducible_
 from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.config.errors import TrainingError
-from trainer.export.model_card import render_model_card
-from trainer.export.verify import VerificationResult
 from trainer.report.load import build_wandb_run, collect_wandb_rows, load_runs
 from trainer.report.page import compare, write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
@@ -364,28 +362,17 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path):
+def test_the_comparison_shows_the_diagnostics_of_runs_from_wandb_too(tmp_path):
     folder = make_run_folder(tmp_path / "run")
     event = next(iter(diagnose(make_metadata(), make_run_records(loss=exploding_loss)).values())).to_record(50, 5.0)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "event", **vars(event)}) + "\n")
     runs, problems = load_runs([str(folder)])
-    assert runs[0].is_finished
     assert not problems
-    comparison = compare(runs)
-    write_report(comparison, tmp_path / "out")
-    assert comparison.optional_tables[0].rows[0][-1] == event.message
+    write_report(compare(runs), tmp_path / "out")
     for page in ("report.html", "report.md"):
-        text = (tmp_path / "out" / page).read_text()
-        assert "Diagnosis" in text
-        assert "the training loss rose to" in text
+        assert "the training loss rose to" in (tmp_path / "out" / page).read_text()
     summary = wandb_summary(event)
-    assert summary == {"event/diagnosis/diverging": event.message}
     rows = collect_wandb_rows([{"train/global_step": 0, "eval/loss": 2.0, "train/epoch": 0.0}])
     run = build_wandb_run("w", wandb_config(make_run_metadata("full")), {**summary, "wall_seconds": 1.0}, 0, rows)
-    assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
-    metadata = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
-    cards = [render_model_card(metadata, events, VerificationResult(), step=720) for events in ([event], [])]
-    assert "### Diagnosis" in cards[0]
-    assert event.message in cards[0]
-    assert "Diagnosis" not in cards[1]
+    assert run.diagnostics == ((0, event.message),), "the summary keeps no step"

@@ -117,7 +117,7 @@ def test_the_card_preset_follows_hugging_faces_trainer_step_by_step(tiny_model, 
         assert max(row["grad_norm"] for row in steps) > 1, "clipping at 1.0 was at work"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_with_dropout_final_losses_have_the_distribution_of_hugging_faces_trainer(
     tiny_model, data_files, data_dir, tmp_path
 ):

@@ -272,15 +272,6 @@ def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Itera
         run.kill()
 
 
-def test_a_rank_that_no_launcher_started_ends_with_nobody():
-    """A run under nohup outlives its shell."""
-    from trainer.distributed.watch import find_launchers
-
-    assert find_launchers({}) == []
-    assert find_launchers({"RANK": "0", "WORLD_SIZE": "1"}) == []
-    assert [is_attached() for _, is_attached in find_launchers({"TORCHELASTIC_RUN_ID": "none"})] == [True]
-
-
 LOOK_AT_LAUNCHERS = """
 import os, sys, time
 from trainer.distributed.watch import find_launchers

@@ -1,22 +1,14 @@
 """Long runs: memory stays, files grow by the row, and a step takes at the end what it took at the beginning."""
 
-import hashlib
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.process_groups import FORWARD, RankProcesses, fault_at, kill_self, read_events
+from helpers.process_groups import RankProcesses, read_events
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
 from trainer.config.files import folder_size
-from trainer.training.checkpoint import _metadata_digest
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
 NUM_STEPS, NUM_EVALUATIONS, NUM_PARTS = 200_000, 1_000, 20
@@ -73,67 +65,3 @@ def test_200_000_steps_and_1_000_evaluations_take_no_more_at_the_end_than_at_the
         assert size[-1] - size[half] < 1.1 * (size[half] - size[0]) * (steps[-1] - steps[half]) / (
             steps[half] - steps[0]
         )
-
-
-NUM_LONG_STEPS = 4_400_000  # rows of a gigabyte
-MAX_GROWTH_BYTES = 300e6
-
-
-def lengthen(out: Path, step: int, num_steps: int) -> int:
-    """Make the checkpoint of `step` that of `num_steps`, with the rows of as many before it; the bytes of the rows."""
-    checkpoint, metrics = out / "checkpoints" / f"step-{step:06d}", out / "metrics.jsonl"
-    lines = metrics.read_bytes().splitlines(keepends=True)
-    first_row = next(line for line in lines if line.startswith(b'{"kind": "step"')).decode()
-    before, after = (part.replace("{", "{{").replace("}", "}}") for part in first_row.split('"step": 1,'))
-    digest, num_rows = hashlib.sha256(), 0
-    with open(metrics, "wb") as file:
-        for start in range(1, num_steps + 1, 10_000):
-            steps = range(start, min(start + 10_000, num_steps + 1))
-            chunk = "".join(f'{before}"step": {n},{after}' for n in steps).replace("{{", "{").replace("}}", "}")
-            file.write(chunk.encode())
-            digest.update(chunk.encode())
-            num_rows += len(steps)
-    metadata = json.loads((checkpoint / "state.json").read_text())
-    metadata["progress"]["step"] = num_steps
-    metadata["records"] = {"num_rows": num_rows, "sha256": digest.hexdigest()}
-    (checkpoint / "state.json").write_text(json.dumps({**metadata, "self": _metadata_digest(metadata)}))
-    checkpoint.rename(checkpoint.with_name(f"step-{num_steps:06d}"))
-    return metrics.stat().st_size
-
-
-def run_and_measure(*argv: str) -> tuple[int, float]:
-    """(largest resident bytes, CPU seconds) of a script that must end well."""
-    process = subprocess.Popen(
-        [sys.executable, *argv],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
-
-
-def test_a_metrics_file_of_a_gigabyte_is_compared_and_resumed_in_bounded_memory(tiny_model, data_files, tmp_path):
-    text = f"--mode full --block-size 16 --global-batch 1 --max-steps {NUM_LONG_STEPS + 10} --num-samples 0"
-    argv = tiny_argv(tiny_model, data_files, f"{text} --eval-every never --save-every never --ds-config zero0")
-    stop = fault_at(FORWARD, 5, partial(kill_self, signal.SIGTERM))
-    assert RankProcesses(argv, out=tmp_path / "long", world_size=1, fault=stop).wait() == [143]
-    step = int(next((tmp_path / "long" / "checkpoints").iterdir()).name.split("-")[1])
-    shutil.copytree(tmp_path / "long", tmp_path / "short")
-    num_bytes = {name: lengthen(tmp_path / name, step, num) for name, num in (("short", 100), ("long", NUM_LONG_STEPS))}
-    assert num_bytes["long"] > 1e9
-    results = {}
-    for name in ("short", "long"):
-        limits = [] if name == "long" else ["--max-steps", "110", "--allow-change", "max_steps"]
-        out = str(tmp_path / name)
-        results["compare", name] = run_and_measure("launch/compare.py", out, "--output-dir", f"{out}-compared")
-        results["resume", name] = run_and_measure("launch/train.py", *argv, "--output-dir", out, "--resume", *limits)
-    for what in ("compare", "resume"):
-        (short, short_seconds), (long, long_seconds) = results[what, "short"], results[what, "long"]
-        print(
-            f"{what} {num_bytes['long'] / 1e9:.2f} GB: {(long - short) / 1e6:.0f} MB above {short / 1e6:.0f} MB, "
-            f"{long_seconds - short_seconds:.0f} CPU seconds above {short_seconds:.0f}"
-        )
-        assert long - short < MAX_GROWTH_BYTES

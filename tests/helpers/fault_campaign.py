@@ -2,17 +2,16 @@
 
 `PYTHONPATH=.:tests python tests/helpers/fault_campaign.py --kills 200`
 
-Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone; with --hosts on two network
-namespaces) and resumed, until the run has come to its end; then the next run begins, with a cache of its own. One kill
-in three comes within a call by which a file is written (half of the bytes are), some while the run starts or prepares
-its data, the others at any moment of one of the next five steps, of a checkpoint, or of the export. After each kill
-nothing of the run may be left running after 60 s, no survivor may end with exit code 0, and metrics.jsonl must be whole
-rows; at the end of each run its rows must be those of a run nobody killed, and no temporary file may be left. Exit code
-1 where a row was lost (missing, doubled or different) or a resume did not work.
+Each start is killed (kill -9 of one rank or of all) and resumed, until the run has come to its end; then the next run
+begins, with a cache of its own. One kill in three comes within a call by which a file is written (half of the bytes
+are), some while the run starts or prepares its data, the others at any moment of one of the next five steps, of a
+checkpoint, or of the export. After each kill nothing of the run may be left running after 60 s, no survivor may end
+with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows must be those of a run nobody
+killed, and no temporary file may be left. Exit code 1 where a row was lost (missing, doubled or different) or a resume
+did not work.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import shutil
@@ -26,12 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.hosts import started_hosts
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
-    LaunchedRun,
     RankProcesses,
-    Ranks,
     find_processes,
     kill_self,
     last_logged_step,
@@ -52,14 +48,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), help="left out: processes without a launcher")
-    parser.add_argument("--hosts", action="store_true", help="a rank on each of two network namespaces")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temp_dir, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as temp_dir:
         folder = Path(temp_dir)
         os.environ["TRAINER_CACHE"] = str(folder / "cache")
-        hosts = stack.enter_context(started_hosts(folder / "hosts")) if args.hosts else None
-        campaign = Campaign(args, folder, hosts)
+        campaign = Campaign(args, folder)
         counts = campaign.counts
         while counts["tried"] < args.kills:
             campaign.run_with_kills(folder / f"run-{counts['runs']}")
@@ -71,13 +64,13 @@ def main() -> int:
 class Campaign:
     """Runs of one command line, and how often what became of them; times are those of a run that nobody kills."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, hosts: Any):
+    def __init__(self, args: argparse.Namespace, folder: Path):
         files = (("train", 25, 1), ("val", 9, 2))
         data_files = [write_records(folder / f"{name}.jsonl", num_records=n, seed=seed) for name, n, seed in files]
         text = f"--mode full --block-size 16 --global-batch 6 --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3"
         text += " --save-every 2 --save-total-limit 2 --ds-config zero2"
         self.argv = tiny_argv(make_tiny_gpt2(folder / "tiny", dropout=0.1), (data_files[0], data_files[1]), text)
-        self.args, self.folder, self.hosts, self.rng = args, folder, hosts, random.Random(args.seed)
+        self.args, self.folder, self.rng = args, folder, random.Random(args.seed)
         self.counts: Counter[str] = Counter()
         self.longest_seconds = 0.0
         whole = folder / "whole"
@@ -92,16 +85,10 @@ class Campaign:
             self.export_seconds = time.monotonic() - times[2]
         self.expected_records = read_reproducible_records(whole)
 
-    def start(self, flags: list[str], out: Path, fault: Callable[[int], None] | None = None) -> Ranks | LaunchedRun:
+    def start(self, flags: list[str], out: Path, fault: Callable[[int], None] | None = None) -> RankProcesses:
         """A run that has just been started."""
-        argv, env = [*self.argv, *flags], {"TRAINER_CACHE": str(out.with_name(f"cache-{out.name}"))}
-        if self.hosts is not None:
-            logs = self.folder / f"logs-{time.monotonic_ns()}"
-            return self.hosts.train([*argv, "--output-dir", str(out)], logs, env={**env, "GROUP_OUT": str(out)})
-        if self.args.launcher is None:
-            return RankProcesses(argv, out=out, world_size=self.args.ranks, fault=fault, env=env)
-        env |= {"WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[2])}
-        return LaunchedRun(self.args.launcher, argv, out=out, num_ranks=self.args.ranks, env=env)
+        env = {"TRAINER_CACHE": str(out.with_name(f"cache-{out.name}"))}
+        return RankProcesses([*self.argv, *flags], out=out, world_size=self.args.ranks, fault=fault, env=env)
 
     def run_with_kills(self, out: Path) -> None:
         """One run from its beginning to its end, killed at random moments in between; its folder is gone after."""
@@ -134,13 +121,13 @@ class Campaign:
         for path in (out, out.with_name(f"cache-{out.name}")):
             shutil.rmtree(path)
 
-    def start_and_kill(self, out: Path) -> tuple[Ranks | LaunchedRun, str | None]:
+    def start_and_kill(self, out: Path) -> tuple[RankProcesses, str | None]:
         """(run, who of it was killed); None where it has come to its end before that, or was spared."""
         rng, is_new = self.rng, not (out / "run.json").exists()
         starts_before, num_steps = count_starts(out), max(0, last_logged_step(out))
         is_spared = self.counts["tried"] >= self.args.kills or (num_steps == NUM_STEPS and rng.random() < 0.5)
         fault = None
-        if not is_spared and self.hosts is None and self.args.launcher is None and rng.random() < 1 / 3:
+        if not is_spared and rng.random() < 1 / 3:
             name = rng.choice(list(WRITE_CALLS))
             fault = partial(kill_in_write, name=name, call_number=rng.randrange(1, WRITE_CALLS[name]))
         old_files = set(self.folder.rglob(".*.tmp"))  # of earlier kills
@@ -149,7 +136,6 @@ class Campaign:
             wait_for(run, 300, lambda: False)
             return run, None
         if fault is not None:
-            assert isinstance(run, Ranks)
             run.processes[0].join(300)
             return run, "in a write" if run.processes[0].exitcode == -signal.SIGKILL else None
 
@@ -171,9 +157,6 @@ class Campaign:
         wait_for(run, rng.uniform(0, pause_seconds), lambda: False)
         if not run.is_alive():
             return run, None
-        if isinstance(run, LaunchedRun):
-            run.process.kill()
-            return run, "the launcher"
         everyone = list(range(len(run.processes)))  # while they are meeting, a dead one is like a late one
         victims = rng.choice([*([rank] for rank in everyone), everyone]) if run.output else everyone
         for rank in victims:
@@ -205,7 +188,7 @@ def count_starts(out: Path) -> int:
     return bool(records) + sum(record.get("event") == "resumed" for record in records)
 
 
-def wait_for(run: Ranks | LaunchedRun, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
+def wait_for(run: RankProcesses, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
     """Until it is ready, the time is over, or one of the processes has ended."""
     deadline = time.monotonic() + timeout_seconds
     while run.is_alive() and time.monotonic() < deadline and not is_ready():

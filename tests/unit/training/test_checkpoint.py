@@ -97,9 +97,7 @@ EDITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "exp_avg/v is torch.float32 [3]": rename,
     "exp_avg_sq/w is torch.float32 [3, 1]": lambda tensors: tensors.update({"exp_avg_sq/w": torch.ones(3, 1)}),
     "weight/w is BF16 [3]": lambda tensors: tensors.update({"weight/w": torch.ones(3, dtype=torch.bfloat16)}),
-    "exp_avg/w is F64 [3]": lambda tensors: tensors.update({"exp_avg/w": torch.ones(3, dtype=torch.float64)}),
     "exp_avg.absmax/w is missing": lambda tensors: tensors.update({"exp_avg/w": torch.ones(3, dtype=torch.uint8)}),
-    "weight/extra is torch.float32 [1]": lambda tensors: tensors.update({"weight/extra": torch.ones(1)}),
 }
 
 
