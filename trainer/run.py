@@ -43,7 +43,6 @@ from trainer.training import checkpoint, run_folder
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits, read_base_evaluations
 from trainer.training.generation import check_test_records
 from trainer.training.loop import train
-from trainer.training.provenance import describe_hosts
 from trainer.training.recorder import Recorder
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 from trainer.training.schedule import TrainState
@@ -169,7 +168,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         with watch_work():
             # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
             _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
-            plan = replace(plan, host_lines=tuple(describe_hosts(settings, context)))
+            plan = replace(plan, host_lines=tuple(run_folder.describe_hosts(settings, context)))
         return _train_and_export(args, plan, data, model, previous, signal_handler)
     finally:
         lock.release()

@@ -1,7 +1,10 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
+import contextlib
 import json
+import os
 import re
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,17 +21,21 @@ from trainer.config.files import (
 )
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
+from trainer.config.text import list_some
+from trainer.data.dataset import resolve_cache_dir
+from trainer.distributed.joining import MAX_HOSTS_SHOWN
 from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations
 from trainer.tracking.records import METRICS_FILE, EventRecord, find_changed_rows, read_records
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_logger import wandb_block
+from trainer.tracking.wandb_logger import wandb_block, wandb_mode
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, any_checkpoint, resolve_checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
+MAX_CLOCK_SECONDS = 5.0  # by which clocks may differ; a busy host may be late itself
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
 
 
@@ -254,3 +261,39 @@ def _allowed_changes(
         for name, value in current.items()
         if value != initial[name] or name in changed
     }
+
+
+def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, str]]:
+    """(what, value) lines of the plan on folders and clocks, of several hosts; all ranks must call.
+
+    Rank 0 must hold the run folder: the others see its lock file, or not.
+    """
+    if context.num_nodes == 1:
+        return []
+    lock = None
+    with contextlib.suppress(OSError):
+        lock = Path(settings.run_folder, LOCK_FILE).read_text(encoding="utf-8")
+    # `deepspeed` forwards no variable for these.
+    folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
+    by_host = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True))
+    if len({other for other, _ in by_host.values()}) > 1:
+        folders = "; ".join([f"on {host} {other}" for host, (other, _) in by_host.items()][:MAX_HOSTS_SHOWN])
+    mode = context.on_rank_zero(lambda: wandb_mode(settings.output.wandb))
+    lines = [("environment", f"W&B {mode}; {folders}")]
+    if note := describe_clocks(context):
+        lines.append(("note", note))
+    here = context.hosts[0]
+    others = [host for host, (_, other) in by_host.items() if other != by_host[here][1]]
+    if without := list_some(others, MAX_HOSTS_SHOWN):
+        only_here = f"only {here} holds the checkpoints and can be the first to resume"
+        lines.append(("note", f"{settings.run_folder} of {here} is not seen on {without}: {only_here}"))
+    return lines
+
+
+def describe_clocks(context: DistContext) -> str | None:
+    """Which two hosts' clocks differ by more than their answers take; the rows have rank 0's."""
+    context.all_gather_object(None)  # all go on from here at nearly one moment
+    times = dict(zip(context.hosts, context.all_gather_object(time.time()), strict=True))
+    early, late = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+    seconds = times[late] - times[early]
+    return f"the clock of {late} is {seconds:,.0f} s ahead of that of {early}" if seconds > MAX_CLOCK_SECONDS else None

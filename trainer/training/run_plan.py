@@ -1,6 +1,9 @@
 """Everything that is decided or refused before the first step: what `--dry-run` prints and run.json keeps."""
 
+import os
+import platform
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -9,6 +12,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from trainer.config import reference
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
@@ -29,11 +35,10 @@ from trainer.distributed.memory import (
     estimate_rank_memory,
     required_bytes,
 )
-from trainer.distributed.preflight import config_digest
+from trainer.distributed.preflight import config_digest, package_version
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
-from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule, describe_schedule
 from trainer.training.scorers import check_scorers
 
@@ -41,6 +46,7 @@ OBJECTIVES = {
     "blocks": "blocks: loss on every token, records joined and cut",
     "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
 }
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
@@ -406,3 +412,47 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     if not_adapted := model_info.get("not_adapted"):
         notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     return notes
+
+
+# --- on what it runs ---
+
+
+def package_versions() -> dict[str, str | None]:
+    """{package: version} of what the numbers depend on; None where it is not installed."""
+    return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
+
+
+def device_name(dist_context: DistContext) -> str:
+    """What a GPU calls itself, the size of one that is only planned for, or CPU."""
+    if dist_context.planned_gpu_bytes is not None:
+        return f"GPU of {dist_context.planned_gpu_bytes / 2**30:g} GiB"
+    return torch.cuda.get_device_name(dist_context.device) if dist_context.device.type == "cuda" else "CPU"
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
+    options: Any = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10, "text": True}
+    try:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], **options).strip()
+        return {"commit": commit, "dirty": bool(subprocess.check_output(["git", "status", "--porcelain"], **options))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
+    is_gpu = dist_context.device.type == "cuda"
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
+        "gpus": dist_context.world_size if is_gpu else 0,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

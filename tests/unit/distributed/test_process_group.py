@@ -17,7 +17,7 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
-from trainer.training import provenance
+from trainer.training import run_folder
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,6 @@ def test_what_one_host_alone_cannot_do_is_said_with_its_name(failing, message):
 
 def test_clocks_that_differ_are_a_note(monkeypatch):
     context = context_of_hosts("h1", "h2", gather=lambda value: [value, value and value + 90.4])
-    assert provenance.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
-    monkeypatch.setattr(provenance, "MAX_CLOCK_SECONDS", 91)
-    assert provenance.describe_clocks(context) is None
+    assert run_folder.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
+    monkeypatch.setattr(run_folder, "MAX_CLOCK_SECONDS", 91)
+    assert run_folder.describe_clocks(context) is None
