@@ -37,8 +37,7 @@ from trainer.tools.trial_engine import run_job, start_trial
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
-from trainer.training.run_plan import cpu_name, package_versions
-from trainer.training.run_plan import validate_early
+from trainer.training.run_plan import cpu_name, package_versions, validate_early
 from trainer.training.schedule import TrainState
 
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records

@@ -182,7 +182,7 @@ def test_merged_adapters_leave_the_logits_unchanged_and_the_embeddings_tied(tiny
         ("--modules-to-save wpe", 0, "--modules-to-save wpe: expected wte, lm_head, layernorm or bias"),
         ("--quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
         ("--quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divi"),
-        ("--optim adamw8bit", 1, "--optim adamw8bit: not under ZeRO 1, which joins all tensors"),
+        ("--optim adamw8bit", 1, "--optim adamw8bit: under ZeRO 1 every number depends on the ranks"),
     ],
 )
 def test_flags_and_zero_stages_that_exclude_each_other_are_refused(flags, stage, message):
