@@ -18,7 +18,7 @@ from safetensors import safe_open
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import first_line
 from trainer.data.dataset import PreparedDataset, TokenDataset
-from trainer.data.sampler import eval_batches
+from trainer.data.sampler import eval_batches, eval_order
 from trainer.model import quantization
 from trainer.model.build import get_max_positions
 from trainer.model.lora import QUANTIZATION_FILE
@@ -102,7 +102,10 @@ def verify_folder(
         embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
         is_tied_now = embedding is model.get_output_embeddings().weight
         difference, logits_problem = compare_logits(compute_logits(model, input_ids, device), logits)
-        loss = None if val is None else compute_validation_loss(model, val, eval_batch, precision, device)
+        loss = None
+        if val is not None:
+            row_nll = compute_row_losses(model, val, eval_batch, precision, device)
+            loss = math.fsum(row_nll) / int(val.num_target_tokens().sum())
         problems = list(_find_storage_problems(folder, dtype, embedding_names if is_tied else set()))
     except Exception as error:  # as many kinds as there are ways to damage a folder
         problem = f"it could not be loaded again: {first_line(error)}"
@@ -175,16 +178,17 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
 
 
 @torch.no_grad()
-def compute_validation_loss(
-    model: Any, val: TokenDataset, eval_batch: int, precision: str, device: torch.device
-) -> float:
-    """Token mean of the loss over the prepared validation rows, nats."""
-    loss_sums = []
-    for micro_batch in eval_batches(val, eval_batch, 0, 1):
+def compute_row_losses(
+    model: Any, dataset: TokenDataset, eval_batch: int, precision: str, device: torch.device
+) -> np.ndarray:
+    """Summed negative log-likelihood of each row in nats, float64 [rows]."""
+    row_nll, order = np.zeros(len(dataset)), eval_order(dataset)
+    for micro_batch in eval_batches(dataset, eval_batch, 0, 1):
         labels = torch.from_numpy(micro_batch.labels)[:, 1:].flatten().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(torch.from_numpy(micro_batch.input_ids).to(device), use_cache=False).logits[:, :-1]
         # Vocabulary last: over another dimension torch sums the softmax less exactly, 1e-6 of the loss.
         nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
-        loss_sums.append(nll.double().sum().item())
-    return math.fsum(loss_sums) / int(val.num_target_tokens().sum())
+        rows = order[micro_batch.index : micro_batch.index + eval_batch]
+        row_nll[rows] = nll.double().view(len(rows), -1).sum(dim=1).cpu().numpy()
+    return row_nll

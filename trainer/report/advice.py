@@ -25,7 +25,13 @@ def next_step(
         return "Train longer, or choose a scorer that these answers can pass: by this one neither mode learnt the task."
     has_worsened = pair.base_loss is not None and min(pair.full_loss, pair.lora_loss) >= pair.base_loss
     if has_worsened and pair.margin.measure == LOSS and pair.answer != "not ranked":
-        return "Train at lower rates, and look at the data: neither mode improved on its base."
+        neither = "neither improved on its base"
+        if pair.is_judged:
+            return f"Use the base: {neither} on these records."
+        return f"Train at lower rates, and look at the data: {neither}."
+    if pair.is_judged and pair.answer in ("better", "good enough", "worse"):
+        chosen = pair.full.name if pair.answer == "worse" else pair.lora.name
+        return f"Use {chosen}" + " if it is the cheaper one" * (pair.answer == "good enough") + "."
     if pair.answer == "better":
         return "Use LoRA here; launch/export.py publishes it."
     if pair.answer == "good enough":
@@ -38,6 +44,8 @@ def next_step(
         return f"Repeat {repeat}."
     if pair.answer == "worse":
         return _advise_worse(pair, {group.lr for group in lora_groups}, study)
+    if pair.is_judged:
+        return "Give more records, or more seeds of each (NAME=MODEL,MODEL), and judge again."
     if pair.doubt:
         return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
     if pair.excess is None or "seeds are needed" in describe_needed_records(pair):

@@ -46,7 +46,7 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
         tradeoff = pair.tradeoffs.get(group.mode)
         return {
             "label": group.label_with_lr,
-            "lr": group.lr,
+            "lr": group.runs[0].get("resolved.lr"),
             "lora_rank": group.runs[0].get("settings.lora.rank") if group.mode == "lora" else None,
             "runs": [run.run_id for run in group.finished_runs],
             "loss": loss if is_ranked else None,

@@ -88,8 +88,10 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
 def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
     """Why two runs on the same data may not be ranked: other base weights, tokens seen, data order, way of training.
 
-    What a run does not tell is no agreement.
+    What a run does not tell is no agreement; of models that others trained nothing is known.
     """
+    if full.is_judged:
+        return []
     facts, other_facts = _ranking_facts(full), _ranking_facts(lora)
     is_early_stop_of_one_plan = bool(full.summary.get("early_stop") or lora.summary.get("early_stop")) and (
         full.get("resolved.total_steps") == lora.get("resolved.total_steps") is not None
@@ -164,12 +166,19 @@ class SeedGroup:
     runs: tuple[RunData, ...]
 
     @property
+    def name(self) -> str:
+        """What a sentence calls it: its mode, or the contestant."""
+        return self.label if self.runs[0].is_judged else MODE_NAMES[self.mode]
+
+    @property
     def lr(self) -> float:
         return float(self.runs[0].get("resolved.lr"))
 
     @property
     def label_with_lr(self) -> str:
         """The label, with an adapter's rank and the learning rate in it whether or not other groups share them."""
+        if self.runs[0].is_judged:
+            return self.label
         name, _, parts = self.label.removesuffix(")").partition(" (")
         has_rank = self.mode == "lora" and not self.runs[0].get("settings.lora.peft_config")
         rank, lr = f"rank {self.runs[0].get('settings.lora.rank')}" * has_rank, f"lr {self.lr:.3g}"
@@ -185,9 +194,11 @@ class SeedGroup:
     def divergence(self) -> str:
         """`full (lr 0.0005) diverged in 1 of 5 seeds; ...`, "" where no run did: it is an outcome of the setting."""
         number = sum(run.has_diverged for run in self.runs)
+        if not number:
+            return ""
         seeds = f"{number} of {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
         remedy = f"run all of them at a lower rate, such as {self.lr / 10**0.25:.2g}"
-        return f"{self.label_with_lr} diverged in {seeds}; {remedy}" if number else ""
+        return f"{self.label_with_lr} diverged in {seeds}; {remedy}"
 
     @property
     def best_loss(self) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from tabulate import tabulate
@@ -34,13 +35,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
     margin = parse_margin(args.margin, args.decide_by)
-    paths, answer, spec = (
-        [args.output_dir / name for name in FILES],
-        args.output_dir / "answer.json",
-        args.wandb_report_json,
-    )
-    flag = f"--output-dir {args.output_dir}"  # a study's answer is another program's
-    refuse_foreign_files(paths, answer, flag, lambda content: "comparisons" in content and "study" not in content)
+    paths, spec = refuse_foreign_answer(args.output_dir), args.wandb_report_json
     if spec:
         refuse_foreign_files([spec], spec, f"--wandb-report-json {spec}", lambda content: "blocks" in content)
     report_target = wandb_report.parse_target(args.wandb_report) if args.wandb_report else None
@@ -85,6 +80,14 @@ def run_comparison(args: argparse.Namespace) -> int:
         print(f"W&B Report: {wandb_report.save_report(comparison, *report_target)}")
     print(f"report: {escape_controls(str(paths[0]))} (and {', '.join(path.name for path in paths[1:])})")
     return exit_code(results) or (REFUSED_EXIT_CODE if comparison.verdict.answer == "not ranked" else 0)
+
+
+def refuse_foreign_answer(output_dir: Path) -> list[Path]:
+    """The files of a report in this folder; UserError where others stand there: a study's answer is another's."""
+    paths, flag = [output_dir / name for name in FILES], f"--output-dir {output_dir}"
+    answer = output_dir / "answer.json"
+    refuse_foreign_files(paths, answer, flag, lambda content: "comparisons" in content and "study" not in content)
+    return paths
 
 
 def print_epochs(table: Table) -> None:

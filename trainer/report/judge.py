@@ -38,6 +38,7 @@ from trainer.report.interval import (
 )
 from trainer.report.matched import (
     LOSS,
+    UNIT,
     MatchedRecords,
     MatchError,
     Pairs,
@@ -49,7 +50,6 @@ from trainer.report.matched import (
 from trainer.report.views import View, build_views
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
-UNIT = "nats per token"
 MarginKind = Literal["share", "nats", "bits_per_byte", "points"]
 
 
@@ -65,29 +65,24 @@ class Margin:
     measure: str = LOSS  #: what decides: loss or score:NAME
 
     @property
-    def unit(self) -> str:
-        """Of what it judges."""
-        return UNIT if self.measure == LOSS else "points"
-
-    @property
     def is_default(self) -> bool:
         return self == parse_margin(None, self.measure)
 
-    def describe(self, judged: MatchedRecords | None = None) -> str:
-        """`2 % of what full gained (0.0400)`: in nats per token where the losses and the base's are known."""
+    def describe(self, judged: MatchedRecords | None = None, full: str = "full") -> str:
+        """`2 % of what full gained (0.0400)`: with its amount where the losses and the base's are known."""
         if self.kind != "share":
             names = {"nats": UNIT, "bits_per_byte": "bits per byte", "points": "points"}
             return f"{self.value:g} {names[self.kind]}"
         amount = ""
         if judged is not None and judged.base is not None:
             amount = f" ({self.value * judged.mean(judged.base - judged.full):.4f})"
-        return f"{100 * self.value:g} % of what full gained{amount}"
+        return f"{100 * self.value:g} % of what {full} gained{amount}"
 
     def why_not(self, judged: MatchedRecords) -> str:
         """Why these records cannot be held against it, "" where they can."""
         if self.kind == "share" and judged.base is None:
             return "the base's losses of these records are not there"
-        if self.kind == "bits_per_byte" and not judged.num_bytes.all():
+        if self.kind == "bits_per_byte" and judged.unit == UNIT and not judged.num_bytes.all():
             return "the bytes of these records are not known; give the margin in nats"
         return ""
 
@@ -97,7 +92,7 @@ class Margin:
         if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
             assert judged.base is not None
             allowed = self.value * (judged.base - judged.full)
-        elif self.kind == "bits_per_byte":
+        elif self.kind == "bits_per_byte" and judged.unit == UNIT:
             allowed = self.value * (np.log(2) * judged.num_bytes)
         return np.asarray(judged.lora - judged.full - allowed, dtype=np.float64)
 
@@ -130,7 +125,7 @@ def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
     if measure != LOSS:
         problem += f" (of {measure})"
     elif match and match[2] == "pt":
-        problem += "; points are of a score (--decide-by score:NAME)"
+        problem += "; points are of a score"
     raise UserError(f"--margin {text}: {problem}")
 
 
@@ -198,9 +193,19 @@ class FullVsLora:
     forgetting_points: PairedInterval | None  #: likewise of a score that decides, where retained records have one
     doubts: Mapping[str, str]  #: why these records do not let an answer be given that its interval would, by answer
     decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
-    parameters: float  #: trainable ones, LoRA's / full's
+    parameters: float | None  #: trainable ones, LoRA's / full's
     time: CostRatio
     memory: CostRatio
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the two are models that others trained."""
+        return self.full.runs[0].is_judged
+
+    @property
+    def unit(self) -> str:
+        """Of what it is judged by."""
+        return self.judged.unit if self.judged else UNIT if self.margin.measure == LOSS else "points"
 
     @property
     def answer(self) -> str:
@@ -248,7 +253,7 @@ class FullVsLora:
 
         The curves are the evaluations of the paired runs: within a budget they stand before their schedules' ends.
         """
-        if self.blockers:
+        if self.blockers or self.is_judged:
             return ()
         curves: dict[str, list[pd.DataFrame]] = {"full": [], "lora": []}
         for run in (run for pair in self.pairs for run in pair):
@@ -302,6 +307,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         if len(pairs) > 1 and margin.kind == "nats":
             answer = answer._replace(contrast=seeds_interval([b - a - margin.value for a, b in best]))
 
+    trainable = [group.runs[0].get("model.trainable") for group in (full, lora)]
     time = compare_costs(full, lora, "wall_seconds")  # runs' own clocks hold whatever else the machine did: 0.98 and
     time = replace(time, ratio=None, reason=time.reason or "not timed in alternation on one machine")  # 1.14 of equals
     return FullVsLora(
@@ -319,7 +325,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         forgetting=forgetting,
         forgetting_points=points,
         **answer._asdict(),
-        parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
+        parameters=None if full.runs[0].is_judged else trainable[1] / trainable[0],
         time=study.step_time if study else time,
         memory=study.memory if study else compare_costs(full, lora, "peak_memory_bytes"),
     )
@@ -461,14 +467,14 @@ def compare_sets(
     """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups.
 
     Each LoRA group is held against the best full group that it may be ranked with. The first comparison is the best
-    pair ranked, of a study the one that it is about: its first.
+    pair ranked, of a study or of judged models the first that was given.
     """
     sets = []
     for members in comparable_sets(groups, lambda group: group.runs[0]):
         full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)
         if not full_groups or not lora_groups:
             continue
-        if study is None:
+        if study is None and not members[0].runs[0].is_judged:
             full_groups.sort(key=lambda group: group.best_loss)
             lora_groups.sort(key=lambda group: group.best_loss)
         comparisons: list[FullVsLora] = []

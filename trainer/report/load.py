@@ -120,13 +120,6 @@ def _trainer_run(source: str, rows: RunRows) -> RunData:
         steps=steps,
         evals=evals,
         epochs=epochs,
-        summary={},
-        diagnostics=(),
-        samples=None,
-        forgetting=None,
-        scores={},
-        final_losses={},
-        eval_records_path=None,
     )
 
 

@@ -16,6 +16,7 @@ from trainer.report.run_data import RunData
 from trainer.tracking.eval_records import SCORE_PREFIX, read_evaluations, score_name
 
 LOSS = "loss"  # the measure beside `score:NAME`
+UNIT = "nats per token"
 SPLIT_NAMES = {"test": "test", "val": "validation", "retain": "retained"}
 _RECORD_KEY = ["id", "occurrence"]
 Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
@@ -30,6 +31,7 @@ class MatchedRecords:
     """
 
     measure: str  #: loss or score:NAME
+    unit: str  #: nats per token, bits per byte of models with different tokenizers, or points
     split: str  #: test, val or retain
     lora: Matrix  #: (seeds, units)
     full: Matrix  #: (seeds, units)
@@ -140,6 +142,7 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
     weights = first["targets"].to_numpy(np.float64) if measure == LOSS else np.ones(len(first))
     return MatchedRecords(
         measure=measure,
+        unit=(runs[0].get("judged.unit") or UNIT) if measure == LOSS else "points",
         split=split,
         full=stack(trained[::2]),
         lora=stack(trained[1::2]),

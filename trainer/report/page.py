@@ -48,9 +48,9 @@ from trainer.report.tables import (
 SAMPLES_NOTE = "Completed greedily, the likeliest token each time; base: before the first step."
 #: by answer: class, mark and words of the first line
 JUDGEMENTS = {
-    "better": ("good", "✓", "LoRA was better"),
-    "good enough": ("good", "✓", "LoRA was good enough"),
-    "worse": ("bad", "✗", "LoRA was not good enough"),
+    "better": ("good", "✓", "{} was better"),
+    "good enough": ("good", "✓", "{} was good enough"),
+    "worse": ("bad", "✗", "{} was not good enough"),
     "cannot tell": ("unsure", "?", "Cannot tell yet"),
     "not ranked": ("unsure", "–", "No answer"),
 }
@@ -80,6 +80,8 @@ class Comparison:
         pair = self.verdict.primary
         run = pair.full.runs[0] if pair else self.runs[0]
         data, model = name_data(str(run.get("data.source"))), PurePosixPath(str(run.get("model.name"))).name
+        if pair and pair.is_judged:
+            return f"Was {pair.lora.name} as good as {pair.full.name} on {data}?"
         return f"Was LoRA good enough for {data} on {model}?"
 
     @property
@@ -94,11 +96,12 @@ def compare(
     margin: Margin = DEFAULT_MARGIN,
     study: StudyContext | None = None,
     groups: Sequence[SeedGroup] | None = None,
+    models: Table | None = None,
 ) -> Comparison:
     """The comparison of `runs` with one another and, with `with_reference`, with the card.
 
-    With `study` by its rule, which knows the groups: its first LoRA group is the primary one. UserError where all are
-    runs of Hugging Face's Trainer.
+    With `study` by its rule, which knows the groups: its first LoRA group is the primary one. `models`: of judged
+    models, in place of the tables of runs. UserError where all are runs of Hugging Face's Trainer.
     """
     plotted_only = [SeedGroup(run.name, run.mode, (run,)) for run in runs if run.mode == TRAINER_MODE]
     groups = group_by_seed([run for run in runs if run.mode != TRAINER_MODE]) if groups is None else groups
@@ -117,8 +120,8 @@ def compare(
             *(f"{group.label} is a run of Hugging Face's Trainer: plotted, never ranked." for group in plotted_only),
         ],
         plotted_only=plotted_only,
-        by_epoch=build_epoch_table(groups, with_reference, verdict.primary),
-        by_run=build_run_tables(runs),
+        by_epoch=models or build_epoch_table(groups, with_reference, verdict.primary),
+        by_run=() if models else build_run_tables(runs),
         differing_settings=differing_settings,
         shared_settings=shared_settings,
         optional_tables=[table for table in (build_diagnostics_table(runs), build_score_table(runs)) if table.rows],
@@ -176,8 +179,9 @@ def render_markdown(comparison: Comparison) -> str:
     parts = [
         f"# {comparison.question}",
         markdown_verdict(comparison),
-        "![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)",
     ]
+    if not comparison.runs[0].is_judged:
+        parts.append("![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)")
     if comparison.problems:
         parts += ["## Problems", markdown_list(problem.without_place for problem in comparison.problems)]
     for table in (comparison.by_epoch, *comparison.by_run, *comparison.optional_tables):
@@ -229,6 +233,7 @@ def render_html(comparison: Comparison) -> str:
     files = {"rule.json": verdict.study.rule} if verdict.study else {}
     files |= {"answer.json": to_answer(verdict)}
     pictures = plots.render_pictures(plotted, verdict, with_reference)
+    css_class, mark, words = JUDGEMENTS[verdict.answer or "not ranked"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -241,7 +246,7 @@ def render_html(comparison: Comparison) -> str:
         comparison=comparison,
         verdict=verdict,
         downloads={name: base64.b64encode(json_text(content).encode()).decode() for name, content in files.items()},
-        judgement=JUDGEMENTS[verdict.answer or "not ranked"],
+        judgement=(css_class, mark, words.format(verdict.primary.lora.name if verdict.primary else "")),
         losses=next(iter(verdict.headlines), None),
         tiles=verdict.headlines[1:],
         claim=capitalize(verdict.statement.claim),

@@ -112,7 +112,10 @@ PLOTS = (
 
 
 def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
-    """All plots, with one for each further set of --val-data that a run has, behind that of the first."""
+    """All plots, with one for each further set of --val-data that a run has, behind that of the first; of judged models
+    none."""
+    if groups[0].runs[0].is_judged:
+        return []
     names = sorted({name for group in groups for run in group.runs for name in run.val_sets})
     more = [PlotSpec(f"val-{n}", f"Validation loss of {n} by epoch", LOSS_LABEL, "", "loss", val_set=n) for n in names]
     return [PLOTS[0], *more, *PLOTS[1:]]
@@ -122,8 +125,10 @@ def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
 
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
-    """Write curves.png and curves.svg: all plots on one page, on white."""
+    """Write curves.png and curves.svg: all plots on one page, on white; nothing where there is none."""
     plots = plots_of(groups)
+    if not plots:
+        return
     num_rows = -(-len(plots) // 2)
     with styled_figure((2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])) as figure:
         axes = figure.subplots(num_rows, 2).ravel()
@@ -143,12 +148,16 @@ def render_pictures(groups: Sequence[SeedGroup], verdict: Verdict, with_referenc
     """
     pair, pictures = verdict.primary, []
     if pair is not None and pair.excess is not None and not pair.blockers:
-        digits, name = (4, f"LoRA − full, {UNIT}") if pair.margin.measure == LOSS else (1, "Points that LoRA has fewer")
+        digits, name = 4, f"{pair.lora.name} − {pair.full.name}, {pair.unit}"
+        if pair.margin.measure != LOSS:
+            digits, name = 1, f"Points that {pair.lora.name} has fewer"
         low, high = f"{pair.excess.low:+.{digits}f}", f"{pair.excess.high:+.{digits}f}"
         title = f"{name}: {pair.excess.estimate:+.{digits}f} [{low}, {high}]"
         draw_it = partial(draw_difference, pair=pair)
         pictures.append((title, _render_svg(draw_it, "difference", title, DIFFERENCE_SIZE_INCHES)))
     curves: Sequence[RateCurve] = verdict.study.rate_curves if verdict.study else ()
+    if pair is not None and pair.is_judged:
+        return pictures
     if pair is not None and not curves:
         full_run = pair.full.runs[0]
         comparable = [group for group in groups if not comparison_blockers(group.runs[0], full_run)]
@@ -189,13 +198,13 @@ def draw_excess(
     axis: "Axes", points: Sequence[tuple[float, PairedInterval]], x_label: str, pair: FullVsLora, unit: str | None
 ) -> None:
     """Estimates with their intervals, 0 and, where it has the margin's unit, the margin."""
-    unit = unit or pair.margin.unit
+    unit = unit or pair.unit
     x, estimates = [x for x, _ in points], np.array([interval.estimate for _, interval in points])
     bars = np.abs([(interval.low, interval.high) for _, interval in points] - estimates[:, None]).T
     label = f"LoRA - full, {100 * LEVEL:g} % interval"
     axis.errorbar(x, estimates, yerr=bars, color=COLOURS["lora"], marker=MARKERS["lora"], capsize=3, label=label)
     axis.axhline(0, color=COLOURS["full"], linewidth=1.0, label="full")
-    if pair.excess is not None and pair.contrast is not None and unit == pair.margin.unit:
+    if pair.excess is not None and pair.contrast is not None and unit == pair.unit:
         margin = pair.excess.estimate - pair.contrast.estimate
         axis.axhline(margin, color=COLOURS["card"], linestyle=DASHES["card"], label="margin")
     axis.set_xscale("log", base=2)
@@ -394,7 +403,7 @@ def draw_difference(axis: "Axes", pair: FullVsLora) -> None:
     axis.plot(
         [excess.low, excess.high], [0, 0], color=colour, linewidth=3, marker="|", markersize=13, label="_interval"
     )
-    axis.plot([excess.estimate], [0], color=colour, marker="D", markersize=8, linestyle="-", label="_LoRA − full")
+    axis.plot([excess.estimate], [0], color=colour, marker="D", markersize=8, linestyle="-", label="_difference")
     for place, name in names.items():
         axis.text(place, -0.45, f" {name} ", ha="left" if place == max(names) else "right", va="top", fontsize=8.5)
     axis.set(ylim=(-1.2, 0.8), xlim=(min(ends) - 0.22 * width, max(ends) + 0.22 * width), yticks=[])

@@ -71,22 +71,29 @@ class RunData:
     steps: Series
     evals: Series
     epochs: Series
-    summary: Mapping[str, Any]  #: the numbers of the `finished` event
+    summary: Mapping[str, Any] = field(default_factory=dict)  #: the numbers of the `finished` event
     state: str = "finished"  #: finished (also where it was stopped after the evaluation at its end), going or stopped
     has_diverged: bool = False  #: whether it was stopped by a loss or gradient that was not finite
-    diagnostics: Sequence[tuple[int, str]]  #: (step, line) of what the run noticed of itself
-    samples: Samples | None  #: of its last evaluation that generated texts
-    forgetting: float | None  #: rise of the retained text's loss (nats per token); None where not measured twice
-    final_losses: Mapping[str, float]  #: of the test and retain splits at the end, where the run reported them
+    diagnostics: Sequence[tuple[int, str]] = ()  #: (step, line) of what the run noticed of itself
+    samples: Samples | None = None  #: of its last evaluation that generated texts
+    forgetting: float | None = None  #: rise of the retained text's loss (nats per token); None where not measured twice
+    #: of the test and retain splits at the end, where the run reported them
+    final_losses: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     #: {name: evaluations} of the further sets of --val-data, which are only plotted
     val_sets: Mapping[str, Series] = field(default_factory=dict)
-    scores: Mapping[str, float]  #: {`score_name` of a scorer: mean over the test records, from 0 to 1}
-    eval_records_path: Path | None  #: loss (and text and scores) of each record, None where the run left none
+    #: {`score_name` of a scorer: mean over the test records, from 0 to 1}
+    scores: Mapping[str, float] = field(default_factory=dict)
+    eval_records_path: Path | None = None  #: loss (and text and scores) of each record, None where the run left none
 
     @property
     def is_finished(self) -> bool:
         return self.state == "finished"
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it is a model that somebody trained (launch/judge.py), of whose training nothing is known."""
+        return "judged" in self.metadata
 
     def get(self, path: str) -> Any:
         """The value at a dotted path of run.json, None where there is none."""

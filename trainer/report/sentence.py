@@ -11,13 +11,13 @@ from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_reco
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.enough import RankResult, describe_lengths, describe_ranks, judge_ranks
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
-from trainer.report.judge import UNIT, FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
-from trainer.report.matched import LOSS, SPLIT_NAMES
+from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
+from trainer.report.matched import LOSS, SPLIT_NAMES, UNIT
 from trainer.report.views import View, describe_views
 
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
-    "the losses of single records of runs paired by seed; it holds for the compared rates, not for others."
+    "the losses of single records of runs paired by seed"
 )
 #: what time and memory depend on, beside the method
 COST_SETTINGS = {
@@ -104,7 +104,8 @@ def build_verdict(
     details += describe_ranks(ranks)
     details += [*describe_lengths(study, ranks), *study.lines] if study else ()
     if any(comparison.losses for comparison in comparisons):
-        details.append(INTERVAL_RULE)
+        rates = "" if comparisons[0].is_judged else "; it holds for the compared rates, not for others"
+        details.append(f"{INTERVAL_RULE}{rates}.")
     last_row = reference.CURVE[-1]
     for group in finished if with_reference else ():
         gap = difference_to_reference(group, last_row.epoch)
@@ -142,7 +143,7 @@ def _describe_set(
     names, ranked = [], [comparison for comparison in comparisons if not comparison.blockers] or comparisons
     for group, num_groups in ((pair.lora, 1 if study else len(ranked)), (pair.full, len(full_groups))):
         mode_name, name = MODE_NAMES[group.mode], group.label_with_lr
-        if num_groups > 1:
+        if num_groups > 1 and not pair.is_judged:
             name = f"the best of {num_groups} {mode_name} settings{name.removeprefix(mode_name)}"
         names.append(name)
     lora, full = names
@@ -170,7 +171,8 @@ def _describe_set(
 
 
 def _claim_of_losses(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
-    interval, margin = f"{UNIT} [{excess.low:+.4f}, {excess.high:+.4f}]", pair.margin.describe(pair.losses)
+    interval = f"{pair.unit} [{excess.low:+.4f}, {excess.high:+.4f}]"
+    margin = pair.margin.describe(pair.losses, pair.full.name)
     amount = f"{abs(excess.estimate):.4f} {interval}"
     if pair.answer == "better":
         return f"{lora} is better than {full} by {amount}"
@@ -221,6 +223,14 @@ def _describe_scope(
     if judged:
         num_units = len(judged.units) if judged.has_clusters else judged.num_records
         records = f"on {num_units:,} {judged.unit_name}"
+    if pair.is_judged:
+        scope = f", {records}" + f", {len(pair.pairs)} pairs of models" * (len(pair.pairs) > 1)
+        unpaired = max(len(pair.full.runs), len(pair.lora.runs)) - len(pair.pairs)
+        scope += (
+            f" ({unpaired} without a partner)" * bool(unpaired) + "; whether a model was trained on them is not known"
+        )
+        scope += "".join(f"; {note}" for note in pair.full.runs[0].get("judged.notes"))
+        return scope + f"; {pair.doubt or describe_needed_records(pair)}" * (pair.answer == "cannot tell")
     seeds = [str(full_run.get("settings.train.seed")) for full_run, _ in pair.pairs]
     steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
     scope = f", {records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, "
@@ -301,9 +311,10 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     if pair.blockers:
         return ()
     judged, base = pair.judged, pair.base_loss
-    where = f"{UNIT} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records{_bits_per_byte(pair)}"
+    unit, full, lora = pair.losses.unit if pair.losses else UNIT, pair.full.name, pair.lora.name
+    where = f"{unit} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records{_bits_per_byte(pair)}"
     before = "" if base is None else f"{base:.4f} → "
-    headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} (full), {pair.lora_loss:.4f} (LoRA)", where)]
+    headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} ({full}), {pair.lora_loss:.4f} ({lora})", where)]
     if judged is not None and judged.measure != LOSS:
         values = f"{judged.score('full'):.1f} (full), {judged.score('lora'):.1f} (LoRA)"
         headlines.insert(0, Headline("Score", values, f"{judged.measure.partition(':')[2]}, points of 100"))
@@ -315,16 +326,17 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
             if cost.is_of_a_step:
                 values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
             headlines.append(Headline(label, f"{cost.ratio:.2f}x", values))
-    weights = Headline("Trained weights", format_percent(pair.parameters), "LoRA's, of full's")
-    return (*headlines, weights)
+    if pair.parameters is not None:
+        headlines.append(Headline("Trained weights", format_percent(pair.parameters), "LoRA's, of full's"))
+    return tuple(headlines)
 
 
 def _bits_per_byte(pair: FullVsLora) -> str:
-    """`; LoRA - full +0.0100 bits per byte`, "" where the bytes of the records are not known."""
-    if pair.losses is None or not pair.losses.num_bytes.all():
+    """`; LoRA - full +0.0100 bits per byte`, "" where the bytes of the records are not known, or it is said already."""
+    if pair.losses is None or pair.losses.unit != UNIT or not pair.losses.num_bytes.all():
         return ""
     nats = fsum((pair.losses.lora - pair.losses.full).ravel()) / len(pair.losses.lora)
-    return f"; LoRA − full {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
+    return f"; {pair.lora.name} − {pair.full.name} {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
 
 
 def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
@@ -333,14 +345,16 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
     names = "" if pair is primary else f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
     if pair.blockers:
         return [f"{names}not ranked ({'; '.join(pair.blockers)})."] if names else []
-    parts, unit = [], pair.margin.unit
+    parts, unit = [], pair.unit
     if pair is not primary:
-        parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {UNIT}")
+        parts.append(
+            f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit if losses else UNIT}"
+        )
         if pair.excess is not None:
             parts.append(f"difference {pair.excess} {unit}")
     if pair.contrast is not None:
         bound = f"at most {pair.contrast.upper:+.4f} {unit} (one-sided {100 * LEVEL:.3g} %)"
-        parts.append(f"beyond the margin of {pair.margin.describe(judged)} {bound}")
+        parts.append(f"beyond the margin of {pair.margin.describe(judged, pair.full.name)} {bound}")
     elif pair.excess is not None:
         reason = pair.margin.why_not(judged) if judged else "that needs the losses of single records"
         parts.append(f"whether it is within the margin is not known: {reason}")
@@ -356,8 +370,8 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
         records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
         lines.append(
             f"{names}{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
-            f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; LoRA's excess a token where it "
-            f"counts most: {records}."
+            f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; {pair.lora.name}'s excess ({unit}) "
+            f"where it counts most: {records}."
         )
     if pair.no_losses and (names or pair.excess):  # else the sentence has it
         holds = "; an interval over seeds alone holds for this validation set only" * bool(pair.excess)
@@ -367,6 +381,8 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
 
 def _describe_costs(pair: FullVsLora) -> list[str]:
     """`Time not compared (other hardware).`, and what time and memory depend on and was not the same."""
+    if pair.is_judged:
+        return []
     withheld: dict[str, list[str]] = {}
     for name, cost in (("time", pair.time), ("memory", pair.memory)):
         if cost.ratio is None:

@@ -1,0 +1,170 @@
+"""launch/judge.py on folders that plain Hugging Face code wrote: the sentence, the page, and what is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.data_helpers import make_tokenizer
+from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from launch.judge import main
+
+LORA = {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+Models = dict[str, str]
+
+
+def train(base: str, folder: Path, records: str, seed: int, *, with_adapter: bool) -> str:
+    """What a user's script does: Trainer, and `save_pretrained` of transformers or peft, without the tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    if with_adapter:
+        model = get_peft_model(model, LoraConfig(**LORA))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = [json.loads(line) for line in Path(records).read_text().splitlines()]
+    rows = [tokenizer(text["prompt"] + text["completion"])["input_ids"] for text in texts]
+    off: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(
+        output_dir=str(folder / "runs"),
+        max_steps=15,
+        learning_rate=0.02,
+        per_device_train_batch_size=1,
+        seed=seed,
+        use_cpu=True,
+        **off,
+    )
+    Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows]).train()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Two seeds of whole models and of adapters, as `train` leaves them, and records that they did not see."""
+    folder = tmp_path_factory.mktemp("judged")
+    records = write_records(folder / "train.jsonl", num_records=15, seed=1)
+    kinds = [(kind, seed) for kind in ("whole", "adapter") for seed in (1, 2)]
+    return {
+        **{f"{k}{s}": train(tiny_model, folder / f"{k}{s}", records, s, with_adapter=k == "adapter") for k, s in kinds},
+        "base": tiny_model,
+        "data": write_records(folder / "new.jsonl", num_records=40, seed=3),
+    }
+
+
+def judge(models: Models, folder: Path, *argv: str) -> dict[str, Any]:
+    flags = ["--base", models["base"], "--data", models["data"], "--output-dir", str(folder), *TEMPLATE_FLAGS]
+    assert main([*flags, *argv]) == 0
+    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
+    return answer
+
+
+@torch.no_grad()
+def expected_loss(model: Any, base: str, data: str) -> float:
+    """Token mean over the completions and their ends, by transformers' own loss, record by record."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    nll, num_targets = [], 0
+    for record in map(json.loads, Path(data).read_text().splitlines()):
+        prompt, completion = (tokenizer(record[name])["input_ids"] for name in ("prompt", "completion"))
+        ids, targets = [*prompt, *completion, tokenizer.eos_token_id], len(completion) + 1
+        labels = [-100] * len(prompt) + ids[-targets:]
+        nll.append(model.eval()(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * targets)
+        num_targets += targets
+    return math.fsum(nll) / num_targets
+
+
+def test_whole_models_and_adapters_of_other_programs_are_judged_by_two_seeds(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    seeds = [f"{kind}={models[f'{kind}1']},{models[f'{kind}2']}" for kind in ("whole", "adapter")]
+    answer = judge(models, tmp_path, *seeds)
+    said, (comparison,) = capsys.readouterr().out, answer["comparisons"]
+    assert (comparison["num_seeds"], comparison["full"]["label"], comparison["lora"]["label"]) == (
+        2,
+        "whole",
+        "adapter",
+    )
+    for mode, kind, kind_class in (
+        ("full", "whole", AutoModelForCausalLM),
+        ("lora", "adapter", AutoPeftModelForCausalLM),
+    ):
+        by_seed = [
+            expected_loss(kind_class.from_pretrained(models[f"{kind}{seed}"]), models["base"], models["data"])
+            for seed in (1, 2)
+        ]
+        assert comparison[mode]["loss"] == pytest.approx(sum(by_seed) / 2, rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(models["base"])
+    assert answer["base_loss"] == pytest.approx(expected_loss(base, models["base"], models["data"]), rel=1e-5)
+    excess = comparison["excess"]
+    assert excess["estimate"] == pytest.approx(comparison["lora"]["loss"] - comparison["full"]["loss"])
+    assert f"[{excess['low']:+.4f}, {excess['high']:+.4f}]" in said
+    assert "whether a model was trained on them is not known" in said
+    page = (tmp_path / "report.html").read_text()
+    assert "Was adapter as good as whole on new.jsonl?" in page
+    assert not {"LoRA", "full"} & set(page.partition("</style>")[2].replace("<", " ").replace(">", " ").split())
+
+
+def test_another_base_is_said_and_other_tokenizers_are_judged_by_bits_per_byte(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = []
+    for name, base in (("lost", "/home/somebody/tiny"), ("moved", make_tiny_gpt2(tmp_path / "b", dropout=0.0, seed=5))):
+        adapters.append(shutil.copytree(models["adapter1"], tmp_path / name))
+        config = json.loads((adapters[-1] / "adapter_config.json").read_text())
+        (adapters[-1] / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    texts = Path(models["data"]).read_text().splitlines()
+    other = make_tokenizer(tmp_path / "bpe", texts, vocab_size=600)
+    shape = {"vocab_size": 600, "n_positions": 256, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(other)
+    answer = judge(models, tmp_path / "out", models["whole1"], str(other), *map(str, adapters), "--margin", "0.01bpb")
+    said = capsys.readouterr().out
+    assert "bpe is worse than whole1 by" in said
+    assert "bits per byte [+" in said
+    assert "bpe is of another base, a GPT2LMHeadModel of" in said
+    assert "lost names the base tiny, which is not here: --base was used" in said
+    assert "moved is an adapter of another base, b" in said
+    lost, moved = answer["comparisons"][1:]
+    assert lost["lora"]["loss"] != moved["lora"]["loss"]
+    # 4.9 nats a token of about 4 bytes are about 2 bits a byte
+    ratio = sum(len(json.loads(text)["completion"].split()) + 1 for text in texts)
+    ratio /= sum(len(json.loads(text)["completion"].strip()) for text in texts) * math.log(2)
+    in_nats = expected_loss(AutoModelForCausalLM.from_pretrained(models["whole1"]), models["base"], models["data"])
+    assert answer["full"]["loss"] == pytest.approx(in_nats * ratio, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["{whole1}"], "{whole1}: is one model; expected two or more"),
+        (["{whole1}", "nowhere"], "nowhere: no such folder, and the Hub does not give it; expected a folder or hub id"),
+        (
+            ["{whole1}", "{whole1}/runs"],
+            "{whole1}/runs: holds no model; expected a folder or hub id of a whole model (",
+        ),
+        (["A={whole1}", "A={adapter1}"], "A: 2 models have this name; expected NAME=MODEL for each"),
+        (
+            ["{whole1}", "{adapter1}", "--margin", "2pt"],
+            "--margin 2pt: expected a number above 0 and its unit, such as",
+        ),
+        (["{whole1}", "{adapter1}", "--data", "{whole1}/empty.jsonl"], "--data {whole1}/empty.jsonl: holds no record"),
+        (["{whole1}", "{adapter1}", "--base", "{whole2}"], "{whole2}: no usable tokenizer in the folder"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    models: Models, tmp_path: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, content in (("runs", None), ("empty.jsonl", "")):
+        place = Path(models["whole1"]) / path
+        place.mkdir(exist_ok=True) if content is None else place.write_text(content)
+    flags = ["--base", models["base"], "--data", models["data"], "--output-dir", str(tmp_path / "out"), *TEMPLATE_FLAGS]
+    assert main([*flags, *(text.format(**models) for text in argv)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said.format(**models)}")
+    assert not (tmp_path / "out").exists()
