@@ -41,13 +41,9 @@ with joined_ranks() as context:
 """
 CASES = [
     ("--mode full --ds-config zero0", 4),
-    ("--mode lora --ds-config zero0", 4),
     ("--mode full --ds-config zero2", 4),
-    ("--mode full --ds-config zero3", 4),
     ("--mode lora --ds-config zero3", 4),
-    ("--mode full --ds-config zero0", 2),
     ("--mode full --ds-config zero1", 8),
-    ("--mode full --ds-config zero0 --activation-checkpointing", 16),
     ("--mode lora --ds-config zero0 --activation-checkpointing", 16),
 ]
 #: What is freed goes back at once, else the C library keeps a part of every size that ever was.

@@ -1,9 +1,8 @@
 """Bytes that one rank needs, before anything runs: model state by a formula, forward and backward by a count.
 
-State: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3), with weights and gradients in float32, which is
-how this program trains (bf16 is autocast; only fp16 holds half weights).
-Forward and backward: the model's own modules run on tensors that have shapes and no data, which takes neither memory
-nor the device that is counted for: a GPU's kernels are stood in for by operations that save the same tensors.
+State: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3), with weights and gradients in float32 (bf16 is
+autocast; only fp16 holds half weights). Forward and backward: the model's own modules run on tensors without data; a
+GPU's kernels are stood in for by operations that save the same tensors.
 """
 
 import functools
@@ -50,7 +49,7 @@ class PassMemory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one rank by what they are for."""
+    """Bytes of one rank."""
 
     weights: float
     gradients: float
@@ -145,10 +144,7 @@ def estimate_rank_memory(
     row_length: int,
     micro_batch_size: int,
 ) -> MemoryEstimate:
-    """The memory of a rank of a run under a ZeRO file, with rows of `row_length` tokens.
-
-    Takes a few seconds for a setup that was not asked about before.
-    """
+    """The memory of a rank of a run, with rows of `row_length` tokens; takes seconds for a setup that is new."""
     stage, world_size, is_gpu = deepspeed_file.stage, dist_context.world_size, dist_context.device.type == "cuda"
     setup = PassSetup(
         micro_batch_size=micro_batch_size,
@@ -231,10 +227,7 @@ class PassSetup:
 
 @functools.cache
 def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
-    """The bytes of one forward and backward; takes a second or two for GPT-2 124M.
-
-    A large micro-batch on a CPU follows by the growth from two small ones. The random state stays what it was.
-    """
+    """The bytes of one forward and backward. A large micro-batch on a CPU follows by the growth from two small ones."""
     small_size = max(1, MAX_COUNTED_TOKENS // (2 * setup.sequence_length))
     if not setup.is_gpu and setup.micro_batch_size > 2 * small_size:
         sizes = (small_size, 2 * small_size)
@@ -252,7 +245,7 @@ def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
                 parameter.grad = torch.zeros_like(parameter)
                 live.mark_gradient(parameter)
             loss_sum, _ = loss_module(ids, ids)
-            saved_bytes = live.bytes
+            saved_bytes = live.bytes - live.gradient_bytes
             loss_sum.backward()
     return PassMemory(saved_bytes, live.peak_bytes, live.peak_bytes_with_gradients, num_cast)
 
@@ -309,14 +302,11 @@ class _PackedLinear(nn.Module):
         self.compute_dtype, self.is_int8 = compute_dtype, is_int8
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
         output: Tensor = _UnpackedMatmul.apply(x, self.weight_shape, self.compute_dtype, self.is_int8)
         return output if self.is_int8 else output.to(x.dtype)
 
 
 class _UnpackedMatmul(torch.autograd.Function):
-    """The weight is unpacked again for the backward."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_shape: torch.Size, compute_dtype: torch.dtype, keeps_input: bool) -> Tensor:
         ctx.save_for_backward(*([x] if keeps_input else []))
@@ -367,7 +357,7 @@ class LiveBytes(torch_internals.TorchDispatchMode):
     def __init__(self, module: nn.Module):
         """What `module` holds already is not counted; what a backward leaves at its trained weights is a gradient."""
         super().__init__()
-        self.bytes = self.gradient_bytes = 0  #: alive now: gradients that lie at their weight apart from all else
+        self.bytes = self.gradient_bytes = 0  #: alive now; the second, which the first contains, lie at their weight
         self.peak_bytes = self.peak_bytes_with_gradients = 0
         storages = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
         self._own = {id(storage): storage for storage in storages}
@@ -391,16 +381,15 @@ class LiveBytes(torch_internals.TorchDispatchMode):
 
         def subtract(_: Any) -> None:
             del self._live[key]
+            self.bytes -= num_bytes
             if key in self._gradients:
                 self._gradients.remove(key)
                 self.gradient_bytes -= num_bytes
-            else:
-                self.bytes -= num_bytes
 
         self._live[key] = weakref.ref(storage, subtract)
         self.bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        self.peak_bytes_with_gradients = max(self.peak_bytes_with_gradients, self.bytes + self.gradient_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.bytes - self.gradient_bytes)
+        self.peak_bytes_with_gradients = max(self.peak_bytes_with_gradients, self.bytes)
 
     def mark_gradient(self, parameter: nn.Parameter) -> None:
         """Count the gradient that lies at a weight as one from now on."""
@@ -408,5 +397,4 @@ class LiveBytes(torch_internals.TorchDispatchMode):
         storage = parameter.grad.untyped_storage()
         if id(storage) in self._live and id(storage) not in self._gradients:
             self._gradients.add(id(storage))
-            self.bytes -= storage.nbytes()
             self.gradient_bytes += storage.nbytes()
