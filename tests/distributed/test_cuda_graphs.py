@@ -71,12 +71,11 @@ def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, 16)))
 
 
-def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]], eager: Any = None) -> None:
+def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]]) -> None:
     """Each step, of micro-batches of so many rows, has the gradients of eager calls with the same dropout masks."""
-    eager = eager or runner.stepper.backward
     for number, shape in enumerate(steps):
         gradients: list[list[torch.Tensor]] = []
-        for backward in (eager, runner.backward):
+        for backward in (runner.stepper.backward, runner.backward):
             for parameter in runner.trainable_params:
                 parameter.grad = None
             torch.manual_seed(number)
@@ -102,7 +101,7 @@ def raise_when(text: str, *, kind: type[Exception] = RuntimeError, echo: str = "
     return fail
 
 
-@pytest.mark.parametrize("ragged", [[2, 2], [2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
+@pytest.mark.parametrize("ragged", [[2, 2], [2, 1, 2], [1, 2, 2]])
 def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(make_runner, ragged):
     """Those of a ragged step between captured ones, and of the next, as well."""
     runner = make_runner()
@@ -111,12 +110,6 @@ def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradien
     if ragged == [2, 2]:
         assert (first.num_replays, more.num_replays) == (5, 5), "the second micro-batch adds to the first"
     assert runner.capture_error == ""
-
-
-def test_at_most_max_graphs_shapes_are_captured(make_runner, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    check_steps(make_runner(), [[rows] for rows in range(1, 5) for _ in range(NUM_WARMUP_CALLS + 2)])
-    assert len(FakeCapturedGraph.instances) == 2
 
 
 def test_padding_that_counts_nothing_is_recorded_too(make_runner):
@@ -191,7 +184,7 @@ def test_after_a_failed_capture_what_was_recorded_before_is_not_replayed(make_ru
 fail_without_memory = raise_when("CUDA out of memory", kind=torch.OutOfMemoryError)
 
 
-@pytest.mark.parametrize("part", ["_clone_all", "relative_difference", "replay"])
+@pytest.mark.parametrize("part", ["_clone_all", "replay"])
 def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recording_alone(
     part, make_runner, monkeypatch
 ):
@@ -200,21 +193,6 @@ def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recordi
     monkeypatch.setattr(FakeCapturedGraph if part == "replay" else cuda_graphs, part, fail_without_memory)
     check_steps(runner, [[2, 2]] * 2)
     assert runner.capture_error == f"{EAGER}CUDA out of memory"
-
-
-def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(make_runner, monkeypatch):
-    """A ragged step, after its forward has drawn its masks, or an evaluation."""
-    runner = make_runner(dropout=0.1)
-    check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
-    eager = runner.stepper.backward
-    monkeypatch.setattr(
-        runner.stepper, "backward", lambda *inputs: (fail_without_memory if runner._captured else eager)(*inputs)
-    )
-    check_steps(runner, [[1]], eager)
-    assert runner.capture_error == f"{EAGER}beside the recordings CUDA out of memory"
-    monkeypatch.setattr(runner.stepper, "backward", fail_without_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        check_steps(runner, [[1]], eager)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

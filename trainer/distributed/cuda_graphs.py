@@ -1,8 +1,8 @@
 """Forward and backward of a micro-batch as one CUDA graph: recorded once for each shape, verified, then replayed.
 
-At small batches a GPU waits for Python, which launches some two thousand kernels a step. A replay launches them all at
-once: the same kernels on the same addresses, and dropout draws from the seed that the generator has at the replay.
-Before a recording is used it is replayed on the rows at hand and compared with the eager call just made.
+At small batches a GPU waits for Python. A replay launches all kernels of a step at once, the same on the same addresses;
+dropout draws from the seed that the generator has then. Before a recording is used it is replayed on the rows at hand
+and compared with the eager call just made.
 
 `torch.cuda.make_graphed_callables` does not do: its gradients leave the graph through one AccumulateGrad a weight, an
 eager kernel each for the second micro-batch and for the flat buffers that several ranks reduce; and after a capture
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.config.errors import first_line
 from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
 
@@ -87,12 +88,8 @@ class CUDAGraphRunner:
             self._use_static_grads()
             return graph.replay(ids, labels, loss_weight)
         if not self._should_capture(kind, ids):
-            return self._call_eagerly(self.stepper.backward, ids, labels, loss_weight)
+            return self.stepper.backward(ids, labels, loss_weight)
         return self._record(kind, ids, labels, loss_weight)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Each row's sum without gradients, never recorded: an evaluation's batch keeps the device busy by itself."""
-        return self._call_eagerly(self.stepper.forward, ids, labels)
 
     def _record(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """The eager call, and a recording of it that is kept where its replay gives the same."""
@@ -147,27 +144,6 @@ class CUDAGraphRunner:
         is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
         return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
 
-    def _call_eagerly(self, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """Without the recordings, where there is not enough memory beside what they hold."""
-        may_repeat = bool(self._captured) and all(gradient is None for gradient in self._grads())
-        device = inputs[0].device
-        rng_before = _generator(device).get_state()
-        try:
-            return call(*inputs)
-        except torch.OutOfMemoryError as error:
-            if not may_repeat:
-                raise
-            self._give_up(error, "beside the recordings ")
-        for parameter in self.trainable_params:
-            parameter.grad = None
-        self._captured.clear()
-        self._static_grads = None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a replay of what is dropped may still be under way
-            torch.cuda.empty_cache()
-        _generator(device).set_state(rng_before)
-        return call(*inputs)
-
     def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
         loss_sum, row_losses = self.stepper.loss_module(ids, labels)
         new_grads = torch.autograd.grad(loss_sum * loss_weight, self.trainable_params, allow_unused=True)
@@ -185,13 +161,10 @@ class CUDAGraphRunner:
         try:
             yield
         except RuntimeError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: BaseException, where: str = "") -> None:
-        while error.__context__ is not None:  # what ends after the operation that failed complains of it, too
-            error = error.__context__
-        cause = str(error).partition("\n")[0] or type(error).__name__
-        self.capture_error = f"steps are not recorded as CUDA graphs: {where}{cause}"
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what ends after the operation that failed complains of it, too
+                cause = cause.__context__
+            self.capture_error = f"steps are not recorded as CUDA graphs: {first_line(cause)}"
 
     def _grads(self) -> Grads:
         return [parameter.grad for parameter in self.trainable_params]

@@ -259,7 +259,7 @@ class Engine:
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
         ids, labels = copy_to_device(micro_batch, self.dist_context.device)
-        return (self._graphs or self.stepper).forward(ids, labels).double()
+        return self.stepper.forward(ids, labels).double()
 
     @torch.no_grad()
     def generate(

@@ -1,7 +1,7 @@
 """What ends a run from outside of its main thread: signals, a lost launcher, ranks that fail and ranks that hang.
 
 The main thread may sit in a collective for ever, where Python runs no signal handler, and a store on a frozen host
-never answers. So each has a thread: signals, what is said through the store, and what ends this process.
+never answers. So signals, the store and the end of this process have a thread each.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import math
 import os
 import select
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -23,12 +25,13 @@ from typing import Any
 import psutil
 
 from trainer.distributed.launch_environment import reporting_rank
-from trainer.distributed.work import WorkMeter
 
 TICK_SECONDS = 1.0  # between two looks at the launcher, and at the other ranks
 PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when another has failed
 EXIT_SECONDS = 15.0  # that a rank of a failed run gets to end by itself
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
+MIN_CPU_SHARE = 0.02  # of one processor, for a rank that works; polling a lock takes under 0.005
+TCP_INFO_RECEIVED = 128  # where linux/tcp.h has tcpi_bytes_received, 64 bits
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
@@ -158,10 +161,7 @@ def _parent_of(pid: int) -> int:
 
 
 class Watchdog:
-    """What the ranks know of one another while they wait: heartbeats, failures, and who hangs.
-
-    `hosts`: the name of each rank's host; `store`: a torch TCPStore on rank 0, None where nobody is watched.
-    """
+    """What the ranks know of one another while they wait. `store`: on rank 0, None where nobody is watched."""
 
     def __init__(self, rank: int, hosts: Sequence[str], store: Any) -> None:
         self.rank, self.world_size, self._store = rank, len(hosts), store
@@ -421,3 +421,62 @@ def _main_thread_location() -> tuple[str, bool]:
             return f"{path.name}:{frame.f_lineno} in {frame.f_code.co_name}", is_waiting
         frame = frame.f_back
     return "an unknown place", is_waiting
+
+
+class WorkMeter:
+    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads, writes or
+    receives. What waits for a lock, a server or a disk that does not answer does none of these.
+
+    Looks at the main thread and at threads, connections and processes begun since the meter was made: those before talk
+    with other ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
+    """
+
+    def __init__(self, count_bytes: Callable[[], int] = lambda: 0) -> None:
+        self._process, self._count_bytes = psutil.Process(), count_bytes
+        self._ignored_threads = {thread.id for thread in self._process.threads()} - {self._process.pid}
+        self._ignored_files, self._ignored_children = set(os.listdir("/proc/self/fd")), self._children()
+        self._previous: tuple[float, set[str], int, int] = 0.0, set(), 0, 0
+
+    def has_moved(self, seconds: float) -> bool:
+        """Whether anything moved in the `seconds` since the last call, which another thread than the main one makes."""
+        try:
+            previous, self._previous = self._previous, self._measure()
+        except (OSError, psutil.Error):  # something ended meanwhile, or a file was renamed
+            return True
+        return self._previous[1:] != previous[1:] or self._previous[0] - previous[0] >= MIN_CPU_SHARE * seconds
+
+    def _children(self) -> set[int]:
+        children = set[int]()
+        for thread in os.listdir("/proc/self/task"):  # psutil would read all processes of the host
+            with contextlib.suppress(OSError):  # it has ended
+                text = Path(f"/proc/self/task/{thread}/children").read_text(encoding="ascii")
+                children |= set(map(int, text.split()))
+        return children
+
+    def _measure(self) -> tuple[float, set[str], int, int]:
+        """(processor seconds, what each thread and process has read and written, bytes received, `count_bytes`)."""
+        threads = [
+            t for t in self._process.threads() if t.id not in self._ignored_threads | {threading.get_native_id()}
+        ]
+        cpu_seconds = sum(thread.user_time + thread.system_time for thread in threads)
+        folders = [f"self/task/{thread.id}" for thread in threads]
+        for child in self._children() - self._ignored_children:
+            with contextlib.suppress(psutil.Error):
+                cpu_seconds += sum(psutil.Process(child).cpu_times()[:2])
+                folders.append(str(child))
+        transfers = set[str]()
+        for folder in folders:
+            with contextlib.suppress(OSError):  # it has ended, or the kernel does not count this
+                transfers.add(Path(f"/proc/{folder}/io").read_text(encoding="ascii"))
+        return cpu_seconds, transfers, self._count_received_bytes(), self._count_bytes()
+
+    def _count_received_bytes(self) -> int:
+        num_bytes = 0
+        for file in set(os.listdir("/proc/self/fd")) - self._ignored_files:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if not os.readlink(f"/proc/self/fd/{file}").startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(file))) as connection:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_RECEIVED + 8)
+                    num_bytes += struct.unpack_from("=Q", info, TCP_INFO_RECEIVED)[0]
+        return num_bytes

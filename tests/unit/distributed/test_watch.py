@@ -15,8 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from trainer.distributed import watch
-from trainer.distributed.watch import Watchdog
-from trainer.distributed.work import WorkMeter
+from trainer.distributed.watch import Watchdog, WorkMeter
 
 # --- signals ---
 
