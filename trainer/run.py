@@ -24,8 +24,13 @@ from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import find_launch_warning, read_launch_environment
 from trainer.distributed.machine import find_gpu_problem
-from trainer.distributed.preflight import config_digest, program_facts, refuse_differences, short_digest
-from trainer.distributed.process_group import DistContext
+from trainer.distributed.process_group import (
+    DistContext,
+    config_digest,
+    program_facts,
+    refuse_differences,
+    short_digest,
+)
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files

@@ -17,8 +17,8 @@ from helpers.matrix import assert_resumed_bitwise, launch_jobs, make_job, read_j
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from transformers import AutoModelForCausalLM
 
-from trainer.distributed import cuda_graphs
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
+from trainer.distributed import execution
+from trainer.distributed.execution import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
@@ -54,7 +54,7 @@ class FakeCapturedGraph:
 @pytest.fixture
 def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CUDAGraphRunner]:
     """A function: a runner of a tiny GPT-2 in training."""
-    monkeypatch.setattr(cuda_graphs, "CapturedGraph", FakeCapturedGraph)
+    monkeypatch.setattr(execution, "CapturedGraph", FakeCapturedGraph)
     monkeypatch.setattr(FakeCapturedGraph, "instances", [])
 
     def make(dropout: float = 0.0) -> CUDAGraphRunner:
@@ -145,7 +145,7 @@ def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_us
     runner = make_runner()
     StaleGraph.weight = dict(runner.stepper.loss_module.named_parameters())["causal.transformer.h.1.mlp.c_fc.weight"]
     StaleGraph.number = int(kind == "accumulate")
-    monkeypatch.setattr(cuda_graphs, "CapturedGraph", StaleGraph)
+    monkeypatch.setattr(execution, "CapturedGraph", StaleGraph)
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 3))
     assert FakeCapturedGraph.instances[StaleGraph.number].num_replays == 1
     assert f"the recording of {kind} 2x16 and the eager step are " in runner.capture_error
@@ -161,7 +161,7 @@ def test_a_recording_is_verified_with_the_dropout_masks_of_the_eager_call(make_r
 def test_a_capture_that_fails_leaves_the_masks_of_all_later_steps_and_says_the_cause(make_runner, monkeypatch):
     fail = raise_when(CAPTURING, echo="operation failed due to a previous error during capture")
     runner = make_runner(dropout=0.1)
-    monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail)
+    monkeypatch.setattr(execution, "CapturedGraph", fail)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     following = torch.rand(3)
     check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
@@ -174,8 +174,8 @@ def test_after_a_failed_capture_what_was_recorded_before_is_not_replayed(make_ru
     runner = make_runner()
     check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 1))
     replays = [graph.num_replays for graph in FakeCapturedGraph.instances]
-    monkeypatch.setattr(cuda_graphs, "CapturedGraph", raise_when(f"{CAPTURING}\nmore lines"))
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_CALLS", 0)
+    monkeypatch.setattr(execution, "CapturedGraph", raise_when(f"{CAPTURING}\nmore lines"))
+    monkeypatch.setattr(execution, "NUM_WARMUP_CALLS", 0)
     check_steps(runner, [[1, 2]] * 2)  # the first one's recording fails
     assert runner.capture_error == EAGER + CAPTURING
     assert [graph.num_replays for graph in FakeCapturedGraph.instances] == replays
@@ -190,7 +190,7 @@ def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recordi
 ):
     runner = make_runner()
     check_steps(runner, [[2, 2]] * NUM_WARMUP_CALLS)
-    monkeypatch.setattr(FakeCapturedGraph if part == "replay" else cuda_graphs, part, fail_without_memory)
+    monkeypatch.setattr(FakeCapturedGraph if part == "replay" else execution, part, fail_without_memory)
     check_steps(runner, [[2, 2]] * 2)
     assert runner.capture_error == f"{EAGER}CUDA out of memory"
 

@@ -17,7 +17,7 @@ from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import NUM_STEPS, RunDifference, launch_jobs, make_argv, make_job, read_job_result, run_jobs
 from helpers.process_groups import reproducible_records
 
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
+from trainer.distributed.execution import NUM_WARMUP_CALLS
 from trainer.model.attention import Dropout
 
 
@@ -25,9 +25,9 @@ def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
     """`matrix.run_jobs`; what a GPU would record is done again at each replay."""
     from test_cuda_graphs import FakeCapturedGraph
 
-    from trainer.distributed import cuda_graphs
+    from trainer.distributed import execution
 
-    cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
+    execution.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
     return run_jobs(jobs)
 
 
@@ -40,12 +40,12 @@ def run_with_a_failed_recording(jobs: list[dict[str, Any]]) -> int:
 
 
 def fail_to_record(reason: str) -> None:
-    from trainer.distributed import cuda_graphs
+    from trainer.distributed import execution
 
     def fail(*_: Any) -> None:
         raise RuntimeError(reason)
 
-    cuda_graphs.CapturedGraph = fail  # type: ignore[misc, assignment]
+    execution.CapturedGraph = fail  # type: ignore[misc, assignment]
 
 
 def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:

@@ -18,9 +18,8 @@ from torch.nn import functional
 from trainer.config.errors import TrainingError, first_line
 from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import Completion, decode
-from trainer.distributed.execution import ExecutionPlan, cast_frozen_weights
+from trainer.distributed.execution import NUM_WARMUP_CALLS, CUDAGraphRunner, ExecutionPlan, cast_frozen_weights
 from trainer.distributed.machine import peak_memory_bytes, tune_malloc
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.state_dict import EngineState

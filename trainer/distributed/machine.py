@@ -147,3 +147,14 @@ def find_free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def refuse_full_disk(folder: Path, checkpoint_bytes: float) -> None:
+    """UserError where the disk of the run folder cannot take a checkpoint."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < checkpoint_bytes:
+        raise UserError(
+            f"{folder}: {free_bytes / 2**20:,.0f} MiB are free and a checkpoint takes {checkpoint_bytes / 2**20:,.0f}; "
+            "name another folder with --output-dir"
+        )

@@ -22,7 +22,7 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import resolve_model_path
-from trainer.distributed.preflight import config_digest
+from trainer.distributed.process_group import config_digest
 from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,

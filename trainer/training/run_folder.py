@@ -24,7 +24,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import list_some
 from trainer.data.dataset import resolve_cache_dir
 from trainer.distributed.joining import MAX_HOSTS_SHOWN
-from trainer.distributed.preflight import refuse_full_disk
+from trainer.distributed.machine import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations

@@ -35,8 +35,7 @@ from trainer.distributed.memory import (
     estimate_rank_memory,
     required_bytes,
 )
-from trainer.distributed.preflight import config_digest, package_version
-from trainer.distributed.process_group import DistContext
+from trainer.distributed.process_group import DistContext, config_digest, package_version
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
 from trainer.training.schedule import TrainSchedule, describe_schedule

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.distributed import cuda_graphs
+from trainer.distributed import execution
 
 
 class FakeState:
@@ -71,7 +71,7 @@ class FakeCudaDevice:
 def test_after_a_capture_that_fails_anywhere_the_next_dropout_draws_as_if_there_had_been_none(failing, monkeypatch):
     device = FakeCudaDevice(monkeypatch)
     device.dropout()
-    with pytest.raises(RuntimeError), cuda_graphs._restored_on_failure(torch.device("cuda", 0), "pool"):
+    with pytest.raises(RuntimeError), execution._restored_on_failure(torch.device("cuda", 0), "pool"):
         device.capture(failing)
     device.dropout()
     assert (device.state.offset, device.stream) == (8, "main")

@@ -12,7 +12,7 @@ from helpers.engines import context_of_hosts
 from transformers import GPT2Config, PreTrainedConfig
 
 from trainer.config.errors import UserError
-from trainer.distributed import joining, machine, preflight
+from trainer.distributed import joining, machine, process_group
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
@@ -162,7 +162,7 @@ MANY = {f"fact {number}": number for number in range(9)}
 def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_of_ranks, expected):
     context = context_of_hosts(*hosts, gather=lambda _: list(facts_of_ranks))
     with pytest.raises(UserError, match=f"^{expected}$") if expected else contextlib.nullcontext():
-        preflight.refuse_differences(context, facts_of_ranks[0])
+        process_group.refuse_differences(context, facts_of_ranks[0])
 
 
 @pytest.mark.parametrize(
@@ -178,17 +178,21 @@ def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expe
 
 def test_versions_the_programs_files_and_every_setting_are_facts():
     settings = {"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}
-    facts = preflight.program_facts(simulated_context(1, "cpu"), settings, {"--resume": None})
+    facts = process_group.program_facts(simulated_context(1, "cpu"), settings, {"--resume": None})
     assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
-    assert facts["this program"] == preflight.program_facts(simulated_context(1, "cpu"), {}, {})["this program"]
+    assert facts["this program"] == process_group.program_facts(simulated_context(1, "cpu"), {}, {})["this program"]
 
 
 def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_digest(monkeypatch):
     config, to_dict = GPT2Config(), PreTrainedConfig.to_dict
-    before = preflight.config_digest(config)
+    before = process_group.config_digest(config)
     monkeypatch.setattr(PreTrainedConfig, "to_dict", lambda self: {**to_dict(self), "new_key": None})
-    assert preflight.config_digest(config) == before != preflight.config_digest(GPT2Config(layer_norm_epsilon=1e-6))
+    assert (
+        process_group.config_digest(config)
+        == before
+        != process_group.config_digest(GPT2Config(layer_norm_epsilon=1e-6))
+    )
 
 
 @pytest.mark.parametrize("is_folder_closed", [False, True])
@@ -202,18 +206,18 @@ def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(is_folder
     monkeypatch.setattr(Path, "read_bytes", deny)
     monkeypatch.setattr(Path, "exists", deny if is_folder_closed else lambda _: True)
     monkeypatch.setattr(Path, "is_file", deny if is_folder_closed else lambda _: True)
-    monkeypatch.setattr(preflight, "_source_version", lambda: "")
+    monkeypatch.setattr(process_group, "_source_version", lambda: "")
     settings = {"engine": {"ds_config": "z.json"}, "data": {"chat_template": "c.jinja"}}
-    facts = preflight.program_facts(simulated_context(1, "cpu"), settings, {})
+    facts = process_group.program_facts(simulated_context(1, "cpu"), settings, {})
     assert not [name for name in facts if "content" in name]
     with pytest.raises(UserError, match=r"--ds-config z\.json: cannot be read \(permission denied: let this user"):
         read_deepspeed_file("z.json")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
-    preflight.refuse_full_disk(tmp_path / "runs" / "new", 1000)
+    machine.refuse_full_disk(tmp_path / "runs" / "new", 1000)
     with pytest.raises(UserError, match=r"[\d,]+ MiB are free and a checkpoint takes 1,000,000,000; .*--output-dir"):
-        preflight.refuse_full_disk(tmp_path / "runs" / "new", 1e9 * 2**20)
+        machine.refuse_full_disk(tmp_path / "runs" / "new", 1e9 * 2**20)
 
 
 @pytest.mark.parametrize(("failing", "message"), [({2}, "on h2 (rank 2): no such file"), ({0, 2}, "no such file")])

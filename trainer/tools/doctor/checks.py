@@ -19,7 +19,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed import machine
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.memory import required_bytes
-from trainer.distributed.preflight import package_version
+from trainer.distributed.process_group import package_version
 from trainer.training.run_plan import RunPlan
 
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")

@@ -20,9 +20,8 @@ from trainer.config.errors import UserError
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
-from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.deepspeed_config import read_deepspeed_file
-from trainer.distributed.execution import find_eager_reason
+from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS, find_eager_reason
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.config.cli import CliArgs, to_argv
 from trainer.config.text import format_duration
 from trainer.data.dataset import PreparedDataset
-from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
+from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
 from trainer.training.run_plan import RunPlan
