@@ -1,5 +1,6 @@
 """A tiny GPT-2 and tiny data, made once per session from seeds."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.gpu_visibility import hide_gpus
 
+gc.disable()  # until all is imported, which makes many objects and no garbage
 hide_gpus()  # before anything is imported that counts them, and before the server that ranks are forked from
 from trainer.distributed.launch_environment import set_library_environment, without_launcher  # noqa: E402
 
@@ -25,6 +27,12 @@ def pytest_xdist_auto_num_workers() -> Iterator[int]:
     """One more than there are cores: while a test waits for what it has stopped, frozen or killed, another goes on."""
     count = yield
     return count if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else count + 1
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look through what is imported again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What the server has behind it that ranks are forked from: imports, and what transformers computes once a process."""
 
+import gc
 import importlib
 import os
 
@@ -8,6 +9,7 @@ os.environ["PYTHONPATH"] = path
 if not path:
     del os.environ["PYTHONPATH"]
 
+gc.disable()  # what is imported stays; and a rank that looked through it would copy its pages
 MODULES = [
     "trainer.run",
     "trainer.export.export_cli",
@@ -26,3 +28,5 @@ MODULES = [
 for name in MODULES:
     importlib.import_module(name)
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
+gc.freeze()
+gc.enable()
