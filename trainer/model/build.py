@@ -62,20 +62,16 @@ def build_model(
 ) -> TrainableModel:
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
-    `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
-    before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own; `as_stored`:
-    weights of a file of one type stay in it until `to_float32`; `with_values`: False for a rank that is sent them:
-    memory that nobody writes to, which takes none, and nothing is read. UserError where the model or a target is not
-    there.
-
-    Weights whose type is not changed lie in the file, which all processes of a machine map into the same memory.
+    `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: of the weights before any adapter or
+    packing; `device`: where a quantised base is packed and stays; `as_stored`: weights of a file of one type stay in it
+    until `to_float32`, mapped into the same memory by all processes of a machine; `with_values`: False for a rank that
+    is sent them: memory that nobody writes to, which takes none. UserError where the model or a target is not there.
     """
     settings, source = lora.adopt_adapter(settings), find_model(settings.model.model)
     config, quant, dtype = load_config(settings.model), settings.model.quant, torch.float32
     with_values = with_values and not on_meta
     if settings.model.init == "pretrained" and (Path(source.path).is_dir() or with_values):
-        # Names and shapes first, which takes no memory: a wrong size in config.json could fill it, and a plan is of
-        # weights that can be loaded.
+        # Names and shapes first, which takes no memory: a wrong size in config.json could fill it.
         _load_pretrained(settings.model, config, dtype, device_map={"": "meta"})
         reads_base = settings.mode == "lora" and settings.lora.kind not in ("lora", "rslora", "dora")
         if (as_stored or quant) and not reads_base:
@@ -97,13 +93,11 @@ def build_model(
             "parameters": sum(p.numel() for p in causal.parameters()),
             "fingerprint": compute_fingerprint(causal) if with_fingerprint and with_values else None,
             "lora_targets": [],
-            "not_adapted": [],
         }
         module: Any = causal
         initial_adapter: dict[str, Tensor] = {}
         if settings.mode == "lora":
             target_modules = lora.resolve_target_modules(causal, settings.lora)
-            metadata["not_adapted"] = lora.find_unadapted_weights(causal)
             if quant:
                 metadata["frozen_bytes"] = quantization.count_quantized_bytes(causal, settings.model)
                 if not on_meta:
@@ -153,8 +147,7 @@ def to_float32(module: nn.Module) -> None:
 def fuse_gelu(causal: nn.Module) -> None:
     """Compute GPT-2's activation (the tanh form of GELU, Hendrycks and Gimpel, arXiv 1606.08415) in one kernel.
 
-    transformers writes the same formula as eight operations, which read and write the widest tensors of a block over
-    and over and keep four of them for backward instead of one. The configuration stays as it is.
+    transformers writes it as eight operations, which keep four of a block's widest tensors for backward.
     """
     for name, module in list(causal.named_modules(remove_duplicate=False)):
         if isinstance(module, NewGELUActivation):

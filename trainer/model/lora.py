@@ -73,13 +73,6 @@ def _ends_with(name: str, suffix: str) -> bool:
     return f".{name}".endswith(f".{suffix}")  # whole parts of the name
 
 
-def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
-    """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
-    put on them, whatever is asked for."""
-    stacked = [name for name, parameter in causal.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    return sorted({".".join(name.split(".")[-2:]) for name in stacked})
-
-
 def add_adapters(
     causal: PreTrainedModel, settings: LoraSettings, target_modules: list[str], *, with_values: bool = True
 ) -> Any:

@@ -408,8 +408,6 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append("--score: ignored with --export none, which leaves the test records unseen")
     if ties := describe_bf16_ties(model_info.get("bf16_ties", 0.0)):
         notes.append(WARNING + ties)
-    if not_adapted := model_info.get("not_adapted"):
-        notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     return notes
 
 

@@ -19,7 +19,7 @@ from trainer.tracking.records import EventRecord
 HOSTILE = "t<b>|`x``\x1b[2J\n# big\n[a](javascript:1)\udcff.jsonl"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(name=st.text(st.characters(codec=None), min_size=1, max_size=20).filter(lambda text: "/" not in text))
 @example(name=HOSTILE)
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -1,7 +1,6 @@
 """A trial is run by one worker at a time, taken up where a dead one left it, and its result is written once."""
 
 import math
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.fake_runs import make_run_folder
+from helpers.launch_ranks import MP_CONTEXT, make_process
 from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_rule, make_trial
 
@@ -63,7 +63,7 @@ def hold_trial(folder: str) -> None:
 
 
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up(tmp_path, exit_codes):
-    worker = multiprocessing.get_context("spawn").Process(target=hold_trial, args=(str(tmp_path),))
+    worker = make_process(target=hold_trial, args=(str(tmp_path),))
     worker.start()
     wait_until((tmp_path / "held").exists, 60)
     assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
@@ -91,9 +91,8 @@ def run_until_nothing_is_left(folder: str, start: Any) -> None:
 
 
 def test_workers_that_race_run_each_trial_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(3)
-    workers = [context.Process(target=run_until_nothing_is_left, args=(str(tmp_path), start)) for _ in range(3)]
+    start = MP_CONTEXT.Barrier(3)
+    workers = [make_process(target=run_until_nothing_is_left, args=(str(tmp_path), start)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
