@@ -259,9 +259,7 @@ def test_no_suggestion_leads_to_another_refusal():
         "--min-lr": "--lr=9",
         "--allow-change": "--resume",
     }
-    for name, value in itertools.product(
-        {*OURS, *KNOWN, *TABLE["elsewhere"]} - {"help", "config"}, ("", "3")
-    ):
+    for name, value in itertools.product({*OURS, *KNOWN, *TABLE["elsewhere"]} - {"help", "config"}, ("", "3")):
         argv = ["--mode=lora", "--model=m", f"--{name[:-1]}_{name[-1]}", *([value] if value else [])]
         try:
             lines = list(cli.parse_args(argv).notes)
