@@ -112,16 +112,15 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
 
     def prepare_folder() -> Path:
         """Downloaded, hashed and tokenised by one rank of each host, then read by all of it."""
-
         log = partial(print, flush=True) if context.rank == 0 else lambda line: None
-        max_positions = get_max_positions(load_config(settings.model))
-        options: dict[str, Any] = {
-            "model": settings.model.model,
-            "global_batch": settings.train.global_batch,
-            "log": log,
-        }
-        options |= {"max_positions": max_positions, "heartbeat": context.watchdog.heartbeat}
-        folder = prepare(settings.data, **options).folder
+        folder = prepare(
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)),
+            log=log,
+            heartbeat=context.watchdog.heartbeat,
+        ).folder
         with_weights = settings.model.init == "pretrained" and not args.dry_run  # now that the data are right
         source = find_model(settings.model.model)
         hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
@@ -150,7 +149,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
         in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []
-        show_plan([*plan.sections(), *in_use])
+        show_plan([*plan.sections(), *in_use], plan.set_by_user())
     if args.dry_run:
         return 0
     if args.find_batch:

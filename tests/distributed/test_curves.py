@@ -88,17 +88,6 @@ def test_the_committed_loss_curves_are_unchanged(name, computed_curves):
     assert all(worst[key] <= RELATIVE_TOLERANCE[key] for key in RELATIVE_TOLERANCE), worst
 
 
-def test_the_committed_loss_curves_would_show_a_change():
-    for name in RUNS:
-        rows = json.loads((CURVES / f"{name}.json").read_text())["rows"]
-        steps = [row for row in rows if row["kind"] == "step"]
-        assert [row["step"] for row in steps] == list(range(1, 11))
-        evals = [row["loss"] for row in rows if row["kind"] == "eval"]
-        assert len(evals) == 3
-        assert evals[-1] < evals[0] * (1 - 1000 * RELATIVE_TOLERANCE["loss"]), "it learns"
-        assert all(row["grad_norm"] > 1 for row in steps[:3]), "clipping is at work"
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         for name, curve in compute_curves(Path(scratch)).items():

@@ -55,6 +55,14 @@ def test_a_validation_set_that_was_trained_on_is_a_warning_of_the_plan_and_no_gr
         plan_run(leaked[:-1], simulated_context(1), on_meta=True)
 
 
+def test_the_plan_marks_the_lines_that_follow_from_a_flag(argv):
+    plan = plan_run([*argv, "--test-fraction", "0.2", "--score", "f1"], simulated_context(1), on_meta=True).plan
+    unmarked = {name for name, _ in plan.summary_lines()} - plan.set_by_user()
+    assert unmarked == {
+        *("run", "you set (*)", "trainable", "example", "padding", "precision", "ZeRO file", "execution", "output")
+    }
+
+
 def test_the_plan_says_the_padding(argv):
     single = dict(plan_run(argv, simulated_context(1), on_meta=True).plan.summary_lines())
     lines = dict(plan_run([*argv, "--packing"], simulated_context(1), on_meta=True).plan.summary_lines())

@@ -96,9 +96,3 @@ def test_a_resumed_run_has_each_evaluation_of_each_record_once(best_run, tmp_pat
     for key, rows in before[1].items():
         assert rows.equals(after[1][key]), key
     assert before[1][after[0][-1]["step"], "test"]["score_f1"].notna().all(), "texts and scores, too"
-
-
-@pytest.mark.slow
-def test_a_rate_that_moves_no_weight_forgets_nothing(split_argv, tmp_path):
-    train([*split_argv, "--mode", "lora", "--lr", "1e-30", "--max-steps", "2"], out=tmp_path / "still", world_size=1)
-    assert read_folder(tmp_path / "still").forgetting == 0

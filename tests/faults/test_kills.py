@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.engines import save_stub_checkpoint
-from helpers.launch_ranks import FRESH_EXPORT, TRAIN_SCRIPT, run_on_ranks, train
+from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, train
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
     FORWARD,
@@ -270,40 +269,6 @@ def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Itera
         yield run
     finally:
         run.kill()
-
-
-LOOK_AT_LAUNCHERS = """
-import os, sys, time
-from trainer.distributed.watch import find_launchers
-starter = int(sys.argv[1])
-while sys.argv[2] == "gone" and os.getppid() == starter:
-    time.sleep(0.01)
-print(all(is_attached() for _, is_attached in find_launchers({"CROSS_SIZE": "1"})))
-"""
-
-
-@pytest.mark.parametrize(
-    ("launcher", "is_session_leader", "expected"),
-    [
-        ("there", True, True),  # started by sshd, as pdsh does it: the login shell leads a session
-        ("gone", False, False),  # it ended before the rank looked: who takes in orphans is above the rank
-    ],
-)
-def test_a_launcher_is_known_by_session_and_parent_alone(launcher, is_session_leader, expected):
-    """Nothing is read of command lines: this launcher's holds neither `deepspeed` nor the script."""
-    starter = (
-        "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid()), "
-        "sys.argv[2]]); sys.argv[2] == 'gone' or child.wait()"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher],
-        cwd=Path(TRAIN_SCRIPT).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        start_new_session=is_session_leader,
-    )
-    assert process.stdout.strip() == str(expected), process.stderr
 
 
 def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(argv, uninterrupted_records, out):

@@ -8,7 +8,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -191,26 +191,27 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
     sys.stdout.flush()
 
 
-def show_plan(sections: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> None:
-    """Print the sections of a plan, (heading, lines)."""
+def show_plan(sections: Iterable[tuple[str, Sequence[tuple[str, str]]]], set_by_user: Container[str] = ()) -> None:
+    """Print the sections of a plan, (heading, lines); a `*` stands before the lines that the user decided."""
     for heading, lines in sections:
         if heading and lines:
             make_console().print(heading, style="bold", markup=False)
             printed_lines.append(heading)
-        rows = [(f"  {key}", escape_controls(value)) for key, value in lines]
+        rows = [(f"{'* ' if key in set_by_user else '  '}{key}", escape_controls(value)) for key, value in lines]
         show_lines(rows, min_width=2 + KEY_WIDTH)
 
 
 def show_lines(lines: Sequence[tuple[str, str]], min_width: int = 0, *, folds: bool = True) -> None:
     """Print `key  value` lines, the values aligned; the lines of a text go on under its first, as does on a terminal
-    what is long, unless `folds` is False: a command is copied whole. Warnings are yellow there."""
+    what is long, unless `folds` is False: a command is copied whole. Warnings are yellow there, and what the user
+    decided is bright."""
     width = max([min_width, *(len(key) for key, _ in lines)])
     grid = Table.grid(Column(width=width, no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for key, value in lines:
         parts = list(map(escape_controls, value.expandtabs(4).split("\n")))
         plain = [f"{key if number == 0 else '':<{width}}  {part}" for number, part in enumerate(parts)]
         printed_lines.extend(plain)
-        style = WARNING_STYLE if key.strip() == "warning" else ""
+        style = WARNING_STYLE if key.strip() == "warning" else "bold cyan" if key.startswith("* ") else ""
         grid.add_row(Text(key, style="" if style else "bold"), Text("\n".join(parts)), style=style)
         if not is_terminal() or not folds:
             print("\n".join(plain))

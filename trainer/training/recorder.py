@@ -63,7 +63,7 @@ class Recorder:
     def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
         schedule, output = self.plan.schedule, self.plan.settings.output
         rows_file, evaluations = self.folder / METRICS_FILE, self.folder / EVAL_RECORDS_FOLDER
-        show_plan(self.plan.sections())
+        show_plan(self.plan.sections(), self.plan.set_by_user())
         if is_resumed:
             if rows_file.exists():
                 self.num_truncated = rewind(rows_file, state.step or -1, eval_pending=state.eval_pending)

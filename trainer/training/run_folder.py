@@ -144,6 +144,21 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
+def refuse_unreadable(path: Path) -> None:
+    """UserError where metrics.jsonl or eval_records/ cannot be read."""
+    problem = ""
+    try:
+        if path.name == EVAL_RECORDS_FOLDER:
+            problem = "; ".join(f"{file.name}: {what}" for file, what in find_damaged_evaluations(path).items())
+        elif path.exists():
+            deque(read_records(path), maxlen=0)
+    except (OSError, ValueError) as error:
+        problem = str(error).removeprefix(str(path)).lstrip(":, ")
+    if problem:
+        remedy = f"restore it, or have `python launch/doctor.py --check-run {path.parent} --move-aside` put it aside"
+        raise UserError(f"--resume: {path}: {problem}; {remedy}")
+
+
 def find_resume_source(folder: Path, which: str, *, base: str, allows_records: bool) -> tuple[Checkpoint | None, str]:
     """(the checkpoint that --resume goes on from, how rows and evaluations differ from when it was saved).
 
@@ -157,9 +172,8 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
     if which == "latest" and not any_checkpoint(folder / "checkpoints"):
         refuse_unreadable(rows)
         records = read_records(rows, with_steps=False) if rows.exists() else ()
-        events = [record for record in records if isinstance(record, EventRecord)]
-        saved_steps = [event.step for event in events if event.event in ("checkpoint", "finished")]
-        trace = f"by its rows it saved one after step {saved_steps[-1]}" if saved_steps else ""
+        saved = [r.step for r in records if isinstance(r, EventRecord) and r.event in ("checkpoint", "finished")]
+        trace = f"by its rows it saved one after step {saved[-1]}" if saved else ""
         trace = trace or "it has exported a model" * (folder / "model").exists()
         if trace and not allows_records:
             raise UserError(
@@ -183,32 +197,17 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
     return source, "; ".join(f"{name}: {difference}" for name, difference in changes.items())
 
 
-def refuse_unreadable(path: Path) -> None:
-    """UserError where metrics.jsonl or eval_records/ cannot be read."""
-    problem = None
-    try:
-        if path.name == EVAL_RECORDS_FOLDER:
-            problem = next((f"{file.name}: {what}" for file, what in find_damaged_evaluations(path).items()), None)
-        elif path.exists():
-            deque(read_records(path), maxlen=0)
-    except (OSError, ValueError) as error:
-        problem = str(error).removeprefix(str(path)).lstrip(":, ")
-    if problem:
-        raise UserError(
-            f"--resume: {path}: {problem}; restore it, or have `python launch/doctor.py --check-run {path.parent} "
-            "--move-aside` put aside what cannot be read"
-        )
-
-
 def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
     """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
-    rows, evaluations = source.metadata["records"], source.metadata["evaluations"]
-    is_pending, folder = source.train_state.eval_pending, run_folder / EVAL_RECORDS_FOLDER
-    changes = {
-        METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, rows, source.step, eval_pending=is_pending),
-        EVAL_RECORDS_FOLDER: find_changed_evaluations(folder, evaluations, source.step, eval_pending=is_pending),
-    }
-    return {name: change for name, change in changes.items() if change is not None}
+    changes = {}
+    for name, find_change, digest in (
+        (METRICS_FILE, find_changed_rows, "records"),
+        (EVAL_RECORDS_FOLDER, find_changed_evaluations, "evaluations"),
+    ):
+        is_pending, path = source.train_state.eval_pending, run_folder / name
+        if change := find_change(path, source.metadata[digest], source.step, eval_pending=is_pending):
+            changes[name] = change
+    return changes
 
 
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:

@@ -45,6 +45,26 @@ OBJECTIVES = {
     "blocks": "blocks: loss on every token, records joined and cut",
     "completion": "completion: loss on completions (of chats the assistant's turns), one record a row",
 }
+#: line of the plan -> how the flags begin from which its value follows
+FLAGS_OF_LINES = {
+    "model": "--model --init --quant --dropout",
+    "trainable": "--lora- --adapter --modules-to-save --peft-config",
+    "data": "--data --block-size --max-samples",
+    "mixture": "--data",
+    "validation": "--val- --split-by",
+    "test": "--test-",
+    "format": "--format --prompt --completion --chat-template",
+    "objective": "--objective --prompt --completion",
+    "batch": "--global-batch --micro-batch --packing",
+    "padding": "--packing",
+    "steps": "--epochs --max-steps --global-batch",
+    "learning rate": "--lr --schedule --warmup- --min-lr",
+    "scores": "--score",
+    "precision": "--precision",
+    "ZeRO file": "--ds-config",
+    "execution": "--execution --activation-checkpointing",
+    "output": "--output-dir --run-name",
+}
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 WARNING = "warning: "  # how a note begins that a user must not miss
 NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
@@ -78,6 +98,13 @@ class RunPlan:
         """(what, value) lines of the plan for people, without the headings."""
         return [line for _, lines in self.sections() for line in lines]
 
+    def set_by_user(self) -> set[str]:
+        """The lines of the plan whose value follows from a flag that the user gave."""
+        flags = self.settings.overridden
+        return {
+            key for key, starts in FLAGS_OF_LINES.items() if any(f.startswith(tuple(starts.split())) for f in flags)
+        }
+
     def sections(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """(heading, (what, value) lines) of the plan for people: what is trained, on what, how and where; notes."""
         model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
@@ -105,7 +132,7 @@ class RunPlan:
         example, words = data_info["example"], to_argv(settings, {})[4:]  # behind mode and preset
         run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
-            ("you set", shlex.join(shorten(word, 60) for word in words) or "nothing"),
+            ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
         ]
         if self.spellings:
             run.append(("spellings", "; ".join(self.spellings)))

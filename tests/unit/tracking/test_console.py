@@ -172,11 +172,11 @@ def test_the_card_is_asked_for_by_its_preset_or_by_data_like_its_own(preset, rea
     assert is_asked_for(preset, reasons) is is_asked
 
 
-def test_the_printed_plan_has_groups(capsys):
+def test_the_printed_plan_has_groups_and_marks_what_the_user_set(capsys):
     how = [("batch", "8"), ("learning rate", "0.1 [linear]")]
-    show_plan([("", [("run", "lora")]), ("How", how), ("Notes", []), ("", [("warning", "w")])])
+    show_plan([("", [("run", "lora")]), ("How", how), ("Notes", []), ("", [("warning", "w")])], {"learning rate"})
     assert capsys.readouterr().out == (
-        "  run            lora\nHow\n  batch          8\n  learning rate  0.1 [linear]\n  warning        w\n"
+        "  run            lora\nHow\n  batch          8\n* learning rate  0.1 [linear]\n  warning        w\n"
     )
 
 

@@ -1,7 +1,6 @@
-"""The learning rate: linear warm-up, linear to zero, number by number as Hugging Face's scheduler."""
+"""The learning rate, number by number that of Hugging Face's schedulers, and when an evaluation is due."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,27 +11,6 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.cli import parse_args
 from trainer.config.settings import resolve
 from trainer.training.schedule import TrainSchedule, learning_rate
-
-CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
-
-
-@pytest.mark.parametrize(
-    ("options", "steps", "expected"),
-    [
-        (CARD, (0, 19_862, 19_863), (3e-5, 3e-5 / 19_863, 0.0)),
-        ({}, range(9), [1 - step / 8 for step in range(9)]),
-        ({"warmup_steps": 4}, range(9), [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]),
-        ({}, [12], [0.0]),
-        ({"warmup_steps": 8}, [9], [0.0]),
-        ({"min_lr": 0.2}, (0, 4, 8, 9), [1.0, 0.6, 0.2, 0.2]),
-    ],
-)
-def test_the_rate_rises_from_zero_to_the_peak_and_falls_by_equal_steps_to_the_minimum(
-    options: dict[str, Any], steps: Iterable[int], expected: list[float]
-) -> None:
-    """Without warm-up the first step has the peak, and the last one a decay step above the minimum."""
-    options = {"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, **options}
-    assert [learning_rate(step, **options) for step in steps] == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 0.06])
