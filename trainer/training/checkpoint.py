@@ -62,8 +62,6 @@ class _EvaluationsDigest(BaseModel):
 
 
 class _StateJson(BaseModel):
-    """The content of state.json, beside its own checksum."""
-
     format: Literal[3]
     run_id: RunId
     mode: Mode
@@ -104,7 +102,6 @@ class Checkpoint:
         return TypeAdapter(TrainState).validate_python(self.metadata["progress"])
 
     def find_damage(self) -> str | None:
-        """What is wrong with its tensors; None where they are whole."""
         path = self.folder / STATE_FILE
         try:
             with open_plain_file(path) as file:
@@ -195,7 +192,6 @@ def hold_checkpoint(folder: Path, which: str, *, flag: str) -> Checkpoint:
 
 
 def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of all that have a checkpoint's name, oldest first."""
     matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
     return sorted((int(match[1]), path) for match, path in matches if match)
 

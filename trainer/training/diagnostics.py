@@ -45,7 +45,6 @@ class Diagnostic:
     remedy: str  #: a flag with a value, as it would be typed
 
     def to_record(self, step: int, time: float) -> EventRecord:
-        """The event that keeps it; its message is the one line for the console."""
         topic = TOPICS[self.code]
         message = f"{topic}: {self.seen}. Likely cause: {self.cause}; try {self.remedy}"
         facts = {"topic": topic, **vars(self)}
@@ -142,7 +141,6 @@ class DiagnosticsMonitor:
         return self._select_new([*self._apply_rules(record), *self._find_slow_parts(record.time - self._start_time)])
 
     def add_time(self, category: str, seconds: float) -> None:
-        """Count seconds that were spent on `data`, `logging` or `evaluation`."""
         self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
 
     def _select_new(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:

@@ -221,7 +221,6 @@ def score_records(
     texts = [texts_by_prompt[row.prompt] for row in rows]
 
     def score() -> tuple[dict[str, list[float | None]], dict[str, str]]:
-        """({scorer: score of each record}, {scorer: why there is none}), once they are written."""
         items, scores, failures = make_items(texts), {}, {}
         for scorer in settings.output.score:
             try:

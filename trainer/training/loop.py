@@ -48,7 +48,6 @@ def train(
     state, start_time = replace(state, stop_requested=False), time.perf_counter() - state.elapsed_seconds
 
     def stopwatch() -> float:
-        """Seconds since the run began, going on from where a resumed run stood."""
         return time.perf_counter() - start_time
 
     batches = schedule.batches(data.train, engine.dist_context.rank)

@@ -87,7 +87,6 @@ class Recorder:
             self.loggers.append(OptionalLogger("--profile", partial(ProfileLogger, self.folder, output.profile)))
 
     def log(self, record: Record) -> None:
-        """Log one record and nothing else."""
         for logger in self.loggers:
             logger.log(record)
 
@@ -96,7 +95,6 @@ class Recorder:
         self.log(EventRecord(event=event, step=state.step, message=message, time=time_now, facts=facts or {}))
 
     def begin(self, state: TrainState, source: Checkpoint | None) -> None:
-        """Log what there is to say before the first record: of a resumed run from where it goes on and what changed."""
         if "resumed" in self.metadata:
             origin, changes = source.folder.name if source else "the start", self.metadata["resumed"]["changed"]
             parts = [f"resumed from {origin}" + ": the run had no checkpoint" * (source is None)]
@@ -148,7 +146,6 @@ class Recorder:
         self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
 
     def digests(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the rows and the evaluations so far, on rank 0."""
         return {"records": self._rows.digest(), "evaluations": self._evaluations.digest()}
 
     def close(self, exit_code: int) -> None:
@@ -169,7 +166,6 @@ class Recorder:
             show_lines(self._describe_end(rows[-1]), folds=False)
 
     def _describe_end(self, end: Record) -> list[tuple[str, str]]:
-        """(what, value) lines on a finished run: what it took, where it is, and two commands to go on with."""
         assert isinstance(end, EventRecord), "a finished run's last row"
         facts, settings, folder = end.facts, self.plan.settings, shlex.quote(str(self.folder))
         took = f"{end.step:,} steps in {format_clock(facts['wall_seconds'])}, "

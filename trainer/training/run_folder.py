@@ -139,13 +139,11 @@ def begin_run(
 
 
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Put run.json there, whole or not at all. OSError where it cannot be written."""
     remove_leftovers(folder)
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
 def refuse_unreadable(path: Path) -> None:
-    """UserError where metrics.jsonl or eval_records/ cannot be read."""
     problem = ""
     try:
         if path.name == EVAL_RECORDS_FOLDER:
@@ -198,7 +196,6 @@ def find_resume_source(folder: Path, which: str, *, base: str, allows_records: b
 
 
 def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
-    """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
     changes = {}
     for name, find_change, digest in (
         (METRICS_FILE, find_changed_rows, "records"),

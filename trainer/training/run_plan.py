@@ -95,7 +95,6 @@ class RunPlan:
         return self.execution.precision
 
     def summary_lines(self) -> list[tuple[str, str]]:
-        """(what, value) lines of the plan for people, without the headings."""
         return [line for _, lines in self.sections() for line in lines]
 
     def set_by_user(self) -> set[str]:
@@ -188,7 +187,6 @@ class RunPlan:
         ]
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
-        """The content of run.json of a run that begins."""
         settings = self.settings
         return {
             "schema_version": SCHEMA_VERSION,
@@ -225,7 +223,6 @@ class RunPlan:
         }
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """What may not change when the run is resumed, beside data and precision."""
         return {**self.settings.fixed_on_resume(), "model_config": self.model_info["config"]}
 
     def resolved(self) -> dict[str, Any]:
@@ -251,7 +248,6 @@ class RunPlan:
 
     @property
     def incomparable_reasons(self) -> list[str]:
-        """Why the losses cannot be held against the card's."""
         return [*reference.disagreements(self.data_info, self.model_info), reference.UNKNOWN_REASON]
 
 
@@ -299,7 +295,6 @@ def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
 
 
 def _zero_3_problem(settings: Settings) -> str:
-    """Why a packed base cannot be trained under ZeRO 3; empty where it can."""
     other_files = "expected --ds-config zero0, zero1 or zero2"
     if settings.model.quant and settings.lora.adapter == "dora":
         return f"dora reads whole packed weights, which ZeRO 3 has divided; {other_files}, or another --adapter"
@@ -442,7 +437,6 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """{package: version} of what the numbers depend on; None where it is not installed."""
     return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
 
 

@@ -104,7 +104,6 @@ class TrainSchedule:
         return self.settings.train.num_warmup_steps(self.total_steps)
 
     def batches(self, dataset: TokenDataset, rank: int) -> TrainBatches:
-        """The global batches of the run, with this rank's share of each."""
         return TrainBatches(
             dataset=dataset,
             batch_config=self.batch,
@@ -124,7 +123,6 @@ class TrainSchedule:
         return step % self.steps_per_epoch == 0
 
     def is_eval_due(self, step: int) -> bool:
-        """Whether the validation set is evaluated after `step`; always at the end."""
         return step == self.total_steps or step % self._stride(self.settings.output.eval_every) == 0
 
     def is_save_due(self, state: TrainState) -> bool:

@@ -94,7 +94,6 @@ def check_references(names: Sequence[str], texts: Sequence[ScoredText], source: 
 
 
 def has_reference(name: str, reference: str | None) -> bool:
-    """Whether a reference holds what a scorer compares."""
     if reference is None or not reference.strip():
         return False
     return EXTRACTORS.get(name, str)(reference) is not None
@@ -212,7 +211,6 @@ def _f1(text: str, reference: str) -> float:
 
 @cache
 def _library_metric(name: str) -> Callable[[str, str], float]:
-    """sacrebleu's BLEU (of effective order) or chrF of one text, over 100, or rouge_score's F-measure of ROUGE-L."""
     if name == "rougeL":
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -281,7 +279,6 @@ def load_scorer(name: str) -> Callable[[str, str, str], Any]:
 
 
 def main() -> None:
-    """Load the scorer that the first message names, then answer each text, until the connection is closed."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the run ends
