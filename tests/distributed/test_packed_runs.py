@@ -48,9 +48,7 @@ def test_a_validation_set_that_was_trained_on_is_a_warning_of_the_plan_and_no_gr
     assert validation.startswith("25 examples (25 of 25 records are not new), ")
     kind, warning = lines[-1]
     assert kind == "warning"
-    assert re.fullmatch(
-        r"all 25 validation records are not new: 25 equal .*, so the validation loss means nothing", warning
-    )
+    assert re.fullmatch("25 of 25 validation records are not new: .*, so the validation loss means nothing", warning)
     with pytest.raises(UserError, match=r"25 of 25 validation records .* expected under 50%, or --allow-leakage"):
         plan_run(leaked[:-1], simulated_context(1), on_meta=True)
 

@@ -1,39 +1,54 @@
-"""A folder of prepared rows of token ids: named when it is whole, all of it covered by hashes; mapped, not read."""
+"""Prepared rows of token ids: a writer for each split, and their folder, named when whole, hashed, mapped."""
 
 import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.files import new_folder, path_from_environment, read_json_object, require_utf8_path
+from trainer.config.settings import DataSettings
+from trainer.data.chat import ChatTemplate, MaskError
+from trainer.data.formats import Example, content_hash
 from trainer.data.readers import open_bytes
+from trainer.data.tokenizer import Row, TokenIds, count_target_bytes, mark_targets
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Int64 = NDArray[np.int64]
-TokenIds = NDArray[np.uint32]
 FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
+MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
+MAX_REFERENCES = 16  # of one prompt that are kept
+#: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
+PROBLEMS = {
+    "too long": ("records are longer than --block-size {} tokens and are left out", "raise --block-size"),
+    "cut": ("conversations are cut at --block-size {} tokens", ""),
+    "tools": ("conversations have tools, which the chat template does not write", ""),
+    "unusable": (
+        "conversations cannot be trained on and are left out",
+        "correct them, leave them out with --unusable-records drop, or pass another --chat-template",
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """The examples of one split (training, validation, test or retain); row i is ids[offsets[i]:offsets[i + 1]].
+    """The examples of one split; row i is ids[offsets[i]:offsets[i + 1]].
 
     ids: [tokens] uint16 or uint32, memory-mapped; offsets: int64 [n + 1]; target_mask: uint8 [tokens], 1 for the target
     tokens, None: all but the first of each row, which nothing stands before to predict.
@@ -71,16 +86,6 @@ class TokenDataset:
         if self.target_mask is not None:
             return np.asarray(self.target_mask[self.offsets[i] : self.offsets[i + 1]], dtype=bool)
         return np.arange(self.offsets[i + 1] - self.offsets[i]) > 0
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One record as tokens; `prompt` and `completion` are the texts before and of its last target tokens."""
-
-    ids: TokenIds  #: [length]
-    is_target: NDArray[np.bool_]  #: [length]
-    prompt: str
-    completion: str
 
 
 NO_ROWS = TokenDataset(ids=np.empty(0, dtype=np.uint16), offsets=np.zeros(1, dtype=np.int64))
@@ -166,10 +171,8 @@ def map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_m
 
 def resolve_cache_dir() -> Path:
     """The cache folder: TRAINER_CACHE, or gpt2-full-vs-lora under the user's cache folder; made here."""
-    if os.environ.get("TRAINER_CACHE"):
-        cache_dir = path_from_environment("TRAINER_CACHE", "")
-    else:
-        cache_dir = path_from_environment("XDG_CACHE_HOME", "~/.cache") / "gpt2-full-vs-lora"
+    cache_dir = path_from_environment("XDG_CACHE_HOME", "~/.cache") / "gpt2-full-vs-lora"
+    cache_dir = path_from_environment("TRAINER_CACHE", str(cache_dir))
     require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -248,3 +251,156 @@ def load_or_build(
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was first
             raise _write_error(folder.parent, error) from error
     return load(folder, source=source)
+
+
+# --- what becomes of the records of one split ---
+
+
+class SplitWriter:
+    """Writes the rows of one split and hashes them; memory does not grow with them, but for ids of evaluation records.
+
+    counts: what run.json says of the split; problems: {what made no whole row: (how many records, where the first is)}.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        settings: DataSettings,
+        *,
+        is_blocks: bool,
+        dtype: str,
+        tokenizer: Any,
+        chat: ChatTemplate | None,
+        is_seen: Sequence[bool] = (),
+    ):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.tokenizer, self.chat, self._is_seen = tokenizer, chat, iter(is_seen)
+        self.block_size, self.is_blocks = settings.block_size, is_blocks
+        self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
+        self.problems: dict[str, tuple[int, str]] = {}
+        self.example = ""  # the first training row, with its target tokens marked
+        #: the first validation prompts, each with the records of it as (prompt, completion): references of one prompt
+        self.texts: dict[str, list[tuple[str, str]]] = {}
+        self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether the record was seen before)
+        self._files: dict[str, BinaryIO] = {
+            name: open(folder / f"{split}.{name}.bin", "wb")  # noqa: SIM115
+            for name in ("ids", "offsets", "mask")[: 2 if is_blocks else 3]
+        }
+        self._pending: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
+        self._pending_is_seen = np.empty(0, dtype=bool)  # whether each token of it is of a record that was seen
+        self._num_left_out = 0  # tokens of earlier tails
+        self._seen_blocks: list[bool] = []  # whether each block has such a token
+        self._hash = hashlib.sha256(f"blocks {self.block_size}\n".encode() if is_blocks else b"completion \n")
+        self._files["offsets"].write(bytes(8))
+
+    def add(self, example: Example, row: Row | MaskError) -> None:
+        """A record as a row, or joined to the text that is cut into blocks. A pair that is longer than a block is left
+        out, a conversation is cut; what cannot be trained on is counted."""
+        is_seen = next(self._is_seen, False)
+        if isinstance(row, MaskError):
+            self._add_problem("unusable", f"{example.where}: {row}")
+            return
+        ids, is_target = row.ids, np.arange(len(row.ids)) > 0
+        if not self.is_blocks:
+            ids, is_target = row.ids[: self.block_size], row.is_target[: self.block_size]
+            is_target[0] = False  # nothing stands before position 0 to predict it from
+            if self.chat is not None and not is_target.any():
+                problem = f"its assistant turns lie beyond --block-size {self.block_size} ({len(row.ids)} tokens)"
+                self._add_problem("unusable", f"{example.where}: {problem}")
+                return
+        self.counts["records"] += 1
+        if self.split == "val" and example.ids is None:
+            self._keep_text(row)
+        if len(row.ids) > self.block_size and not self.is_blocks:
+            self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
+            if self.chat is None:
+                return
+        if self.split == "train" and self.tokenizer is not None and not self.example:
+            self.example = mark_targets(self.tokenizer, ids, is_target)
+        if self.is_blocks:
+            self._add_blocks(ids, is_seen)
+            return
+        if example.conversation and example.conversation.tools and self.chat and "tools" not in self.chat.template:
+            self._add_problem("tools", example.where)
+        # the lengths go into the hash, or rows cut elsewhere would have the same one
+        mask = is_target.astype(np.uint8)
+        if self.chat is not None:
+            self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
+        else:
+            self._hash.update(np.asarray([len(ids), int(mask.argmax()) or 1], dtype="<u4").tobytes())
+        self._files["mask"].write(mask.tobytes())
+        self._append(ids[None], int(mask.sum()))
+        if self.split != "train":
+            group = None if example.group is None else f"{content_hash(example.group):016x}"
+            self.rows.append((f"{content_hash(example.content()):016x}", group, is_seen))
+
+    def _keep_text(self, row: Row) -> None:
+        key = row.prompt or f"record {self.counts['records']}"  # texts without a prompt share nothing
+        is_short = len(row.prompt) + len(row.completion) <= MAX_SAMPLE_CHARACTERS
+        if is_short and (key in self.texts or len(self.texts) < MAX_NUM_SAMPLES):
+            references = self.texts.setdefault(key, [])
+            references += [(row.prompt, row.completion)] if len(references) < MAX_REFERENCES else []
+
+    def _add_blocks(self, ids: TokenIds, is_seen: bool) -> None:
+        stream = np.concatenate([self._pending, ids])
+        full_length = len(stream) - len(stream) % self.block_size
+        blocks, self._pending = stream[:full_length].reshape(-1, self.block_size), stream[full_length:].copy()
+        seen_tokens = np.concatenate([self._pending_is_seen, np.full(len(ids), is_seen)])
+        self._seen_blocks += np.logical_or.reduce(seen_tokens[:full_length].reshape(blocks.shape), axis=1).tolist()
+        self._pending_is_seen = seen_tokens[full_length:]
+        self._append(blocks, len(blocks) * (self.block_size - 1))
+
+    def end_part(self, share: float) -> None:
+        """Let no block hold texts of two data sets that are mixed by weight."""
+        self._hash.update(f"{self.counts['examples']} {share!r}\n".encode())
+        self._num_left_out += len(self._pending)
+        self._pending, self._pending_is_seen = self._pending[:0], self._pending_is_seen[:0]
+
+    def _add_problem(self, kind: str, where: str) -> None:
+        number, first = self.problems.get(kind, (0, where))
+        self.problems[kind] = (number + 1, first)
+
+    def _append(self, rows: TokenIds, num_target_tokens: int) -> None:
+        num_rows, row_length = rows.shape
+        self._hash.update(rows.astype("<u4").tobytes())
+        self._files["ids"].write(rows.astype(self.dtype).tobytes())
+        ends = self.counts["tokens"] + row_length * np.arange(1, num_rows + 1, dtype="<i8")
+        self._files["offsets"].write(ends.tobytes())
+        self.counts["examples"] += num_rows
+        self.counts["tokens"] += num_rows * row_length
+        self.counts["num_target_tokens"] += num_target_tokens
+
+    def close(self) -> str:
+        """Close the files, and return the fingerprint of the rows, in hex."""
+        for file in self._files.values():
+            file.close()
+        return self._hash.hexdigest()
+
+    def notices(self, unusable_records: str) -> list[str]:
+        """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""
+        lines, num_records = [], self.counts["records"] + self.problems.get("unusable", (0, ""))[0]
+        if num_left_out := self._num_left_out + len(self._pending):
+            lines.append(f"{self.split}: the last {num_left_out} tokens do not fill a block and are left out")
+        for kind, (number, first) in self.problems.items():
+            text, remedy = PROBLEMS[kind]
+            line = f"{self.split}: {number} of {num_records} {text.format(self.block_size)} (first: {first})"
+            if remedy and (number == num_records or (kind == "unusable" and unusable_records == "refuse")):
+                raise UserError(f"{line.replace(' and are left out', '')}; {remedy}")
+            lines.append(line)
+        return lines
+
+    def write_row_info(self) -> dict[str, int]:
+        """Write who the rows of an evaluation split are, once the writer is closed; returns the sums of it."""
+        import pandas as pd
+
+        dataset, rows = map_rows(self.folder, self.split, self.dtype, self.counts, not self.is_blocks), self.rows
+        if self.is_blocks:  # told apart by a hash of their token ids, as they are no single records
+            hashes = [content_hash(dataset.row(i).astype("<u4").tobytes()) for i in range(len(dataset))]
+            rows = [(f"{block:016x}", None, seen) for block, seen in zip(hashes, self._seen_blocks, strict=True)]
+        frame = pd.DataFrame(rows, columns=["id", "group", "is_seen"])
+        frame["occurrence"] = frame.groupby("id").cumcount()
+        frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)
+        frame.to_parquet(self.folder / f"{self.split}.rows.parquet", compression="zstd")
+        units = {group or row_id for row_id, group, is_seen in rows if not is_seen}  # which an interval tells apart
+        return {"target_bytes": int(frame["bytes"].sum()), "units": len(units)}

@@ -1,10 +1,13 @@
 """Which columns make which format, and one record in it -> an example: text, token ids or a conversation."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from reprlib import repr as shorten
 from typing import NamedTuple
 
@@ -13,9 +16,8 @@ import numpy as np
 from trainer.config.choices import Objective
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
-from trainer.data import acled
-from trainer.data.conversations import Conversation, from_messages, from_prompt_completion, from_sharegpt
-from trainer.data.values import (
+from trainer.data.chat import Conversation, from_messages, from_prompt_completion, from_sharegpt
+from trainer.data.readers import (
     Record,
     RecordError,
     is_missing,
@@ -35,8 +37,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
 )
 ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
 
@@ -119,11 +120,9 @@ def _render_token_ids(record: Record) -> Example:
     ids = require(record, "input_ids")
     if not isinstance(ids, list) or not ids:
         raise RecordError(f"column 'input_ids' holds {shorten(ids)}, expected a list of whole numbers")
-    for position, value in enumerate(ids):
+    for value in ids:
         if type(value) is not int or not 0 <= value <= MAX_TOKEN_ID:
-            raise RecordError(
-                f"column 'input_ids' holds {shorten(value)} at place {position}, expected a whole number from 0"
-            )
+            raise RecordError(f"column 'input_ids' holds {shorten(value)}, expected whole numbers from 0")
     return Example(ids=ids)
 
 
@@ -146,7 +145,7 @@ FORMATS = (
     RecordFormat(
         "alpaca", _render_alpaca, "Alpaca's prompt, loss on the output", ("instruction", "output"), ROWS_OR_BLOCKS
     ),
-    RecordFormat("acled", lambda record: _pair(*acled.render(record)), "an ACLED event's fields, then its notes"),
+    RecordFormat("acled", lambda record: _pair(*_render_event(record)), "an ACLED event's fields, then its notes"),
     RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",)),
 )
 
@@ -160,7 +159,7 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
         known
         for known in FORMATS
         if settings.format in (None, known.name)
-        and (acled.is_acled(columns) if known.name == "acled" else set(known.needs) <= set(columns))
+        and (is_acled(columns) if known.name == "acled" else set(known.needs) <= set(columns))
         and (known.needs != PAIR_COLUMNS or known.is_chat == isinstance(first["completion"], list))
     ]
     for candidate in candidates:
@@ -173,15 +172,11 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
             f"--objective {candidates[0].objectives[0]}"
         )
     if settings.format is not None:
-        needs = next(known.needs for known in FORMATS if known.name == settings.format) or (
-            "notes",
-            "an event's columns",
-        )
+        needs = next(known.needs for known in FORMATS if known.name == settings.format) or (NOTES, "an event's columns")
         raise UserError(f"--format {settings.format}: {where} has no column {' and '.join(needs)}: {remedy}")
     raise UserError(
         f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
-        "`output` or `input_ids`, and not an ACLED export; preferences (`chosen`, `rejected`) are not trained on: "
-        f"{remedy}"
+        f"`output` or `input_ids`, no ACLED export (and `chosen` and `rejected` are not trained on): {remedy}"
     )
 
 
@@ -219,34 +214,118 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
             raise UserError(f"{flag}: {where} has no column {unknown!r}; its columns are {list_columns(columns)}")
     if not completion_columns:
         raise UserError(
-            f"--completion {completion!r}: has no {{column}}; "
-            + (
-                f"did you mean '{{{completion.strip()}}}'?"
-                if completion.strip() in columns
-                else f"expected one of {list_columns(columns)}"
-            )
+            f"--completion {completion!r}: has no {{column}}; expected one of {list_columns(columns)}, in braces"
         )
 
     def fill(pieces: Sequence[Piece], values: Mapping[str, str]) -> str:
         return "".join(values[text] if is_column else text for is_column, text in pieces)
 
     def render(record: Record) -> Example:
-        values = {name: value_text(record, name, "--completion") for name in completion_columns}
+        values = {name: value_text(record, name) for name in completion_columns}
         completion_text = fill(completion_pieces, values)
         if not completion_text.strip():
             raise RecordError("the text of --completion is empty: fill its columns or drop the row")
         values = {name: "" if is_missing(record.get(name)) else to_text(record[name], name) for name in prompt_columns}
         if values and not any(values.values()):
-            value_text(record, prompt_columns[0], "--prompt")  # which raises
-        used_lines = (
-            line
-            for line in lines
-            if not any(is_column for is_column, _ in line) or any(values[t] for c, t in line if c)
-        )
-        text = "".join(fill(line, values) for line in used_lines)
+            value_text(record, prompt_columns[0])  # which raises
+        text = ""
+        for line in lines:
+            texts = [values[text] for is_column, text in line if is_column]
+            text += fill(line, values) if any(texts) or not texts else ""
         return Example(prompt=text, completion=completion_text, group=text if prompt_columns else None)
 
     used_columns = tuple(dict.fromkeys(prompt_columns + completion_columns))
     objectives = ROWS_OR_BLOCKS if prompt else BLOCKS_OR_ROWS  # without a prompt there is nothing to leave out
     meaning = "--prompt and --completion" if prompt else "--completion"
     return RecordFormat("template", render, meaning, objectives=objectives, columns=used_columns)
+
+
+# --- ACLED exports ---
+
+#: The fields of a prompt in their order, and the label each one gets.
+ACLED_FIELDS = {
+    "event_date": "Date",
+    "event_type": "Type",
+    "sub_event_type": "Sub-type",
+    "actor1": "Actor 1",
+    "inter1": "Inter 1",
+    "actor2": "Actor 2",
+    "inter2": "Inter 2",
+    "country": "Country",
+    "admin1": "Admin 1",
+    "location": "Location",
+    "fatalities": "Fatalities",
+    "source": "Source",
+}
+NOTES = "notes"
+#: Old exports hold the code, newer ones a text in one of several spellings.
+INTER_NAMES = {
+    "0": "",  # no actor
+    "1": "State Forces",
+    "2": "Rebel Groups",
+    "3": "Political Militias",
+    "4": "Identity Militias",
+    "5": "Rioters",
+    "6": "Protesters",
+    "7": "Civilians",
+    "8": "External/Other Forces",
+}
+_INTER_BY_TEXT = INTER_NAMES | {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
+
+
+@functools.lru_cache(maxsize=4096)
+def column_names(columns: tuple[str, ...]) -> Mapping[str, str]:
+    """{ACLED's name: the name in this export} of the columns we use; of two spellings of one name the first."""
+    columns_by_name: dict[str, str] = {}
+    for column in columns:
+        name = re.sub(r"[\s_]+", "_", column.strip().lower())
+        if name in ACLED_FIELDS or name == NOTES:
+            columns_by_name.setdefault(name, column)
+    return columns_by_name
+
+
+def is_acled(columns: Iterable[str]) -> bool:
+    """Whether a table looks like an export: it has notes, and at least two of the columns that only events have."""
+    columns_by_name = column_names(tuple(columns))
+    event_columns = ("event_date", "event_type", "sub_event_type", "actor1", "inter1", "fatalities")
+    return NOTES in columns_by_name and sum(name in columns_by_name for name in event_columns) >= 2
+
+
+@functools.lru_cache(maxsize=8192)
+def format_date(text: str) -> str | None:
+    """`5 January 2022` for `2022-01-05`, `05-January-2022` or `5 Jan 2022`; None where it is no such date.
+
+    This spelling, because most notes begin with it: a model can copy it.
+    """
+    words = re.sub(r"[\s.,-]+", " ", re.sub(r"^(\d{4}-\d{1,2}-\d{1,2})[T ].*", r"\1", text))
+    for spelling in ("%Y %m %d", "%d %B %Y", "%d %b %Y"):
+        with contextlib.suppress(ValueError):
+            date = datetime.strptime(words, spelling)
+            return f"{date.day} {date:%B} {date.year}"
+    return None
+
+
+def format_field(name: str, text: str) -> str:
+    """The text of a field as the prompt shows it; a date that is not understood stands as it was written."""
+    text = " ".join(text.split())
+    if name == "event_date":
+        return format_date(text) or text
+    if name in ("inter1", "inter2", "fatalities"):  # a column with gaps comes out of many programs as floats
+        text = re.sub(r"^(\d+)\.0$", r"\1", text)
+    return _INTER_BY_TEXT.get(text.casefold().rstrip("s"), text) if name.startswith("inter") else text
+
+
+def format_prompt(event: Mapping[str, str]) -> str:
+    """The structured fields under ACLED's names as labelled lines; empty fields are left out."""
+    lines = [(label, format_field(name, event[name])) for name, label in ACLED_FIELDS.items() if event.get(name)]
+    return "".join(f"{label}: {text}\n" for label, text in lines if text) + "Notes:"
+
+
+def _render_event(record: Record) -> tuple[str, str]:
+    """An event as (prompt, notes); RecordError where there are no notes."""
+    names = column_names(tuple(record))
+    event = {name: to_text(record[column], column) for name, column in names.items() if not is_missing(record[column])}
+    notes = event.pop(NOTES, "").strip()
+    if not notes:
+        raise RecordError(f"column {names.get(NOTES, NOTES)!r} is null or empty: fill it or drop the row")
+    return format_prompt(event), f" {notes}"  # the blank begins a word for GPT-2's tokenizer

@@ -19,14 +19,12 @@ from trainer.config.files import name_val_sets
 from trainer.config.settings import DataSettings
 from trainer.data import dataset as store
 from trainer.data.chat import ChatTemplate, MaskError, load_template
-from trainer.data.dataset import SPLITS, PreparedDataset, Row
+from trainer.data.dataset import SPLITS, PreparedDataset, SplitWriter
 from trainer.data.formats import Example, choose_format, content_hash
-from trainer.data.readers import read_error
+from trainer.data.readers import RecordError, list_columns, read_error, value_text
 from trainer.data.sources import Source, find_sources
-from trainer.data.split_writer import SplitWriter
-from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from trainer.data.tokenizer import Row, encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.unseen import SeenRecords, name_records
-from trainer.data.values import RecordError, list_columns, value_text
 
 LogFn = Callable[[str], None]
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
@@ -47,7 +45,7 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
         try:
             example = source.record_format.render(record)
             if source.split_by is not None:
-                example.group = value_text(record, source.split_by, "--split-by")
+                example.group = value_text(record, source.split_by)
         except (RecordError, RecursionError) as error:
             problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
             raise UserError(f"{source.flag} {where}: {problem}") from None
@@ -92,16 +90,16 @@ def prepare(
     sources = [open_source(replace(source, heartbeat=heartbeat), settings, fractions) for source in sources]
     first = sources[0].record_format
     for other in sources[1:]:  # the loss of one format says nothing of another; what is retained may have its own
-        formats = {(f.name, f.is_chat): f"{f.name} ({f.meaning})" for f in (first, other.record_format)}
-        is_apart = not (first.is_chat and other.record_format.is_chat)
+        record_format = other.record_format
+        is_apart = (first.name, first.is_chat) != (record_format.name, record_format.is_chat)
         if other.split == "retain":
-            is_apart = (
-                "input_ids" in (first.name, other.record_format.name) or other.record_format.is_chat > first.is_chat
-            )
-        if len(formats) > 1 and is_apart:
+            is_apart &= "input_ids" in (first.name, record_format.name) or record_format.is_chat > first.is_chat
+        elif first.is_chat and record_format.is_chat:
+            is_apart = False
+        if is_apart:
             raise UserError(
-                f"{sources[0].where()} and {other.where()} ({other.split}): one holds "
-                f"{', the other '.join(formats.values())}; give both in one format"
+                f"{sources[0].where()} and {other.where()}: one holds {first.name} ({first.meaning}), the other "
+                f"{record_format.name} ({record_format.meaning}); give both in one format"
             )
     settings = replace(settings, objective=settings.objective or first.objectives[0])
     tokenizer = None if first.name == "input_ids" else load_tokenizer(model)
@@ -120,18 +118,7 @@ def prepare(
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
         key = {  # contents and settings: names and places of files do not decide which rows there are
             "version": store.FORMAT_VERSION,
-            "sources": [
-                (
-                    source.split,
-                    source.kind,
-                    source.record_format.name,
-                    source.hashes,
-                    getattr(source.dataset, "_fingerprint", None),
-                    source.notices,
-                    source.share,
-                )
-                for source in sources
-            ],
+            "sources": [source.identity() for source in sources],
             "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
             "fractions": fractions,
             "chat_template": chat.template if chat is not None else None,
@@ -167,14 +154,13 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
                 f"{source.where(file)}: another format than {source.files[0].name}, whose records are "
                 f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
             )
-    hashes = _hash_files(source)
     max_records = settings.max_samples if source.split == "train" and settings.max_samples else -1
     return replace(
         source,
         record_format=record_format,
         split_by=split_by,
         fractions=fractions,
-        hashes=hashes,
+        hashes=_hash_files(source),
         max_records=max_records,
     )
 
@@ -195,9 +181,6 @@ def refuse_changed(sources: list[Source]) -> None:
     for source in sources:
         if _hash_files(source) != source.hashes:
             raise UserError(f"{source.where()}: a file changed while it was read; start again when it is complete")
-
-
-# --- the block size that the lengths of the records ask for, where none is given ---
 
 
 def block_size_for(lengths: Sequence[int], objective: Objective | None, max_positions: int | None) -> int:
@@ -245,9 +228,8 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             raise UserError(f"{source.where()}: holds blank lines only; expected at least one record")
         if any(source.fractions) and len(split_keys) == 1 and counts["records"] > 1:
             raise UserError(
-                f"{source.where()}: all {counts['records']} records are equal or have one prompt"
-                + f" or value of {source.split_by}" * (source.split_by is not None)
-                + ", so none can be split off; give other records, or --val-data"
+                f"{source.where()}: all {counts['records']} records are equal or have one prompt or --split-by value, "
+                "so none can be split off; give other records, or --val-data"
             )
         notices += source.notices
         if counts["records"] == source.max_records:
@@ -259,26 +241,22 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 f"{source.spec}: in {counts['unseparated']} of {counts['records']} records nothing separates prompt "
                 "and completion; begin the completion with a blank, or end the prompt with a line break"
             )
-        if source.record_format.name == "input_ids" and "labels" in source.first_record():
-            notices.append(f"{source.spec}: the column `labels` is not used, every token counts")
     seen.find(example for source in sources for example in iter_examples(source) if example is not None)
-    num_seen = {}
-    for split, reasons in seen.reasons.items():
-        number, name = sum(map(bool, reasons)), name_records(split)
-        num_seen[split] = number
+    num_seen = {split: sum(map(bool, reasons)) for split, reasons in seen.reasons.items()}
+    for split, number in num_seen.items():
+        num_records, name = len(seen.reasons[split]), name_records(split)
         if not number:
             continue
-        records = f"all {number:,}" if number == len(reasons) else f"{number:,} of {len(reasons):,}"
-        problem = f"{records} {name} records are not new: {seen.describe(split)}"
-        if number > MAX_SHARED_FRACTION * len(reasons) and (not split.startswith("val") or seen.reasons["test"]):
-            remedy = f"expected at most {MAX_SHARED_FRACTION:.0%}: take them out"
-            if split != "retain":
-                remedy += ", or name by --split-by the column whose values belong together"
-            raise UserError(f"{name_split(settings, split)}: {problem}; {remedy}")
+        problem = f"{number:,} of {num_records:,} {name} records are not new: {seen.describe(split)}"
+        if number > MAX_SHARED_FRACTION * num_records and (not split.startswith("val") or seen.reasons["test"]):
+            remedy = "take them out, or name by --split-by the column whose values belong together"
+            raise UserError(
+                f"{name_split(settings, split)}: {problem}; expected at most {MAX_SHARED_FRACTION:.0%}: {remedy}"
+            )
         if split.startswith("val"):
-            refuse_leakage(settings, split, number, len(reasons), problem)
-        meaning = "means nothing" if number == len(reasons) else "says little about new ones"
-        is_many = number >= WARN_SHARED_FRACTION * len(reasons)
+            refuse_leakage(settings, split, number, num_records, problem)
+        meaning = "means nothing" if number == num_records else "says little about new ones"
+        is_many = number >= WARN_SHARED_FRACTION * num_records
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
     facts = {"num_seen": num_seen, "repeated_in_train": seen.num_repeated, "notices": notices}
     return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}, max_token_id
@@ -315,7 +293,9 @@ def write_rows(
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
-    used_splits = [split for split in splits if split in ("train", "val") or writers[split].counts["records"]]
+    used = [split for split in splits if split in ("train", "val") or writers[split].counts["records"]]
+    joined_fingerprints = " ".join(fingerprints[split] for split in used if split != "retain")
+    notices = [line for writer in writers.values() for line in writer.notices(settings.unusable_records)]
     facts = {
         **checked,
         "source": settings.data,
@@ -327,10 +307,8 @@ def write_rows(
         "form_meaning": sources[0].record_format.meaning,
         "example": writers["train"].example,
         "chat_template": chat.template if chat is not None else None,
-        "fingerprint": hashlib.sha256(
-            " ".join(fingerprints[split] for split in used_splits if split != "retain").encode()
-        ).hexdigest(),
-        **{f"{split}_fingerprint": fingerprints[split] if split in used_splits else None for split in SPLITS},
+        "fingerprint": hashlib.sha256(joined_fingerprints.encode()).hexdigest(),
+        **{f"{split}_fingerprint": fingerprints[split] if split in used else None for split in SPLITS},
         "split": f"hash {settings.val_fraction:g}" if sources[0].fractions[0] else "given",
         "split_by": settings.split_by,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
@@ -340,10 +318,7 @@ def write_rows(
         "train": writers["train"].counts,
         "val_sets": [split.removeprefix("val-") for split in splits if split not in SPLITS],
         **{split: writers[split].counts | writers[split].write_row_info() for split in splits if split != "train"},
-        "notices": [
-            *(line for writer in writers.values() for line in writer.notices(settings.unusable_records)),
-            *checked["notices"],
-        ],
+        "notices": [*notices, *checked["notices"]],
     }
     texts = [text for references in writers["val"].texts.values() for text in references]
     return {"dtype": dtype, "facts": facts, "val_texts": texts}
@@ -400,10 +375,9 @@ def name_split(settings: DataSettings, split: str) -> str:
     return f"--{split.partition('-')[0]}-data {spec}" if spec is not None else f"--data {settings.data}"
 
 
-def refuse_leakage(settings: DataSettings, split: str, num_seen: int, num_records: int, problem: str = "") -> None:
+def refuse_leakage(settings: DataSettings, split: str, num_seen: int, num_records: int, problem: str) -> None:
     """UserError where too many validation records are not new, unless --allow-leakage."""
     if num_seen >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
-        problem = problem or f"{num_seen:,} of {num_records:,} {name_records(split)} records are not new"
         limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
         raise UserError(f"{name_split(settings, split)}: {problem}; {limit}")
 
@@ -411,31 +385,34 @@ def refuse_leakage(settings: DataSettings, split: str, num_seen: int, num_record
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
     """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
     `check_records` refuses, of rows that were prepared with --allow-leakage."""
-    val_sets = name_val_sets(settings.val_data) or {"val": ""}
+    metadata, val_sets = dataset.metadata, name_val_sets(settings.val_data) or {"val": ""}
     for split in val_sets:
-        refuse_leakage(settings, split, dataset.metadata["num_seen"][split], dataset.metadata[split]["records"])
-    num_examples = dataset.metadata["train"]["examples"]
-    for part in dataset.metadata["mixture"]:
-        if not part["examples"]:
-            raise UserError(f"--data {part['source']}: makes no training example; give more of it, or leave it out")
-        if part["share"] * num_examples < 1:  # each epoch anew
-            few = f"under 1 of the {num_examples:,} examples of an epoch"
-            raise UserError(f"--data {part['source']}: its weight makes {few}; raise it, or leave it out")
-    for split, is_expected, least, remedy in (
-        ("train", True, global_batch, "lower --global-batch, or give more data"),
-        *(
-            (s, True, 1, "give more of it" if path else "raise --val-fraction, or give --val-data")
-            for s, path in val_sets.items()
+        number, num_records = metadata["num_seen"][split], metadata[split]["records"]
+        problem = f"{number:,} of {num_records:,} {name_records(split)} records are not new"
+        refuse_leakage(settings, split, number, num_records, problem)
+    num_examples = metadata["train"]["examples"]
+    for part in metadata["mixture"]:
+        if not part["examples"] or part["share"] * num_examples < 1:  # each epoch anew
+            share = f"{part['share'] * num_examples:.2g} of {num_examples:,} examples an epoch"
+            raise UserError(
+                f"--data {part['source']}: its {part['examples']:,} examples and weight make {share}; expected at "
+                "least 1, or leave it out"
+            )
+    remedies = {
+        "train": "lower --global-batch, or give more data",
+        **dict.fromkeys(
+            val_sets, "give more of it" if settings.val_data else "raise --val-fraction, or give --val-data"
         ),
-        ("test", settings.test_data or settings.test_fraction, 1, "raise --test-fraction, or give more of it"),
-        ("retain", settings.retain_data, 1, "give more of it"),
-    ):
-        rows_of_split = dataset.val if split in val_sets else getattr(dataset, split)
-        counts, is_blocks = dataset.metadata[split], rows_of_split.target_mask is None
-        if is_expected and counts["examples"] < least:
-            rows = f"blocks of {settings.block_size} tokens" if is_blocks else "examples"
-            batch = f", fewer than one global batch of {global_batch}" if split == "train" else ""
+    }
+    if settings.test_data or settings.test_fraction:
+        remedies["test"] = "raise --test-fraction, or give more of it"
+    if settings.retain_data:
+        remedies["retain"] = "give more of it"
+    for split, remedy in remedies.items():
+        counts, least = metadata[split], global_batch if split == "train" else 1
+        if counts["examples"] < least:
             raise UserError(
                 f"{name_split(settings, split)}: {counts['records']} {name_records(split)} records make "
-                f"{counts['examples']} {rows}{batch}; {remedy}, or change --block-size"
+                f"{counts['examples']} examples of at most {settings.block_size} tokens, fewer than {least}; {remedy}, "
+                "or change --block-size"
             )

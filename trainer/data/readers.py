@@ -1,33 +1,34 @@
-"""Files -> records, as strictly as their formats are defined; in text files every cell is text.
+"""Files -> records, as strictly as their formats are defined, and the values of one record, checked.
 
-Each record comes with its place, `line 3` or `row 2 (line 3)`, both from 1. What a format does not allow is a UserError
-with file, place and remedy; `where` is how it names the file.
+In text files every cell is text. A record comes with its place, `line 3` or `row 2 (line 3)`, both from 1. What is not
+allowed is a UserError with file, place and remedy; `where` is how it names the file.
 """
 
 import codecs
 import csv
+import datetime
+import decimal
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import open_plain_file, parse_json
-from trainer.data.values import Record
+from trainer.config.text import list_some
 
+Record = Mapping[str, Any]
 PlacedRecord = tuple[str, Record]
 KIND_BY_SUFFIX = {
     ".csv": "CSV",
     ".tsv": "TSV",
-    ".json": "JSON",
-    ".jsonl": "JSON",
-    ".ndjson": "JSON",
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "JSON"),
     ".parquet": "Parquet",
     ".arrow": "Arrow",
-    ".txt": "text",
-    ".text": "text",
+    **dict.fromkeys((".txt", ".text"), "text"),
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the kinds that are text
 MAX_LINE_BYTES = 16 * 2**20  # a line is read as a whole, so this bounds memory
@@ -44,19 +45,17 @@ def file_kind(file: Path) -> str | None:
 
 def open_bytes(file: Path) -> BinaryIO:
     """The bytes of a file, decompressed where its name says that it is compressed."""
-    if file.suffix.lower() not in COMPRESSIONS:
+    if (compression := COMPRESSIONS.get(file.suffix.lower())) is None:
         return open_plain_file(file)
     import pyarrow
 
-    compression = COMPRESSIONS[file.suffix.lower()]
     return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(open_plain_file(file), compression=compression)))
 
 
 def read_error(file: Path, where: str, error: Exception) -> UserError:
     """What a library says of a file that it cannot read or decompress, in one line with the remedy."""
     if isinstance(error, OSError) and error.errno:
-        remedy = "; check its permissions" if isinstance(error, PermissionError) else ""
-        return UserError(f"{where}: cannot be read ({error.strerror}){remedy}")
+        return UserError(f"{where}: cannot be read ({error.strerror})")
     kind = file.suffix if file.suffix.lower() in COMPRESSIONS else file_kind(file)
     return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again")
 
@@ -70,7 +69,9 @@ def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> I
             return
         with open_bytes(file) as stream:
             if kind == "JSON":
-                yield from _read_json(stream, where, is_list=_holds_list(file))
+                with open_bytes(file) as beginning:
+                    is_list = beginning.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+                yield from _read_json(stream, where, is_list=is_list)
             elif kind == "text":
                 for number, line in enumerate(_iter_lines(stream, where), start=1):
                     yield f"line {number}", {"text": line.rstrip("\r\n")}
@@ -130,26 +131,9 @@ def _read_csv(stream: BinaryIO, kind: str, where: str) -> Iterator[PlacedRecord]
                 yield place, dict(zip(names, (cell or None for cell in cells), strict=True))
             row += 1
     except csv.Error as error:
-        reason = str(error)
-        remedy = "look for a quotation mark that is never closed, or not doubled within quotation marks"
-        if reason.startswith("new-line"):  # csv's own advice is for programmers
-            reason, remedy = "a carriage return alone", "save the file with line breaks as Unix or Windows has them"
+        reason = str(error).partition(" - ")[0]  # behind it is advice for programmers
+        remedy = "look for a quotation mark that is never closed or not doubled, or save the file with Unix line breaks"
         raise UserError(f"{where}, row {row} (line {line}): not {kind} ({reason}); {remedy}") from None
-
-
-def explain_json(error: ValueError) -> str:
-    """Why a text is not JSON as we read it."""
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return reason.partition("; use sys.")[0]  # Python's own advice on numbers of more than 4,300 digits
-
-
-def _holds_list(file: Path) -> bool:
-    """Whether `[` is the first thing in a file that is no blank."""
-    with open_bytes(file) as stream:
-        while chunk := stream.read(2**16):
-            if content := chunk.removeprefix(codecs.BOM_UTF8).lstrip():
-                return content.startswith(b"[")
-    return False
 
 
 def _read_json(stream: BinaryIO, where: str, *, is_list: bool) -> Iterator[PlacedRecord]:
@@ -161,11 +145,11 @@ def _read_json(stream: BinaryIO, where: str, *, is_list: bool) -> Iterator[Place
         try:
             value = parse_json(text, with_nan=True)
         except ValueError as error:
-            place = "" if is_list else f", line {number}"
+            place, reason = "" if is_list else f", line {number}", str(error)
             if isinstance(error, json.JSONDecodeError):
-                place = f", line {number + error.lineno - 1}, character {error.colno}"
+                place, reason = f", line {number + error.lineno - 1}, character {error.colno}", error.msg
             raise UserError(
-                f"{where}{place}: not JSON ({explain_json(error)}); expected one object a line, or one list of objects"
+                f"{where}{place}: not JSON ({reason}); expected one object a line, or one list of objects"
             ) from None
         for row, record in enumerate(value if is_list else [value], start=1):
             place = f"row {row}" if is_list else f"line {number}"
@@ -202,3 +186,65 @@ def iter_batches(batches: Iterable[Any], columns: Sequence[str] | None = None) -
             for record in batch.slice(start, BATCH_RECORDS).to_pylist():
                 number += 1
                 yield f"row {number}", record
+
+
+# --- the values of one record ---
+
+
+class RecordError(Exception):
+    """What is wrong with a record: its column and the remedy; who reads the file adds file and row."""
+
+
+def list_columns(columns: Sequence[str]) -> str:
+    """Column names for a message."""
+    separator = next((mark for mark in ";|\t" if len(columns) == 1 and mark in columns[0]), None)
+    hint = f" (separated by {separator!r}? save the file with commas, or as .tsv with tabs)" if separator else ""
+    return list_some(columns, 40) + hint
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null or empty, which a CSV file cannot tell apart; JSON and pandas also spell null NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def require(record: Record, column: str) -> Any:
+    """The value of a column; RecordError where it is missing or empty."""
+    value = record.get(column)
+    if is_missing(value):
+        state = "null or empty" if column in record else "missing"
+        raise RecordError(f"column {column!r} is {state}: fill it, drop the row, or name another column")
+    return value
+
+
+def require_text(record: Record, column: str) -> str:
+    """The text of a column; RecordError where it is missing, empty or of another type."""
+    value = require(record, column)
+    if not isinstance(value, str):
+        raise RecordError(f"column {column!r} holds a {type(value).__name__}, expected text")
+    return require_valid_unicode(value, column)
+
+
+def to_text(value: Any, column: str) -> str:
+    """A value as people would write it in a CSV file; RecordError where it is no single text, number or date."""
+    if isinstance(value, str):
+        return require_valid_unicode(value, column)
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time() and value.tzinfo is None:
+        return value.date().isoformat()  # a day that a program stored as its midnight
+    if isinstance(value, (int, float, decimal.Decimal, datetime.date, datetime.time)):
+        return str(value)
+    raise RecordError(f"column {column!r} holds a {type(value).__name__}, expected text, a number or a date")
+
+
+def value_text(record: Record, column: str) -> str:
+    """The value of a column as text; RecordError where it is missing, empty or no text."""
+    return to_text(require(record, column), column)
+
+
+def require_valid_unicode(value: str, column: str) -> str:
+    """The text itself; RecordError for half a surrogate pair, which JSON can spell but no tokenizer can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise RecordError(f"column {column!r} holds half a character ({half!r}); write it as a whole one") from None
+    return value

@@ -14,8 +14,7 @@ from trainer.config.files import name_val_sets, split_weights
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub
 from trainer.data.formats import FORMATS, RecordFormat
-from trainer.data.readers import BATCH_RECORDS, file_kind, iter_batches, read_file
-from trainer.data.values import Record
+from trainer.data.readers import BATCH_RECORDS, Record, file_kind, iter_batches, read_file
 
 #: The embedded events, and text that the embedded base was not trained on.
 DEMO_FILES = {
@@ -62,6 +61,11 @@ class Source:
     max_records: int = -1  #: that are read, all where it is negative
     fractions: tuple[float, float] = (0.0, 0.0)  #: of validation and test that are split off the training source
 
+    def identity(self) -> list[Any]:
+        """What decides its records, of any value that JSON can hold."""
+        contents = [self.hashes, getattr(self.dataset, "_fingerprint", None)]
+        return [self.split, self.kind, self.record_format.name, *contents, self.notices, self.share]
+
     def locate(self, file: Path | None = None) -> str:
         """A file of it, or all of it, as a user would look it up."""
         return str(self.spec if file is None or file in DEMO_FILES.values() else file)
@@ -80,7 +84,8 @@ class Source:
             for place, record in iter_batches(batches, columns):
                 self.heartbeat()
                 yield f"{self.locate()}, {place}", record
-        for file in self.files if self.dataset is None else ():
+            return
+        for file in self.files:
             for place, record in read_file(file, self.where(file), columns):
                 self.heartbeat()
                 yield f"{self.locate(file)}, {place}", record
@@ -100,12 +105,8 @@ def find_sources(settings: DataSettings) -> list[Source]:
     data, or more than one kind.
     """
     trains, others = [], []
-    given = {
-        "val": None,
-        **name_val_sets(settings.val_data),
-        "test": settings.test_data,
-        "retain": settings.retain_data,
-    }
+    given = {"val": None, **name_val_sets(settings.val_data), "test": settings.test_data}
+    given["retain"] = settings.retain_data
     for part, share in split_weights(settings.data):
         splits = find_splits(part, "--data")
         train = choose_split(splits, part, "--data")
@@ -148,65 +149,67 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, kind=str(file_kind(DEMO_FILES[spec])), files=(DEMO_FILES[spec],))}
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    hub_id = HUB_ID.fullmatch(spec)
-    if path.is_dir() and not is_saved:
-        root = path
+    if is_saved or not (path.exists() or glob.has_magic(spec)):
+        return _load_dataset(spec, flag, is_saved)
+    root = path
+    if path.is_dir():
         paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
-        for folder in (path, *paths):
-            _refuse_closed_folder(folder, flag)
-        files = sorted(p for p in paths if p.is_file())
-    elif path.exists() and not is_saved:
+        _refuse_closed_folders([path, *paths], flag)
+    elif path.exists():
         if not path.is_file():
             raise UserError(f"{flag} {spec}: not a regular file (a pipe or a device); write it to a file first")
-        root, files = path, [path]
-    elif glob.has_magic(spec) and not is_saved:
-        for n in range(1, len(path.parts) + (path.name == "**")):
-            for above in glob.iglob(str(Path(*path.parts[:n])), recursive=True):
-                _refuse_closed_folder(Path(above), flag)
-        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        root = Path(os.path.commonpath([p.parent for p in files])) if files else path
+        paths = [path]
     else:
-        if is_saved:
-            loaded = hf_hub.load_saved_dataset(path, flag)
-        elif hub_id is not None and file_kind(path) is None:
-            loaded = hf_hub.load_hub_dataset(flag, *hub_id.groups())
-        else:
-            raise UserError(
-                f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, a hub "
-                "id, or several with weights: A=0.7 B=0.3"
-            )
-        return {
-            SPLIT_BY_WORD.get(name, name): Source(
-                flag=flag,
-                spec=spec,
-                kind="saved" if is_saved else "hub",
-                dataset=dataset,
-                files=tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files})),
-            )
-            for name, dataset in loaded.items()
-        }
+        for n in range(1, len(path.parts) + (path.name == "**")):
+            _refuse_closed_folders(map(Path, glob.iglob(str(Path(*path.parts[:n])), recursive=True)), flag)
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        root = Path(os.path.commonpath([p.parent for p in paths])) if paths else path
     by_split: dict[str, list[Path]] = {}
-    for file in files:
-        if file_kind(file):
-            by_split.setdefault(split_of(file, root), []).append(file)
+    for file in sorted(p for p in paths if file_kind(p) and p.is_file()):
+        by_split.setdefault(split_of(file, root), []).append(file)
     if not by_split:
         raise UserError(f"{flag} {spec}: no file with a known ending; expected {ACCEPTED_FILES}")
     splits = {}
     for split, group in by_split.items():
-        first_files = {file_kind(file): file.name for file in reversed(group)}
-        if len(first_files) > 1:
-            kinds = ", ".join(sorted(f"{kind} ({name})" for kind, name in first_files.items()))
+        kinds = {str(file_kind(file)): file.name for file in reversed(group)}
+        if len(kinds) > 1:
+            listed = ", ".join(sorted(f"{kind} ({name})" for kind, name in kinds.items()))
             raise UserError(
-                f"{flag} {spec}: holds several kinds of data: {kinds}; give files of one kind, for instance by a glob"
+                f"{flag} {spec}: holds several kinds of data: {listed}; give files of one kind, for instance by a glob"
             )
-        splits[split] = Source(flag=flag, spec=spec, kind=str(file_kind(group[0])), files=tuple(group))
+        splits[split] = Source(flag=flag, spec=spec, kind=next(iter(kinds)), files=tuple(group))
     return splits
 
 
-def _refuse_closed_folder(folder: Path, flag: str) -> None:
+def _load_dataset(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
+    """The splits of a saved data set, or of one on the hub."""
+    hub_id = HUB_ID.fullmatch(spec)
+    if is_saved:
+        loaded = hf_hub.load_saved_dataset(Path(spec), flag)
+    elif hub_id is not None and file_kind(Path(spec)) is None:
+        loaded = hf_hub.load_hub_dataset(flag, *hub_id.groups())
+    else:
+        raise UserError(
+            f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, a hub id, or "
+            "several with weights: A=0.7 B=0.3"
+        )
+    return {
+        SPLIT_BY_WORD.get(name, name): Source(
+            flag=flag,
+            spec=spec,
+            kind="saved" if is_saved else "hub",
+            dataset=dataset,
+            files=tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files})),
+        )
+        for name, dataset in loaded.items()
+    }
+
+
+def _refuse_closed_folders(paths: Iterator[Path] | list[Path], flag: str) -> None:
     """UserError for a folder that this user may not look into: glob and rglob leave it out in silence."""
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: permission denied; let this user read the folder, or name its files")
+    for path in paths:
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: permission denied; let this user read the folder, or name its files")
 
 
 def split_of(file: Path, root: Path) -> str:

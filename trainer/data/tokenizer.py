@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,25 @@ from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError, escape_controls, first_line
 from trainer.config.files import read_json_object
 from trainer.data import hf_hub
-from trainer.data.dataset import TokenDataset, TokenIds
 from trainer.data.hf_hub import ADAPTER_CONFIG_FILE, find_adapter_folder
 
+if TYPE_CHECKING:
+    from trainer.data.dataset import TokenDataset
+
+TokenIds = NDArray[np.uint32]
 DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
-MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
 MAX_VOCABULARY = 2**24  # a table of ids is that long; the largest vocabulary in use has a million
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One record as tokens; `prompt` and `completion` are the texts before and of its last target tokens."""
+
+    ids: TokenIds  #: [length]
+    is_target: NDArray[np.bool_]  #: [length]
+    prompt: str
+    completion: str
 
 
 class ModelSource(NamedTuple):
@@ -62,17 +75,14 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
 
     source = find_model(model)
-    path = source.path
-    if source.adapter and (source.adapter / "tokenizer_config.json").is_file():  # as peft does
-        path = str(source.adapter)
-    folder = Path(path)
+    has_own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()  # taken first, as peft does
+    folder = Path(str(source.adapter) if has_own else source.path)
     # GPT-2's two files alone say nothing of their class
     is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
     is_local = folder.is_dir() or not hf_hub.is_reachable()
     try:
-        kind = GPT2TokenizerFast if is_bare else AutoTokenizer
-        tokenizer = kind.from_pretrained(
-            str(folder) if folder.is_dir() else path,
+        tokenizer = (GPT2TokenizerFast if is_bare else AutoTokenizer).from_pretrained(
+            str(folder) if folder.is_dir() else source.path,
             local_files_only=is_local,
             trust_remote_code=False,
             revision=source.revision or "main",
@@ -112,25 +122,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
-    """The ids of each text, without special tokens added.
-
-    A text of more than MAX_TEXT_CHARACTERS characters is cut before blanks between words and encoded in pieces, so that
-    memory stays bounded; for byte-level tokenizers such as GPT-2's the ids are the same.
-    """
-    if any(len(text) > MAX_TEXT_CHARACTERS for text in texts):
-        pieces_by_text = map(split_long, texts)
-        return [np.concatenate([_encode(tokenizer, [piece])[0] for piece in pieces]) for pieces in pieces_by_text]
-    return _encode(tokenizer, list(texts))
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
+    """The ids of each text, without special tokens added."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     try:
         if backend is None:
-            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            all_ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         else:  # what the call above comes to, without the lists that we do not use: they take a third of its time
             backend.no_truncation(), backend.no_padding()
-            all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+            all_ids = (encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False))
         return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
     except Exception as error:  # the Rust library raises plain ones, for a word without an id for instance
         raise UserError(
@@ -139,23 +138,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
         ) from None
 
 
-def split_long(text: str) -> list[str]:
-    """`text` in pieces of about MAX_TEXT_CHARACTERS; each but the first begins with the blank before a word."""
-    pieces, start = [], 0
-    while len(text) - start > MAX_TEXT_CHARACTERS:
-        search_start = start + MAX_TEXT_CHARACTERS
-        while (space_index := text.find(" ", search_start)) > 0 and not (
-            text[space_index - 1].isalnum() and text[space_index + 1 : space_index + 2].isalnum()
-        ):
-            search_start = space_index + 1
-        if space_index < 0:
-            break
-        pieces.append(text[start:space_index])
-        start = space_index
-    return [*pieces, text[start:]]
-
-
-def count_target_bytes(tokenizer: Any, dataset: TokenDataset) -> list[int]:
+def count_target_bytes(tokenizer: Any, dataset: "TokenDataset") -> list[int]:
     """UTF-8 bytes of the targets of each row; the token that ends a text has none; all are 0 without a tokenizer."""
     if tokenizer is None:
         return [0] * len(dataset)
@@ -179,10 +162,9 @@ def _byte_level_lengths(tokenizer: Any) -> NDArray[np.int64] | None:
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if type(decoder).__name__ != "ByteLevel":
         return None
-    vocabulary, added_tokens = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
-    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    added_tokens, lengths = set(tokenizer.get_added_vocab()), np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    for token, token_id in vocabulary.items():
+    for token, token_id in tokenizer.get_vocab().items():
         if token not in special_tokens:  # each character of a token stands for one byte; added tokens are plain text
             lengths[token_id] = len(token.encode()) if token in added_tokens else len(token)
     return lengths
@@ -201,7 +183,7 @@ def mark_targets(tokenizer: Any, ids: NDArray[Any], is_target: NDArray[np.bool_]
     return text
 
 
-def show_examples(dataset: TokenDataset, tokenizer: Any, number: int, is_coloured: bool) -> Iterator[str]:
+def show_examples(dataset: "TokenDataset", tokenizer: Any, number: int, is_coloured: bool) -> Iterator[str]:
     """Lines that show the tokens of the first rows: the targets are coloured, or in brackets without colour."""
     before, after = ("\033[1;32m", "\033[0m") if is_coloured else ("⟦", "⟧")
     for i in range(min(number, len(dataset))):

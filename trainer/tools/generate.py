@@ -14,11 +14,10 @@ from trainer.config.errors import UserError
 from trainer.config.files import parse_json, read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import LoraSettings, Settings
-from trainer.data.chat import ChatTemplate, end_token_ids
-from trainer.data.conversations import Conversation, from_messages
+from trainer.data.chat import ChatTemplate, Conversation, end_token_ids, from_messages
 from trainer.data.prepare import prepare
+from trainer.data.readers import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode, find_model, load_tokenizer
-from trainer.data.values import RecordError, require_valid_unicode
 from trainer.distributed.decoding import Completion, Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config

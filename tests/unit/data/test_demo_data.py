@@ -8,7 +8,7 @@ import re
 import pytest
 from helpers.data_helpers import read_records
 
-from trainer.data.acled import format_prompt
+from trainer.data.formats import format_prompt
 from trainer.data.sources import DEMO_FILES
 
 

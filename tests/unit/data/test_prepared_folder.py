@@ -110,7 +110,7 @@ SLOW_PREPARE_CODE = """
 import sys, time
 from trainer.config.settings import DataSettings
 from trainer.data.prepare import prepare
-from trainer.data.split_writer import SplitWriter
+from trainer.data.dataset import SplitWriter
 whole = SplitWriter.close
 def close(self):
     print("writing", flush=True)

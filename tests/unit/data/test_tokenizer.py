@@ -1,14 +1,12 @@
 """Tokenizers: where they are found, what is refused, and that texts become the ids they should."""
 
 import json
-import time
 
 import numpy as np
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.data import tokenizer
-from trainer.data.tokenizer import encode, load_tokenizer, split_long, tokenizer_fingerprint
+from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint
 
 TEXT = "On 5 January 2022,  people met: in\n Town 7 . "
 
@@ -26,67 +24,31 @@ def test_a_folder_of_vocabulary_and_merges_alone_gives_the_whole_tokenizer(model
     assert two_files.eos_token_id == whole.eos_token_id
 
 
-def test_a_folder_without_a_usable_tokenizer_is_refused(model, tmp_path):
-    whole = load_tokenizer(model)
-    whole.eos_token = None
-    whole.save_pretrained(tmp_path / "no-end")
-    (tmp_path / "empty").mkdir()
-    for name, problem in (
-        ("no-end", "no end-of-text token"),
-        ("empty", r"no usable tokenizer in the folder \(.*; pass --model FOLDER, .*tokenizer\.json"),
-        ("none", "no such folder"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            load_tokenizer(str(tmp_path / name))
-
-
 @pytest.mark.parametrize(
-    ("file", "change", "problem"),
+    ("file", "content", "problem"),
     [
-        (
-            "tokenizer_config.json",
-            {"model_max_length": "x"},
-            "no usable tokenizer in the folder .*not supported between",
-        ),
-        ("tokenizer_config.json", {"eos_token": {"a": 1}}, "no usable tokenizer in the folder"),
-        ("tokenizer.json", {"vocab": {"a": 0, "b": 10**9}}, "its largest token id is 1,000,000,000; expected under"),
-        (
-            "tokenizer.json",
-            {"vocab": {"a": 0, "b": 2**32 - 1}},
-            "its largest token id is 4,294,967,295; expected under",
-        ),
-        (
-            "tokenizer.json",
-            {"vocab": {"a": 0, "b": 1}, "unk_token": "[UNK]"},
-            "its tokenizer cannot encode a text of the ",
-        ),
+        ("", {}, "no such folder, and the hub cannot be reached .*; pass --model FOLDER"),
+        ("other", {}, r"no usable tokenizer in the folder \(.*; pass --model FOLDER, .*tokenizer\.json"),
+        ("tokenizer_config.json", {"eos_token": None}, "no end-of-text token"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "no usable tokenizer in the folder .*not supported"),
+        ("tokenizer.json", {"vocab": {"a": 0, "b": 2**32 - 1}}, "its largest token id is 4,294,967,295; expected"),
+        ("tokenizer.json", {"vocab": {"a": 0, "b": 1}, "unk_token": "[UNK]"}, "cannot encode a text of the data"),
     ],
 )
-def test_tokenizer_files_that_cannot_be_used_are_one_line(model, tmp_path, file, change, problem):
-    whole = load_tokenizer(model)
-    whole.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / file).read_text())
-    if file == "tokenizer.json":
-        word_level = {
-            "model": {"type": "WordLevel", "unk_token": "a", **change},
-            "pre_tokenizer": {"type": "Whitespace"},
-        }
-        content |= {**word_level, "added_tokens": [], "decoder": None, "post_processor": None}
-    (tmp_path / file).write_text(json.dumps({**content, **({} if "vocab" in change else change)}))
-    with pytest.raises(UserError, match=problem) as error_info:
-        encode(load_tokenizer(str(tmp_path)), ["a b other"])
-    assert str(error_info.value).startswith("--model ")
+def test_a_tokenizer_that_cannot_be_used_is_one_line(model, tmp_path, file, content, problem):
+    folder = tmp_path / "model"
+    if file == "other":
+        folder.mkdir()
+    elif file:
+        load_tokenizer(model).save_pretrained(folder)
+        written = json.loads((folder / file).read_text())
+        if file == "tokenizer.json":
+            written |= {"model": {"type": "WordLevel", "unk_token": "a", **content}, "decoder": None}
+            content = {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "post_processor": None}
+        (folder / file).write_text(json.dumps(written | content))
+    with pytest.raises(UserError, match=f"^--model .*{problem}") as error_info:
+        encode(load_tokenizer(str(folder)), ["a b other"])
     assert "\n" not in str(error_info.value)
-
-
-def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_flag():
-    began = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"--model nobody-has-this: .*cannot be reached .*; pass --model FOLDER"
-    ) as caught:
-        load_tokenizer("nobody-has-this")
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 30
 
 
 def test_the_fingerprint_follows_contents_and_not_place_or_use(model, tmp_path):
@@ -101,14 +63,10 @@ def test_the_fingerprint_follows_contents_and_not_place_or_use(model, tmp_path):
     assert tokenizer_fingerprint(again) != before
 
 
-def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation_in_pieces_too(model, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_TEXT_CHARACTERS", 50)
+def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation(model):
     loaded = load_tokenizer(model)
     loaded(["On 5"], padding="max_length", truncation=True, max_length=2)  # settings that stay behind in it
-    for texts in (["On 5 January", "", " é\n"], ["met in Town 7", TEXT * 40, "x" * 3000, "met in Town 7"]):
-        encoded = encode(loaded, texts)
-        assert [ids.tolist() for ids in encoded] == [loaded(t, add_special_tokens=False)["input_ids"] for t in texts]
-        assert all(ids.dtype == np.uint32 for ids in encoded)
-    assert len(split_long(TEXT * 40)) > 10
-    assert "".join(split_long(TEXT * 40)) == TEXT * 40
-    assert split_long("x" * 100) == ["x" * 100]  # a text without blanks stays whole
+    texts = ["On 5 January", "", " é\n", TEXT * 40]
+    encoded = encode(loaded, texts)
+    assert [ids.tolist() for ids in encoded] == [loaded(t, add_special_tokens=False)["input_ids"] for t in texts]
+    assert all(ids.dtype == np.uint32 for ids in encoded)

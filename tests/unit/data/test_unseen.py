@@ -178,11 +178,11 @@ def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refus
     )
     for file, options, expected in (
         (train, {"test_data": str(some)}, of_some),
-        (train, {"val_data": str(few), "test_data": str(few)}, "all 42 .*: 41 equal to validation records, 1 equal"),
+        (train, {"val_data": str(few), "test_data": str(few)}, "42 of 42 .*: 41 equal to validation records, 1 equal"),
         (
             train,
             {"test_data": str(few), "retain_data": str(old)},
-            "--retain-data .*: all 40 retained records are not new: 40 equal to test",
+            "--retain-data .*: 40 of 40 retained records are not new: 40 equal to test",
         ),
         (
             twice,
@@ -205,8 +205,9 @@ def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, pre
         assert sum(notice.startswith(problem) for notice in notices) == 1
     for num_shared in (100, 200):
         val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
-        number = "all 200" if num_shared == 200 else f"{num_shared} of 200"
-        problem = f"--val-data .*v.csv: {number} validation records are not new: .* under 50%, or --allow-leakage"
+        problem = (
+            f"--val-data .*v.csv: {num_shared} of 200 validation records are not new: .* under 50%, or --allow-leakage"
+        )
         with pytest.raises(UserError, match=problem):
             prepare_file(file, val_data=str(val), **options)
         prepared = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
@@ -226,5 +227,5 @@ def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, pre
         )
     for name in ("train", "validation"):
         write_records(tmp_path / "folder" / f"{name}.csv", pairs)
-    with pytest.raises(UserError, match=r"^--data .*folder: all 400 validation records are not new"):
+    with pytest.raises(UserError, match=r"^--data .*folder: 400 of 400 validation records are not new"):
         prepare_file(tmp_path / "folder", **options)

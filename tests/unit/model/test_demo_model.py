@@ -8,7 +8,7 @@ import torch
 from helpers.data_helpers import read_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.data.acled import format_prompt
+from trainer.data.formats import format_prompt
 from trainer.data.sources import DEMO_FILES
 from trainer.data.tokenizer import DEMO_MODEL_FOLDER
 
