@@ -194,7 +194,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert all(spec.count(f'"{run.run_id}"') == 2 for run in comparison.runs if run.mode == "full")
     details = "\n".join(comparison.verdict.details)
     assert "Exploratory: all comparisons but the first; that the modes differ, after Holm: LoRA (dora" in details
-    assert "LoRA's time of a step: 0.55x full's (0.55 to 0.55 without one of 2 rounds" in details
+    assert "LoRA's time of a step: 0.55x full's (0.55 to 0.55 without one round" in details
     assert "2 records that are not new (see the plan) are left out" in details
     page = (tmp_path / "report.html").read_text()
     first = page.split('<section class="first">')[1].split("</section>")[0]

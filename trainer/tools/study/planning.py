@@ -25,16 +25,13 @@ from trainer.tools.study.trials import DEFAULT_ARGV, read_results
 from trainer.tracking.eval_records import score_name
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
-#: Flags of launch/train.py that the study sets for each of its runs.
-RESERVED_FLAGS = (
-    *("--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir", "--run-name", "--export"),
-    *("--resume", "--dry-run", "--find-lr", "--find-batch", "--base-from", "--ranks"),
+#: Flags of launch/train.py that the study sets for each of its runs, and what there is in their place.
+OWN_FLAGS = dict.fromkeys(("--mode", "--adapter", "--quant"), "--methods")
+OWN_FLAGS |= {"--lora-rank": "--lora-ranks", "--ranks": "--lora-ranks", "--seed": "--seeds"}
+OWN_FLAGS |= {"--lr": "--max-lr METHOD=LR, or none: it is searched"} | dict.fromkeys(
+    ("--output-dir", "--run-name", "--export", "--resume", "--dry-run", "--find-lr", "--find-batch", "--base-from"),
+    "other flags of launch/train.py",
 )
-
-
-#: Flags of the study itself in place of some of them; --ranks was its own.
-OWN_FLAGS = {"--lora-rank": "--lora-ranks", "--ranks": "--lora-ranks", "--seed": "--seeds", "--adapter": "--methods"}
-OWN_FLAGS |= {"--mode": "--methods", "--quant": "--methods", "--lr": "--max-lr METHOD=LR, or none: it is searched"}
 
 
 def plan_study(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser) -> None:
@@ -46,10 +43,8 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     train_argv = to_own_flags(train_argv, num_ranks=len(slots[0].gpus) or 1)
     names = [flag.partition("=")[0] for flag in train_argv]
     for name, argument in zip(names, train_argv, strict=True):
-        if name in RESERVED_FLAGS:
-            own = OWN_FLAGS.get(name)
-            expected = f"expected {own}" if own else "expected other flags of launch/train.py"
-            raise UserError(f"{argument}: the study sets it for each of its runs; {expected}")
+        if name in OWN_FLAGS:
+            raise UserError(f"{argument}: the study sets it for each of its runs; expected {OWN_FLAGS[name]}")
     train_argv = [*(["--test-fraction", "0"] if "--test-data" in names else []), *train_argv]
     argv = ["--mode", "full", *DEFAULT_ARGV, *train_argv]
     settings = parse_args(argv, companion=parser, num_ranks=len(slots[0].gpus) or 1).settings

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -12,7 +13,7 @@ from trainer.config.files import read_json_object, write_atomically
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
-SCHEMA_VERSION = 2  # of rule.json and of the trials by it
+SCHEMA_VERSION: Final = 2  # of rule.json and of the trials by it
 METHODS = {
     "full": ("--mode", "full"),
     "lora": ("--mode", "lora"),
@@ -24,7 +25,6 @@ METHODS = {
 }
 PRIMARY = ("full", "lora")  # the comparison that the answer is about; all others are exploratory
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
-MAX_LORA_RANK, MAX_LORA_RANKS = 2**16, 64  # that a grid is made of
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
 MIN_MAX_LR = 1e-5  # a lower --max-lr leaves no grid
 NUM_CHOICE_SEEDS = 3  # search seeds by which the best rate is told from its neighbours
@@ -61,9 +61,6 @@ class Rule(BaseModel):
         ):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one or more values, each only once")
-        if len(self.lora_ranks) > MAX_LORA_RANKS or max(self.lora_ranks) > MAX_LORA_RANK:
-            problem = f"--lora-ranks {self.lora_ranks[0]}, ... {max(self.lora_ranks)}"
-            raise UserError(f"{problem}: expected at most {MAX_LORA_RANKS} ranks, from 1 to {MAX_LORA_RANK}")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
         for method, lr in self.max_lrs.items():
@@ -101,7 +98,7 @@ class Rule(BaseModel):
 class _RuleFile(BaseModel):
     """The content of rule.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[2]  # SCHEMA_VERSION
     rule: Rule
     sha256: str
     working_dir: str
@@ -127,12 +124,9 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
             if value != (stored := stored_values[name]):
                 if name == "margin":
                     stored, value = (f"{m.describe()} (by {m.measure})" for m in (Margin(**stored), rule.margin))
-                raise UserError(
-                    f"{path}: {name} is {stored} in the study there and {value} now; start a study with "
-                    "another rule in another folder (--output-dir)"
-                )
+                raise UserError(f"{path}: {name} is {stored} there and {value} now; name another folder (--output-dir)")
         return
-    content = _RuleFile(rule=rule, sha256=rule.sha256, working_dir=working_dir)
+    content = _RuleFile(schema_version=SCHEMA_VERSION, rule=rule, sha256=rule.sha256, working_dir=working_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if other_file := next(iter(folder.iterdir()), None):
@@ -149,19 +143,11 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
     if not path.exists():
         raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
     stored = read_json_object(path)
-    if (version := stored.get("schema_version")) != SCHEMA_VERSION and "rule" in stored:
-        raise UserError(
-            f"{path}: of version {version or 1}, and this program continues studies of version {SCHEMA_VERSION}; "
-            "finish it with the program that began it, or start another study (--output-dir)"
-        )
     try:
         content = _RuleFile.model_validate(stored)
-    except UserError as error:
-        raise UserError(f"{path}: not the rule of a study ({error})") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{path}: not the rule of a study ({place}: {problem['msg']})") from None
+    except (UserError, ValidationError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{path}: not the rule of a study of version {SCHEMA_VERSION} ({problem})") from None
     if (now := content.rule.sha256) != content.sha256:
         raise UserError(
             f"{path}: was changed after the study began: its hash is {now[:12]} now and was {content.sha256[:12]} "

@@ -45,10 +45,9 @@ class Study:
         try:
             os.chdir(working_dir)
         except (OSError, ValueError) as error:  # a name that holds a null byte, or what is no character
-            reason = getattr(error, "strerror", None) or "no folder's name"
             raise UserError(
-                f"{folder}: the study was started in {working_dir}, which is not here ({reason}); join it from "
-                "a machine that has the same folders"
+                f"{folder}: was started in {working_dir}, which cannot be entered here; join it from a machine that "
+                "has the same folders"
             ) from error
         for name, trial in read_trials(folder).items():
             if trial.rule_sha256 != rule.sha256:

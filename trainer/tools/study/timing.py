@@ -1,8 +1,8 @@
 """What a step of each finalist takes: short runs in alternation on one machine, after all trials are done.
 
 A run's own clock says what the machine was busy with while it ran. Two finalists that take turns share that, and of
-each step the least over the rounds counts: other work only ever makes one longer. Rounds are added until leaving any
-one of them out changes the ratio little; where that does not come the ratio is withheld.
+each step the least over the rounds counts: other work only ever makes one longer. Where leaving out one of the rounds
+changes the ratio much it is withheld.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from trainer.tools.study.search import Candidate
 from trainer.tools.study.trials import method_argv
 
 TIMING_FILE = "timing.json"
-MIN_ROUNDS, MAX_ROUNDS = 3, 8
+NUM_ROUNDS = 4
 MAX_SPREAD = 1.1  # of the ratios without one of the rounds, most over least
 NUM_STEPS, NUM_WARMUP_STEPS = 16, 6
 
@@ -37,10 +37,6 @@ class Timing(BaseModel):
     machine: str = ""
     reason: str = ""  #: why there are none
 
-    @property
-    def num_rounds(self) -> int:
-        return min(len(self.step_seconds.get(method, [])) for method in PRIMARY)
-
     def _mean_seconds(self, method: str, left_out: int | None = None) -> float:
         """Seconds of a step: of each step the least over the rounds but one, the mean over the steps."""
         rounds = [seconds for n, seconds in enumerate(self.step_seconds[method]) if n != left_out]
@@ -49,20 +45,22 @@ class Timing(BaseModel):
     @property
     def ratios(self) -> list[float]:
         """LoRA's seconds over full's without one of the rounds, least first."""
-        num_rounds = self.num_rounds if self.num_rounds > 1 else 0
-        return sorted(self._mean_seconds("lora", n) / self._mean_seconds("full", n) for n in range(num_rounds))
+        rounds = range(len(self.step_seconds["full"]))
+        return sorted(self._mean_seconds("lora", n) / self._mean_seconds("full", n) for n in rounds)
 
     @property
     def cost(self) -> CostRatio:
         """LoRA's time of a step beside full's; no ratio where none was taken, or on a machine that did other work."""
-        full, lora = (self._mean_seconds(method) if self.step_seconds.get(method) else None for method in PRIMARY)
-        reason, ratios = self.reason, self.ratios
-        if not reason and not (ratios and ratios[-1] <= MAX_SPREAD * ratios[0]):
+        if self.reason:
+            return CostRatio(ratio=None, reason=self.reason, full=None, lora=None, is_of_a_step=True)
+        (full, lora), (low, *_, high) = map(self._mean_seconds, PRIMARY), self.ratios
+        reason = ""
+        if high > MAX_SPREAD * low:
             reason = (
-                f"the machine was busy: LoRA's steps took {ratios[0]:.2f}x to {ratios[-1]:.2f}x full's, by which "
-                f"of {self.num_rounds} rounds is left out; without {TIMING_FILE} they are timed again"
+                f"the machine was busy: LoRA's steps took {low:.2f}x to {high:.2f}x full's, by which round is left "
             )
-        ratio = lora / full if full and lora and not reason else None
+            reason += f"out; without {TIMING_FILE} they are timed again"
+        ratio = None if reason else lora / full
         return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora, is_of_a_step=True)
 
     @property
@@ -74,13 +72,11 @@ class Timing(BaseModel):
     def describe(self) -> str:
         if self.reason:
             return f"time and memory: not compared ({self.reason})"
-        cost, ratios = self.cost, self.ratios
+        cost, (low, *_, high) = self.cost, self.ratios
         time = f"not compared ({cost.reason})"
         if cost.ratio is not None:
-            time = (
-                f"{cost.ratio:.2f}x full's ({ratios[0]:.2f} to {ratios[-1]:.2f} without one of {self.num_rounds} "
-                f"rounds, in alternation on {self.machine})"
-            )
+            time = f"{cost.ratio:.2f}x full's ({low:.2f} to {high:.2f} without one round, in alternation on "
+            time += f"{self.machine})"
         return f"LoRA's time of a step: {time}; its peak memory: {self.memory.ratio:.2f}x full's"
 
 
@@ -92,36 +88,30 @@ def time_finalists(
     if (lock := acquire_when_free(folder, should_stop)) is None:
         return None
     try:
-        timing = read_timing(study_folder)
+        if (timing := read_timing(study_folder)) is not None:
+            return timing
         step_seconds: dict[str, list[list[float]]] = {method: [] for method in PRIMARY}
         peaks = dict.fromkeys(PRIMARY, 0)
-        for num_round in range(MAX_ROUNDS if timing is None else 0):
-            # full lora lora full full lora: a drift of the machine cancels
-            for method in PRIMARY if num_round % 2 == 0 else PRIMARY[::-1]:
-                shutil.rmtree(folder / method, ignore_errors=True)
-                argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
-                argv += ["--wandb", "disabled", "--base-from", str(study_folder / "runs")]
-                argv += ["--output-dir", str(folder / method / "run")]
-                process = start_run(slot, argv, folder / method)
-                while process.exitcode is None:
-                    process.join(0.2)
-                    if should_stop.is_set():
-                        process.kill()
-                        return None
-                if process.exitcode:
-                    timing = Timing(
-                        reason=f"{method} failed: {failure_reason(folder / method / 'log', process.exitcode)}"
-                    )
-                    break
-                run = read_folder(folder / method / "run")
-                step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())
-                peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
-                machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
-            else:
-                timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine)
-            if timing.reason or (timing.num_rounds >= MIN_ROUNDS and not timing.cost.reason):
+        machine = reason = ""
+        for method in (*PRIMARY, *PRIMARY[::-1]) * (NUM_ROUNDS // 2):  # so that a drift of the machine cancels
+            shutil.rmtree(folder / method, ignore_errors=True)
+            argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
+            argv += ["--wandb", "disabled", "--base-from", str(study_folder / "runs")]
+            argv += ["--output-dir", str(folder / method / "run")]
+            process = start_run(slot, argv, folder / method)
+            while process.exitcode is None:
+                process.join(0.2)
+                if should_stop.is_set():
+                    process.kill()
+                    return None
+            if process.exitcode:
+                reason = f"{method} failed: {failure_reason(folder / method / 'log', process.exitcode)}"
                 break
-        assert timing is not None
+            run = read_folder(folder / method / "run")
+            step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())
+            peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
+            machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
+        timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine, reason=reason)
         write_atomically(study_folder / TIMING_FILE, timing.model_dump_json(indent=1) + "\n")
         for method in PRIMARY:
             shutil.rmtree(folder / method, ignore_errors=True)
@@ -138,6 +128,6 @@ def read_timing(study_folder: Path) -> Timing | None:
     try:
         timing = Timing.model_validate_json(path.read_bytes())
         timing.describe()
-        return timing if timing.reason or timing.num_rounds >= MIN_ROUNDS else None
-    except (OSError, ValueError, LookupError, ArithmeticError):
+        return timing
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError):
         return None
