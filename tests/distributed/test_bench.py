@@ -17,11 +17,11 @@ main = LAUNCH["main"]
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--against nanogpt", "--against: nanogpt: expected some of plain, hf"),
-        ("--without speed", "--without: speed: expected some of chunked-loss"),
+        ("--against nanogpt", "--against nanogpt: expected some of plain, hf"),
+        ("--without speed", "--without speed: expected some of chunked-loss"),
         ("--without packing --against hf", "--without packing: compares rows of many lengths"),
-        ("--modes ,", "--modes: ',': expected some of full, lora"),
-        ("memory --methods full,lara", "--methods: lara: expected some of full, full-adamw8bit"),
+        ("--modes ,", "--modes ',': expected some of full, lora"),
+        ("memory --methods full,lara", "--methods lara: expected some of full, full-adamw8bit"),
         ("memory --out x", "--out x: unknown flag"),
     ],
 )

@@ -152,7 +152,7 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
         ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),
         ([runs[0], "--prompt", "w1", "--score", "f1"], "--score f1: no prompt has a text to compare with"),
         ([runs[0], "--prompt", "w1", "--score", "bleurt"], "--score bleurt: expected exact, contains"),
-        ([runs[0], "--temperature", "-1"], "--temperature: -1: expected a number from 0 to 100"),
+        ([runs[0], "--temperature", "-1"], "--temperature -1: expected a number from 0 to 100"),
         ([runs[0], "--checkpoint", "step-9"], "whole checkpoints there: step-000006"),
     ):
         code, message = generate(*arguments)

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from trainer.config.files import expand_user_path, require_place_for_folder
 from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table, translate
 
 TEXT_FLAGS = {"--prompt", "--completion", "--score"}  # what they hold is no name
+HELP_HINT = "(--help lists the flags)"
 
 
 def whole_number(text: str, least: int = 1, most: int = 2**31 - 1) -> int:
@@ -68,12 +69,10 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "exit_on_error": False, **options})
         self.register("type", Path, lambda text: Path(user_path(text)))
         self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
-        #: {flag: what it takes in place of a value, "" for a right one}
-        self.expected: dict[str, Callable[[str], str]] = {}
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""
-        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+        raise UserError(f"{message} {HELP_HINT}")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """argparse's own; UserError for all values that a flag does not take, and for keys, tokens and logins."""
@@ -89,10 +88,8 @@ class ArgumentParser(argparse.ArgumentParser):
             raise UserError(*problems)
         return parsed
 
-    def parse_all(
-        self, argv: Sequence[str], namespace: Any = None, places: Mapping[str, str] | None = None
-    ) -> tuple[Any, list[str]]:
-        """(the parsed arguments, the mistakes); `places`: {flag: where it stands} of those from a file."""
+    def parse_all(self, argv: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
+        """(the parsed arguments, the mistakes)."""
         (parsed, unknown), problems = self._parse(argv, namespace)
         strays = []
         while unknown:
@@ -102,10 +99,10 @@ class ArgumentParser(argparse.ArgumentParser):
                 continue
             if not has_value and unknown and not unknown[0].startswith("--"):
                 value = unknown.pop(0)
-            problems.append((places or {}).get(flag, "") + self._answer_unknown(flag, value))
+            problems.append(self._answer_unknown(flag, value))
         if strays:
             quote = "; quote a text that has blanks: --prompt 'Describe {column}'" if "{" in " ".join(strays) else ""
-            problems.append(f"{' '.join(strays)}: expected a flag (--help lists the flags){quote}")
+            problems.append(f"{' '.join(strays)}: expected a flag {HELP_HINT}{quote}")
         return parsed, problems
 
     def _parse(self, argv: Sequence[str], namespace: Any) -> tuple[tuple[Any, list[str]], list[str]]:
@@ -118,7 +115,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 parsed = super().parse_known_args(words, namespace)
                 break
             except argparse.ArgumentError as error:
-                problems.append(f"{str(error).removeprefix('argument ')} (--help lists the flags)")
+                is_value = ": expected " in error.message
+                problems.append(f"{error.argument_name}{' ' if is_value else ': '}{error.message}")
                 names = (error.argument_name or "").split("/")
                 places = [i for i, word in enumerate(words) if word.partition("=")[0] in names]
                 if not places:  # of an argument without a flag
@@ -161,34 +159,26 @@ class ArgumentParser(argparse.ArgumentParser):
         name = flag.lstrip("-").lower().replace("-", "_")
         nearest = next(iter(difflib.get_close_matches(name, answers, n=1, cutoff=0.8)), None)
         if nearest is None:
-            return f"{shown}: unknown flag (--help lists the flags)"
+            return f"{shown}: unknown flag {HELP_HINT}"
         answer = answers[nearest]
         if answer and not answer.startswith("-"):
             return f"{shown}: {answer}"
         if " " in answer:  # a switch there
             is_off = value.lower() in (*FALSE, "none")
             return f"{shown}: leave it out; {answer} would turn it on" if is_off else f"{shown}: did you mean {answer}?"
-        argv = [f"{answer or f'--{nearest}'}{f'={value}' if value else ''}"]
-        translation = translate(argv, takes_value)
+        translation = translate([f"{answer or f'--{nearest}'}{f'={value}' if value else ''}"], takes_value)
         if translation.problems:
             return f"{shown}: did you mean --{nearest}? {value}: {translation.problems[0].rpartition(': ')[2]}"
         if not translation.words:
             return f"{shown}: did you mean --{nearest} {value}".rstrip() + "? It can be left out"
         ours, _, value = translation.words[0].partition("=")
-        if expected := self._expected_by(ours, value):
-            return f"{shown}: did you mean {ours}? It takes {expected}"
-        return f"{shown}: did you mean {' '.join(translation.words).replace('=', ' ')}?"
-
-    def _expected_by(self, flag: str, value: str) -> str:
-        if not value or flag in self.expected:
-            return self.expected[flag](value) if value else ""
-        parse = next((action.type for action in self._actions if flag in action.option_strings), None)
+        parse = next((action.type for action in self._actions if ours in action.option_strings), None)
         try:
-            if callable(parse):
+            if value and callable(parse):
                 parse(value)
         except argparse.ArgumentTypeError as error:
-            return str(error).partition("expected ")[2]
-        return ""
+            return f"{shown}: did you mean {ours}? It takes {str(error).partition('expected ')[2]}"
+        return f"{shown}: did you mean {' '.join(translation.words).replace('=', ' ')}?"
 
 
 def _refuse_words(argv: Sequence[str]) -> None:
@@ -199,13 +189,13 @@ def _refuse_words(argv: Sequence[str]) -> None:
     except OSError:  # which libraries do not expect
         raise UserError("the folder that this shell is in has been removed; change to another one") from None
     for i, word in enumerate(argv):
+        flag, _, text = word.partition("=")
         if mask_credentials(word) != word:
             flag = next((name for name in reversed(argv[: i + 1]) if name.startswith("--")), word)
             raise UserError(
                 f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
                 "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
             )
-        flag, _, text = word.partition("=")
         if flag.startswith("--") and text == "--":  # of which argparse makes an empty list
             raise UserError(f"{flag} --: expected another value")
 

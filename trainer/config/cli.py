@@ -3,12 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -24,7 +23,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings, resolve
 from trainer.config.spellings import translate
 
-LR_RANGE = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
+CONFIG_EXPECTED = "expected lines like `lr: 1e-4`, or a run.json"
 ResumePoint = Annotated[str, Accepts("step-N, best, auto or latest", pattern="^(step-[0-9]+|best|auto|latest)$")]
 
 
@@ -36,19 +35,18 @@ class LRRange(NamedTuple):
     steps: int = 100
 
     @classmethod
-    def parse(cls, text: str, mode: str) -> "LRRange":
-        """From START:END[:STEPS]; `default`: from far too low to far too high, for LoRA ten times higher."""
-        if text == "default":
-            factor = LORA_LR_FACTOR if mode == "lora" else 1.0
-            return cls(1e-7 * factor, 1.0 * factor)
-        try:
+    def parse(cls, text: str) -> "LRRange":
+        """From START:END[:STEPS], as the `type` of a flag."""
+        with contextlib.suppress(ValueError, TypeError):
             start, end, *steps = text.split(":")
             sweep = cls(float(start), float(end), *map(int, steps))
             if 0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20:
                 return sweep
-        except (ValueError, TypeError):
-            pass
-        raise UserError(f"--find-lr {text}: expected {LR_RANGE}")
+        expected = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+
+DEFAULT_RANGE = LRRange(1e-7, 1.0)  # from far too low to far too high for full; LoRA's is ten times as high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +79,8 @@ def parse_args(
     """
     parser = build_parser(companion)
     argv = sys.argv[1:] if argv is None else argv
-    words, places = expand_config(argv, parser)
-    translation = translate(words, parser.flags(), num_ranks, places)
-    parsed, problems = parser.parse_all(translation.words, places=places)
+    translation = translate(expand_config(argv, parser), parser.flags(), num_ranks)
+    parsed, problems = parser.parse_all(translation.words)
     problems, args = [*translation.problems, *problems], vars(parsed)
     flags = [word.partition("=")[0].replace("_", "-") for word in argv]
     for flag in ("--data", "--test-data"):  # of which the last one alone would count
@@ -106,7 +103,9 @@ def parse_args(
     try:
         mode = args["mode"] or "lora"  # which refuses least
         settings = resolve(mode, args["preset"], overrides, tuple(overridden_flags))
-        find_lr = LRRange.parse(args["find_lr"], mode) if args["find_lr"] else None
+        find_lr = args["find_lr"]
+        if find_lr is DEFAULT_RANGE and mode == "lora":
+            find_lr = LRRange(DEFAULT_RANGE.start * LORA_LR_FACTOR, DEFAULT_RANGE.end * LORA_LR_FACTOR)
     except UserError as error:
         problems += error.args
     if problems:
@@ -169,14 +168,16 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     )
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
     verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
-    add("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
+    add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     add("--config", metavar="FILE", help=config_help)
-    add("--preset", metavar=_choice_text(PRESETS), help=preset_help)
-    add("--resume", nargs="?", const="latest", metavar="step-N|best|auto", help=resume_help)
+    add("--preset", type=_value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
+    resume = {"nargs": "?", "const": "latest", "type": _value_type(ResumePoint), "metavar": "step-N|best|auto"}
+    add("--resume", help=resume_help, **resume)
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
-    add("--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]", help=lr_help)
+    lr_range = {"nargs": "?", "const": DEFAULT_RANGE, "type": LRRange.parse, "metavar": "START:END[:STEPS]"}
+    add("--find-lr", help=lr_help, **lr_range)
     add("--find-batch", action="store_true", help=batch_help)
     add("--verbose", action="store_true", help=verbose_help)
     # the launcher passes it; LOCAL_RANK says the same
@@ -185,11 +186,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         section = parser.add_argument_group({"lora": "LoRA (with --mode lora)", "train": "training"}.get(name, name))
         for field in dataclasses.fields(group):
             _add_flag(section.add_argument, name, field)
-            parser.expected[flag_of(field)] = functools.partial(_expected, field)
-    parser.expected["--mode"] = functools.partial(what_is_expected, Mode)
-    parser.expected["--preset"] = functools.partial(what_is_expected, Preset)
-    parser.expected["--resume"] = functools.partial(what_is_expected, ResumePoint)
-    parser.expected["--find-lr"] = _expected_range
     return parser
 
 
@@ -207,15 +203,16 @@ def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
     elif field.default not in (None, ()):
         help_text += f" (default: {field.default})"
     if typing.get_origin(kind) is Literal:
-        options["metavar"] = _choice_text(typing.get_args(kind))
+        options |= {"metavar": _choice_text(typing.get_args(kind)), "type": _value_type(field.type)}
     elif field.metadata["is_repeated"]:
-        options |= {"metavar": "NAME", "action": "append"}
+        options |= {"metavar": "NAME", "action": "extend", "type": _value_type(field.type, lambda text: (text,))}
     elif typing.get_origin(kind) is tuple:
-        options |= {"metavar": "NAMES", "type": lambda text: tuple(name.strip() for name in text.split(","))}
+        split = _value_type(field.type, lambda text: tuple(name.strip() for name in text.split(",")))
+        options |= {"metavar": "NAMES", "type": split}
     else:
         is_path = {UserPath, PeftConfig} & {field.type, *typing.get_args(field.type)}
         metavar = "PATH" if is_path else {int: "N", float: "X", str: "TEXT"}[kind]
-        options |= {"metavar": metavar, "type": lambda text: _parse(kind, text)}
+        options |= {"metavar": metavar, "type": _value_type(field.type, kind)}
     add(flag_of(field), help=help_text, **options)
 
 
@@ -223,89 +220,74 @@ def _choice_text(choices: Sequence[str]) -> str:
     return f"{{{','.join(choices)}}}"
 
 
-def _parse(kind: type, text: str) -> Any:
-    """The number, or the text itself where it is none: the field's check then says what is accepted."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
+def _value_type(annotation: Any, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The `type` of a flag whose value has this annotation."""
+
+    def parse(text: str) -> Any:
+        value: Any = text
+        with contextlib.suppress(ValueError):  # what is accepted is said below
+            value = convert(text)
+        if expected := what_is_expected(annotation, value):
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    return parse
 
 
-def _expected_range(text: str) -> str:
-    with contextlib.suppress(UserError):
-        return "" if LRRange.parse(text, "full") else LR_RANGE
-    return LR_RANGE
-
-
-def _expected(field: dataclasses.Field[Any], text: str) -> str:
-    """What a field's flag takes in place of a text, "" where it takes that."""
-    kind = unwrap(field.type)
-    is_list = typing.get_origin(kind) is tuple
-    value = ((text,) if field.metadata["is_repeated"] else tuple(text.split(","))) if is_list else text
-    return what_is_expected(field.type, _parse(kind, text) if kind in (int, float) else value)
-
-
-def expand_config(argv: Sequence[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
-    """(`argv` behind the words of each --config FILE, {key: its file and line}): of a flag that is given twice the last
-    one counts. UserError, in one line that names the file, where it cannot be read."""
+def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """`argv` behind the words of each --config FILE: of a flag that is given twice the last one counts. UserError, in
+    one line that names the file, where it cannot be read."""
     finder = ArgumentParser(add_help=False)
     finder.add_argument("--config", type=Path, action="append", default=[])
-    expanded, places = list[str](), dict[str, str]()
+    fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
+    repeated = {flag_of(field) for field in fields if field.metadata["is_repeated"]}
+    expanded = list[str]()
     for path in finder.parse_known_args(argv)[0].config:
         if path.suffix != ".json":
-            expanded += _yaml_to_argv(path, parser.flags(), places)
+            expanded += _yaml_to_argv(path, parser.flags(), repeated)
             continue
         if not path.exists():
-            raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
+            raise UserError(f"--config {path}: no such file; {CONFIG_EXPECTED}")
         settings = Settings.from_dict(read_run_metadata(path)["settings"])
         expanded += to_argv(settings, {"output": {"output_dir": None}})  # not the run's folder, which is taken
-    given = {word.partition("=")[0] for word in argv}
-    repeated = [flag for flag in _repeated_flags() if flag in given]  # else the file's values would come beside these
-    return [*(word for word in expanded if word.partition("=")[0] not in repeated), *argv], places
+    replaced = repeated & {word.partition("=")[0] for word in argv}  # else the file's values would come beside these
+    return [*(word for word in expanded if word.partition("=")[0] not in replaced), *argv]
 
 
-def _repeated_flags() -> set[str]:
-    fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
-    return {flag_of(field) for field in fields if field.metadata["is_repeated"]}
-
-
-def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], places: dict[str, str]) -> list[str]:
+def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], repeated_flags: Container[str]) -> list[str]:
     """The flags of a YAML file, from its text as it stands: of `off`, `1e-4` and `no` YAML would make other values."""
-    text = read_text_file(path, f"--config {path}", "lines like `lr: 1e-4`, or a run.json")
+    text = read_text_file(path, f"--config {path}", CONFIG_EXPECTED.removeprefix("expected "))
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
         problem = getattr(error, "problem", None) or "damaged"
-        raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
+        raise UserError(f"--config {path}{where}: is not YAML ({problem}); {CONFIG_EXPECTED}") from error
     argv: dict[str, list[str]] = {}
-    for key_node, node in root.value if root is not None else []:
-        where, key = f"--config {path}, line {key_node.start_mark.line + 1}", key_node.value
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"{where}: expected lines like `lr: 1e-4`, or a run.json")
-        key = key.lstrip("-").replace("-", "_")
+    pairs = root.value if isinstance(root, yaml.MappingNode) else [] if root is None else [(root, root)]
+    for key_node, node in pairs:
+        where = f"--config {path}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode) or key_node is node:
+            raise UserError(f"{where}: {CONFIG_EXPECTED}")
+        key = key_node.value.lstrip("-").replace("-", "_")
         flag = f"--{key.replace('_', '-')}"
         if flag in ("--config", "--help"):
             raise UserError(f"{where}: {flag}: is for the command line alone")
         if key in argv:
             raise UserError(f"{where}: {key_node.value} stands there twice; expected it once")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        source = text[node.start_mark.index : node.end_mark.index].strip()
+        source = " ".join(text[node.start_mark.index : node.end_mark.index].split())
+        value = source  # of another program, where it is no list of values
         if all(isinstance(item, yaml.ScalarNode) for item in items):
             value = (" " if flag == "--data" else ",").join(item.value for item in items)
         elif flag in takes_value:
             expected = "expected a number, a text (in quotes) or a list of them"
-            if isinstance(node, yaml.MappingNode) and "\n" not in source:
+            if isinstance(node, yaml.MappingNode):
                 expected = f'YAML reads {source} as a mapping; write {key_node.value}: "{source}"'
             raise UserError(f"{where}: {key_node.value}: {expected}")
-        else:  # of another program
-            value = " ".join(source.split())
         name = flag if flag in takes_value else f"--{key}"
-        places[key] = places[name] = f"{where}: "
         is_null = node.tag == "tag:yaml.org,2002:null"
-        values = [item.value for item in items] if flag in _repeated_flags() else [value]
+        values = [item.value for item in items] if flag in repeated_flags else [value]
         argv[key] = [] if is_null else [f"{name}={text}" for text in values]
     return [word for words in argv.values() for word in words]

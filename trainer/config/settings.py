@@ -37,7 +37,6 @@ from trainer.config.fields import (
     flag_of,
     option,
     settings_class,
-    what_is_expected,
 )
 from trainer.config.files import name_val_sets, split_weights
 
@@ -60,6 +59,12 @@ HangTimeout = Annotated[
     float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
 ]
 Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
+
+
+def _refuse(*rules: tuple[Any, str]) -> None:
+    """UserError with the texts of all rules whose condition holds."""
+    if problems := [text for is_broken, text in rules if is_broken]:
+        raise UserError(*problems)
 
 
 @settings_class
@@ -151,22 +156,18 @@ class DataSettings:
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
 
     def __post_init__(self) -> None:
-        problems, most = [], 1 - (0 if self.val_data else self.val_fraction)
+        most, test_fraction = 1 - (0 if self.val_data else self.val_fraction), f"--test-fraction {self.test_fraction:g}"
         name_val_sets(self.val_data)  # refuses two of one name
-        if len(split_weights(self.data)) > 1 and not self.shuffle:
-            problems.append(f"--data {self.data}: not with --no-shuffle; the order of a mixture is drawn by --seed")
-        if self.block_size == 1:
-            problems.append("--block-size 1: expected 2 tokens or more, or 0: from the data")
-        if self.test_fraction >= most:
-            problems.append(
-                f"--test-fraction {self.test_fraction:g}: expected a share under {most:g}, beside validation"
-            )
-        if self.test_data is not None and self.test_fraction:
-            problems.append(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
-        if self.prompt is not None and self.completion is None:
-            problems.append(f"--prompt {self.prompt}: expected --completion too, for instance --completion '{{notes}}'")
-        if problems:
-            raise UserError(*problems)
+        _refuse(
+            (len(split_weights(self.data)) > 1 and not self.shuffle, f"--no-shuffle: not with the mixture {self.data}"),
+            (self.block_size == 1, "--block-size 1: expected 2 tokens or more, or 0: from the data"),
+            (self.test_fraction >= most, f"{test_fraction}: expected a share under {most:g}, beside validation"),
+            (
+                self.test_data is not None and self.test_fraction,
+                f"{test_fraction} and --test-data: expected one of them",
+            ),
+            (self.prompt is not None and self.completion is None, f"--prompt {self.prompt}: expected --completion too"),
+        )
 
 
 @settings_class
@@ -318,52 +319,43 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse settings that are right alone and exclude one another."""
         lora, train, quant, precision = self.lora, self.train, self.model.quant, self.engine.precision
-        problems: list[str] = []
-        if self.model.quant_double and quant not in ("nf4", "fp4"):
-            problems.append("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
-        if train.warmup_steps and train.warmup_ratio:
-            problems.append(f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}")
-        if train.min_lr > train.lr:
-            problems.append(f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}")
-        if train.min_lr and train.schedule == "constant":
-            problems.append(f"--min-lr {train.min_lr}: expected with --schedule linear, cosine or wsd")
-        if train.early_stop and self.output.eval_every == "never":
-            problems.append(f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps")
-        if self.engine.execution == "graphs" and self.graph_blocker:
-            problems.append(f"--execution graphs: not with {self.graph_blocker}; expected auto or eager")
-        if train.optim in choices.EIGHT_BIT_OPTIMIZERS and precision == "fp16":
-            problems.append(f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
-        if lora.peft_config and "--peft-config" in self.overridden:
-            problems += self.shape_flag_problems("--peft-config")
-        if self.mode == "lora" and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter):
-            problems.append(f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out")
-        if self.mode == "full":
-            if quant:
-                problems.append(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
-            for flag, value, default in (
-                ("--adapter", lora.adapter, "lora"),
-                ("--lora-plus-ratio", lora.plus_ratio, 1.0),
-                ("--modules-to-save", ",".join(lora.modules_to_save), ""),
-            ):
-                if value != default:
-                    problems.append(f"{flag} {value}: is about adapters; expected --mode lora")
-        elif quant:
-            if lora.adapter == "pissa":
-                problems.append(
-                    f"--quant {quant}: its rounding is larger than what pissa changes; expected another adapter"
-                )
-            if quant == "int8" and lora.adapter == "dora":
-                problems.append("--quant int8: peft loses its scales where dora takes norms; expected nf4 or fp4")
-            if "bias" in lora.modules_to_save:
-                problems.append(
-                    f"--modules-to-save bias: bitsandbytes rounds the biases of {quant} layers; expected others"
-                )
-            if precision == "fp16":
-                problems.append(
-                    f"--precision fp16: rounds the packed weights of --quant {quant}; expected bf16 or fp32"
-                )
-        if problems:
-            raise UserError(*problems)
+        is_full, is_fp16 = self.mode == "full", precision == "fp16"
+        packed = None if is_full else quant
+        to_save, for_adapters = ",".join(lora.modules_to_save), "is about adapters; expected --mode lora"
+        has_no_b = not is_full and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter)
+        is_8_bit, is_constant = train.optim in choices.EIGHT_BIT_OPTIMIZERS, train.schedule == "constant"
+        shape_flags = self.shape_flag_problems("--peft-config") if "--peft-config" in self.overridden else []
+        _refuse(
+            (
+                self.model.quant_double and quant not in ("nf4", "fp4"),
+                "--quant-double: expected with --quant nf4 or fp4",
+            ),
+            (
+                train.warmup_steps and train.warmup_ratio,
+                f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}",
+            ),
+            (train.min_lr > train.lr, f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}"),
+            (train.min_lr and is_constant, f"--min-lr {train.min_lr}: not with --schedule constant"),
+            (
+                train.early_stop and self.output.eval_every == "never",
+                f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps",
+            ),
+            (
+                self.engine.execution == "graphs" and self.graph_blocker,
+                f"--execution graphs: not with {self.graph_blocker}; expected auto or eager",
+            ),
+            (is_8_bit and is_fp16, f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more"),
+            *((True, problem) for problem in shape_flags),
+            (has_no_b, f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out"),
+            (is_full and quant, f"--quant {quant}: a quantised weight has no gradient; expected --mode lora"),
+            (is_full and lora.adapter != "lora", f"--adapter {lora.adapter}: {for_adapters}"),
+            (is_full and lora.plus_ratio != 1, f"--lora-plus-ratio {lora.plus_ratio}: {for_adapters}"),
+            (is_full and to_save, f"--modules-to-save {to_save}: {for_adapters}"),
+            (packed and lora.adapter == "pissa", f"--quant {quant}: rounds off what --adapter pissa changes"),
+            (packed == "int8" and lora.adapter == "dora", "--quant int8: not with --adapter dora; expected nf4 or fp4"),
+            (packed and "bias" in lora.modules_to_save, f"--modules-to-save bias: not with --quant {quant}"),
+            (packed and is_fp16, f"--precision fp16: not with --quant {quant}; expected bf16 or fp32"),
+        )
 
     def shape_flag_problems(self, source: str) -> list[str]:
         """A line where flags give a shape to adapters that `source` has given one."""
@@ -468,12 +460,9 @@ def resolve(
         chosen = model or ("gpt2" if is_own_data else DEMO_MODEL)
         preset = "demo" if chosen == DEMO_MODEL else "gpt2" if chosen in GPT2_NAMES else "finetune"
     problems = []
-    for name, values, value in (("--mode", choices.Mode, mode), ("--preset", choices.Preset, preset)):
-        if expected := what_is_expected(values, value):
-            problems.append(f"{name} {value}: expected {expected}")
     if preset == "finetune" and model is None:
         problems.append("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
-    preset = "demo" if problems else preset  # to look at the other values
+        preset = "demo"  # to look at the other values
     groups: dict[str, dict[str, Any]] = {
         name: {
             field.name: field.metadata["presets"][preset]

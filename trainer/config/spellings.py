@@ -37,28 +37,43 @@ class Translation:
     words: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    given: dict[str, str] = field(default_factory=dict)  #: {spelling: its value}
     places: dict[str, int] = field(default_factory=dict)  #: {spelling: among which words it was given last}
-    late: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  #: words still to be put there
+    put_words: dict[str, tuple[str, str]] = field(default_factory=dict)  #: {our flag: (spelling, word of ours for it)}
 
     def value_of(self, flag: str) -> str | None:
         """The value of a flag of ours where it was given last."""
         return next((w.partition("=")[2] for w in reversed(self.words) if w.startswith(f"{flag}=")), None)
 
+    def find(self, *names: str) -> tuple[str, str | None]:
+        """(name, value) of the first of some spellings that was given and is not none; ("", None) without one."""
+        found = ((name, self.given[name]) for name in names if self.given.get(name, "").lower() not in NONE)
+        return next(found, ("", None))
+
+    def is_on(self, name: str) -> bool | None:
+        """Whether a switch is on; None where it was not given."""
+        value = self.given.get(name, "").lower()
+        if value not in TRUE + FALSE + NONE:
+            raise UserError(f"--{name} {value}: expected true or false")
+        return None if value in NONE else value in TRUE
+
     def put(self, key: str, *words: str, said: str = "") -> None:
-        """Take words of ours where a spelling was given, as of two flags the last one counts, and say so."""
-        self.late.append((self.places[key], words))
+        """Take words of ours in the place where a spelling was given, as of two flags the last one counts, and say so;
+        UserError where another spelling says something else of the same flag."""
+        for word in words:
+            other, taken = self.put_words.setdefault(word.partition("=")[0], (key, word))
+            if taken != word:
+                raise UserError(f"--{other} and --{key}: exclude one another; expected one of them")
         self.notes.append(f"{said or key} is {' '.join(words).replace('=', ' ')} here")
 
 
-def translate(
-    argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1, places: Mapping[str, str] | None = None
-) -> Translation:
+def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1) -> Translation:
     """A command line in our flags; words that nobody knows stay as they are.
 
     `takes_value`: our flags and whether each is followed by a value; `num_ranks`: processes, by which a batch per
-    device is multiplied; `places`: {spelling: where it stands, with a colon} of those from a file.
+    device is multiplied.
     """
-    table, result, rest, given = read_table(), Translation(), list(argv), dict[str, str]()
+    table, result, rest = read_table(), Translation(), list(argv)
     ignored: dict[str, list[str]] = {}
     while rest:
         word = rest.pop(0)
@@ -77,17 +92,18 @@ def translate(
                 break
             values.append(rest.pop(0))
         value, is_given = (" " if ours == "--data" else ",").join(values), bool(values)
+        if part:
+            result.given[key], result.places[key] = value if is_given else "true", len(result.words)
         try:
-            if part == "together" and not is_given and table[part][key] == "VALUE":
-                raise UserError("expected one argument")
-            if part:
-                given[key], result.places[key] = value if is_given else "true", len(result.words)
             if part == "no_effect":
                 ignored.setdefault(table[part][key], []).append(key)
             elif part == "only":
                 accepted, answer = table[part][key]
-                if given[key].lower() not in (*accepted, *NONE):
+                if result.given[key].lower() not in (*accepted, *NONE):
                     raise UserError(answer)
+            elif part == "together":
+                if not is_given and table[part][key] == "VALUE":
+                    raise UserError("expected one argument")
             elif is_switch:
                 if is_given and value.lower() not in TRUE + FALSE + NONE:
                     raise UserError("expected true or false")
@@ -96,7 +112,7 @@ def translate(
                         result.words.append(ours)
                     else:
                         result.put(key, table[part][key].replace(" ", "="))
-            elif part != "together" and (part != "same" or not is_given or value.lower() not in NONE):
+            elif part != "same" or not is_given or value.lower() not in NONE:
                 known = table["values"].get(ours, {})
                 changed = known.get(value.lower(), value)
                 if changed == value and ours in LIST_FLAGS:
@@ -106,38 +122,25 @@ def translate(
                     raise UserError(changed[1:])
                 if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5
                     changed = f"--warmup-ratio={value}"
-                own = [changed] if changed.startswith("--") else [f"{ours}={changed}"] if is_given else [ours]
-                if part == "same" or changed not in ("", value):
-                    remark = table["same"].get(key, "").partition(" ")[2]
-                    result.words += own
-                    said = f"{key} {value} is {own[0].replace('=', ' ')}" if changed != value else f"{key} is {ours}"
-                    result.notes.append(f"{said} here{' ' * bool(remark)}{remark}")
-                elif changed or not value:
-                    result.words += own
+                own = changed if changed.startswith("--") else f"{ours}={changed}" if is_given else ours
+                if changed or not value:
+                    result.words.append(own)
+                    if part == "same" or changed != value:
+                        remark = table["same"].get(key, "").partition(" ")[2]
+                        said = f"{key} {value} is {own.replace('=', ' ')}" if changed != value else f"{key} is {ours}"
+                        result.notes.append(f"{said} here{' ' * bool(remark)}{remark}")
         except UserError as error:
-            result.problems.append(f"{(places or {}).get(key, '')}{name} {value}".rstrip() + f": {error}")
+            result.problems.append(f"{name} {value}".rstrip() + f": {error}")
     take_batch = functools.partial(_take_batch, num_ranks=num_ranks)
     for take in (take_batch, _take_intervals, _take_precision, _take_quant, _take_method, _take_schedule, _take_rest):
         try:
-            take(result, given)
+            take(result)
         except UserError as error:
             result.problems.append(str(error))
-    for place, words in sorted(result.late, reverse=True):
-        result.words[place:place] = words
+    for key, word in sorted(result.put_words.values(), key=lambda item: -result.places[item[0]]):
+        result.words.insert(result.places[key], word)
     result.notes += [f"{', '.join(names)}: without effect, {reason}" for reason, names in ignored.items()]
     return result
-
-
-def _first(given: Mapping[str, str], *names: str) -> tuple[str, str | None]:
-    """(name, value) of the first of some spellings that was given and is not none; ("", None) without one."""
-    return next(((n, given[n]) for n in names if n in given and given[n].lower() not in NONE), ("", None))
-
-
-def _is_on(given: Mapping[str, str], name: str) -> bool | None:
-    value = given.get(name, "").lower()
-    if value not in TRUE + FALSE + NONE:
-        raise UserError(f"--{name} {value}: expected true or false")
-    return None if value in NONE else value in TRUE
 
 
 def _whole(name: str, value: str) -> int:
@@ -146,99 +149,89 @@ def _whole(name: str, value: str) -> int:
     return int(value)
 
 
-def _take_batch(result: Translation, given: Mapping[str, str], *, num_ranks: int) -> None:
+def _take_batch(result: Translation, *, num_ranks: int) -> None:
     """Per device x accumulation x processes is our global batch; what is missing is what transformers takes."""
-    name, per_device = _first(given, "per_device_train_batch_size", "per_gpu_train_batch_size")
-    _, accumulation = _first(given, "gradient_accumulation_steps")
+    name, per_device = result.find("per_device_train_batch_size", "per_gpu_train_batch_size")
+    _, accumulation = result.find("gradient_accumulation_steps")
     if per_device is None and accumulation is None:
         return
-    own_batch, own_micro = result.value_of("--global-batch"), result.value_of("--micro-batch")
-    steps = _whole("gradient_accumulation_steps", accumulation) if accumulation is not None else None
-    micro = per_device or own_micro
-    if micro is None and own_batch is not None and steps is not None:
+    own_batch, micro = result.value_of("--global-batch"), per_device or result.value_of("--micro-batch")
+    steps = _whole("gradient_accumulation_steps", accumulation or "1")
+    if micro is None and own_batch is not None:
         micro = str(max(1, _whole("global-batch", own_batch) // (steps * num_ranks)))
     size = _whole(name or "micro-batch", micro or TRANSFORMERS_BATCH)
-    batch = size * (steps or 1) * num_ranks
-    product = f"per device {size} x accumulation {steps or 1} x {num_ranks} process{'es' * (num_ranks > 1)}"
+    batch = size * steps * num_ranks
+    product = f"per device {size} x accumulation {steps} x {num_ranks} process{'es' * (num_ranks > 1)}"
     key = max(("gradient_accumulation_steps", name), key=lambda key: result.places.get(key, -1))
     if own_batch is None:
         result.put(key, f"--micro-batch={size}", f"--global-batch={batch}", said=product)
-    elif steps is None or own_batch == str(batch):
+    elif accumulation is None or own_batch == str(batch):
         result.put(key, f"--micro-batch={size}", said=product)
     else:
         raise UserError(f"--global-batch {own_batch}: {product} makes {batch}; expected one of them")
 
 
-def _take_intervals(result: Translation, given: Mapping[str, str]) -> None:
+def _take_intervals(result: Translation) -> None:
     for flag, strategies, steps_name in (
         ("--eval-every", ("eval_strategy", "evaluation_strategy"), "eval_steps"),
         ("--save-every", ("save_strategy",), "save_steps"),
     ):
-        name, strategy = _first(given, *strategies)
-        _, steps = _first(given, steps_name)
+        name, strategy = result.find(*strategies)
+        _, steps = result.find(steps_name)
         if strategy is None and steps is None:
             continue
-        if strategy is not None and strategy.lower() not in ("no", "false", "epoch", "steps"):
+        every = {"no": "never", "false": "never", "epoch": "epoch", "steps": ""}.get((strategy or "steps").lower())
+        if every is None:
             raise UserError(f"--{name} {strategy}: expected no, epoch or steps, as {flag} never, epoch or a number")
-        if strategy is not None and strategy.lower() != "steps":
-            every = "epoch" if strategy.lower() == "epoch" else "never"
+        if every:
             result.put(name, f"{flag}={every}", said=f"{name} {strategy}")
             continue
-        steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else given.get("logging_steps"))
+        steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else result.given.get("logging_steps"))
         if steps is None:
             raise UserError(f"--{name} {strategy}: expected --{steps_name} N too")
-        key = steps_name if steps_name in given else name
+        key = steps_name if steps_name in result.given else name
         result.put(key, f"{flag}={_whole(steps_name, steps)}", said=f"{steps_name} {steps}")
 
 
-def _take_precision(result: Translation, given: Mapping[str, str]) -> None:
-    bf16, fp16 = _is_on(given, "bf16"), _is_on(given, "fp16")
-    name, dtype = _first(given, "dtype", "torch_dtype")
-    by_dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "", "auto": "", None: ""}
-    short = dtype.removeprefix("torch.") if dtype else None
-    if short not in by_dtype:
+def _take_precision(result: Translation) -> None:
+    precisions = [name for name in ("bf16", "fp16") if result.is_on(name)]
+    for name in precisions:
+        result.put(name, f"--precision={name}", said=f"{name} {result.given[name]}")
+    name, dtype = result.find("dtype", "torch_dtype")
+    by_dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "", "auto": "", "": ""}
+    precision = by_dtype.get((dtype or "").removeprefix("torch."))
+    if precision is None:
         raise UserError(f"--{name} {dtype}: expected bfloat16, float16, float32 or auto")
-    wanted = {"bf16" if bf16 else "", "fp16" if fp16 else "", by_dtype[short]} - {""}
-    if len(wanted) > 1 or (bf16 is False and "bf16" in wanted) or (fp16 is False and "fp16" in wanted):
-        raise UserError(
-            f"--bf16, --fp16 and --{name or 'dtype'}: exclude one another; expected --precision bf16 or fp16"
-        )
-    if bf16 is False and not wanted:
-        wanted = {"fp32"}
-    for precision in wanted:
-        is_dtype = by_dtype[short] == precision
-        key = name if is_dtype else "bf16" if precision == "fp32" else precision
-        result.put(key, f"--precision={precision}", said=f"{key} {given[key]}")
-        result.notes[-1] += " (weights that are trained stay in float32)" if is_dtype else ""
+    if precision:
+        result.put(name, f"--precision={precision}", said=f"{name} {dtype}")
+        result.notes[-1] += " (weights that are trained stay in float32)"
+    if result.is_on("bf16") is False and not precisions:
+        result.put("bf16", "--precision=fp32", said=f"bf16 {result.given['bf16']}")
 
 
-def _take_quant(result: Translation, given: Mapping[str, str]) -> None:
-    in_4_bits, in_8_bits = _is_on(given, "load_in_4bit"), _is_on(given, "load_in_8bit")
-    kind = given.get("bnb_4bit_quant_type", "nf4")
-    if in_4_bits and in_8_bits:
-        raise UserError("--load_in_4bit and --load_in_8bit: expected one of them")
+def _take_quant(result: Translation) -> None:
+    kind = result.given.get("bnb_4bit_quant_type", "nf4")
     if kind not in ("nf4", "fp4"):
         raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4 or fp4")
-    if in_4_bits or in_8_bits:
-        result.put("load_in_4bit" if in_4_bits else "load_in_8bit", f"--quant={kind if in_4_bits else 'int8'}")
+    for name, quant in (("load_in_4bit", kind), ("load_in_8bit", "int8")):
+        if result.is_on(name):
+            result.put(name, f"--quant={quant}")
 
 
-def _take_method(result: Translation, given: Mapping[str, str]) -> None:
-    if (uses_peft := _is_on(given, "use_peft")) is not None:
-        result.put("use_peft", f"--mode={'lora' if uses_peft else 'full'}", said=f"use_peft {given['use_peft']}")
-    init = given.get("init_lora_weights", "true").lower()
+def _take_method(result: Translation) -> None:
+    if (uses_peft := result.is_on("use_peft")) is not None:
+        result.put("use_peft", f"--mode={'lora' if uses_peft else 'full'}", said=f"use_peft {result.given['use_peft']}")
+    init = result.given.get("init_lora_weights", "true").lower()
     if init not in ("pissa", *TRUE, *NONE):
         raise UserError(f"--init_lora_weights {init}: expected true (B is zero) or pissa")
-    kinds = {f"use_{kind}": kind for kind in ("dora", "rslora") if _is_on(given, f"use_{kind}")}
-    kinds |= {"init_lora_weights": "pissa"} if init == "pissa" else {}
-    if len(kinds) > 1:
-        raise UserError(f"{' and '.join(kinds.values())}: not together; expected one --adapter")
+    kinds = {"init_lora_weights": "pissa"} if init == "pissa" else {}
+    kinds |= {f"use_{kind}": kind for kind in ("dora", "rslora") if result.is_on(f"use_{kind}")}
     for key, kind in kinds.items():
         result.put(key, f"--adapter={kind}")
 
 
-def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
-    if given.get("lr_scheduler_type", "").lower() != "constant":
+def _take_schedule(result: Translation) -> None:
+    if result.given.get("lr_scheduler_type", "").lower() != "constant":
         return
     warmup = f"{result.value_of('--warmup-steps')}{result.value_of('--warmup-ratio')}"
     if re.search("[1-9]", warmup):
@@ -246,19 +239,18 @@ def _take_schedule(result: Translation, given: Mapping[str, str]) -> None:
     result.put("lr_scheduler_type", "--warmup-ratio=0", said="lr_scheduler_type constant")
 
 
-def _take_rest(result: Translation, given: Mapping[str, str]) -> None:
-    _, checkpoint = _first(given, "resume_from_checkpoint")
+def _take_rest(result: Translation) -> None:
+    _, checkpoint = result.find("resume_from_checkpoint")
     if checkpoint is not None and checkpoint.lower() not in FALSE:
         which = "latest" if checkpoint.lower() in TRUE else re.sub(r"^.*checkpoint-(\d+)/?$", r"step-\1", checkpoint)
         if not re.fullmatch(r"latest|best|auto|step-\d+", which):
             raise UserError(f"--resume_from_checkpoint {checkpoint}: expected true or checkpoint-N of a run here")
         result.put("resume_from_checkpoint", f"--resume={which}")
-    _, name = _first(given, "dataset_name")
-    _, config = _first(given, "dataset_config")
+    (_, name), (_, config) = result.find("dataset_name"), result.find("dataset_config")
     if config is not None and (name is None or ":" in name):
         raise UserError(f"--dataset_config {config}: expected with --dataset_name ID, or as --data ID:CONFIG")
     if name is not None:
         result.put("dataset_name", f"--data={name}{f':{config}' if config else ''}")
-    _, data_seed = _first(given, "data_seed")
+    _, data_seed = result.find("data_seed")
     if data_seed not in (None, seed := result.value_of("--seed") or "42"):
         raise UserError(f"--data_seed {data_seed}: expected --seed, here {seed}, for weights, order and dropout alike")

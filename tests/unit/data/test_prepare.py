@@ -254,7 +254,7 @@ def test_a_mixture_keeps_its_parts_apart_and_is_other_data_under_other_weights(t
     for data, expected in (*wrong, (f"{a} {b}", "or several with weights: A=0.7 B=0.3")):
         with pytest.raises(UserError, match=expected):
             prepare_file(data, **options)
-    with pytest.raises(UserError, match="not with --no-shuffle"):
+    with pytest.raises(UserError, match="--no-shuffle: not with the mixture"):
         prepare_file(f"{a}=1 {b}=1", shuffle=False, **options)
 
 
