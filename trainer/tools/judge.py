@@ -20,7 +20,7 @@ import torch
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
-from trainer.config.files import name_data, read_json_object
+from trainer.config.files import expand_user_path, name_data, read_json_object
 from trainer.config.settings import DataSettings, Settings
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
@@ -121,7 +121,10 @@ def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
 
 def locate(name: str) -> str:
     """The folder or hub id behind a name; of a run folder its exported model."""
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(expand_user_path(name))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     folder = folder / "model" if (folder / "run.json").is_file() else folder
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", ADAPTER_CONFIG_FILE)):
         raise UserError(f"{name}: holds no model; {EXPECTED_MODEL}")
