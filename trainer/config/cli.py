@@ -171,12 +171,22 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     add("--config", metavar="FILE", help=config_help)
     add("--preset", type=_value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
-    resume = {"nargs": "?", "const": "latest", "type": _value_type(ResumePoint), "metavar": "step-N|best|auto"}
+    resume: dict[str, Any] = {
+        "nargs": "?",
+        "const": "latest",
+        "type": _value_type(ResumePoint),
+        "metavar": "step-N|best|auto",
+    }
     add("--resume", help=resume_help, **resume)
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
-    lr_range = {"nargs": "?", "const": DEFAULT_RANGE, "type": LRRange.parse, "metavar": "START:END[:STEPS]"}
+    lr_range: dict[str, Any] = {
+        "nargs": "?",
+        "const": DEFAULT_RANGE,
+        "type": LRRange.parse,
+        "metavar": "START:END[:STEPS]",
+    }
     add("--find-lr", help=lr_help, **lr_range)
     add("--find-batch", action="store_true", help=batch_help)
     add("--verbose", action="store_true", help=verbose_help)
