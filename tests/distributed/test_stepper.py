@@ -86,19 +86,18 @@ def take_bad_step(run: StartedRun, step: int, bad: str) -> str:
     return "taken"
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_is_that_of_a_run_without_it(
-    ranks, tiny_model, data_files, data_dir, tmp_path
+    tiny_model, data_files, data_dir, tmp_path
 ):
     """A loss that is NaN with finite gradients as well, and a gradient alone."""
     cases = [("zero0", "device", "gradient"), ("zero0", "device", None)]
-    cases += [(zero, "host", bad) for zero in DS_CONFIG_NAMES for bad in ("gradient", "loss", None)]
+    cases += [(zero, "host", bad) for zero in DS_CONFIG_NAMES[:5] for bad in ("gradient", "loss", None)]
     jobs = []
     for zero, by, bad in cases:
         flags = [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero, "--micro-batch", "1"]
         execution = {"finite_check": by}
         jobs.append(make_job(tmp_path, f"{zero}-{by}-{bad}", flags, data=data_dir, execution=execution, bad=bad))
-    launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
+    launch_jobs(2, jobs, tmp_path / "log", check_non_finite_refused)
     for zero, by, bad in cases:
         good, after_bad = (dict(np.load(tmp_path / f"{zero}-{by}-{kind}.npz")) for kind in (None, bad))
         assert all(np.array_equal(after_bad[name], value) for name, value in good.items()), (zero, by, bad)
@@ -132,14 +131,13 @@ def add_node(parameter: torch.Tensor) -> Any:
     return grad_fn.next_functions[0][0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_no_node_that_adds_a_gradient_outlives_its_step_under_zero_0(ranks, tiny_model, data_files, data_dir, tmp_path):
+def test_no_node_that_adds_a_gradient_outlives_its_step_under_zero_0(tiny_model, data_files, data_dir, tmp_path):
     """DeepSpeed keeps them under ZeRO 1, by which one sees that this can fail."""
     jobs = []
     for zero, mode in itertools.product(("zero0", "zero1"), ("full", "lora")):
         flags = [*make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero]
         jobs.append(make_job(tmp_path, f"{zero} {mode}", flags, data=data_dir, keeps=zero == "zero1"))
-    launch_jobs(ranks, jobs, tmp_path / "log", check_grad_nodes)
+    launch_jobs(2, jobs, tmp_path / "log", check_grad_nodes)
 
 
 # --- DeepSpeed's bucket of gradients ---
@@ -149,14 +147,13 @@ def test_weights_larger_than_deepspeeds_bucket_get_the_same_gradients(tiny_model
     """They are reduced without it. Ours is of 50 million elements, less than the embedding of GPT-2 XL."""
     flags = [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1"]
     jobs = [make_job(tmp_path, "zero0", [*flags, "--ds-config", "zero0"], data=data_dir)]
-    for name in DS_CONFIG_NAMES[1:]:
+    names = ("zero1", "zero2_offload", "zero3")
+    for name in names:
         content = read_deepspeed_file(name).content
         content["zero_optimization"]["reduce_bucket_size"] = 100  # most weights are larger
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         jobs.append(make_job(tmp_path, name, [*flags, "--ds-config", str(tmp_path / f"{name}.json")], data=data_dir))
-    for ranks in (2, 3):
-        launch_jobs(ranks, jobs, tmp_path / "log")
-        expected = read_job_result(tmp_path, "zero0")
-        for name in DS_CONFIG_NAMES[1:]:
-            difference = RunDifference.between(read_job_result(tmp_path, name), expected)
-            assert difference.is_rounding(), (name, ranks, difference)
+    launch_jobs(3, jobs, tmp_path / "log")
+    for name in names:
+        difference = RunDifference.between(read_job_result(tmp_path, name), read_job_result(tmp_path, "zero0"))
+        assert difference.is_rounding(), (name, difference)

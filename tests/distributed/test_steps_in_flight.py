@@ -74,7 +74,7 @@ def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
 
             Engine.forward_backward = forward_backward  # type: ignore[method-assign]
             records: list[Any] = []
-            message = f"step {job['bad']}: loss nan; the weights are those after step {last_good},"
+            message = f"step {job['bad']}: loss nan; the weights are those after step {last_good};"
             with pytest.raises(TrainingError, match=message):  # noqa: PT012  # what comes before the error is kept
                 for record in train_in_flight(job, dist_context, lambda: False):
                     records.append(record)
@@ -87,13 +87,12 @@ def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
     return 0
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
-def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(ranks, make_completion_job):
+def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(make_completion_job):
     """Neither has the one that was asked for after it: the checkpoint is that before the bad one."""
     jobs = [make_completion_job(f"bad-{bad}", "--save-every", "never", bad=bad) for bad in (2, 4)]
     whole_job = make_completion_job("whole", "--save-every", "1")
-    launch_jobs(ranks, jobs, target=run_non_finite_jobs)
-    launch_jobs(ranks, [whole_job])
+    launch_jobs(2, jobs, target=run_non_finite_jobs)
+    launch_jobs(2, [whole_job])
     for job in jobs:
         good, weights = (
             load_file(resolve_checkpoint(checkpoint_folder(which), name).folder / STATE_FILE)

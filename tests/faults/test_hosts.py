@@ -5,19 +5,17 @@ The hosts are network namespaces (`helpers/hosts.py`); one set of three serves a
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.hosts import ENVIRON, ROOT, SSHD, Hosts, RanksOnHosts, run_tool, started_hosts
 from helpers.process_groups import last_logged_step, read_events, read_records, read_reproducible_records, wait_until
-from helpers.slurm import start_job
 from helpers.tiny_inputs import tiny_argv, write_records
 from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE
 
@@ -160,35 +158,18 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, flags, hosts, 
     assert read_events(out, "resumed")[0]["step"] == checkpoint.step
 
 
-def wait_for_step(out: Path, step: int, processes: Sequence[subprocess.Popen], log: Path) -> None:
-    """While all of these processes are running."""
-    has_ended = lambda: any(process.poll() is not None for process in processes)  # noqa: E731
-    wait_until(lambda: last_logged_step(out) >= step or has_ended(), 240, log.read_text)
-    assert not has_ended(), log.read_text()
-
-
 @needs_pdsh
 @pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("launcher", ["cluster.py --hosts", "torchrun"])
-def test_a_launcher_ends_where_a_host_is_gone(launcher, fault, flags, hosts, out, tmp_path):
-    """Nothing is left running: of a frozen rank either, where the launch files are used."""
+def test_the_launch_files_end_where_a_host_is_gone(fault, flags, hosts, out, tmp_path):
+    """Nothing is left running, of a frozen rank either."""
     argv = [*flags, "--output-dir", str(out), "--hang-timeout", "8", "--max-steps", "5000"]
     argv += ["--save-every", "3", "--export", "none"]
     env = {**ENVIRON, "HOME": str(tmp_path), "PATH": os.environ["PATH"], "TRAINER_CACHE": os.environ["TRAINER_CACHE"]}
-    if launcher == "torchrun":
-        place = ["--nnodes=3", "--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29511"]
-        commands = {
-            name: ["torchrun", *place, f"--node-rank={rank}", "launch/train.py", *argv]
-            for rank, name in enumerate(hosts.pids)
-        }
-    else:
-        commands = {"h1": ["bash", str(write_launch_files(tmp_path / "cluster", "h1:1,h2:1,h3:1", argv))]}
-    processes = [
-        hosts.start(name, ["bash", "-c", f"cd {ROOT}; exec {shlex.join(command)}"], tmp_path / f"{name}.log", env)
-        for name, command in commands.items()
-    ]
-    wait_for_step(out, 4, processes, tmp_path / "h1.log")
+    script, log = write_launch_files(tmp_path / "cluster", "h1:1,h2:1,h3:1", argv), tmp_path / "h1.log"
+    process = hosts.start("h1", ["bash", "-c", f"cd {ROOT}; exec bash {script}"], log, env)
+    wait_until(lambda: last_logged_step(out) >= 4 or process.poll() is not None, 240, log.read_text)
+    assert process.poll() is None, log.read_text()
     is_rank = re.compile(r"^\S+ -u launch/train\.py ").match
     (rank_pid,) = [pid for pid, line in hosts.processes_of("h3").items() if is_rank(line)]
     start_time = time.monotonic()
@@ -199,19 +180,15 @@ def test_a_launcher_ends_where_a_host_is_gone(launcher, fault, flags, hosts, out
             os.kill(pid, signal.SIGKILL)
         if fault in ("rank stopped", "rank killed"):
             os.kill(rank_pid, signal.SIGSTOP if fault == "rank stopped" else signal.SIGKILL)
-        if fault == "rank stopped" and launcher == "torchrun":  # on its own host nobody knows; SLURM ends it by --wait
-            processes[2].kill()
-            os.kill(rank_pid, signal.SIGKILL)
-        for process in processes:
-            assert process.wait(150) != 0
+        assert process.wait(150) != 0
         seconds = time.monotonic() - start_time
         hosts.wait_until_idle(list(hosts.pids))
     finally:
         hosts.plug_in("h3")
-    output = "".join((tmp_path / f"{name}.log").read_text() for name in commands)
-    (line,) = {line.split("error: ")[1] for line in output.splitlines() if "error: " in line and "rank 2 on h3" in line}
+    lines = log.read_text().splitlines()
+    (line,) = {line.split("error: ")[1] for line in lines if "error: " in line and "rank 2 on h3" in line}
     assert resolve_checkpoint(out / "checkpoints", "latest").find_damage() is None
-    print(f"{launcher}, {fault}: all gone after {seconds:.0f} s; {line}")
+    print(f"{fault}: all gone after {seconds:.0f} s; {line}")
 
 
 PLACES = (("h1", "h1"), ("h1", "h2"), ("h1", "h2", "h3"), ("h1", "h2", "h2"))  # of each rank
@@ -240,16 +217,12 @@ def test_ranks_on_any_hosts_have_the_same_numbers(mode, flags, hosts, tmp_path):
             assert norm < NORM_TOLERANCE
 
 
-def run_cluster(*flags: str) -> None:
-    """launch/cluster.py, with keys and settings in the environment."""
-    settings = {"WANDB_API_KEY": "secret-key", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    argv, environ = ["python3", "launch/cluster.py", *flags], {**os.environ, **settings}
-    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
-
-
 def write_launch_files(folder: Path, ranks_of_hosts: str, flags: list[str]) -> Path:
-    """The script to start them with."""
-    run_cluster("--hosts", ranks_of_hosts, "--folder", str(folder), *flags)
+    """The script of launch/cluster.py, with keys and settings in the environment."""
+    settings = {"WANDB_API_KEY": "secret-key", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    argv = ["python3", "launch/cluster.py", "--hosts", ranks_of_hosts, "--folder", str(folder), *flags]
+    environ = {**os.environ, **settings}
+    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
     return folder / "run.sh"
 
 
@@ -277,42 +250,3 @@ def test_the_files_for_ssh_start_two_hosts_with_their_variables(flags, hosts, ou
     assert "secret-key" not in commands
     assert read_records(out)[-1]["event"] == "finished"
     assert 'it\'s 5 %n of \\"$HOME\\" *' in (out / "run.json").read_text()
-
-
-@needs_pdsh
-@pytest.mark.sweep
-def test_a_run_of_two_hosts_is_resumed_on_three_over_ssh(flags, hosts, out, tmp_path):
-    """With fresh interpreters: each launcher is looked for among the parents that sshd gives a rank."""
-    argv = [*flags, "--output-dir", str(out), "--save-every", "2", "--export", "none"]
-    env, log = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, tmp_path / "log"
-    for ranks_of_hosts, more_flags, place in (
-        ("h1:1,h2:2", ["--max-steps", "4"], "h1: rank 0; h2: ranks 1, 2; gloo over eth0"),
-        ("h1:1,h2:1,h3:1", ["--max-steps", "6", "--allow-change", "max_steps"], "h3: rank 2"),
-    ):
-        script = write_launch_files(tmp_path / "cluster", ranks_of_hosts, [*argv, *more_flags])
-        assert hosts.start("h1", ["bash", str(script)], log, env).wait(240) == 0, log.read_text()
-        assert place in log.read_text()
-    assert read_events(out, "resumed")[0]["step"] == 4
-
-
-@pytest.mark.sweep
-def test_the_batch_script_with_real_torchrun_goes_on_after_slurms_notice(flags, out, tmp_path):
-    """Two nodes that are this machine, SLURM's own commands by stand-ins."""
-    argv = [*flags, "--output-dir", str(out), "--max-steps", "40", "--save-every", "never"]
-    run_cluster("--slurm", "--nodes", "2", "--ranks-per-node", "1", "--cpu", "--folder", str(tmp_path), *argv)
-    script = (tmp_path / "job.sbatch").read_text()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = start_job(tmp_path, script, env=env)
-    wait_until(lambda: last_logged_step(out) >= 2 or job.poll() is not None, 240)
-    assert job.poll() is None, job.communicate()[0]
-    srun = run_tool("pgrep", "-P", str(job.pid), "srun").stdout
-    os.kill(int(srun), signal.SIGUSR1)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 1, output
-    assert (tmp_path / "scontrol").read_text() == "requeue 7\n", output
-    stopped = read_events(out, "interrupted")[0]["step"]
-    assert stopped < 40
-    output, _ = start_job(tmp_path, script, env=env).communicate(timeout=240)
-    assert read_events(out, "resumed")[0]["step"] == stopped
-    assert read_records(out)[-1]["event"] == "finished", output
-    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"

@@ -1,13 +1,21 @@
-"""How steps are run is decided once, from settings, model and device alone; what of a base is held in bfloat16."""
+"""How steps are run: decided once, from settings, model and device alone; what goes to a device and between ranks; and
+a capture that fails, on a stand-in for the device."""
 
+import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 from helpers.engines import plan_execution
 from helpers.matrix import make_argv
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import cli
+from trainer.data.sampler import IGNORE_INDEX, MicroBatch
+from trainer.distributed import execution
+from trainer.distributed.engine import copy_to_device
 from trainer.distributed.execution import cast_frozen_weights
+from trainer.distributed.stepper import GradientBuckets
 from trainer.model.build import TrainableModel, build_model
 
 
@@ -50,3 +58,126 @@ def test_the_frozen_cast_leaves_weights_of_dora_layers_in_float32(tiny_model, da
         if isinstance(layer, (Conv1D, nn.Linear)) and not layer.weight.requires_grad:
             adapted = layer.weight.shape == (16, 48)
             assert (layer.weight.dtype == torch.float32) == (adapted or layer is model.causal.get_output_embeddings())
+
+
+# --- to a device and between ranks ---
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "expected"), [(20, (64, None), 64), (64, (64, None), 64), (65, (64, 100), 100), (20, (), 20)]
+)
+def test_recorded_rows_are_padded_to_a_multiple_with_labels_that_do_not_count(width, options, expected):
+    ids = np.ones((2, width), dtype=np.int64)
+    micro_batch = MicroBatch(input_ids=ids, labels=ids, tokens=2 * width, index=0)
+    padded, labels = copy_to_device(micro_batch, torch.device("cpu"), *options)
+    assert padded.shape == labels.shape == (2, expected)
+    assert int((labels != IGNORE_INDEX).sum()) == 2 * width
+
+
+OTHER_RANKS_GRADIENT = 100.0
+
+
+class LateReduction:
+    """A reduction with a rank whose gradient is the same everywhere: done when it is waited for, and no sooner."""
+
+    def __init__(self, flat: torch.Tensor, async_op: bool = False):
+        self.flat, self.is_done = flat, False
+        if not async_op:
+            self.wait()
+
+    def wait(self) -> None:
+        self.flat.add_(0 if self.is_done else OTHER_RANKS_GRADIENT)
+        self.is_done = True
+
+
+def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_place(monkeypatch):
+    """Else it would be added to them."""
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", LateReduction)
+    layer = nn.Linear(3, 2)
+    buckets = GradientBuckets(list(layer.parameters()))
+    for is_refused in (True, False):
+        buckets.is_overlapping = True
+        layer(torch.ones(1, 3)).sum().backward()
+        if is_refused:
+            buckets.finish_overlap()
+            for parameter in layer.parameters():
+                parameter.grad = None
+    buckets.reduce()
+    for parameter in layer.parameters():
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + OTHER_RANKS_GRADIENT))
+
+
+# --- a CUDA graph's capture that fails: generator, stream and allocator are put back ---
+
+
+class FakeState:
+    """Of CUDA's generator: drawing from one that is capturing, while nothing captures, raises."""
+
+    def __init__(self, offset: int = 0):
+        self.offset, self.is_capturing = offset, False
+
+
+class FakeCudaDevice:
+    """The default generator, the current stream and the allocator, as torch 2.11 leaves them when a capture fails.
+
+    `torch.cuda.graph` asks for the end of the capture first; where that raises, neither the allocator's and the
+    generator's epilogue nor the return to the stream before is reached, and the graph's end does not release its pool.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.state, self.stream, self.gives_to_pool, self.pool_users = FakeState(), "main", False, 0
+        patch.setattr(torch.cuda, "default_generators", [self])
+        patch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate)
+        patch.setattr(torch._C, "_cuda_releasePool", self.release_pool)
+
+    def end_allocate(self, index: int, pool: str) -> None:
+        if not self.gives_to_pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.gives_to_pool = False
+
+    def release_pool(self, index: int, pool: str) -> None:
+        self.pool_users -= 1
+
+    def clone_state(self) -> FakeState:
+        return FakeState(self.state.offset)
+
+    def graphsafe_set_state(self, state: FakeState) -> None:
+        self.state = state
+
+    def dropout(self) -> None:
+        if self.state.is_capturing and self.stream == "main":
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        self.state.offset += 4
+
+    def capture(self, failing: str) -> None:
+        self.stream = "side"
+        if failing == "begin":
+            raise RuntimeError("capture_begin failed")
+        self.state.is_capturing = self.gives_to_pool = True
+        self.pool_users += 1
+        self.dropout()
+        try:
+            if failing == "inside":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            if failing == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if failing in ("inside", "end"):
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end_allocate(0, "pool")
+            self.release_pool(0, "pool")  # as the graph that had its end does when it is dropped
+            self.state.is_capturing, self.stream = False, "main"
+
+
+@pytest.mark.parametrize("failing", ["begin", "inside", "end", "memory"])
+def test_after_a_capture_that_fails_anywhere_the_next_dropout_draws_as_if_there_had_been_none(failing, monkeypatch):
+    device = FakeCudaDevice(monkeypatch)
+    device.dropout()
+    with pytest.raises(RuntimeError), execution._restored_on_failure(torch.device("cuda", 0), "pool"):
+        device.capture(failing)
+    device.dropout()
+    assert (device.state.offset, device.stream) == (8, "main")
+    assert (device.gives_to_pool, device.pool_users) == (False, 0), "its memory can be had again"

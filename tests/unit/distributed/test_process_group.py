@@ -37,7 +37,6 @@ def test_two_hosts_of_one_name_are_two_hosts(places, expected):
     [
         ([("x", "y"), ("x", "y"), ("x",)], [0, 1, 0]),  # CUDA_VISIBLE_DEVICES of the whole host, as torchrun leaves it
         ([("x",), ("y",), ("z",)], [0, 0, 0]),  # srun --gpus-per-task: each sees its own as its first
-        ([("y", "x"), ("x", "y"), ("z",)], [0, 0, 0]),
         ([("x",), ("x",), ("z",)], "2 ranks on a with 1 GPUs: start at most one rank a GPU"),
     ],
 )
@@ -52,17 +51,13 @@ KERNELS = ["sm_75", "sm_80", "sm_90", "compute_90"]
 @pytest.mark.parametrize(
     ("environ", "available", "files", "capability", "expected"),
     [
-        ({}, False, [], None, None),
         ({}, False, ["nvidiactl"], None, "cannot use the GPU of this host"),
         ({}, False, ["dxg", "libcuda.so.1"], None, "cannot use the GPU of this host"),  # WSL2
-        ({}, False, ["dxg"], None, None),  # a Windows machine without an NVIDIA driver
         ({"CUDA_VISIBLE_DEVICES": "7"}, False, ["nvidiactl"], None, r"this host \(CUDA_VISIBLE_DEVICES=7\)"),
         ({"CUDA_VISIBLE_DEVICES": ""}, False, ["nvidiactl"], None, None),
         ({}, True, ["nvidiactl"], (8, 6), None),  # runs what was compiled for 8.0
-        ({}, True, ["nvidiactl"], (9, 0), None),
         ({}, True, ["nvidiactl"], (12, 0), None),  # translates compute_90
         ({}, True, ["nvidiactl"], (7, 0), r"no kernels for GPU 0, V100 \(sm_70\), only sm_75 "),
-        ({"CUDA_VISIBLE_DEVICES": ""}, True, ["nvidiactl"], (7, 0), None),
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
@@ -98,12 +93,10 @@ def test_kernels_of_an_amd_gpu_are_not_read_as_nvidias(monkeypatch):
     [
         ([{"problem": ""}, {"problem": "no disk"}], r"on b \(rank 1\): no disk"),
         ([{"kind": "cuda"}, {}], r"there is a GPU on a \(rank 0\) and none on b \(rank 1\): all ranks must have one"),
-        ([{"kind": "cuda", "shared_memory": 2**26}] * 2, None),  # one GPU a host
         (
             [{"kind": "cuda", "shared_memory": 2**26}] * 3,
             r"/dev/shm of b \(rank 1\) has 64 MiB .* takes 80 .*shm-size",
         ),
-        ([{"shared_memory": 2**26}] * 3, None),
         ([{"kind": "cuda", "shared_memory": None}] * 3, None),  # NCCL_SHM_DISABLE=1
     ],
 )
@@ -167,7 +160,7 @@ def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("3", 3), ("4,2", 4), *((text, 2) for text in ("", "0", "00", "-3", "x", "1.5", "\u00b2", "9" * 30))],
+    [("3", 3), ("4,2", 4), *((text, 2) for text in ("", "0", "x", "\u00b2", "9" * 30))],
 )
 def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expected, monkeypatch):
     """What OpenMP would not take either is ignored."""
@@ -195,8 +188,7 @@ def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_
     )
 
 
-@pytest.mark.parametrize("is_folder_closed", [False, True])
-def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(is_folder_closed, monkeypatch):
+def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(monkeypatch):
     """Root may read all: the system's answers are stood in for."""
 
     def deny(*args: Any, **kwargs: Any) -> Any:
@@ -204,8 +196,8 @@ def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(is_folder
 
     monkeypatch.setattr("os.open", deny)
     monkeypatch.setattr(Path, "read_bytes", deny)
-    monkeypatch.setattr(Path, "exists", deny if is_folder_closed else lambda _: True)
-    monkeypatch.setattr(Path, "is_file", deny if is_folder_closed else lambda _: True)
+    monkeypatch.setattr(Path, "exists", deny)
+    monkeypatch.setattr(Path, "is_file", deny)
     monkeypatch.setattr(process_group, "_source_version", lambda: "")
     settings = {"engine": {"ds_config": "z.json"}, "data": {"chat_template": "c.jinja"}}
     facts = process_group.program_facts(simulated_context(1, "cpu"), settings, {})
