@@ -145,7 +145,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         count_flops = partial(count_step_flops, lengths=data.train.lengths(), global_batch=settings.train.global_batch)
         step_flops = context.on_rank_zero(lambda: count_flops(settings))
         plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
-    plan = replace(plan, spellings=args.notes, finds_lr=args.find_lr is not None)
+    plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
         in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []

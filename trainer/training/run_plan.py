@@ -87,7 +87,6 @@ class RunPlan:
     #: of a rank under a ZeRO file; with another `row_length` or `micro_batch_size` where these are passed
     estimate_memory: Callable[..., MemoryEstimate]
     spellings: tuple[str, ...] = ()  #: what flags of other programs were taken for
-    finds_lr: bool = False  #: whether the plan is that of --find-lr, which needs no advice to run it
     host_lines: tuple[tuple[str, str], ...] = ()  #: what there is to say of several hosts, (what, value)
 
     @property
@@ -172,7 +171,7 @@ class RunPlan:
             machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [
             *data_info.get("notices", []),
-            *preset_notes(settings, with_rate=not self.finds_lr),
+            *preset_notes(settings),
             *collect_notes(settings, model_info),
         ]
         warnings = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
@@ -405,13 +404,13 @@ def build_planned_model(plan: RunPlan, *, with_fingerprint: bool = False) -> Tra
     )
 
 
-def preset_notes(settings: Settings, *, with_rate: bool = True) -> list[str]:
-    """What a preset means for this model, where that is worth a line, and, `with_rate`, where its rate comes from."""
+def preset_notes(settings: Settings) -> list[str]:
+    """What a preset means for this model, where that is worth a line, and where its rate comes from."""
     notes, flags = [], settings.overridden
     origins = {"finetune": "a guess from the literature", "demo": f"of --preset demo, made for {DEMO_MODEL}"}
     origins["gpt2"] = "from a published fine-tuning of GPT-2 (LoRA: ten times that)"
     advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
-    if settings.preset in origins and settings.model.model != DEMO_MODEL and "--lr" not in flags and with_rate:
+    if settings.preset in origins and settings.model.model != DEMO_MODEL and "--lr" not in flags:
         notes.append(f"learning rate {settings.train.lr:g}: {origins[settings.preset]}; {advice}")
     if settings.model.model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
         notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
