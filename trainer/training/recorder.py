@@ -173,6 +173,9 @@ class Recorder:
             took += f"{median(self._progress_bar.speeds):,.0f} tokens/s, "
         took += f"peak memory {format_bytes(facts['peak_memory_bytes'])}"
         lines = [("done", took), ("folder", str(self.folder))]
+        if exported := facts["exported"]:
+            step = f" (step {exported['step']:,}, the best)" * (exported["step"] != end.step)
+            lines.append(("model", f"{self.folder / 'model'}{step}: {facts['export'].partition(':')[0]}"))
         data_name = settings.run_name.removeprefix(f"{settings.method}-")
         other = self.folder.parent / f"{'lora' if settings.mode == 'full' else 'full'}-{data_name}"
         runs = " ".join(sorted((folder, shlex.quote(str(other)))))
