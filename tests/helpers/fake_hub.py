@@ -48,26 +48,26 @@ class FakeHub:
         if parts[:2] == ["api", "validate-yaml"]:
             return {"errors": [], "warnings": []}
         if "preupload" in parts:
-            files = json.loads(body)["files"]
-            return {
-                "files": [
-                    {"path": file["path"], "shouldIgnore": False, "uploadMode": _upload_mode(file)} for file in files
-                ]
-            }
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+            files = zip(paths, modes, strict=True)
+            return {"files": [{"path": path, "shouldIgnore": False, "uploadMode": mode} for path, mode in files]}
         if parts[-2:] == ["objects", "batch"]:
             objects = json.loads(body)["objects"]
-            return {
-                "transfer": "basic",
-                "objects": [
-                    {**item, "actions": {"upload": {"href": f"{self.url}/large/{item['oid']}"}}} for item in objects
-                ],
-            }
+            for item in objects:
+                item["actions"] = {"upload": {"href": f"{self.url}/large/{item['oid']}"}}
+            return {"transfer": "basic", "objects": objects}
         if parts[0] == "large" and method == "PUT":
             self.large_files[parts[1]] = body
             return {}
         if "commit" in parts:
             repository = "/".join(parts[2:4])
-            self._commit(repository, body)
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.files[repository][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[repository][value["path"]] = self.large_files[value["oid"]]
             return {"commitUrl": f"{self.url}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
         if parts[:2] not in (["api", "models"], ["api", "datasets"]):
             return None
@@ -88,14 +88,6 @@ class FakeHub:
         repository, _, rest = path.partition("?")[0].strip("/").partition("/resolve/")
         return self.files.get(repository, {}).get(rest.partition("/")[2])
 
-    def _commit(self, repository: str, body: bytes) -> None:
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                self.files[repository][value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                self.files[repository][value["path"]] = self.large_files[value["oid"]]
-
 
 def _repository(parts: list[str]) -> str:
     """NAMESPACE/NAME, or datasets/NAMESPACE/NAME, at the beginning of a path."""
@@ -110,10 +102,6 @@ def _entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
         oid = hashlib.sha1(content).hexdigest()
         listed.append({"type": "file", "path": name, "size": len(content), "oid": oid})
     return listed
-
-
-def _upload_mode(file: dict[str, Any]) -> str:
-    return "lfs" if file["path"].endswith(".safetensors") else "regular"
 
 
 @contextlib.contextmanager
@@ -155,7 +143,7 @@ def fake_hub() -> Iterator[FakeHub]:
     ):
         warnings.filterwarnings("ignore", message="Use 'content=")  # httpx, of how huggingface_hub 2 uploads
         hub = FakeHub(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)

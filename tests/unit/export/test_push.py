@@ -27,7 +27,7 @@ def test_a_push_uploads_every_file_to_the_repository(folder, is_private, capsys)
     assert TOKEN not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("name", ["small", "me/", "/small", "a/b/c", "me/sm all", "../small", "me/" + 99 * "a"])
+@pytest.mark.parametrize("name", ["small", "me/", "me/sm all", "../small"])
 def test_a_name_that_is_no_repository_is_refused(name):
     with fake_hub(), pytest.raises(UserError, match="expected NAMESPACE/NAME"):
         check_push(name)
