@@ -11,7 +11,7 @@ from helpers.tiny_inputs import tiny_argv, write_records
 from trainer.report.comparable import group_by_seed
 from trainer.report.judge import DEFAULT_MARGIN
 from trainer.report.load import read_run
-from trainer.report.plots import render_svgs
+from trainer.report.plots import render_pictures
 from trainer.report.run_data import read_folder
 from trainer.report.sentence import build_verdict
 
@@ -47,7 +47,7 @@ def test_each_validation_set_has_its_rows_and_its_curve_and_the_first_alone_deci
             for name, losses in (("other", others), ("again", main))
         }
     groups = group_by_seed([read_folder(out)])
-    drawn = dict(render_svgs(groups, build_verdict(groups, False, DEFAULT_MARGIN), False, []))
+    drawn = dict(render_pictures(groups, build_verdict(groups, False, DEFAULT_MARGIN), False)[1])
     assert f": {others[6][0]:.4g}</title>" in drawn["Validation loss of other by epoch"]
 
     again = shutil.copytree(out, tmp_path / "resumed", symlinks=True)

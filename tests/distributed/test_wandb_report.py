@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.report import run_data
-from trainer.report.comparable import comparison_blockers, group_by_seed, ranking_blockers, reference_blockers
-from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline
+from trainer.report.comparable import comparison_blockers, group_by_seed, reference_blockers
+from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline, read_run
 from trainer.report.run_data import read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
@@ -95,7 +94,7 @@ def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.C
 # --- runs read back ---
 
 
-def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: Path, tmp_path: Path) -> None:
+def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir, tmp_path, monkeypatch) -> None:
     content = make_metadata("lora")
     records = make_records(content, retained=(1.0, 1.25), scores={"f1": 0.5})
     ours = read_folder(write_run_folder(tmp_path / "ours", content, records))
@@ -111,28 +110,12 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: P
     assert theirs.forgetting == ours.forgetting == 0.25
     assert theirs.scores == ours.scores == {"f1": 0.5}
     assert comparison_blockers(ours, theirs) == []
-    full = read_folder(make_run_folder(tmp_path / "full"))
-    assert ranking_blockers(full, theirs) == ranking_blockers(full, ours) == []
     assert {**theirs.metadata, "wandb": None} == {**ours.metadata, "wandb": None}
     assert reference_blockers(theirs) == reference_blockers(ours)
     theirs.metadata["settings"]["train"]["seed"] = 7
     assert len(group_by_seed([ours, theirs])) == 1, "as two seeds of one setting"
-
-
-def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: Path, monkeypatch) -> None:
-    import wandb
-
-    file = next(offline_run_dir.glob("*.wandb"))
-    core = Path(wandb.__file__).parent / "bin" / "wandb-core"
-    flags = ["leet", "inspect", "--no-observability", "--json", "--run-file", file, offline_run_dir]
-    lines = subprocess.run([core, *flags], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    items = [json.loads(line)["history"]["item"] for line in lines if '"history"' in line]
-    theirs = {item["_step"]: item["eval/loss"] for item in items if "eval/loss" in item}
-    run = read_offline("x", [file])
-    assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
-    assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
     monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
-    assert len(read_offline("x", [file]).steps["step"]) <= 30
+    assert len(read_run(str(offline_run_dir)).steps["step"]) <= 30
 
 
 def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_reported(
@@ -145,10 +128,14 @@ def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_r
     assert "still going" in problems[0].text
     whole = next(offline_run_dir.glob("*.wandb")).read_bytes()
     torn = tmp_path / "run-lora0042.wandb"
-    torn.write_bytes(whole[: len(whole) * 2 // 3])
-    run = read_offline("x", [torn])
-    assert "cut off" in run.notes[0]
-    assert 0 < len(run.steps["step"]) < 90
+    notes = ""
+    for end in (len(whole) * 2 // 3, len(whole) * 2 // 3 + 1):  # no record is one byte: one of them is inside of one
+        torn.write_bytes(whole[:end])
+        run = read_offline("x", [torn])
+        assert 0 < len(run.steps["step"]) < 90
+        assert "still going" in run.notes[-1], "whole records alone tell no cut from a run that goes on"
+        notes += run.notes[0]
+    assert "cut off" in notes
     for content, message in ((b"something else", "is not a W&B run file"), (whole[:7], "holds no run")):
         torn.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -157,13 +144,10 @@ def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_r
         read_offline("x", [tmp_path / "run-a.wandb", tmp_path / "run-b.wandb"])
 
 
-def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
-    content = json.loads(json.dumps(make_metadata("lora")))
-    config = json.loads(json.dumps(wandb_config(content)))
-    assert metadata_from_config(config) == content
-    assert config["lr"] == content["resolved"]["lr"], "and flat, for W&B's columns"
-    with pytest.raises(UserError, match="`run` of its W&B config: schema_version is 4, expected 5"):  # keys val/*
-        metadata_from_config({**config, "run": {**content, "schema_version": 4}})
+def test_a_wandb_run_of_older_keys_or_of_the_card_is_refused_and_paths_of_wandb_are_known() -> None:
+    config = wandb_config(json.loads(json.dumps(make_metadata("lora"))))
+    with pytest.raises(UserError, match="`run` of its W&B config: schema_version is 4, expected"):  # keys val/*
+        metadata_from_config({**config, "run": {**config["run"], "schema_version": 4}})
     with pytest.raises(UserError, match="the card itself"):
         metadata_from_config({"mode": "reference"})
     assert is_wandb_path("entity/project/abcd1234")
@@ -199,53 +183,22 @@ def test_a_run_that_the_server_does_not_have_or_no_login_is_one_line(server: Fak
 
 # --- the Report ---
 
-SAVE_REPORT_CODE = """
-import sys
-from trainer.report.load import load_runs
-from trainer.report.page import compare
-from trainer.report.wandb_report import save_report
-found = compare(*load_runs(["full", "lora"]))
-for _ in range(2):  # the second is found by its title
-    print(save_report(found, sys.argv[1], "p"))
-"""
 
-
-def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp_path: Path) -> None:
-    make_run_folder(tmp_path / "full")
-    make_run_folder(tmp_path / "lora", "lora")
-    process = run_python(tmp_path, "-c", SAVE_REPORT_CODE, ENTITY, server=server)
-    assert process.returncode == 0, process.stderr
-    (address,) = set(process.stdout.splitlines())
-    assert address.startswith(f"{server.url}/{ENTITY}/p/reports/")
-    assert server.operations.count("upsertView") == 2
-    (view,) = server.views.values()
-    assert (view["displayName"], view["type"], view["projectName"]) == ("Full against LoRA, acled-demo", "runs", "p")
-    check_spec(view["spec"])
-
-
-def test_the_wandb_report_spec_is_written_without_any_network(
-    server: FakeWandb, run_compare: Any, tmp_path: Path
-) -> None:
-    make_run_folder(tmp_path / "full")
-    make_run_folder(tmp_path / "lora", "lora")
-    for name in ("full", "lora"):
-        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {name}."}]
+def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb, run_compare: Any, tmp_path) -> None:
+    """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
+    for mode in ("full", "lora"):
+        folder = make_run_folder(tmp_path / mode, mode)
+        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {mode}."}]
         event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
-        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+        with open(folder / "metrics.jsonl", "a") as file:
             file.write(to_line(event) + "\n")
     process = run_compare("full", "lora", "--wandb-report-json", "specs/report.json", server=server)
     assert process.returncode == 0, process.stderr
     assert (server.operations, server.connections) == ([], 0)
     spec = json.loads((tmp_path / "specs" / "report.json").read_text())
-    check_spec(spec)
-    samples = r"Where\?.*Here\..*a a a.*By full\..*By lora\."
-    assert re.search(samples, json.dumps(spec, ensure_ascii=False))
-
-
-def check_spec(spec: dict[str, Any]) -> None:
-    """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
     text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
     assert "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005)" in text
+    assert re.search(r"Where\?.*Here\..*a a a.*By full\..*By lora\.", text, re.DOTALL)
     assert re.search(r"\| +1 \| +30 \| 1\.2262 \| 2\.4463 \|", text)
     assert "unknown of the card" in text.lower()
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
@@ -272,8 +225,9 @@ def test_real_runs_are_synced_compared_and_reported(
         text = f"--mode {mode} --objective completion --block-size 32 --global-batch 4 --epochs 2 --save-every never"
         argv = tiny_argv(tiny_model, data_files, f"{text} --lr 1e-2 --wandb offline --wandb-tags night,{mode}")
         launch_ranks.train(argv, out=tmp_path / mode, env={"WANDB_MODE": "offline", "WANDB_LOG_MODEL": "end"})
-    card = run_compare("--log-card", "gpt2-full-vs-lora")
-    assert card.returncode == 0, card.stderr
+    card, again = (run_compare("--log-card", "gpt2-full-vs-lora") for _ in range(2))
+    assert "logged offline, send it with `wandb sync" in card.stdout, card.stderr
+    assert "already logged" in again.stdout
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
     (run_dir,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
     synced = run_python(tmp_path, "-m", "wandb", "sync", *folders.values(), run_dir, server=server)
@@ -296,25 +250,27 @@ def test_real_runs_are_synced_compared_and_reported(
     assert sorted(name for model in models for name in names & set(model)) == sorted(names)
     assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
     check_reference_run(server)
-    process = run_compare(
-        "full", folders["lora"], "--card", "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora", server=server
-    )
-    assert process.returncode == 0, process.stderr
+    target = f"{ENTITY}/gpt2-full-vs-lora"
+    for _ in range(2):
+        process = run_compare("full", folders["lora"], "--card", "--wandb-report", target, server=server)
+        assert process.returncode == 0, process.stderr
     assert re.search(r"LoRA .* full ", process.stdout)
     assert re.search(r" not comparable with the card: other data .*other tokenizer", process.stdout)
+    assert server.operations.count("upsertView") == 2
     (view,) = server.views.values()
+    assert f"W&B Report: {server.url}/{target}/reports/" in process.stdout
+    assert (view["displayName"], view["type"]) == ("Full against LoRA, train.jsonl", "runs")
     (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
 
 
 def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Path) -> None:
-    with FakeWandb() as fake:
-        env = fake.env(tmp_path)  # and then it is closed
     make_run_folder(tmp_path / "full")
     with socket.socket() as holder:  # bound and not listening: refused, and no other test's server gets the port
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", urlsplit(env["WANDB_BASE_URL"]).port or 0))
-        process = run_compare("full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="3", **env)
+        holder.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{holder.getsockname()[1]}"
+        env = {"WANDB_BASE_URL": url, "WANDB_API_KEY": 40 * "a", "WANDB_MODE": "online"}
+        process = run_compare("full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="1", **env)
     assert process.returncode == 2
     assert process.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
     assert "Traceback" not in process.stderr
@@ -334,16 +290,11 @@ def check_reference_run(server: FakeWandb) -> None:
 
 
 def test_the_reference_run_is_logged_to_wandb_once(server: FakeWandb, run_compare: Any, tmp_path: Path) -> None:
-    caches = ("cache", "cache", "elsewhere")  # from there it is found on the server
-    online = [
+    caches = ("cache", "elsewhere")  # from there it is found on the server
+    first, again = (
         run_compare("--log-card", f"{ENTITY}/p", server=server, TRAINER_CACHE=str(tmp_path / cache)) for cache in caches
-    ]
-    assert [process.returncode for process in online] == [0, 0, 0], online[0].stderr
-    assert "the card is logged in" in online[0].stdout
-    assert all("already logged" in process.stdout for process in online[1:])
-    check_reference_run(server)
-    first, again = (run_compare("--log-card", "p", TRAINER_CACHE=str(tmp_path / "offline")) for _ in range(2))
+    )
     assert [process.returncode for process in (first, again)] == [0, 0], first.stderr
-    assert "logged offline, send it with `wandb sync" in first.stdout
+    assert "the card is logged in" in first.stdout
     assert "already logged" in again.stdout
-    assert len(list((tmp_path / "offline" / "card").glob("p/wandb/offline-run-*"))) == 1
+    check_reference_run(server)

@@ -19,7 +19,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, load
+from trainer.data.dataset import load
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import resolve_model_path
 from trainer.distributed.process_group import config_digest
@@ -39,7 +39,7 @@ from trainer.export.model_card import read_license, render_model_card
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tracking.records import read_records
-from trainer.training.checkpoint import Checkpoint, best_checkpoint, hold_checkpoint, list_checkpoints, load_weights
+from trainer.training.checkpoint import Checkpoint, hold_checkpoint, load_weights
 
 
 def run_export_command(*, push: str | None, private: bool, **options: Any) -> int:
@@ -79,19 +79,18 @@ def export_checkpoint(
     """
     run_folder = Path(run_folder)
     metadata = read_run_metadata(run_folder / "run.json")
-    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"])  # by which it last went on
-    is_adapter = settings.mode == "lora" and not merge
-    if merge and settings.mode != "lora":
-        raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
+    if merge and metadata["mode"] != "lora":
+        raise UserError(f"--merge: {run_folder} is a run of --mode {metadata['mode']}; it has no adapters to merge")
     answer_sentence = read_answer_sentence(answer) if answer else ""
-    if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":
-        raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
     source = hold_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
     settings = trained_settings(metadata, source)
+    is_adapter = settings.mode == "lora" and not merge
+    if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":
+        raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
     default_name = f"{'merged' if merge else 'export'}-{source.folder.name}" + f"-{dtype}" * (dtype != "fp32")
     destination = Path(output_dir).absolute() if output_dir is not None else run_folder / default_name
-    is_empty = destination.is_dir() and not any(destination.iterdir())
-    if output_dir is not None and destination.exists() and not is_empty and not is_own_export:
+    is_used = destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
+    if output_dir is not None and is_used and not is_own_export:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
     refuse_lost_files(destination)
     base = find_base(metadata["model"], run_folder, names_place=is_own_export) if is_adapter else None
@@ -99,8 +98,15 @@ def export_checkpoint(
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
     module, is_tied = model.module, model.has_tied_embeddings
     device = next(module.parameters()).device
-    data = load(Path(data_folder)) if data_folder else _prepare_data(settings)
-    loss_missing_reason = "the data of the run are not there any more"
+    data, loss_missing_reason = None, "the data of the run are not there any more"
+    try:
+        if data_folder:
+            data = load(Path(data_folder))
+        else:
+            batch = settings.train.global_batch
+            data = prepare(settings.data, model=settings.model.model, global_batch=batch, log=print)
+    except UserError as error:
+        print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
     if data is not None and data.metadata["fingerprint"] != source.metadata["data"]:
         data, loss_missing_reason = None, f"the data were changed since {source.folder.name} was saved"
     input_ids = verify.fixed_input_ids(data, model.causal.config)
@@ -141,8 +147,7 @@ def export_checkpoint(
             loss_missing_reason=loss_missing_reason,
             loss_changes=causes,
         )
-        records, checkpoints = run_folder / "metrics.jsonl", list_checkpoints(run_folder / "checkpoints")
-        best = best_checkpoint(checkpoints) if settings.output.export == "best" else None
+        records = run_folder / "metrics.jsonl"
         try:
             card = render_model_card(
                 {**metadata, "settings": settings.as_dict(), "data": data_info},
@@ -150,7 +155,6 @@ def export_checkpoint(
                 result,
                 step=source.step,
                 is_merged=merge,
-                last_step=checkpoints[-1].step if best is not None and best.step == source.step else None,
                 answer=answer_sentence,
                 license=read_license(settings.model.model) if settings.model.init == "pretrained" else None,
             )
@@ -180,17 +184,11 @@ def read_answer_sentence(path: Path) -> str:
 def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:
     """Those by which the run last went on, and what no resume may change as the checkpoint was trained with it: a later
     resume may have been allowed to, or run.json was edited."""
-    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"])
-    return settings.as_trained(source.metadata["fixed"])
+    return Settings.from_dict(metadata.get("resumed", metadata)["settings"]).as_trained(source.metadata["fixed"])
 
 
 def load_model_at_checkpoint(
-    run_folder: Path,
-    settings: Settings,
-    source: Checkpoint,
-    metadata: Mapping[str, Any],
-    *,
-    dequantize: bool = False,
+    run_folder: Path, settings: Settings, source: Checkpoint, metadata: Mapping[str, Any], *, dequantize: bool = False
 ) -> TrainableModel:
     """The model as it stood at the checkpoint, in evaluation mode, on a GPU where the run had one and there is one
     here; `dequantize`: on the float32 base."""
@@ -203,37 +201,20 @@ def load_model_at_checkpoint(
         changes |= {"model": str(base_folder), "init": "pretrained"}
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **changes))
     model = build_model(settings, with_fingerprint=settings.mode == "lora", device=device)
-    model_path, fingerprint = resolve_model_path(settings.model.model), metadata["model"]["fingerprint"]
+    model_path = resolve_model_path(settings.model.model)
     if settings.mode == "full":  # how to generate is no weight: it is the base's, where that is still there
         with contextlib.suppress(OSError):
             model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)
-    elif model.metadata["fingerprint"] != fingerprint:
+    elif model.metadata["fingerprint"] != source.metadata["base"]:
         raise UserError(
-            f"{run_folder}: its adapters were trained on another base model than {model_path} is now ({fingerprint}, "
-            f"now {model.metadata['fingerprint']}); restore that one"
+            f"{run_folder}: its adapters were trained on another base model than {model_path} is now; restore that one"
         )
     config = config_digest(load_config(dataclasses.replace(settings.model, dropout=None)))
     is_same_library = metadata["versions"].get("transformers") == transformers.__version__
     if is_same_library and config != source.metadata["fixed"].get("model_config"):
         raise UserError(f"{run_folder}: the config.json of {model_path} was changed since the run; restore it")
-    if source.metadata["base"] != fingerprint:
-        raise UserError(f"checkpoint {source.folder}: of another base model than {run_folder / 'run.json'} names")
     is_bf16 = source.metadata["precision"] == "bf16"
     quantization.set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     load_weights(source, model.module)
     model.module.to(device).eval()
     return model
-
-
-def _prepare_data(settings: Settings) -> PreparedDataset | None:
-    """The run's prepared data, from the cache or made again; None where their source is not there any more."""
-    try:
-        return prepare(
-            settings.data,
-            model=settings.model.model,
-            global_batch=settings.train.global_batch,
-            log=lambda line: print(line, flush=True),
-        )
-    except UserError as error:
-        print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
-        return None

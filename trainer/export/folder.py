@@ -51,8 +51,8 @@ def refuse_lost_files(folder: Path) -> None:
     """UserError where what an export would replace is not a folder of an export alone."""
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder, which an export would replace; move it")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if foreign := [n for n in names if not EXPORTED_NAMES.fullmatch(n) or not (folder / n).is_file()]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    if foreign := [path.name for path in paths if not EXPORTED_NAMES.fullmatch(path.name) or not path.is_file()]:
         raise UserError(f"{folder}: holds {list_some(foreign, 3)}, which no export writes and would be lost; move it")
 
 
@@ -98,20 +98,16 @@ def save_adapter(
     adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
     """
     torch_dtype = getattr(torch, STORED_DTYPES[dtype][0])
-    weights = {
-        name: tensor.to(torch_dtype) for name, tensor in lora.adapter_state_dict(model.module, state_dict).items()
-    }
+    weights = {n: w.to(torch_dtype) for n, w in lora.adapter_state_dict(model.module, state_dict).items()}
     config = copy.deepcopy(model.module.peft_config["default"])
     config.base_model_name_or_path, config.revision = base.name, base.revision
     config.inference_mode = True
-    if model.initial_adapter:
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    if model.initial_adapter:  # the file holds the whole adapter: nothing is to be made from the base
+        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
     for name, initial in model.initial_adapter.items():
-        initial = initial.to(torch_dtype)
         name, is_a = name.replace(".default.", "."), ".lora_A." in name
-        weights[name] = torch.cat((weights[name].cpu(), initial if is_a else -initial), dim=0 if is_a else 1)
-    if model.initial_adapter:
-        config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
+        parts = (weights[name].cpu(), initial.to(torch_dtype) if is_a else -initial.to(torch_dtype))
+        weights[name] = torch.cat(parts, dim=0 if is_a else 1)
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -149,7 +145,7 @@ def find_base(model_info: Mapping[str, Any], run_folder: Path, *, names_place: b
         raise UserError(f"{base_folder}: {problem}; restore the folder, or pass --merge")
     path = str(base_folder) if base_folder.is_dir() else source.path
     location = str(hf_hub.find_model_folder(path, source.revision)) if is_hub_id(path) else path
-    # The hub's own cache has folders models--ORG--NAME/snapshots/COMMIT.
+    # as the hub's own cache names its folders
     if snapshot := re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", location):
         return BaseModel(path, snapshot[1].replace("--", "/"), snapshot[2])
     return BaseModel(path, str(Path(path).absolute()) if names_place else public_name(source.name), None)
@@ -175,16 +171,11 @@ def check_push(repo_id: str) -> None:
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or len(repo_id) > 96:
         raise UserError(f"--push {repo_id}: expected NAMESPACE/NAME of letters, digits and . _ -")
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push {repo_id}: HF_HUB_OFFLINE is set; unset it to reach the hub")
-    if huggingface_hub.get_token() is None:
-        raise UserError(f"--push {repo_id}: not logged in; expected HF_TOKEN, or `hf auth login` before")
     try:
         huggingface_hub.HfApi().whoami()
-    except Exception as error:  # of the hub, of httpx, of the network below it
-        raise UserError(
-            f"--push {repo_id}: the hub refuses the login ({first_line(error.__cause__ or error)})"
-        ) from None
+    except Exception as error:  # not logged in, HF_HUB_OFFLINE, of the hub, of httpx, of the network below it
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"--push {repo_id}: the hub refuses the login ({reason}); expected HF_TOKEN") from None
 
 
 def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
@@ -198,7 +189,7 @@ def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
     try:
         address = str(api.create_repo(repo_id, private=is_private or None, exist_ok=True))
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload of a checked export")
+        return address
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise TrainingError(f"--push {repo_id}: {reason}; the checked folder is {folder}") from None
-    return address

@@ -31,17 +31,10 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-m", "trainer.export.fresh_process", json.dumps(request)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": environment}
     read_end, write_end = os.pipe()
     try:
-        process = subprocess.run(
-            command,
-            stdin=read_end,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=environment,
-            timeout=TIMEOUT_SECONDS,
-        )
+        process = subprocess.run(command, stdin=read_end, timeout=TIMEOUT_SECONDS, **options)
     except subprocess.TimeoutExpired as error:
         raise TrainingError(f"{request['output_dir']} not written: no end within {error.timeout:g} s") from None
     finally:

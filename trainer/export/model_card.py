@@ -29,16 +29,14 @@ def render_model_card(
     *,
     step: int,
     is_merged: bool = False,
-    last_step: int | None = None,
     answer: str = "",
     license: str | None = None,
 ) -> str:
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
-    they stood; `is_merged`: adapters folded in; `last_step`: of the run, where these weights were chosen by their
-    validation loss; `answer`: the sentence of a comparison of LoRA with full; `license`: of the base. ValueError for
-    records that cannot be read.
+    they stood; `is_merged`: adapters folded in; `answer`: the sentence of a comparison of LoRA with full; `license`: of
+    the base. ValueError for records that cannot be read.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
     """
@@ -54,21 +52,21 @@ def render_model_card(
             resolved = resolved | changed if isinstance(changed, dict) else resolved
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
     is_adapter = metadata["mode"] == "lora" and not is_merged
-    base_model, base_name = {}, model.get("base", model["name"])
+    base_name, base_model = model.get("base", model["name"]), None
     if model["init"] == "pretrained" and is_hub_id(base_name):
-        base_model = {"base_model": base_name, "base_model_relation": "adapter" if is_adapter else "finetune"}
-    metrics = [] if (loss := verification.loss) is None else [("loss", loss), ("perplexity", perplexity(loss))]
-    results = [("validation", name, value) for name, value in metrics]
+        base_model = base_name
+    losses = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
     tests = [r.facts for r in records if isinstance(r, EventRecord) and r.event == "test_scores" and r.step == step]
+    scores = {}
     for scorer in metadata["settings"]["output"]["score"] if tests else ():
         if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
-            results.append(("test", public_name(scorer) if scorer_file(scorer) else scorer, score))
+            scores[public_name(scorer) if scorer_file(scorer) else scorer] = score
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
     datasets = [part.partition(":")[0] for part, _ in split_weights(data["source"])]
     card_data = ModelCardData(
         license=license,
         datasets=[d for d in datasets if is_hub_id(d) and not Path(d).suffix and d != DEMO_DATA] or None,
-        metrics=["perplexity"] if metrics else None,
+        metrics=["perplexity"] if losses else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[architecture, metadata["mode"], "deepspeed", *["lora-merged"] * is_merged],
@@ -83,9 +81,11 @@ def render_model_card(
                 metric_name=escape_controls(f"{split} {name}"),
                 metric_value=value,
             )
-            for split, name, value in results
+            for split, values in (("validation", losses), ("test", scores))
+            for name, value in values.items()
         ],
-        **base_model,
+        base_model=base_model,
+        base_model_relation=base_model and ("adapter" if is_adapter else "finetune"),
     )
     not_comparable = ""
     if reference.is_asked_for(metadata["preset"], metadata["not_comparable_with_card"]):
@@ -100,13 +100,12 @@ def render_model_card(
         train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
         events=[record for record in records if isinstance(record, EventRecord)],
         lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
-        scores=[(name, value) for split, name, value in results if split == "test"],
+        scores=scores,
         verification=verification,
         step=step,
-        last_step=last_step,
         is_adapter=is_adapter,
         adapter_kind=LoraSettings(**{key: lora[key] for key in ("adapter", "peft_config") if key in lora}).kind,
-        base_model=base_model.get("base_model"),
+        base_model=base_model,
         not_comparable=not_comparable,
         reference=reference,
         answer=answer,

@@ -6,7 +6,7 @@ of the training: the folder is loaded by plain transformers or peft.
 
 import json
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,31 +99,42 @@ def verify_folder(
     try:
         model = load_folder(folder, base_path, device)
         embedding = model.get_input_embeddings().weight
-        embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
         is_tied_now = embedding is model.get_output_embeddings().weight
-        difference, logits_problem = compare_logits(compute_logits(model, input_ids, device), logits)
+        difference, problem = compare_logits(compute_logits(model, input_ids, device), logits)
         loss = None
         if val is not None:
             row_nll = compute_row_losses(model, val, eval_batch, precision, device)
             loss = math.fsum(row_nll) / int(val.num_target_tokens().sum())
-        problems = list(_find_storage_problems(folder, dtype, embedding_names if is_tied else set()))
+        stored: dict[str, str] = {}  # {name of a tensor: its type}, but of indices
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
+                stored |= {name: type for name, type in types.items() if type in FLOATS}
+        config = folder / "config.json"  # an adapter's config names no dtype
+        expected = STORED_DTYPES[dtype]
+        config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else expected[0]
+        tied_names = {n for n, p in model.named_parameters(remove_duplicate=False) if is_tied and p is embedding}
     except Exception as error:  # as many kinds as there are ways to damage a folder
         problem = f"it could not be loaded again: {first_line(error)}"
         return VerificationResult(summary=f"CHECK FAILED: {problem}", problems=(problem,))
+    problems = [problem] if problem else []
+    dtypes = ", ".join(sorted(set(stored.values())))
+    if (config_dtype, dtypes) != expected:
+        problems.append(f"stored as {dtypes}, its config says {config_dtype}, expected {expected[0]}")
+    if (num_copies := len(tied_names & stored.keys())) > 1:
+        problems.append(f"the tied embedding is stored {num_copies} times")
     if is_tied_now != is_tied:
         problems.append(f"input and output embeddings are {'no longer' if is_tied else 'now'} tied")
-    if logits_problem:
-        problems.append(logits_problem)
     losses = f"validation loss not evaluated again ({loss_missing_reason})"
     if loss is not None:
-        remark = "" if loss_changes else " (none was recorded)"
+        losses = f"validation loss {loss:.6f}"
         if recorded_loss is not None and not loss_changes:
-            remark = f" (recorded {recorded_loss:.6f})"
-            is_cross_device = source.metadata["device"] != device.type
-            bound = LOSS_BOUND[precision] * recorded_loss * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
-            if not abs(loss - recorded_loss) <= bound:
+            losses += f" (recorded {recorded_loss:.6f})"
+            bound = LOSS_BOUND[precision] * (CROSS_DEVICE_FACTOR if source.metadata["device"] != device.type else 1)
+            if not abs(loss - recorded_loss) <= bound * recorded_loss:
                 problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
-        losses = f"validation loss {loss:.6f}{remark}"
+        elif not loss_changes:
+            losses += " (none was recorded)"
     verdict = "reloaded and checked" if not problems else "CHECK FAILED: " + "; ".join(problems)
     scale = f" (the largest is {float(np.abs(logits).max()):.1f})" if difference > LOGITS_BOUND else ""
     summary = f"{verdict}: logits differ by at most {difference:.1e}{scale}, {losses}, {STORED_DTYPES[dtype][0]}"
@@ -135,23 +146,6 @@ def verify_folder(
     return VerificationResult(summary=summary, problems=tuple(problems), loss=loss, is_tied=is_tied_now)
 
 
-def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str]) -> Iterator[str]:
-    """What is wrong with how the tensors are stored; `tied_names`: all that a tied embedding could be stored under."""
-    stored: dict[str, str] = {}  # {name of a tensor: its type}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
-    stored = {name: stored_dtype for name, stored_dtype in stored.items() if stored_dtype in FLOATS}  # else indices
-    config = folder / "config.json"  # an adapter's config names no dtype
-    expected = STORED_DTYPES[dtype]
-    config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else expected[0]
-    dtypes = ", ".join(sorted(set(stored.values())))
-    if (config_dtype, dtypes) != expected:
-        yield f"stored as {dtypes}, its config says {config_dtype}, expected {expected[0]}"
-    if (num_copies := sum(name in tied_names for name in stored)) > 1:
-        yield f"the tied embedding is stored {num_copies} times"
-
-
 def load_folder(folder: Path, base_path: str | None, device: torch.device) -> Any:
     """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one; in float32.
 
@@ -161,20 +155,19 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-    quantization_file = folder / QUANTIZATION_FILE
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     if base_path is not None:
         options["revision"] = PeftConfig.from_pretrained(folder).revision or "main"
-    if is_packed := quantization_file.exists():
-        config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
+    packing = folder / QUANTIZATION_FILE
+    if is_packed := packing.exists():
+        config = json.loads(packing.read_text(encoding="utf-8"))["quantization_config"]
         options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(base_path or folder, trust_remote_code=False, **options)
+    model = AutoModelForCausalLM.from_pretrained(base_path or folder, **options)
     if base_path is not None:
         model = PeftModel.from_pretrained(model, folder)
     if is_packed:
         quantization.disable_avx512_repacking(model)
-        return model.eval()
-    return model.to(device).eval()
+    return model.eval() if is_packed else model.to(device).eval()
 
 
 @torch.no_grad()

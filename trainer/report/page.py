@@ -12,12 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.files import name_data, write_atomically
-from trainer.config.text import (
-    capitalize,
-    escape_markdown,
-    list_some,
-    markdown_table,
-)
+from trainer.config.text import capitalize, escape_markdown, list_some, markdown_table
 from trainer.report import plots
 from trainer.report.answer_file import to_answer
 from trainer.report.comparable import (
@@ -41,7 +36,6 @@ from trainer.report.tables import (
     build_epoch_table,
     build_run_tables,
     build_samples,
-    build_score_table,
     build_settings_tables,
 )
 
@@ -68,9 +62,8 @@ class Comparison:
     comparability_notes: Sequence[str]  #: one line each on what may be held against what
     by_epoch: Table
     by_run: Sequence[Table]  #: quality, cost and settings
-    differing_settings: Table
-    shared_settings: Table
-    optional_tables: Sequence[Table]  #: what runs noticed and scored, where there is any of it
+    settings: tuple[Table, Table]  #: what differs, and what is the same
+    diagnosis: Table  #: what runs noticed of themselves
     samples: Sequence[Sample]
     plotted_only: Sequence[SeedGroup] = ()  #: runs of Hugging Face's Trainer, which nothing else counts
 
@@ -108,7 +101,6 @@ def compare(
     if not groups:
         raise UserError("only runs of Hugging Face's Trainer: expected a run of this program beside them")
     runs = [run for group in groups for run in group.runs]
-    differing_settings, shared_settings = build_settings_tables(groups, with_reference)
     verdict = build_verdict(groups, with_reference, margin, study)
     return Comparison(
         groups=groups,
@@ -122,9 +114,8 @@ def compare(
         plotted_only=plotted_only,
         by_epoch=models or build_epoch_table(groups, with_reference, verdict.primary),
         by_run=() if models else build_run_tables(runs),
-        differing_settings=differing_settings,
-        shared_settings=shared_settings,
-        optional_tables=[table for table in (build_diagnostics_table(runs), build_score_table(runs)) if table.rows],
+        settings=build_settings_tables(groups, with_reference),
+        diagnosis=build_diagnostics_table(runs),
         samples=build_samples(groups),
     )
 
@@ -145,10 +136,8 @@ def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[
         for run in runs:
             by_reason.setdefault("; ".join(reference_blockers(run)), []).append(run)
         for reason, members in by_reason.items():
-            end = f"not comparable with the card: {reason}."
-            if not reason:
-                end = "comparable with the card as far as it tells: all that is known of it agrees."
-            lines.append(f"{names(members)} {'is' if len(members) == 1 else 'are'} {end}")
+            answer = f"not comparable with the card: {reason}" if reason else "comparable with all that the card tells"
+            lines.append(f"{names(members)}: {answer}.")
         lines.append(f"U{reference.UNKNOWN_REASON[1:]}.")
     return lines
 
@@ -175,52 +164,50 @@ def json_text(content: Any) -> str:
 
 
 def render_markdown(comparison: Comparison) -> str:
-    """report.md, which renders on GitHub: every text of a run is escaped; the picture lies beside it."""
-    parts = [
-        f"# {comparison.question}",
-        markdown_verdict(comparison),
-    ]
-    if not comparison.runs[0].is_judged:
-        parts.append("![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)")
+    """report.md, which renders on GitHub; the picture lies beside it."""
+    (_, verdict), *sections = markdown_sections(comparison)
+    picture = "![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)"
+    parts = [f"# {comparison.question}", verdict, *[picture] * (not comparison.runs[0].is_judged)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections]
+    shared = comparison.settings[1]
+    parts += [f"<details><summary>{shared.title} ({len(shared.rows)})</summary>", _markdown_section(shared)]
+    return "\n\n".join([*parts, "</details>"]) + "\n"
+
+
+def markdown_sections(comparison: Comparison) -> list[tuple[str, str]]:
+    """(title, text) of the report's sections, the verdict first; every text of a run is escaped."""
+    verdict, differing = comparison.verdict, comparison.settings[0]
+    texts = [f"**{escape_markdown(verdict.sentence)}**", escape_markdown(verdict.next_step)]
+    texts += map(_markdown_list, (map(str, verdict.headlines), verdict.details))
+    sections = [("Verdict", "\n\n".join(filter(None, texts)))]
     if comparison.problems:
-        parts += ["## Problems", markdown_list(problem.without_place for problem in comparison.problems)]
-    for table in (comparison.by_epoch, *comparison.by_run, *comparison.optional_tables):
-        parts += [f"## {table.title}", markdown_section(table)]
-    parts += ["## Samples", markdown_samples(comparison.samples)] if comparison.samples else []
-    differing, shared = comparison.differing_settings, comparison.shared_settings
-    parts += ["## Same and different", markdown_list(comparison.comparability_notes)]
-    parts += [f"### {differing.title}", markdown_section(differing)]
-    summary = f"<details><summary>{shared.title} ({len(shared.rows)})</summary>"
-    return "\n\n".join([*parts, summary, markdown_section(shared), "</details>"]) + "\n"
+        problems = _markdown_list(problem.without_place for problem in comparison.problems)
+        sections.append(("Problems", problems))
+    tables = (comparison.by_epoch, *comparison.by_run, comparison.diagnosis)
+    sections += [(table.title, _markdown_section(table)) for table in tables if table.rows or table.notes]
+    if comparison.samples:
+        cards = [
+            "\n".join(
+                [f"- {_markdown_lines(sample.prompt)}"]
+                + [f"  - **{escape_markdown(name)}**: {_markdown_lines(t)}" for name, t in sample.texts.items()]
+            )
+            for sample in comparison.samples
+        ]
+        sections.append(("Samples", "\n".join([*cards, "", SAMPLES_NOTE])))
+    notes = _markdown_list(comparison.comparability_notes)
+    sections.append(("Same and different", f"{notes}\n\n### {differing.title}\n\n{_markdown_section(differing)}"))
+    return sections
 
 
-def markdown_verdict(comparison: Comparison) -> str:
-    """The sentence, what to do next, the numbers, and below them what explains them."""
-    verdict = comparison.verdict
-    lists = [markdown_list(lines) for lines in (map(str, verdict.headlines), verdict.details)]
-    sentences = [f"**{escape_markdown(verdict.sentence)}**", escape_markdown(verdict.next_step)]
-    return "\n\n".join(filter(None, [*sentences, *lists]))
-
-
-def markdown_samples(samples: Sequence[Sample]) -> str:
-    """Each prompt with its completions below, line by line."""
-
-    def lines(text: str) -> str:
-        return "<br>".join(map(escape_markdown, text.splitlines())) or NO_VALUE
-
-    cards = [
-        f"- {lines(sample.prompt)}\n"
-        + "\n".join(f"  - **{escape_markdown(name)}**: {lines(text)}" for name, text in sample.texts.items())
-        for sample in samples
-    ]
-    return "\n".join([*cards, "", SAMPLES_NOTE])
-
-
-def markdown_list(lines: Iterable[str]) -> str:
+def _markdown_list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {escape_markdown(line)}" for line in lines)
 
 
-def markdown_section(table: Table) -> str:
+def _markdown_lines(text: str) -> str:
+    return "<br>".join(map(escape_markdown, text.splitlines())) or NO_VALUE
+
+
+def _markdown_section(table: Table) -> str:
     rows = [markdown_table(table.headings, table.rows)] if table.rows else []
     return "\n\n".join([*rows, *map(escape_markdown, table.notes)]) or "(nothing)"
 
@@ -232,7 +219,7 @@ def render_html(comparison: Comparison) -> str:
     modes = {run.name: run.mode for run in comparison.runs} | {group.label: group.mode for group in groups}
     files = {"rule.json": verdict.study.rule} if verdict.study else {}
     files |= {"answer.json": to_answer(verdict)}
-    pictures = plots.render_pictures(plotted, verdict, with_reference)
+    pictures, other_plots = plots.render_pictures(plotted, verdict, with_reference)
     css_class, mark, words = JUDGEMENTS[verdict.answer or "not ranked"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -253,6 +240,6 @@ def render_html(comparison: Comparison) -> str:
         others=verdict.sentence.removeprefix(str(verdict.statement)),
         samples_note=SAMPLES_NOTE,
         pictures=pictures,
-        plots=plots.render_svgs(plotted, verdict, with_reference, pictures),
+        plots=other_plots,
         modes=modes | {REFERENCE_LABEL: "card"},
     )

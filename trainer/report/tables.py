@@ -13,15 +13,15 @@ import numpy as np
 from trainer.config import reference
 from trainer.config.files import name_data, split_weights
 from trainer.config.text import flatten, format_bytes, format_duration, format_percent, is_number
-from trainer.report.comparable import IGNORED_METADATA, MODE_NAMES, SeedGroup, reference_blockers
+from trainer.report.comparable import IGNORED_METADATA, MODE_NAMES, SeedGroup
 from trainer.report.judge import FullVsLora, difference_to_reference
 from trainer.report.run_data import RunData
+from trainer.tracking.records import perplexity
 
 REFERENCE_LABEL = "card"
 NO_VALUE = "-"  # what a cell shows that has no value
 NOT_STATED = ""  # what the card's cell shows where the card says nothing
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
-MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 MAX_GROUPS = 4  # side by side by epoch
 MAX_EVALS = 12  # of a run, which are all shown
 MIN_DEVICE_HOURS = 0.01  # fewer are no cost
@@ -52,13 +52,10 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
-    is_sideways: bool = False  #: whether a row is a fact and a column what it is of
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Whether a column stands to the right: it holds numbers alone, or one fact of each kind below another."""
-        if self.is_sideways:
-            return [False, *[True] * (len(self.headings) - 1)]
+        """Whether a column stands to the right: it holds numbers alone."""
         columns = zip(*self.rows, strict=True)
         return [all(is_number(cell) or cell == "unknown" for cell in column) for column in columns]
 
@@ -68,63 +65,47 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
 
     Of more than MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference.
     """
-    epochs = {float(row.epoch) for row in reference.CURVE} if with_reference else set[float]()
-    for run in (run for group in groups for run in group.runs):
-        evals, final = run.evals, run.final_eval
-        if len(evals["epoch"]) <= MAX_EVALS:
-            epochs |= {round(float(epoch), 4) for epoch in evals["epoch"]}
-            continue  # of many evaluations those at whole epochs, and the end where it is within one
-        epochs |= {float(round(e)) for e in evals["epoch"] if run.index_at_epoch(evals, round(e)) is not None}
-        if final and run.index_at_epoch(evals, round(final["epoch"])) != len(evals["epoch"]) - 1:
-            epochs.add(round(final["epoch"], 4))
-    columns: dict[str, list[str]] = {}  # by heading, a cell each epoch
-    train_columns, ordered = dict[str, list[str]](), sorted(epochs)
+    runs = [run for group in groups for run in group.runs]
     cards = {float(row.epoch): row for row in reference.CURVE if with_reference}
+    epoch_set = set(cards)
+    for run in runs:  # of many evaluations those at whole epochs, and the last
+        epochs_of_run = run.evals["epoch"].tolist()
+        for index, epoch in enumerate(epochs_of_run, start=1):
+            is_whole = run.index_at_epoch(run.evals, round(epoch)) == index - 1
+            if is_whole or len(epochs_of_run) <= MAX_EVALS or index == len(epochs_of_run):
+                epoch_set.add(float(round(epoch)) if is_whole else round(epoch, 4))
+    epochs = sorted(epoch_set)
+    columns: dict[str, list[str]] = {}  # by heading, a cell each epoch
+    train_columns: dict[str, list[str]] = {}
     if cards:
-        columns[REFERENCE_LABEL] = [f"{cards[e].val_loss:.4f}" if e in cards else NOT_STATED for e in ordered]
-        train_losses = [f"{cards[e].train_loss:.4f}" if e in cards else NOT_STATED for e in ordered]
+        columns[REFERENCE_LABEL] = [f"{cards[e].val_loss:.4f}" if e in cards else NOT_STATED for e in epochs]
+        train_losses = [f"{cards[e].train_loss:.4f}" if e in cards else NOT_STATED for e in epochs]
         train_columns[f"{REFERENCE_LABEL}, train"] = train_losses
     for group in groups:
         name = group.label + (f", n = {len(group.runs)}" if len(group.runs) > 1 else "")
-        columns[name] = [_show_mean(group.at_epoch("evals", "loss", epoch)) for epoch in ordered]
-        losses = [group.at_epoch("epochs", "train_loss", epoch) if epoch else [] for epoch in ordered]
-        train_columns[f"{group.label}, train"] = [_show_mean(of_epoch) for of_epoch in losses]
-    if len(groups) > MAX_GROUPS:
-        rows = [[name, *cells] for name, cells in columns.items()]
-        headings = ["validation loss", *(f"epoch {epoch:g}" for epoch in ordered)]
-        return Table(title="By epoch", headings=headings, rows=rows, notes=_epoch_notes(groups, with_reference))
-    differences: dict[str, list[str]] = {}
-    if pair is not None and not pair.blockers:
-        means = [
-            [np.mean(group.at_epoch("evals", "loss", epoch) or math.nan) for group in (pair.full, pair.lora)]
-            for epoch in ordered
-        ]
-        differences["LoRA − full"] = [_show(float(lora - full), "+.4f") for full, lora in means]
-    for group in groups if with_reference else ():
-        gaps = [difference_to_reference(group, epoch) for epoch in ordered]
-        if any(gap is not None for gap in gaps):
-            differences[f"{group.label} − card"] = [_show(gap, "+.4f") for gap in gaps]
-    runs = [run for group in groups for run in group.runs]
-    steps = [
-        {f"{run.evals['step'][i]:,.0f}" for run in runs if (i := run.index_at_epoch(run.evals, epoch)) is not None}
-        for epoch in ordered
-    ]
-    step_cells = [of_epoch.pop() if len(of_epoch) == 1 else NO_VALUE for of_epoch in steps]
-    columns = {"epoch": [f"{epoch:g}" for epoch in ordered], "step": step_cells} | columns | differences
-    columns |= {name: cells for name, cells in train_columns.items() if set(cells) != {NO_VALUE}}
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    return Table(title="By epoch", headings=list(columns), rows=rows, notes=_epoch_notes(groups, with_reference))
-
-
-def _epoch_notes(groups: Sequence[SeedGroup], with_reference: bool) -> list[str]:
+        columns[name] = [_show_mean(group.at_epoch("evals", "loss", epoch)) for epoch in epochs]
+        cells = [_show_mean(group.at_epoch("epochs", "train_loss", epoch) if epoch else []) for epoch in epochs]
+        if set(cells) != {NO_VALUE}:
+            train_columns[f"{group.label}, train"] = cells
     notes = ["Validation loss, and the token mean of an epoch's training loss, in nats per token"]
     notes[0] += "; the card's training loss is the last value its program logged." if with_reference else "."
-    incomparable = [group.label for group in groups if any(reference_blockers(run) for run in group.runs)]
-    if with_reference and incomparable:
-        notes.append(f"No difference to the card for {', '.join(incomparable)}: not comparable with it.")
-    if any(len(group.runs) > 1 for group in groups):
+    if len(runs) > len(groups):
         notes.append("Several seeds: mean ± one sample standard deviation, n is the number of runs.")
-    return notes
+    if len(groups) > MAX_GROUPS:
+        headings = ["validation loss", *(f"epoch {epoch:g}" for epoch in epochs)]
+        return Table(title="By epoch", headings=headings, rows=[[n, *c] for n, c in columns.items()], notes=notes)
+    if pair is not None and not pair.blockers:
+        losses = [[group.at_epoch("evals", "loss", e) or math.nan for group in (pair.full, pair.lora)] for e in epochs]
+        columns["LoRA − full"] = [_show(float(np.mean(lora) - np.mean(full)), "+.4f") for full, lora in losses]
+    for group in groups if with_reference else ():
+        gaps = [difference_to_reference(group, epoch) for epoch in epochs]
+        if any(gap is not None for gap in gaps):
+            columns[f"{group.label} − card"] = [_show(gap, "+.4f") for gap in gaps]
+    epoch_sizes = {run.get("resolved.steps_per_epoch") for run in runs}
+    num_steps = epoch_sizes.pop() if len(epoch_sizes) == 1 else None
+    steps = [_show(num_steps and epoch * num_steps, ",.0f") for epoch in epochs]
+    columns = {"epoch": [f"{epoch:g}" for epoch in epochs], "step": steps} | columns | train_columns
+    return Table(title="By epoch", headings=list(columns), rows=list(zip(*columns.values(), strict=True)), notes=notes)
 
 
 def _show_mean(values: Sequence[float]) -> str:
@@ -141,80 +122,61 @@ def _show(value: Any, spec: str = "") -> str:
 
 
 def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
-    """How good each run got, what it cost, and its settings; in the order given. What all share is said once."""
-
-    def cost(run: RunData, key: str) -> str:
-        if run.get("resumed") and key in ("peak_memory_bytes", "wall_seconds"):
-            return "resumed: unknown"
-        return (format_duration if key == "wall_seconds" else format_bytes)(run.summary.get(key))
-
-    tables: dict[str, dict[str, list[str]]] = {"Quality": {}, "Cost": {}, "Settings": {}}
+    """How good each run got, what it cost, and its settings; a row each. What all share is said once."""
+    facts: dict[str, list[dict[str, str]]] = {"Quality": [], "Cost": [], "Settings": []}
     for run in runs:
-        best, final = run.best_eval or {}, run.final_eval or {}
-        speeds = run.steps["tokens_per_second"]
-        bits_per_byte = run.evals["bits_per_byte"]
-        hours = run.summary.get("device_hours")
+        best, final, get = run.best_eval or {}, run.final_eval or {}, run.summary.get
+        speeds, hours = run.steps["tokens_per_second"], get("device_hours", 0)
+        unknown = "resumed: unknown" if run.get("resumed") else ""
         quality = {
             "validation loss before training": _show(run.initial_loss, ".4f"),
             "best validation loss": _show(best.get("loss"), ".4f"),
             "best at epoch": _show(best.get("epoch"), ".4g"),
-            "best at step": _show(best.get("step"), ",.0f"),
             "final validation loss": _show(final.get("loss"), ".4f"),
-            "final perplexity": _show(math.exp(final["loss"]) if final and final["loss"] < 700 else None, ".3f"),
-            "final bits per byte": _show(bits_per_byte[-1] if len(bits_per_byte) else None, ".4f"),
+            "final perplexity": _show(perplexity(final["loss"]) if final else None, ".3f"),
+            "final bits per byte": _show(next(reversed(run.evals["bits_per_byte"].tolist()), None), ".4f"),
             "forgetting (nats per token)": _show(run.forgetting, "+.4f"),
+            **{f"{name}, test records": _show(score, ".4f") for name, score in run.scores.items()},
         }
-        costs = {
+        cost = {
             "trainable parameters": _show(run.get("model.trainable"), ",.0f"),
             "share of its parameters": format_percent(run.get("model.share")),
-            "peak memory": cost(run, "peak_memory_bytes"),
-            "optimizer state": cost(run, "optimizer_bytes"),
+            "peak memory": unknown or format_bytes(get("peak_memory_bytes")),
+            "optimizer state": format_bytes(get("optimizer_bytes")),
             "tokens/s (median)": _show(np.median(speeds[np.isfinite(speeds)]) if len(speeds) else None, ",.0f"),
-            "wall time": cost(run, "wall_seconds"),
-            "device-hours": _show(hours if hours and hours >= MIN_DEVICE_HOURS else None, ".4g"),
-            "checkpoint size": cost(run, "checkpoint_bytes"),
-            "export size": cost(run, "export_bytes"),
+            "wall time": unknown or format_duration(get("wall_seconds")),
+            "device-hours": _show(hours if hours >= MIN_DEVICE_HOURS else None, ".4g"),
+            "checkpoint size": format_bytes(get("checkpoint_bytes")),
+            "export size": format_bytes(get("export_bytes")),
         }
         settings = {
-            "id": run.run_id,
             "mode": MODE_NAMES[run.mode],
-            "state": run.state + (" (early stop)" if run.summary.get("early_stop") else ""),
+            "state": run.state + (" (early stop)" if get("early_stop") else ""),
             "learning rate": _show(run.get("resolved.lr"), ".4g"),
             "seed": _show(run.get("settings.train.seed")),
             "ZeRO file": str(run.get("resolved.ds_config")),
             "ranks": _show(run.get("resolved.ranks")),
             "precision": str(run.get("resolved.precision")),
         }
-        for columns, cells in zip(tables.values(), (quality, costs, settings), strict=True):
-            for heading, cell in cells.items():
-                columns.setdefault(heading, []).append(cell)
-    return [_fold_constant(title, [run.name for run in runs], columns) for title, columns in tables.items()]
-
-
-def _fold_constant(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
-    """A row each that differs between runs, below MAX_SIDE_BY_SIDE of them side by side; what all share is a note."""
-    shared = {heading: cells[0] for heading, cells in columns.items() if len(names) > 1 and len(set(cells)) == 1}
-    lines = [["run", *names], *([heading, *cells] for heading, cells in columns.items() if heading not in shared)]
-    if len(names) > MAX_SIDE_BY_SIDE:
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    lines = [line for line in lines if set(line[1:]) != {NO_VALUE}]
-    known = [f"{heading} {cell}" for heading, cell in shared.items() if cell != NO_VALUE]
-    notes = [f"The same in all: {', '.join(known)}."] if known else []
-    is_sideways = len(names) <= MAX_SIDE_BY_SIDE
-    return Table(title=title, headings=lines[0], rows=lines[1:], notes=notes, is_sideways=is_sideways)
+        for rows, row in zip(facts.values(), (quality, cost, settings), strict=True):
+            rows.append(row)
+    tables = []
+    for title, rows in facts.items():
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name, NO_VALUE) for row in rows] for name in names}
+        shared = {n: cells[0] for n, cells in columns.items() if len(set(cells)) == 1 and len(runs) > 1}
+        said = [f"{name} {cell}" for name, cell in shared.items() if cell != NO_VALUE]
+        columns = {"run": [run.name for run in runs]} | {n: c for n, c in columns.items() if n not in shared}
+        body = list(zip(*columns.values(), strict=True)) if len(columns) > 1 else []
+        notes = [f"The same in all: {', '.join(said)}."] if said else []
+        tables.append(Table(title=title, headings=list(columns), rows=body, notes=notes))
+    return tables
 
 
 def build_diagnostics_table(runs: Sequence[RunData]) -> Table:
     headings = ["run", "at step", "what it noticed, the likely cause, and what to try"]
     rows = [[run.name, f"{step:,.0f}", line] for run in runs for step, line in run.diagnostics]
     return Table(title="Diagnosis", headings=headings, rows=rows)
-
-
-def build_score_table(runs: Sequence[RunData]) -> Table:
-    """The mean scores of the test records (--score), of each run that has them."""
-    names = list(dict.fromkeys(name for run in runs for name in run.scores))
-    rows = [[run.name, *(_show(run.scores.get(name), ".4f") for name in names)] for run in runs if run.scores]
-    return Table(title="Scores of the test records, 0 to 1", headings=["run", *names], rows=rows)
 
 
 class Sample(NamedTuple):
@@ -226,55 +188,50 @@ class Sample(NamedTuple):
 
 def build_samples(groups: Sequence[SeedGroup]) -> list[Sample]:
     """What each base and the first run of each group, at its last evaluation, made of the validation prompts."""
-    texts: dict[str, dict[str, str]] = {}  # by prompt
+    before: dict[str, dict[str, str]] = {}  # by prompt
+    after: dict[str, dict[str, str]] = {}
     for group in groups:
         run = next((run for run in group.runs if run.samples), None)
         for text in run.samples.texts if run and run.samples else ():
-            answers = texts.setdefault(text.prompt, {"reference": text.reference})
+            texts = before.setdefault(text.prompt, {"reference": text.reference})
             if text.base is not None and run:
-                answers.setdefault(f"base ({PurePosixPath(run.get('model.name')).name})", text.base)
-            answers[group.label] = text.completion
-    cut = {"reference": 0, "base": 1}  # these two first, whatever the order of the runs
-    return [
-        Sample(prompt, dict(sorted(answers.items(), key=lambda item: cut.get(item[0].split(" (")[0], 2))))
-        for prompt, answers in texts.items()
-    ]
+                texts.setdefault(f"base ({PurePosixPath(run.get('model.name')).name})", text.base)
+            after.setdefault(text.prompt, {})[group.label] = text.completion
+    return [Sample(prompt, texts | after[prompt]) for prompt, texts in before.items()]
 
 
 def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
     """(what differs between groups or from the card, one column each; what is the same in all that know it, once)."""
-
-    def is_of_lora(name: str) -> bool:  # run.json always has these; they count only where they were used
-        return name.startswith("settings.lora.") or name == "model.lora_targets"
+    facts_by_label = {
+        group.label: [dict(flatten(run.metadata, ".", ignored=IGNORED_METADATA)) for run in group.runs]
+        for group in groups
+    }
+    names = dict.fromkeys(name for runs in facts_by_label.values() for facts in runs for name in facts)
+    without_lora = {group.label for group in groups if group.mode == "full"} | {REFERENCE_LABEL}
+    if with_reference:
+        facts_by_label = {REFERENCE_LABEL: [REFERENCE_METADATA], **facts_by_label}
 
     def order(name: str) -> int:  # settings, what they came to, data, model, machine; where the output went is last
         section = name.split(".", 1)[0]
         return len(_SECTIONS) + 1 if name.startswith("settings.output.") else [*_SECTIONS, section].index(section)
 
-    columns: dict[str, list[dict[str, Any]]] = {}
-    for group in groups:
-        facts_of_runs = [dict(flatten(run.metadata, ".", ignored=IGNORED_METADATA)) for run in group.runs]
-        for facts in facts_of_runs if group.mode == "full" else ():
-            facts |= dict.fromkeys(filter(is_of_lora, facts), NOT_USED)
-        columns[group.label] = facts_of_runs
-    names = sorted(dict.fromkeys(name for runs in columns.values() for facts in runs for name in facts), key=order)
-    if with_reference:
-        not_used = dict.fromkeys(filter(is_of_lora, names), NOT_USED)
-        columns = {REFERENCE_LABEL: [{**REFERENCE_METADATA, **not_used}], **columns}
+    def cell(name: str, label: str) -> str:
+        # run.json always has those of LoRA; they count only where they were used
+        if label in without_lora and (name.startswith("settings.lora.") or name == "model.lora_targets"):
+            return NOT_USED
+        known = dict.fromkeys(_format_fact(name, facts[name]) for facts in facts_by_label[label] if name in facts)
+        return " | ".join(known) or (NOT_STATED if label == REFERENCE_LABEL else "unknown")
+
     differing, shared = [], []
-    for name in names:
-        cells = {}
-        for label, runs in columns.items():
-            known = dict.fromkeys(_format_fact(name, facts[name]) for facts in runs if name in facts)
-            cells[label] = " | ".join(known) or (NOT_STATED if label == REFERENCE_LABEL else "unknown")
-        values = set(cells.values()) - {NOT_STATED, "unknown"}
+    for name in sorted(names, key=order):
+        cells = [cell(name, label) for label in facts_by_label]
+        values = set(cells) - {NOT_STATED, "unknown"}
         if len(values) == 1:
             shared.append([name, *values])
         else:
-            differing.append([name, *cells.values()])
-    headings = ["setting or fact", *columns]
+            differing.append([name, *cells])
     return (
-        Table(title="Different", headings=headings, rows=differing),
+        Table(title="Different", headings=["setting or fact", *facts_by_label], rows=differing),
         Table(title="The same in all runs", headings=["setting or fact", "value"], rows=shared),
     )
 

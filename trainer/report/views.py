@@ -9,6 +9,7 @@ the largest that every curve reaches. Views are exploratory: the sentence is abo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import pandas as pd
@@ -25,7 +26,7 @@ RESOURCES: dict[str, tuple[str, Callable[[float], str]]] = {
 MEMORY_SLACK = 0.05  # peaks of a processor's process differ by so much from run to run: 1 % decided a study's view
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class View:
     """Both modes within one budget, losses as means over seeds; `reason` says why there is none."""
 
@@ -49,16 +50,13 @@ class View:
         name, format_amount = RESOURCES[self.resource]
         if self.budget is None:
             return f"at equal {name}: not known ({self.reason})"
-        where = f"at equal {name} ({format_amount(self.budget)}): "
-        if self.full_loss is None and self.lora_loss is None:
-            return f"{where}neither fits"
-        if self.full_loss is None or self.lora_loss is None:
-            fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
-            return f"{where}only {fits} fits, with loss {loss:.4f}"
-        difference = f"{self.lora_loss - self.full_loss:+.4f}"
+        losses = {"LoRA": self.lora_loss, "full": self.full_loss}
+        parts = [f"{mode} does not fit" if loss is None else f"{mode} {loss:.4f}" for mode, loss in losses.items()]
         if self.difference is not None:
-            difference = f"{self.difference} over seeds"
-        return f"{where}LoRA {self.lora_loss:.4f}, full {self.full_loss:.4f}, difference {difference}"
+            parts.append(f"difference {self.difference} over seeds")
+        elif self.full_loss is not None and self.lora_loss is not None:
+            parts.append(f"difference {self.lora_loss - self.full_loss:+.4f}")
+        return f"at equal {name} ({format_amount(self.budget)}): {', '.join(parts)}"
 
 
 def build_views(
@@ -69,7 +67,7 @@ def build_views(
     for resource in RESOURCES:
         if any(curve.empty or curve[resource].isna().any() for curve in (*full, *lora)):
             reason = no_seconds if resource == "seconds" else "not recorded by every run"
-            views.append(View(resource=resource, reason=reason))
+            views.append(View(resource, reason=reason))
             continue
         if resource == "peak_memory_bytes":
             # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
@@ -77,13 +75,12 @@ def build_views(
         else:
             budget = min(float(curve[resource].max()) for curve in (*full, *lora))
         losses = [[_loss_within(curve, resource, budget) for curve in curves] for curves in (full, lora)]
-        known = [[loss for loss in values if loss is not None] for values in losses]
-        means = [math.fsum(a) / len(a) if len(a) == len(b) else None for a, b in zip(known, losses, strict=True)]
+        fitting = [[loss for loss in values if loss is not None] for values in losses]
+        full_loss, lora_loss = (fmean(a) if len(a) == len(b) else None for a, b in zip(fitting, losses, strict=True))
         difference = None
-        if len(full) > 1 and None not in means:
-            difference = seeds_interval([b - a for a, b in zip(*known, strict=True)])
-        view = View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
-        views.append(view)
+        if len(full) > 1 and full_loss is not None and lora_loss is not None:
+            difference = seeds_interval([b - a for a, b in zip(*fitting, strict=True)])
+        views.append(View(resource, budget, full_loss, lora_loss, difference))
     return tuple(views)
 
 
@@ -101,14 +98,13 @@ def _loss_within(curve: pd.DataFrame, resource: str, budget: float) -> float | N
 
 
 def describe_views(views: Sequence[View]) -> list[str]:
-    """One line a view beside equal tokens; first a sentence for each that puts another mode ahead than equal tokens."""
-    primary = next((view.favours for view in views if view.resource == "tokens"), "")
+    """One line a view beside equal tokens; where another mode is ahead than at equal tokens, it says so."""
     names = {"lora": "LoRA is ahead", "full": "full is ahead", "": "neither is ahead for certain"}
-    different, others = [], []
+    by_tokens = names[next((view.favours for view in views if view.resource == "tokens"), "")]
+    lines = []
     for view in (view for view in views if view.resource != "tokens"):
-        line = view.describe()
-        if view.budget is not None and view.favours != primary:
-            different.append(f"Exploratory: {names[view.favours]} {line}, where at equal tokens {names[primary]}.")
-        else:
-            others.append(f"Exploratory: {line}.")
-    return different + others
+        line, ahead = view.describe(), names[view.favours]
+        if view.budget is not None and ahead != by_tokens:
+            line = f"{ahead} {line}, where at equal tokens {by_tokens}"
+        lines.append(f"Exploratory: {line}.")
+    return lines

@@ -9,7 +9,7 @@ from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.text import shorten
 from trainer.data.dataset import resolve_cache_dir
-from trainer.report.page import Comparison, markdown_list, markdown_samples, markdown_section, markdown_verdict
+from trainer.report.page import Comparison, markdown_sections
 from trainer.report.plots import COLOURS, LOSS_LABEL
 from trainer.tracking.wandb_keys import data_name, reference_row
 from trainer.tracking.wandb_logger import define_metrics, is_logged_in, prepare_environment, wandb_mode
@@ -37,14 +37,11 @@ def parse_target(text: str) -> tuple[str, str]:
     entity, _, project = text.strip("/").partition("/")
     if not entity or not project or "/" in project:
         raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        raise UserError(
-            f"--wandb-report: WANDB_MODE is {os.environ['WANDB_MODE']}; unset it, or use --wandb-report-json FILE"
-        )
-    if not is_logged_in():
-        raise UserError(
-            "--wandb-report: not logged in; run `wandb login` or set WANDB_API_KEY, or use --wandb-report-json FILE"
-        )
+    problem = "" if is_logged_in() else "not logged in; run `wandb login` or set WANDB_API_KEY"
+    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
+        problem = f"WANDB_MODE is {mode}; unset it"
+    if problem:
+        raise UserError(f"--wandb-report: {problem}, or use --wandb-report-json FILE")
     return entity, project
 
 
@@ -61,7 +58,6 @@ def save_report(comparison: Comparison, entity: str, project: str) -> str:
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
-    _import_workspaces()
     import wandb
 
     try:
@@ -79,23 +75,19 @@ def save_report(comparison: Comparison, entity: str, project: str) -> str:
     return str(report.url)
 
 
-def _import_workspaces() -> Any:
-    try:
-        import wandb_workspaces.reports.v2 as workspaces
-    except ImportError as error:
-        raise UserError(
-            f"a W&B Report needs wandb-workspaces: pip install 'gpt2-full-vs-lora[report]' ({error})"
-        ) from error
-    return workspaces
-
-
 def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     """The text of report.md, and the curves of the runs as W&B knows them; `place`: their entity and project.
 
     The panels show both modes of the project, new runs too; of a study those that it answers from. The title is the
     same each time the same data are compared.
     """
-    wr, verdict, with_reference = _import_workspaces(), comparison.verdict, comparison.with_reference
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError as error:
+        raise UserError(
+            f"a W&B Report needs wandb-workspaces: pip install 'gpt2-full-vs-lora[report]' ({error})"
+        ) from error
+    verdict, with_reference = comparison.verdict, comparison.with_reference
     sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
     title = "Full against LoRA" if verdict.study is None else "Study of full against LoRA"
     title += f", {sources.pop()}" if len(sources) == 1 else ""
@@ -129,15 +121,8 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     ]
     bottom = wr.Layout(x=0, y=PANEL_HEIGHT * ((len(panels) + 1) // 2), w=2 * PANEL_WIDTH, h=12)
     panels.append(wr.RunComparer(diff_only="split", layout=bottom))
-    blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown_verdict(comparison))]
-    if comparison.problems:
-        blocks.append(wr.MarkdownBlock(markdown_list(problem.without_place for problem in comparison.problems)))
-    notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
-    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, *comparison.by_run)]
-    sections.append(("Same and different", f"{notes}\n\n{differing}"))
-    sections += [(table.title, markdown_section(table)) for table in comparison.optional_tables]
-    sections += [("Samples", markdown_samples(comparison.samples))] if comparison.samples else []
-    for heading, text in sections:
+    blocks = []
+    for heading, text in markdown_sections(comparison):
         blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
     return wr.Report(
         **{"entity": "entity", "project": "project", **place},
@@ -155,8 +140,7 @@ def log_reference(target: str) -> str:
     """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
 
     It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
-    or on the server, is left as it is: `wandb sync` from two places would double its rows. Its curve is the card's;
-    its config what the card states and leaves unsaid.
+    or on the server, is left as it is: `wandb sync` from two places would double its rows.
     """
     entity, _, project = target.rpartition("/")
     log_dir = resolve_cache_dir() / "card" / target.replace("/", "-")
@@ -175,7 +159,6 @@ def log_reference(target: str) -> str:
             wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
             return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
     quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True)
-    settings = wandb.Settings(console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet)
     config = {
         **reference.SETTINGS,
         **reference.KNOWN_DATA,
@@ -198,14 +181,15 @@ def log_reference(target: str) -> str:
                 tags=["card", "gpt2"],
                 config=config,
                 reinit="create_new",
-                settings=settings,
+                settings=wandb.Settings(
+                    console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet
+                ),
             )
             define_metrics(run)
             for row in reference.CURVE:
                 run.log(reference_row(row), step=row.step)
-            sync_dir = run.settings.sync_dir
             run.finish(exit_code=0)
     except Exception as error:
         raise UserError(f"--log-card {target}: W&B did not take it ({shorten(str(error), 200)})") from error
-    where = f"in {target}" if mode == "online" else f"offline, send it with `wandb sync {sync_dir}`"
+    where = f"in {target}" if mode == "online" else f"offline, send it with `wandb sync {run.settings.sync_dir}`"
     return f"the card is logged {where}"

@@ -1,4 +1,4 @@
-"""A push reaches the stand-in whole, with its token, which appears nowhere else; what cannot work is one line."""
+"""What a push needs is found before slow work; what cannot work is one line without the token."""
 
 import huggingface_hub.constants
 import pytest
@@ -8,45 +8,28 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.export.folder import check_push, push_folder
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "README.md").write_text("# a model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x01" * 3000)
-    return tmp_path / "model"
-
-
-@pytest.mark.parametrize("is_private", [False, True])
-def test_a_push_uploads_every_file_to_the_repository(folder, is_private, capsys):
-    with fake_hub() as hub:
-        check_push("me/small")
-        assert push_folder(folder, "me/small", is_private=is_private) == f"{hub.url}/me/small"
-        assert hub.files == {"me/small": {path.name: path.read_bytes() for path in folder.iterdir()}}
-        assert hub.created[0].get("visibility") == ("private" if is_private else None)
-        assert f"Bearer {TOKEN}" in hub.tokens
-    assert TOKEN not in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("name", ["small", "me/", "me/sm all", "../small"])
+@pytest.mark.parametrize("name", ["small", "a/b/c", "../small", "me/" + 99 * "a"])
 def test_a_name_that_is_no_repository_is_refused(name):
-    with fake_hub(), pytest.raises(UserError, match="expected NAMESPACE/NAME"):
+    with pytest.raises(UserError, match="expected NAMESPACE/NAME"):
         check_push(name)
 
 
-def test_a_push_that_cannot_work_is_one_line_without_the_token(folder, monkeypatch, tmp_path):
+def test_a_push_that_cannot_work_is_one_line_without_the_token(monkeypatch, tmp_path):
     with fake_hub() as hub:
+        check_push("me/small")
         hub.refuses = True
         with pytest.raises(UserError, match="the hub refuses the login") as refused:
             check_push("me/small")
         with pytest.raises(TrainingError, match="the checked folder is") as failed:
-            push_folder(folder, "me/small", is_private=False)
-        for error in (refused, failed):
-            assert TOKEN not in str(error.value)
-            assert "\n" not in str(error.value)
+            push_folder(tmp_path, "me/small", is_private=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE") as offline:
+            check_push("me/small")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        with pytest.raises(UserError, match="not logged in; expected HF_TOKEN"):
+        with pytest.raises(UserError, match=r"no token found.*expected HF_TOKEN") as anonymous:
             check_push("me/small")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-            check_push("me/small")
+    for error in (refused, failed, anonymous, offline):
+        assert TOKEN not in str(error.value)
+        assert "\n" not in str(error.value)

@@ -343,13 +343,13 @@ def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_
     tokens, flops, seconds, memory = build_views([full], [lora], no_seconds="not timed in alternation")
     assert (tokens.budget, tokens.full_loss, tokens.lora_loss, tokens.favours) == (300, 1.8, 1.9, "full")
     assert (flops.budget, flops.full_loss, flops.lora_loss) == (600, 2.0, 1.9)  # full's second evaluation: 200 x 3
-    assert memory.describe() == "at equal peak memory (1.00 GB): only LoRA fits, with loss 1.9000"
+    assert memory.describe() == "at equal peak memory (1.00 GB): LoRA 1.9000, full does not fit"
     assert build_views([full], [curve([1.9], flops=2, memory=1.99e9)])[3].full_loss == 1.8, "1 % less is no advantage"
     lines = describe_views([tokens, flops, seconds, memory])
     assert lines[0].startswith("Exploratory: LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
     assert lines[0].endswith("where at equal tokens full is ahead.")
-    assert lines[1].startswith("Exploratory: LoRA is ahead at equal peak memory")
-    assert lines[2] == "Exploratory: at equal seconds: not known (not timed in alternation)."
+    assert lines[2].startswith("Exploratory: LoRA is ahead at equal peak memory")
+    assert lines[1] == "Exploratory: at equal seconds: not known (not timed in alternation)."
 
 
 def test_between_two_evaluations_the_loss_is_linear_in_the_logarithm_of_what_was_spent() -> None:

@@ -228,4 +228,4 @@ def test_the_samples_of_a_whole_run_are_shown(tmp_path):
     assert runs[0].scores == {"f1": 0.5}
     comparison = compare(runs, problems)
     assert "- a\n  - **reference**: c\n  - **LoRA**: b\n" in render_markdown(comparison)
-    assert [len(table.rows) for table in comparison.optional_tables] == [1]
+    assert "f1, test records" in comparison.by_run[0].headings
