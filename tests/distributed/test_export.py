@@ -278,7 +278,7 @@ def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
 
 
 def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
-    full_run, lora_run, tiny_model, run_export_script, monkeypatch, tmp_path
+    full_run, lora_run, tiny_model, run_export_script, tmp_path
 ):
     mine = tmp_path / "mine" / "thesis.txt"
     mine.parent.mkdir()
@@ -297,8 +297,10 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     metadata = (full_run / "run.json").read_text().replace(json.dumps(tiny_model), json.dumps(str(other)))
     changed = shutil.copytree(full_run, tmp_path / "changed", symlinks=True)
     (changed / "run.json").write_text(metadata)
+    (tmp_path / "answer.json").write_text("{}")
     for arguments, expected in (
         ([changed], "the config.json of"),
+        ([full_run, "--answer", tmp_path / "answer.json"], "answer.json: its sentence is None; expected answer.json"),
         ([tmp_path / "rebased"], "its adapters were trained on another base model"),
         ([tmp_path / "baseless"], "base: the random weights that its adapters stand on are gone; restore"),
         ([tmp_path / "none"], "no run.json there"),
@@ -314,17 +316,6 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
         assert output.startswith("error: ")
         assert expected in output
     assert mine.exists()
-    original = export_cli.load_model_at_checkpoint
-
-    def load_large(*args: Any, **options: Any) -> Any:
-        model = original(*args, **options)
-        with torch.no_grad():
-            model.module.transformer.wpe.weight[-1] = 1e5
-        return model
-
-    monkeypatch.setattr(export_cli, "load_model_at_checkpoint", load_large)
-    code, output = run_export_script(full_run, "--dtype", "fp16", "--output-dir", tmp_path / "out")
-    assert (code, output) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
 
 
 def test_a_resumed_run_refuses_to_replace_a_file_of_the_users_before_it_trains(
@@ -343,7 +334,8 @@ def test_a_resumed_run_refuses_to_replace_a_file_of_the_users_before_it_trains(
 def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
     full_run, run_export_script, monkeypatch, tmp_path
 ):
-    arguments = (full_run, "--push", "me/small", "--private", "--output-dir")
+    (tmp_path / "answer.json").write_text('{"sentence": "LoRA is good enough."}')
+    arguments = (full_run, "--push", "me/small", "--private", "--answer", tmp_path / "answer.json", "--output-dir")
     with fake_hub() as hub:
         code, output = run_export_script(*arguments, tmp_path / "out")
         assert code == 0, output
@@ -352,7 +344,7 @@ def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
         assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert hub.created[0]["visibility"] == "private"
         assert {"model.safetensors", "README.md", "tokenizer.json", "generation_config.json"} <= set(pushed)
-        assert "reloaded and checked" in pushed["README.md"].decode()
+        assert all(text in pushed["README.md"].decode() for text in ("reloaded and checked", "LoRA is good enough."))
         assert f"Bearer {TOKEN}" in hub.tokens
         files = [path for path in (*tmp_path.rglob("*"), *full_run.rglob("*")) if path.is_file()]
         assert TOKEN.encode() not in b"".join(path.read_bytes() for path in files) + output.encode()

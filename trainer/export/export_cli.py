@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import GenerationConfig
 
 from trainer.config.choices import ExportDtype
@@ -81,7 +80,9 @@ def export_checkpoint(
     metadata = read_run_metadata(run_folder / "run.json")
     if merge and metadata["mode"] != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {metadata['mode']}; it has no adapters to merge")
-    answer_sentence = read_answer_sentence(answer) if answer else ""
+    sentence = read_json_object(answer, f"--answer {answer}").get("sentence") if answer else ""
+    if not isinstance(sentence, str):
+        raise UserError(f"--answer {answer}: its sentence is {sentence!r:.40}; expected answer.json of a study")
     source = hold_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
     settings = trained_settings(metadata, source)
     is_adapter = settings.mode == "lora" and not merge
@@ -121,7 +122,8 @@ def export_checkpoint(
         causes.append(f"rounded to {dtype}")
         if problem := verify.compare_logits(verify.compute_logits(module, input_ids, device), logits)[1]:
             raise TrainingError(f"{problem}, before they are rounded")
-        _round_weights(state_dict, dtype)
+        for weight in state_dict.values():
+            weight.copy_(weight.to(getattr(torch, verify.STORED_DTYPES[dtype][0])))
         logits = verify.compute_logits(module, input_ids, device)
 
     data_info = data.metadata if data is not None else metadata["data"]
@@ -155,7 +157,7 @@ def export_checkpoint(
                 result,
                 step=source.step,
                 is_merged=merge,
-                answer=answer_sentence,
+                answer=sentence,
                 license=read_license(settings.model.model) if settings.model.init == "pretrained" else None,
             )
         except ValueError as error:  # of the records
@@ -163,22 +165,6 @@ def export_checkpoint(
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     answers = {"summary": result.summary, "problems": list(result.problems)}
     return {"checkpoint": source.folder.name, "folder": str(destination), **answers}
-
-
-def _round_weights(state_dict: Mapping[str, Tensor], dtype: ExportDtype) -> None:
-    """In place, as they will be stored. UserError where one has no finite number in `dtype`."""
-    for name, weight in state_dict.items():
-        rounded = weight.to(getattr(torch, verify.STORED_DTYPES[dtype][0]))
-        if not rounded.isfinite().all():
-            raise UserError(f"--dtype {dtype}: {name} holds {float(weight.abs().max()):.3g}; expected bf16 or fp32")
-        weight.copy_(rounded)
-
-
-def read_answer_sentence(path: Path) -> str:
-    sentence = read_json_object(path, f"--answer {path}").get("sentence")
-    if not isinstance(sentence, str) or not sentence:
-        raise UserError(f"--answer {path}: its sentence is {sentence!r:.40}; expected answer.json of a study")
-    return sentence
 
 
 def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:

@@ -9,8 +9,6 @@ from helpers.fake_runs import make_metadata
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.config.errors import UserError
-from trainer.export.export_cli import read_answer_sentence
 from trainer.export.folder import find_base, is_hub_id, public_name
 from trainer.export.model_card import read_license, render_model_card
 from trainer.export.verify import VerificationResult
@@ -37,20 +35,6 @@ def test_names_in_a_model_card_are_no_markup_and_its_front_matter_is_yaml(mode, 
     body = re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", body)  # code spans, as CommonMark finds them
     assert not re.search(r"(?<!\\)[<>\[\]]", body)
     assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
-
-
-def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(tmp_path):
-    path = tmp_path / "answer.json"
-    for content, message in (
-        ("{", "not JSON"),
-        ("{}", "its sentence is None"),
-        ('{"sentence": [1]}', "its sentence is "),
-    ):
-        path.write_text(content)
-        with pytest.raises(UserError, match=f"--answer .*answer.json: {message}"):
-            read_answer_sentence(path)
-    path.write_text('{"sentence": "LoRA is good enough."}')
-    assert read_answer_sentence(path) == "LoRA is good enough."
 
 
 def test_the_model_card_names_a_base_of_the_hub_and_how_it_compares(tmp_path):

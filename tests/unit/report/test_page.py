@@ -147,7 +147,7 @@ def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and
 ) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.2)
     comparison = compare(runs, with_reference=False)
-    html, pair = render_html(comparison), comparison.verdict.primary
+    html, pair = render_html(comparison).replace("\u00a0", " "), comparison.verdict.primary
     first = html.split('<section class="first">')[1].split("</section>")[0]
     assert "<h1>Was LoRA good enough for acled-demo on demo-base?</h1>" in first
     assert re.search('<p class="badge bad"><span aria-hidden="true">✗</span> LoRA was not good enough</p>', first)
