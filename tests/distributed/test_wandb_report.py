@@ -259,7 +259,7 @@ def test_real_runs_are_synced_compared_and_reported(
     assert server.operations.count("upsertView") == 2
     (view,) = server.views.values()
     assert f"W&B Report: {server.url}/{target}/reports/" in process.stdout
-    assert (view["displayName"], view["type"]) == ("Full against LoRA, train.jsonl", "runs")
+    assert (view["displayName"], view["type"]) == ("Full against LoRA, train", "runs")
     (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
 
