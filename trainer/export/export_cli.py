@@ -18,7 +18,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
-from trainer.data.dataset import load
+from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import resolve_model_path
 from trainer.distributed.process_group import config_digest
@@ -99,17 +99,7 @@ def export_checkpoint(
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
     module, is_tied = model.module, model.has_tied_embeddings
     device = next(module.parameters()).device
-    data, loss_missing_reason = None, "the data of the run are not there any more"
-    try:
-        if data_folder:
-            data = load(Path(data_folder))
-        else:
-            batch = settings.train.global_batch
-            data = prepare(settings.data, model=settings.model.model, global_batch=batch, log=print)
-    except UserError as error:
-        print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
-    if data is not None and data.metadata["fingerprint"] != source.metadata["data"]:
-        data, loss_missing_reason = None, f"the data were changed since {source.folder.name} was saved"
+    data, loss_missing_reason = _find_data(settings, source, data_folder)
     input_ids = verify.fixed_input_ids(data, model.causal.config)
     logits = verify.compute_logits(module, input_ids, device)
     if merge:
@@ -165,6 +155,21 @@ def export_checkpoint(
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     answers = {"summary": result.summary, "problems": list(result.problems)}
     return {"checkpoint": source.folder.name, "folder": str(destination), **answers}
+
+
+def _find_data(settings: Settings, source: Checkpoint, data_folder: str | None) -> tuple[PreparedDataset | None, str]:
+    """The run's prepared data, from `data_folder`, the cache or made again; or None and why there are none."""
+    try:
+        data = load(Path(data_folder)) if data_folder else None
+        if data is None:
+            batch = settings.train.global_batch
+            data = prepare(settings.data, model=settings.model.model, global_batch=batch, log=print)
+    except UserError as error:
+        print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
+        return None, "the data of the run are not there any more"
+    if data.metadata["fingerprint"] != source.metadata["data"]:
+        return None, f"the data were changed since {source.folder.name} was saved"
+    return data, ""
 
 
 def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:
