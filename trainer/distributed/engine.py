@@ -54,7 +54,6 @@ class Engine:
         train_settings: TrainSettings,
         plan: ExecutionPlan,
     ):
-        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how."""
         self.dist_context = dist_context
         self.model = model
         self.plan = plan
@@ -120,11 +119,10 @@ class Engine:
         lr_at: Callable[[int], float],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[GlobalBatch, StepResult]]:
-        """One optimizer step a batch, in order; what each did. Ends early, on all ranks alike, where one should stop.
+        """One optimizer step a batch, in order; ends early, on all ranks alike, where one should stop.
 
-        Where the plan has two steps in flight, a step is launched before the numbers of the one before it are read;
-        the weights are then ahead of what was yielded, until the batches end. Raises NonFiniteError, with its batch
-        and the weights of the step before it, unless fp16 may skip.
+        With two steps in flight the weights are ahead of what was yielded, until the batches end. NonFiniteError, with
+        its batch and the weights of the step before it, unless fp16 may skip.
         """
         in_flight: deque[tuple[GlobalBatch, Callable[[], StepResult]]] = deque()
         iterator = iter(batches)
@@ -151,7 +149,6 @@ class Engine:
             raise
 
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> Callable[[], StepResult]:
-        """Forward, backward and update of a batch; nothing waits for a device that computes."""
         self.fall_back(batch.step)
         self._launch_time = time.perf_counter()
         loss_sums = []
@@ -164,10 +161,8 @@ class Engine:
         return self.launch_update(lr, loss_sums, should_stop=should_stop())
 
     def fall_back(self, step: int) -> None:
-        """Before a step: where recording a CUDA graph has failed, go on eagerly.
-
-        Whether gradients are reduced during the backward stays as it is: on another rank it may have worked.
-        """
+        """Before a step: where recording a CUDA graph has failed, go on eagerly. Whether gradients are reduced during
+        the backward stays as it is: on another rank the recording may have worked."""
         if self._graphs is not None and self._graphs.capture_error:
             if self.dist_context.device.type == "cuda":
                 torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
@@ -178,7 +173,7 @@ class Engine:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
 
         `num_target_tokens`: of the whole global batch. Dropout depends on seed, step and the rows' place in the global
-        batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
+        batch, not on the rank.
         """
         self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
@@ -200,15 +195,11 @@ class Engine:
         self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
     ) -> Callable[[], StepResult]:
         """Reduce, measure, clip and update; what is returned waits until it is done. Raises NonFiniteError, with the
-        weights untouched, here or there, unless fp16 may skip.
-
-        `loss_sums`: what `forward_backward` returned for this rank's micro-batches.
-        """
+        weights untouched, here or there, unless fp16 may skip. `loss_sums`: of `forward_backward`."""
         context, launch_time = self.dist_context, self._launch_time
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        # One row a rank, [ranks, micro-batches + 1]: its sums, and whether it wants to stop. `full` and not `tensor`: a
-        # copy to the device would wait.
+        # One row a rank, [ranks, micro-batches + 1]: its sums, and whether it wants to stop. `tensor` would wait.
         stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=context.device)
         rows = own_row = torch.stack([*loss_sums, stop_flag])
         if context.world_size > 1:
@@ -271,8 +262,7 @@ class Engine:
     ) -> list[Completion]:
         """Greedy continuations of token ids, of at most `limits` tokens each, for every rank; all must call.
 
-        The batches are the same for any number of ranks, which share them out. ZeRO-3 gathers the weights once, for all
-        tokens. TrainingError, on all ranks alike, where one of them fails.
+        The batches are the same for any number of ranks. TrainingError, on all ranks alike, where one of them fails.
         """
         context = self.dist_context
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # little padding
@@ -331,11 +321,8 @@ class Engine:
 
 
 class _WeightByWeight(nn.Module):
-    """Gives DeepSpeed, which divides a weight before it asks for the next one, each as a copy of its own.
-
-    What the weights were before lies in a file that all ranks of a machine map into the same memory, as long as nobody
-    writes there; DeepSpeed does.
-    """
+    """Gives DeepSpeed, which divides a weight before it asks for the next one, each as a copy of its own: before, they
+    lie in a file that all ranks of a machine map into the same memory as long as nobody writes there."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -354,8 +341,7 @@ def place_model(
 ) -> str:
     """Move the model there; returns what its loss finds of its head (`CausalLMLoss.verify`). All ranks must call.
 
-    Under ZeRO 3 it goes weight by weight, with rank 0's values, and of each only this rank's part stays. A packed base
-    is there already.
+    Under ZeRO 3 it goes weight by weight, with rank 0's values. A packed base is there already.
     """
     if int(deepspeed_config["zero_optimization"].get("stage", 0)) < 3 or model.quant_settings is not None:
         loss_module.to(context.device)
@@ -377,10 +363,7 @@ def place_model(
 def copy_to_device(
     micro_batch: MicroBatch, device: torch.device, width_multiple: int = 1, max_width: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [rows, width], padded to a multiple of `width_multiple` but not beyond `max_width`.
-
-    Rows in which several examples stand have positions of their own and are left as they are.
-    """
+    """(ids, labels) [rows, width]; one-example rows are padded to a multiple of `width_multiple` below `max_width`."""
     ids, labels = torch.from_numpy(micro_batch.input_ids), torch.from_numpy(micro_batch.labels)
     width = ids.shape[1]
     padding = min(width + -width % width_multiple, max_width or 2**62) - width
@@ -392,10 +375,8 @@ def copy_to_device(
 
 
 def copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
-    """Queue a copy of a flat tensor now; what is returned waits for that copy alone, and gives the numbers.
-
-    A read at the time they are wanted would be queued behind the next step, which has been launched by then.
-    """
+    """Queue a copy of a flat tensor now; what is returned waits for that copy alone: a read at the time the numbers are
+    wanted would be queued behind the next step."""
     if not numbers.is_cuda:
         return numbers.tolist
     buffer = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -32,9 +32,7 @@ def meet(
     launch: LaunchEnvironment, here: dict[str, Any], timeout_seconds: float
 ) -> tuple[Any, Any, list[dict[str, Any]], str]:
     """(the store in which all ranks have met, one of their own for the watchdog, what each rank says of itself, the
-    network interface of this one). Ranks that do not meet end here, with one line. `here`: what this rank says.
-
-    A rank asks the store at most four times, whatever the number of ranks.
+    network interface of this one), by at most four calls of the store. Ranks that do not meet end here, with one line.
     """
     host = socket.gethostname()
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

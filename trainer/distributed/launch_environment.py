@@ -79,23 +79,17 @@ _LAUNCHER_NAMES = (
 
 
 def set_library_environment() -> None:
-    """Before torch and Arrow are imported: let waiting threads give their core away soon, and Arrow its memory back,
-    unless the user has said otherwise.
-
-    By default GNU's OpenMP, which torch links on Linux, spins for ever where it sees a core for each thread: beside
-    one busy process a step then takes several times as long. Arrow's own pool keeps what passes through it: at commit
-    0403dda a run of 1,000 evaluations grew by 28 MiB with it and by 8 with the system's.
-    """
+    """Before torch and Arrow are imported, unless the user has said otherwise: let waiting threads give their core away
+    soon (GNU's OpenMP spins for ever, and beside one busy process a step takes several times as long), and Arrow its
+    memory back (a run of 1,000 evaluations grew by 28 MiB with its own pool and by 8 with the system's)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # turns; launch/README.md has their price and their gain
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """The place of this process; UserError where the variables contradict one another or something is missing.
-
-    Processes that were started together are ranks of one run or are refused: never several runs of one rank.
-    """
+    """The place of this process; UserError where the variables contradict one another or something is missing:
+    processes that were started together are never several runs of one rank."""
     launcher = _find_launcher(environ)
     if launcher is None:
         for name, value_alone in _SIGNS_OF_OTHERS.items():
@@ -145,10 +139,8 @@ def reporting_rank(environ: Mapping[str, str]) -> int:
 
 
 def is_first_of_host(environ: Mapping[str, str]) -> bool:
-    """Whether this process reports mistakes that are found before the ranks join: one on each host.
-
-    Where nothing tells the ranks of a host apart, rank 0 alone reports, and one that can be nobody's rank.
-    """
+    """Whether this process reports mistakes that are found before the ranks join: one on each host, or rank 0 where
+    nothing tells the ranks of a host apart, and one that can be nobody's rank."""
     launcher, rank = _find_launcher(environ), reporting_rank(environ)
     world_size = environ[launcher.world_size] if launcher else "1"
     is_outside = not world_size.isdecimal() or rank >= int(world_size)

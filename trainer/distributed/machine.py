@@ -27,10 +27,8 @@ def has_gpu_files() -> bool:
 
 
 def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """(what keeps torch from using a GPU of this host, the remedy); None where it can, or where there is none.
-
-    CUDA_VISIBLE_DEVICES= (empty) asks for the CPU: nothing is wrong then.
-    """
+    """(what keeps torch from using a GPU of this host, the remedy); None where it can, where there is none, or where
+    CUDA_VISIBLE_DEVICES= (empty) asks for the CPU."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return None
@@ -91,11 +89,8 @@ def list_devices(*, on_gpu: bool) -> list[dict[str, Any]]:
 
 
 def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
-    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
-
-    The same where all ranks see the same GPUs and where a scheduler shows each its own. `visible`: what each rank sees.
-    UserError where there are too few.
-    """
+    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has. `visible`: what each
+    rank sees, which a scheduler may choose. UserError where there are too few."""
     taken: set[tuple[str, str]] = set()
     indices = []
     for host, gpus in zip(hosts, visible, strict=True):
@@ -123,11 +118,8 @@ def threads_per_rank(local_world_size: int) -> int:
 
 
 def tune_malloc() -> None:
-    """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
-
-    glibc maps and unmaps every allocation of more than 32 MiB; here a fifth of a step went into page faults. What the
-    process has needed at its peak stays its own until it ends. Other C libraries are left as they are.
-    """
+    """Let glibc keep freed memory for this process: it maps and unmaps every allocation of more than 32 MiB, and a
+    fifth of a step went into page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX

@@ -75,10 +75,8 @@ class EngineState:
                     yield f"{state_key}/{name}", torch.float32, shape
 
     def iter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every trained weight (float32) and its two moments, one at a time; all ranks must iterate.
-
-        The moments are float32, or 8-bit codes followed by their scales.
-        """
+        """(name, tensor) of every trained weight (float32) and its two moments (float32, or 8-bit codes followed by
+        their scales), one at a time; all ranks must iterate."""
         if self._stage in (1, 2):
             deepspeed_internals.link_optimizer_state(self.optimizer)
         for name, parameter in self.trainable_params.items():
@@ -95,11 +93,8 @@ class EngineState:
     def load_state_dict(
         self, read_tensor: Callable[[str], Tensor], num_steps: int, loss_scale: Mapping[str, Any] | None
     ) -> None:
-        """Set AdamW's two moments and its count of steps, and what fp16 keeps beside its halved weights.
-
-        The weights were in the model before the engine was made. UserError where the moments are of an optimizer
-        that holds them otherwise.
-        """
+        """Set AdamW's two moments and its count of steps, and what fp16 keeps beside its halved weights; the weights
+        were in the model before. UserError where the moments are of an optimizer that holds them otherwise."""
         self._set_step_counts(num_steps)
         for name, parameter in self.trainable_params.items():
             targets: dict[str, Tensor | None] = dict.fromkeys(optimizer.MOMENTS)

@@ -66,11 +66,8 @@ class DeepSpeedStepper:
 
 
 class PlainStepper:
-    """ZeRO 0: one backward, one reduction, one norm, one update.
-
-    DeepSpeed looks after each weight apart: a norm, two walks over all modules. For a batch of the card's size that
-    takes longer than the arithmetic.
-    """
+    """ZeRO 0: one backward, one reduction, one norm, one update. DeepSpeed looks after each weight apart, which takes
+    longer than the arithmetic for a batch of the card's size."""
 
     grad_divisor = 1  # the ranks' gradients are summed
 
@@ -104,10 +101,7 @@ class PlainStepper:
         return self.loss_module(ids, labels)[1]
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum.
-
-        `packed`: the position ids of rows that hold several examples.
-        """
+        """Add the gradient of the summed loss times `loss_weight`; returns each row's sum. `packed`: position ids."""
         loss_sum, row_losses = self.loss_module(ids, labels, *packed)
         (loss_sum * loss_weight).backward()
         return row_losses
@@ -115,9 +109,8 @@ class PlainStepper:
     def optimizer_step(self, all_finite: Tensor) -> tuple[Tensor, bool]:
         """Reduce, measure, clip and update; returns the norm of the global gradient before clipping, and False.
 
-        Where the gradient or what `all_finite` (a truth on the device) speaks of is not finite, the weights stay:
-        NonFiniteError is raised, or, `skips_on_device`, the device leaves out the update and all that follow
-        until `discard_step`, which the caller sees in the numbers.
+        Where the gradient, or the loss (`all_finite`, on the device), is not finite, the weights stay: NonFiniteError
+        is raised, or, `skips_on_device`, the device leaves out this update and all until `discard_step`.
         """
         try:
             if self.buckets:
@@ -156,13 +149,11 @@ class PlainStepper:
 class GradientBuckets:
     """The gradients of one of several ranks, in one flat buffer, which is summed over the ranks bucket by bucket.
 
-    A gradient is copied there as soon as it is made. Buckets are reduced in one fixed order, from the last weights to
-    the first, so the sums do not depend on which gradient came first. Without an overlap, or after a CUDA graph's
-    replay, the whole buffer goes at once.
+    Buckets are reduced in one fixed order, from the last weights to the first, so the sums do not depend on which
+    gradient came first. Without an overlap, or after a CUDA graph's replay, the whole buffer goes at once.
     """
 
     def __init__(self, params: Sequence[nn.Parameter]):
-        """`params`: in the order of the model."""
         sizes = [parameter.numel() for parameter in params]
         self.flat = params[0].new_zeros(sum(sizes))
         #: for each weight the part of the flat buffer that is its gradient

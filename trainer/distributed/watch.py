@@ -12,8 +12,6 @@ import math
 import os
 import select
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
@@ -31,7 +29,6 @@ PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when anoth
 EXIT_SECONDS = 15.0  # that a rank of a failed run gets to end by itself
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
 MIN_CPU_SHARE = 0.02  # of one processor, for a rank that works; polling a lock takes under 0.005
-TCP_INFO_RECEIVED = 128  # where linux/tcp.h has tcpi_bytes_received, 64 bits
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
@@ -119,11 +116,8 @@ class SignalHandler:
 
 
 def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]]:
-    """(process id, whether it still is above this process) of the launchers that started this rank; none: [].
-
-    torchrun starts the ranks itself; `deepspeed` starts a second launcher, which outlives it, through ssh where there
-    are several hosts. Only what the kernel says of parents and sessions is looked at, which is the same under both.
-    """
+    """(process id, whether it still is above this process) of the launchers that started this rank: torchrun alone, or
+    `deepspeed` and its second launcher, which outlives it."""
     launchers: list[tuple[int, Callable[[], bool]]] = []
     pid = os.getpid()
     for _ in range(1 if "TORCHELASTIC_RUN_ID" in environ else 2 if "CROSS_SIZE" in environ else 0):
@@ -137,11 +131,9 @@ def _is_attached(pid: int, launcher_pid: int, is_adopted: bool) -> bool:
 
 
 def _is_adopted(pid: int, parent_pid: int) -> bool:
-    """Whether the process that started `pid` is gone, and `parent_pid` is the one that takes in orphans.
-
-    A process that does not lead its session was started within it; who takes in orphans (init, a service manager)
-    is of another session. Of a session's leader, as sshd and torchrun start them, only this can be said: process 1 is
-    its launcher where it runs the same Python, as in a container.
+    """Whether the process that started `pid` is gone, and `parent_pid` is the one that takes in orphans: init or a
+    service manager, of another session. Of a session's leader, as sshd and torchrun start them, only this can be said:
+    process 1 is its launcher where it runs the same Python, as in a container.
     """
     try:
         session = os.getsid(pid)
@@ -199,11 +191,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watch_for_hangs(self, hang_timeout_seconds: float, folder: Path | None = None) -> Iterator[None]:
-        """Until the end of the block, end the run where no rank moves for so long; one line names who hangs.
-
-        The stacks of all threads go to `folder`/stacks/rank-N.txt, where this host has the folder. A run that was
-        suspended (Ctrl-Z, a sleeping laptop) is not ended.
-        """
+        """Until the end of the block, end the run where no rank moves for so long, but not one that was suspended; one
+        line names who hangs, and the stacks go to `folder`/stacks/rank-N.txt where this host has the folder."""
         self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
         self._stacks_due_tick = self._ticks + hang_timeout_seconds / TICK_SECONDS
         if folder is not None and folder.is_dir():
@@ -259,10 +248,8 @@ class Watchdog:
         return self.rank == (self._deputy if first_rank is None else first_rank)
 
     def describe_lost_peer(self) -> str:
-        """One line for the rank that reports a failed collective: which ranks are gone, and on which hosts.
-
-        Waits SILENT_TICKS, by which time those that are alive have been heard from.
-        """
+        """One line for the rank that reports a failed collective: which ranks are gone, and on which hosts; waits until
+        those that are alive have been heard from."""
         lost_ranks = [0]
         if not self._is_store_lost:
             first_tick = self._ticks
@@ -424,18 +411,18 @@ def _main_thread_location() -> tuple[str, bool]:
 
 
 class WorkMeter:
-    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads, writes or
-    receives. What waits for a lock, a server or a disk that does not answer does none of these.
+    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads or writes.
+    What waits for a lock, a server or a disk that does not answer does none of these.
 
-    Looks at the main thread and at threads, connections and processes begun since the meter was made: those before talk
-    with other ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
+    Looks at the main thread and at threads and processes begun since the meter was made: those before talk with other
+    ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
     """
 
     def __init__(self, count_bytes: Callable[[], int] = lambda: 0) -> None:
         self._process, self._count_bytes = psutil.Process(), count_bytes
         self._ignored_threads = {thread.id for thread in self._process.threads()} - {self._process.pid}
-        self._ignored_files, self._ignored_children = set(os.listdir("/proc/self/fd")), self._children()
-        self._previous: tuple[float, set[str], int, int] = 0.0, set(), 0, 0
+        self._ignored_children = self._children()
+        self._previous: tuple[float, set[str], int] = 0.0, set(), 0
 
     def has_moved(self, seconds: float) -> bool:
         """Whether anything moved in the `seconds` since the last call, which another thread than the main one makes."""
@@ -453,11 +440,10 @@ class WorkMeter:
                 children |= set(map(int, text.split()))
         return children
 
-    def _measure(self) -> tuple[float, set[str], int, int]:
-        """(processor seconds, what each thread and process has read and written, bytes received, `count_bytes`)."""
-        threads = [
-            t for t in self._process.threads() if t.id not in self._ignored_threads | {threading.get_native_id()}
-        ]
+    def _measure(self) -> tuple[float, set[str], int]:
+        """(processor seconds, what each thread and process has read and written, `count_bytes`)."""
+        ignored_threads = self._ignored_threads | {threading.get_native_id()}
+        threads = [thread for thread in self._process.threads() if thread.id not in ignored_threads]
         cpu_seconds = sum(thread.user_time + thread.system_time for thread in threads)
         folders = [f"self/task/{thread.id}" for thread in threads]
         for child in self._children() - self._ignored_children:
@@ -468,15 +454,4 @@ class WorkMeter:
         for folder in folders:
             with contextlib.suppress(OSError):  # it has ended, or the kernel does not count this
                 transfers.add(Path(f"/proc/{folder}/io").read_text(encoding="ascii"))
-        return cpu_seconds, transfers, self._count_received_bytes(), self._count_bytes()
-
-    def _count_received_bytes(self) -> int:
-        num_bytes = 0
-        for file in set(os.listdir("/proc/self/fd")) - self._ignored_files:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                if not os.readlink(f"/proc/self/fd/{file}").startswith("socket:"):
-                    continue
-                with socket.socket(fileno=os.dup(int(file))) as connection:
-                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_RECEIVED + 8)
-                    num_bytes += struct.unpack_from("=Q", info, TCP_INFO_RECEIVED)[0]
-        return num_bytes
+        return cpu_seconds, transfers, self._count_bytes()
