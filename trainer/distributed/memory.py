@@ -57,23 +57,13 @@ class MemoryEstimate:
     host: float  #: weights, gradients and optimizer state that offload keeps in the host's memory instead
     activations: float  #: what a forward leaves for its backward
     gathered: float  #: weights that ZeRO-3 puts together for a pass
-    forward_backward: float  #: the most that forward and backward hold beside weights and optimizer state
-    optimizer_step: float  #: the most that the step holds beside them
+    passing: float  #: what comes and goes within a pass: logits, products, gradients on their way
+    peak: float  #: the largest sum at one time: gradients are not there yet when the activations are at their most
 
     @property
     def state(self) -> float:
         """What lives on the device from step to step."""
         return self.weights + self.gradients + self.optimizer
-
-    @property
-    def passing(self) -> float:
-        """What comes and goes within a forward and backward: logits, products, gradients on their way."""
-        return max(0.0, self.forward_backward - self.activations - self.gathered)
-
-    @property
-    def peak(self) -> float:
-        """The largest sum at one time: gradients are not there yet when the activations are at their most."""
-        return self.weights + self.optimizer + max(self.forward_backward, self.optimizer_step)
 
 
 def estimate_memory(
@@ -124,8 +114,8 @@ def estimate_memory(
         host=host,
         activations=passes.saved,
         gathered=gathered,
-        forward_backward=gathered + pass_bytes,
-        optimizer_step=step_bytes,
+        passing=max(0.0, pass_bytes - passes.saved),
+        peak=weights + optimizer + max(gathered + pass_bytes, step_bytes),
     )
 
 

@@ -169,14 +169,6 @@ def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expe
     assert machine.threads_per_rank(local_world_size=2) == expected
 
 
-def test_versions_the_programs_files_and_every_setting_are_facts():
-    settings = {"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]}
-    facts = process_group.program_facts(simulated_context(1, "cpu"), settings, {"--resume": None})
-    assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
-    assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
-    assert facts["this program"] == process_group.program_facts(simulated_context(1, "cpu"), {}, {})["this program"]
-
-
 def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_digest(monkeypatch):
     config, to_dict = GPT2Config(), PreTrainedConfig.to_dict
     before = process_group.config_digest(config)
