@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -207,46 +206,28 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     token id of records that are ids).
     """
     seen = SeenRecords(settings.split_by, [*SPLITS, *name_val_sets(settings.val_data)])
-    split_keys: set[int] = set()  # some of those by which training records are split
     notices: list[str] = []
     max_token_id = 0
     for source in sources:
-        counts = Counter[str]()
+        num_records = num_blank = 0
         for example in iter_examples(source):
             if example is None:
-                counts["blank"] += 1
+                num_blank += 1
                 continue
-            counts["records"] += 1
+            num_records += 1
             seen.add(example)
-            if source.split == "train" and len(split_keys) < 2:
-                split_keys.add(content_hash(example.split_key()))
             if example.ids is not None:
                 max_token_id = max(max_token_id, *example.ids)
-            if example.prompt and not (example.prompt[-1].isspace() or example.completion[:1].isspace()):
-                counts["unseparated"] += 1
-        if not counts["records"]:
+        if not num_records:
             raise UserError(f"{source.where()}: holds blank lines only; expected at least one record")
-        if any(source.fractions) and len(split_keys) == 1 and counts["records"] > 1:
-            raise UserError(
-                f"{source.where()}: all {counts['records']} records are equal or have one prompt or --split-by value, "
-                "so none can be split off; give other records, or --val-data"
-            )
         notices += source.notices
-        if counts["records"] == source.max_records:
-            notices.append(f"{source.spec}: only the first {source.max_records:,} records are read (--max-samples)")
-        if counts["blank"]:
-            notices.append(f"{source.spec}: {counts['blank']} blank records are left out")
-        if counts["unseparated"]:
-            notices.append(
-                f"{source.spec}: in {counts['unseparated']} of {counts['records']} records nothing separates prompt "
-                "and completion; begin the completion with a blank, or end the prompt with a line break"
-            )
+        notices += [f"{source.spec}: {num_blank} blank records are left out"] if num_blank else []
     seen.find(example for source in sources for example in iter_examples(source) if example is not None)
     num_seen = {split: sum(map(bool, reasons)) for split, reasons in seen.reasons.items()}
     for split, number in num_seen.items():
-        num_records, name = len(seen.reasons[split]), name_records(split)
         if not number:
             continue
+        num_records, name = len(seen.reasons[split]), name_records(split)
         problem = f"{number:,} of {num_records:,} {name} records are not new: {seen.describe(split)}"
         if number > MAX_SHARED_FRACTION * num_records and (not split.startswith("val") or seen.reasons["test"]):
             remedy = "take them out, or name by --split-by the column whose values belong together"
@@ -398,21 +379,13 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
                 f"--data {part['source']}: its {part['examples']:,} examples and weight make {share}; expected at "
                 "least 1, or leave it out"
             )
-    remedies = {
-        "train": "lower --global-batch, or give more data",
-        **dict.fromkeys(
-            val_sets, "give more of it" if settings.val_data else "raise --val-fraction, or give --val-data"
-        ),
-    }
-    if settings.test_data or settings.test_fraction:
-        remedies["test"] = "raise --test-fraction, or give more of it"
-    if settings.retain_data:
-        remedies["retain"] = "give more of it"
-    for split, remedy in remedies.items():
-        counts, least = metadata[split], global_batch if split == "train" else 1
-        if counts["examples"] < least:
+    has_test, has_retained = bool(settings.test_data or settings.test_fraction), bool(settings.retain_data)
+    least = {"train": global_batch, **dict.fromkeys(val_sets, 1), "test": int(has_test), "retain": int(has_retained)}
+    for split, expected in least.items():
+        counts = metadata[split]
+        if counts["examples"] < expected:
             raise UserError(
                 f"{name_split(settings, split)}: {counts['records']} {name_records(split)} records make "
-                f"{counts['examples']} examples of at most {settings.block_size} tokens, fewer than {least}; {remedy}, "
-                "or change --block-size"
+                f"{counts['examples']} examples of {settings.block_size} tokens, and {expected} are needed; give more, "
+                "or another --block-size, --global-batch, --val-fraction or --test-fraction"
             )

@@ -1,7 +1,6 @@
 """Which examples stand in which step, and one rank's share of them: pure functions of seed, epoch and step.
 
-Nothing here knows how many ranks there are until a step is cut up, so the examples of a step are the same for
-every number of ranks, micro-batch and accumulation.
+The examples of a step are the same for every number of ranks, micro-batch and accumulation: only then it is cut up.
 """
 
 import math
@@ -20,19 +19,13 @@ SORT_WINDOW_BATCHES = 64  # number of global batches among which rows of like le
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one rank feeds in one forward.
+    """What one rank feeds in one forward."""
 
-    input_ids, labels: int64 [rows, width]; labels are not shifted, IGNORE_INDEX where a token does not count.
-    position_ids: int64 [rows, width] where several examples stand in a row, from 0 in each of them; None: one example
-    a row. tokens: tokens in it that are not padding. index: place of its first row in the epoch, counted in examples;
-    the same for every number of ranks, so that dropout can be seeded by it and the step.
-    """
-
-    input_ids: Int64
-    labels: Int64
-    tokens: int
-    index: int
-    position_ids: Int64 | None = None
+    input_ids: Int64  #: [rows, width]
+    labels: Int64  #: [rows, width], not shifted; IGNORE_INDEX where a token does not count
+    tokens: int  #: without padding
+    index: int  #: place of its first row in the epoch, in examples: with the step a seed of dropout on any ranks
+    position_ids: Int64 | None = None  #: [rows, width], from 0 in each of several examples of a row; None: one a row
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,11 +42,8 @@ class GlobalBatch:
 
 
 def _permutation(n: int, *key: int) -> Int64:
-    """A permutation of 0..n-1 that depends on n and `key` only, int64 [n].
-
-    Sorting a raw bit stream, because numpy promises the same stream for ever, but not the same
-    `Generator.permutation`.
-    """
+    """A permutation of 0..n-1 that depends on n and `key` only, int64 [n]; from a raw bit stream, which numpy promises
+    for ever, as it does not `Generator.permutation`."""
     stream = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(np.asarray(stream, dtype=np.uint64), kind="stable").astype(np.int64)
 
@@ -63,9 +53,8 @@ def epoch_order(
 ) -> Int64:
     """The order of the examples in epoch number `epoch` (from 0), int64 [n]; each stands in it once, but in a mixture.
 
-    group_by_length (rows of different lengths): within windows of 64 global batches rows are sorted by length, so that
-    a batch holds little padding, and whole batches are shuffled; a ragged batch stays last. Without shuffle: the
-    order of the data.
+    group_by_length: within windows of 64 global batches rows are sorted by length, so that a batch holds little
+    padding, and whole batches are shuffled; a ragged batch stays last.
     """
     n = len(dataset)
     if not shuffle:
@@ -101,12 +90,11 @@ def _draw_mixture(mixture: Sequence[tuple[int, float]], *, seed: int, epoch: int
 
 
 def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int | None = None) -> MicroBatch:
-    """The examples at `indices`, one a row, padded on the right to the longest of them.
+    """The examples at `indices`, one a row, padded on the right; without any a row of padding that counts nothing.
 
-    packed_width: several examples share a row of at most so many tokens, each with positions from 0: what attends by
-    blocks of positions keeps them apart. Their losses and gradients are those of one example a row.
-    Padding is masked by position, never by its id: GPT-2's padding is its end-of-text token, which counts where
-    it ends a text. Without any row: one row of padding that counts nothing, so that every rank does a forward.
+    packed_width: several examples share a row of at most so many tokens, each with positions from 0, which keep them
+    apart in the attention. Padding is masked by position, never by its id: GPT-2's is its end-of-text token, which
+    counts where it ends a text.
     """
     if not len(indices):
         padding = np.full((1, 2), PAD_ID, dtype=np.int64)
@@ -174,11 +162,8 @@ def padding_share(batches: "TrainBatches", num_steps: int) -> float:
 def step_batches(
     dataset: TokenDataset, order: Int64, step_in_epoch: int, batch: BatchConfig, rank: int
 ) -> list[MicroBatch]:
-    """The micro-batches of `rank` in a step, always `batch.gradient_accumulation_steps` of them.
-
-    Micro-batch j of rank r holds rows [(j * ranks + r) * micro : + micro] of the global batch. In the ragged last
-    step of an epoch they hold fewer rows, or a masked one.
-    """
+    """The micro-batches of `rank` in a step: j of rank r holds rows [(j * ranks + r) * micro : + micro] of the global
+    batch; in the ragged last step of an epoch fewer rows, or a masked one."""
     start = step_in_epoch * batch.global_batch
     batch_indices = order[start : start + batch.global_batch]
     offsets = [(j * batch.world_size + rank) * batch.micro_batch_size for j in range(batch.gradient_accumulation_steps)]
@@ -213,14 +198,8 @@ class TrainBatches:
         for step in range(start_step, stop_step):
             epoch, step_in_epoch = divmod(step, math.ceil(len(dataset) / global_batch))
             if epoch not in self._orders:
-                order = epoch_order(
-                    dataset,
-                    seed=self.seed,
-                    epoch=epoch,
-                    global_batch=global_batch,
-                    shuffle=self.shuffle,
-                    group_by_length=self.by_length,
-                )
+                options = {"shuffle": self.shuffle, "group_by_length": self.by_length}
+                order = epoch_order(dataset, seed=self.seed, epoch=epoch, global_batch=global_batch, **options)
                 self._orders = {epoch: order}
             order = self._orders[epoch]
             num_tokens, num_target_tokens = step_counts(dataset, order, step_in_epoch, global_batch)
@@ -242,11 +221,8 @@ def eval_order(dataset: TokenDataset) -> Int64:
 
 
 def eval_batches(dataset: TokenDataset, eval_batch: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """The share of `rank` in one pass over all rows; every rank gets the same number of micro-batches.
-
-    Every row stands in exactly one of them over all ranks, at `eval_order(dataset)[index:]`; what is missing at the
-    end is a masked row.
-    """
+    """The share of `rank` in one pass over all rows, which stand at `eval_order(dataset)[index:]`; every rank gets the
+    same number of micro-batches, with masked rows at the end."""
     order = eval_order(dataset)
     for start in range(0, len(order), eval_batch * world_size):
         offset = start + rank * eval_batch

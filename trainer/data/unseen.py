@@ -1,6 +1,5 @@
 """Which evaluation records are not new: equal to earlier records, near copies of one, or with the prompt of one.
 
-Records are compared across all files and splits: validation with training, test with both, retained text with all.
 Blanks, case and invisible characters do not tell two apart. A near copy shares 0.8 or more of its shingles of 13 tokens
 (words, punctuation marks, single Chinese and Japanese characters, or token ids) with one earlier record. Shingles that
 a tenth of the training records have are a template's, not a record's, and do not count; nor do system messages.
@@ -11,6 +10,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain
 EARLIER_SPLITS = {"val": ("train",), "test": ("train", "val"), "retain": ("train", "val", "test")}
 SHINGLE_TOKENS, NEAR_COPY_SHARE = 13, 0.8
 TEMPLATE_SHARE, MIN_TEMPLATE_RECORDS = 0.1, 10  # of the distinct training records that have a shingle
-BATCH_TOKENS = 2**17  # whose shingles are looked up at a time
+BATCH_RECORDS = 500  # whose shingles are looked up at a time
 MAX_PLACES = 10  # that a message names
 TABLE_BITS = 22  # of a shingle's hash, by which most are known to be of no evaluation record
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
@@ -103,7 +103,7 @@ class SeenRecords:
 
     def describe(self, split: str) -> str:
         """Why records are not new, and where the first ones stand."""
-        counts = Counter(reason for reason in self.reasons[split] if reason)
+        counts = Counter(filter(None, self.reasons[split]))
         found = [places for places, reason in zip(self._places[split], self.reasons[split], strict=True) if reason]
         file = found[0][0].rpartition(", ")[0] + ", "  # which is named once
         places = (" as ".join(place.removeprefix(file) for place in pair) for pair in found)
@@ -167,7 +167,8 @@ def find_near_copies(
     is_known[shingles >> shift] = True
     num_train, num_all = np.zeros((2, size), dtype=np.int64)  # candidates that have each shingle
     found: list[tuple[Int64, list[str], Int64]] = []  # splits and places of candidates, and candidate * size + shingle
-    for batch in _iter_batches(candidates):
+    candidates = iter(candidates)
+    while batch := list(islice(candidates, BATCH_RECORDS)):
         batch_splits = np.asarray([split for split, _, _ in batch])
         candidate, hashes = _shingles([tokens for _, _, tokens in batch])
         candidate, hashes = candidate[is_known[hashes >> shift]], hashes[is_known[hashes >> shift]]
@@ -212,16 +213,3 @@ def _ranges(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
     """(which range, number) of all numbers start, start + 1, ... of ranges of such lengths."""
     which = np.repeat(np.arange(len(starts)), lengths)
     return which, np.arange(len(which)) - (np.cumsum(lengths) - lengths - starts)[which]
-
-
-def _iter_batches(candidates: Iterable[tuple[int, str, Hashes]]) -> Iterator[list[tuple[int, str, Hashes]]]:
-    batch: list[tuple[int, str, Hashes]] = []
-    num_tokens = 0
-    for candidate in candidates:
-        batch.append(candidate)
-        num_tokens += len(candidate[2])
-        if num_tokens >= BATCH_TOKENS:
-            yield batch
-            batch, num_tokens = [], 0
-    if batch:
-        yield batch

@@ -173,13 +173,10 @@ def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path
     headline, line = show_examples(data.train, tokenizer, 1, is_coloured=False)
     is_target = data.train.is_target(0)
     assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them target tokens"
-    pieces = line.split("|")
     text = line.replace("⟧|⟦", "").split("⟦")[1].partition("⟧")[0]
     assert text == tokenizer.decode(data.train.row(0)[is_target])
-    assert line.count("⟦") == is_target.sum()
-    assert "<" in pieces[0]
     _, coloured = show_examples(data.train, tokenizer, 1, is_coloured=True)
-    assert coloured.count("\x1b[1;32m") == is_target.sum()
+    assert coloured.count("\x1b[1;32m") == line.count("⟦") == is_target.sum()
 
 
 def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokenizer):
@@ -275,15 +272,14 @@ def test_text_and_messages_in_one_column_are_refused(tmp_path, prepare_chat):
             prepare_chat(first, val_data=str(second))
 
 
-@pytest.mark.parametrize("as_column", [list, json.dumps], ids=["lists", "JSON text, as a CSV cell has it"])
-def test_keys_that_arrow_fills_with_null_are_dropped(as_column):
+def test_keys_that_arrow_fills_with_null_are_dropped_and_lists_may_be_json_text():
     message = {"role": "assistant", "content": "x", "tool_calls": None, "name": None}
     kept = [{"role": "assistant", "content": "x"}]
-    for tools in (None, as_column([])):
-        conversation = from_messages({"messages": as_column([message]), "tools": tools})
+    for as_column in (list, json.dumps):  # as a CSV cell has it
+        conversation = from_messages({"messages": as_column([message]), "tools": as_column([])})
         assert (conversation.messages, conversation.tools) == (kept, None)
-    assert from_messages({"messages": as_column([message]), "tools": as_column(TOOLS)}).tools == TOOLS
-    assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
+        assert from_messages({"messages": as_column([message]), "tools": as_column(TOOLS)}).tools == TOOLS
+        assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
 
 
 def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):

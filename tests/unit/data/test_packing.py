@@ -12,12 +12,8 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
     MambaConfig,
-    MistralConfig,
     PhiConfig,
-    Qwen2Config,
     Qwen3Config,
 )
 
@@ -39,15 +35,11 @@ SMALL = {
 }
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
 }
 OTHER_CONFIGS = {
-    "mistral": MistralConfig(**SMALL, sliding_window=16),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=16),
     "phi": PhiConfig(**SMALL),
-    "gpt_neox": GPTNeoXConfig(**SMALL),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
 }
@@ -93,9 +85,9 @@ def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examp
     assert all(not any(is_target) for _, is_target in padding)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "with_mask", "attention"), [("gpt2", True, "eager"), ("gpt2", False, "sdpa"), ("qwen3", True, "sdpa")]
+)
 def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_single_rows(
     family, with_mask, attention
 ):

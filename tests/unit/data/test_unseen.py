@@ -46,10 +46,6 @@ def chats(pairs, last="Yes.", system=LONG):
     ]
 
 
-def answers(pairs):
-    return [{"messages": [{"role": "assistant", "content": pair["completion"]}]} for pair in pairs]
-
-
 def ids(pairs):
     return [{"input_ids": [int(word) for word in pair["completion"].split()]} for pair in pairs]
 
@@ -63,8 +59,6 @@ NEAR, NEW = "near copies of training records", ""
     ("records", "reason"),
     [
         ({"test": TRAIN}, COPIES),
-        ({"test": [dict(reversed(pair.items())) for pair in TRAIN]}, COPIES),
-        ({"test": edit(TRAIN, "completion", "{} ".format)}, COPIES),
         ({"test": edit(TRAIN, "completion", lambda text: "\u200b" + text.replace(" ", "\u00a0\u3000"))}, COPIES),
         (
             {
@@ -78,12 +72,10 @@ NEAR, NEW = "near copies of training records", ""
             {"test": [{**other, "prompt": f" {pair['prompt']}"} for pair, other in zip(TRAIN, OTHERS, strict=True)]},
             PROMPTS,
         ),
-        ({"test": NEW_PROMPTS}, NEAR),
         ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 40))}, NEAR),
         ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 30, 60))}, NEW),
         ({"test": OTHERS, "val": OTHERS}, "equal to validation records"),
         ({"test": edit(OTHERS, "prompt", "x{}".format), "val": OTHERS}, "near copies of validation records"),
-        ({"val": OTHERS, "test": make_pairs(3)}, NEW),
         # under 13 tokens, and what a template or a system message says: records differ where they have their own words
         ({"train": make_pairs(1, num_words=5), "test": make_pairs(2, num_words=5)}, NEW),
         (
@@ -94,13 +86,9 @@ NEAR, NEW = "near copies of training records", ""
             NEW,
         ),
         ({"train": chats(TRAIN), "test": chats(OTHERS)}, NEW),
-        ({"train": chats(TRAIN), "test": chats(TRAIN)}, COPIES),
         ({"train": chats(TRAIN), "test": chats(TRAIN, last="No.")}, NEAR),
         ({"train": chats(TRAIN), "test": chats(edit(TRAIN, "completion", str), last=LONG)}, PROMPTS),
-        ({"train": answers(TRAIN), "test": answers(OTHERS)}, NEW),
-        ({"train": ids(TRAIN), "test": ids(TRAIN)}, COPIES),
         ({"train": ids(TRAIN), "test": ids(edit(TRAIN, "completion", "7 {}".format))}, NEAR),
-        ({"train": ids(TRAIN), "test": ids(OTHERS)}, NEW),
         (
             {
                 "train": [
@@ -143,8 +131,8 @@ def test_near_copies_are_those_that_share_so_many_shingles_with_one_candidate():
     def shingles(tokens):
         return {tuple(tokens[i : i + SHINGLE_TOKENS]) for i in range(len(tokens) - SHINGLE_TOKENS + 1)}
 
-    records = [(int(rng.integers(1, 4)), draw()) for _ in range(200)]
-    candidates = [(int(rng.integers(0, 3)), f"row {i}", draw()) for i in range(300)]
+    records = [(int(rng.integers(1, 4)), draw()) for _ in range(100)]
+    candidates = [(int(rng.integers(0, 3)), f"row {i}", draw()) for i in range(200)]
     counts = Counter(shingle for split, _, tokens in candidates if split == 0 for shingle in shingles(tokens))
     expected = {}
     for number, (split, tokens) in enumerate(records):
@@ -152,7 +140,7 @@ def test_near_copies_are_those_that_share_so_many_shingles_with_one_candidate():
         for earlier, place, candidate in candidates:
             if earlier < split and own and len(own & shingles(candidate)) >= NEAR_COPY_SHARE * len(own) - 1e-9:
                 expected.setdefault(number, (earlier, place))
-    assert 20 < len(expected) < 180
+    assert 10 < len(expected) < 90
     assert find_near_copies(records, candidates, max_records=12) == expected
 
 
