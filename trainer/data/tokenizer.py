@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 TokenIds = NDArray[np.uint32]
 DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
+MAX_TEXT_CHARACTERS = 2**18  # a tokenizer needs some hundred bytes of memory for each token of one text
+#: So many characters, up to the next blank between two words, with which the next piece begins; or what is left.
+PIECES = re.compile(rf"(?s).{{{MAX_TEXT_CHARACTERS}}}.*?(?<=[^\W_])(?= [^\W_])|.+")
 MAX_VOCABULARY = 2**24  # a table of ids is that long; the largest vocabulary in use has a million
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
 
@@ -122,14 +126,22 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
-    """The ids of each text, without special tokens added."""
+    """The ids of each text, without special tokens added; of long ones in pieces, as memory is to stay bounded. For
+    byte-level tokenizers such as GPT-2's the ids are the same."""
+    if any(len(text) > MAX_TEXT_CHARACTERS for text in texts):
+        pieces_by_text = ([text] if len(text) <= MAX_TEXT_CHARACTERS else PIECES.findall(text) for text in texts)
+        return [np.concatenate([_encode(tokenizer, [piece])[0] for piece in pieces]) for pieces in pieces_by_text]
+    return _encode(tokenizer, list(texts))
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     try:
         if backend is None:
-            all_ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            all_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         else:  # what the call above comes to, without the lists that we do not use: they take a third of its time
             backend.no_truncation(), backend.no_padding()
-            all_ids = (encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False))
+            all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
         return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
     except Exception as error:  # the Rust library raises plain ones, for a word without an id for instance
         raise UserError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.data.tokenizer import encode, load_tokenizer, tokenizer_fingerprint
+from trainer.data.tokenizer import PIECES, encode, load_tokenizer, tokenizer_fingerprint
 
 TEXT = "On 5 January 2022,  people met: in\n Town 7 . "
 
@@ -63,10 +63,13 @@ def test_the_fingerprint_follows_contents_and_not_place_or_use(model, tmp_path):
     assert tokenizer_fingerprint(again) != before
 
 
-def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation(model):
+def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation_in_pieces_too(model):
     loaded = load_tokenizer(model)
     loaded(["On 5"], padding="max_length", truncation=True, max_length=2)  # settings that stay behind in it
-    texts = ["On 5 January", "", " é\n", TEXT * 40]
-    encoded = encode(loaded, texts)
-    assert [ids.tolist() for ids in encoded] == [loaded(t, add_special_tokens=False)["input_ids"] for t in texts]
-    assert all(ids.dtype == np.uint32 for ids in encoded)
+    long = TEXT * 12_000
+    assert "".join(PIECES.findall(long)) == long
+    assert len(PIECES.findall(long)) == 3
+    for texts in (["On 5 January", "", " é\n", TEXT * 40], ["x", long, ""], ["\n" * 300_000]):
+        encoded = encode(loaded, texts)
+        assert [ids.tolist() for ids in encoded] == [loaded(t, add_special_tokens=False)["input_ids"] for t in texts]
+        assert all(ids.dtype == np.uint32 for ids in encoded)
