@@ -20,9 +20,8 @@ from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.report import run_data
 from trainer.report.comparable import comparison_blockers, group_by_seed, reference_blockers
-from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline, read_run
+from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline
 from trainer.report.run_data import read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
@@ -94,7 +93,7 @@ def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.C
 # --- runs read back ---
 
 
-def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir, tmp_path, monkeypatch) -> None:
+def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir, tmp_path) -> None:
     content = make_metadata("lora")
     records = make_records(content, retained=(1.0, 1.25), scores={"f1": 0.5})
     ours = read_folder(write_run_folder(tmp_path / "ours", content, records))
@@ -114,8 +113,6 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir, t
     assert reference_blockers(theirs) == reference_blockers(ours)
     theirs.metadata["settings"]["train"]["seed"] = 7
     assert len(group_by_seed([ours, theirs])) == 1, "as two seeds of one setting"
-    monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
-    assert len(read_run(str(offline_run_dir)).steps["step"]) <= 30
 
 
 def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_reported(

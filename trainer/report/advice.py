@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from trainer.report.comparable import MODE_NAMES, SeedGroup
-from trainer.report.interval import plan_sample_size
+from trainer.report.interval import SampleSize, plan_sample_size
 from trainer.report.judge import FullVsLora, StudyContext
-from trainer.report.matched import LOSS
+from trainer.report.run_data import LOSS
 
 MIN_SHRINK = 0.8  # longer training is advised where the gap fell under this share of the shorter runs' gap
 RANK_FACTOR = 4
@@ -39,7 +39,7 @@ def next_step(
     if pair.answer == "not ranked":
         is_diverged = any(group.divergence for group in (pair.full, pair.lora))
         repeat = "all seeds at that lower rate" if is_diverged else "one of them, so that only the method differs"
-        if "are not new" in pair.blockers[0]:  # equal runs, and no records to judge them by
+        if not pair.are_records_new:
             repeat = "both with evaluation records that training does not see"
         return f"Repeat {repeat}."
     if pair.answer == "worse":
@@ -48,7 +48,7 @@ def next_step(
         return "Give more records, or more seeds of each (NAME=MODEL,MODEL), and judge again."
     if pair.doubt:
         return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
-    if pair.excess is None or "seeds are needed" in describe_needed_records(pair):
+    if pair.excess is None or needed_sample(pair).num_seeds is not None:
         return "Start a study with more --seeds." if study else "Repeat both with more seeds, and compare all at once."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
 
@@ -78,7 +78,12 @@ def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext 
     rank = None if lora_run.get("settings.lora.peft_config") else lora_run.get("settings.lora.rank")
     if len({run.get("settings.train.label_smoothing") for run in (*pair.lora.runs, *pair.full.runs)}) > 1:
         rank = None  # the training losses are of two kinds
-    if lora_train is not None and full_train is not None and rank and lora_train - full_train > pair.loss_excess / 2:
+    if (
+        lora_train is not None
+        and full_train is not None
+        and rank
+        and lora_train - full_train > (pair.lora_loss - pair.full_loss) / 2
+    ):
         ranks = f"--lora-ranks {rank},{RANK_FACTOR * rank}" if study else f"--lora-rank {RANK_FACTOR * rank}"
         behind = f"LoRA's training loss is behind too, {lora_train:.2f} against {full_train:.2f}"
         return f"Try a higher rank ({ranks}): {behind}."
@@ -91,22 +96,24 @@ def _final_train_loss(group: SeedGroup) -> float | None:
     return fmean(ends) if ends and len(ends) == len(group.finished_runs) else None
 
 
-def describe_needed_records(pair: FullVsLora) -> str:
+def needed_sample(pair: FullVsLora) -> SampleSize:
     """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
-    excess, judged, is_loss = pair.excess, pair.judged, pair.margin.measure == LOSS
-    assert excess is not None
-    unit_name = judged.unit_name if judged else "validation records"
-    options = [] if pair.contrast and excess.estimate >= 0 else [plan_sample_size(excess)]
+    assert pair.excess is not None
+    options = [] if pair.contrast and pair.excess.estimate >= 0 else [plan_sample_size(pair.excess)]
     if pair.contrast is not None:
         options.append(plan_sample_size(pair.contrast, is_one_sided=pair.contrast.estimate < 0))
     seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
     units = min((option.num_units for option in options if option.num_units), default=None)
-    if seeds is not None:
-        return f"at least {seeds} seeds are needed"
-    amount = f"{options[-1].floor:.4f}" if is_loss else f"{options[-1].floor:.1f} points"
+    return SampleSize(seeds, units, options[-1].floor)
+
+
+def describe_needed_sample(pair: FullVsLora) -> str:
+    """`at least 5 seeds are needed`, or that more records are."""
+    assert pair.excess is not None
+    needed, unit_name = needed_sample(pair), pair.judged.unit_name if pair.judged else "validation records"
+    if needed.num_seeds is not None:
+        return f"at least {needed.num_seeds} seeds are needed"
+    amount = f"{needed.floor:.4f}" if pair.margin.measure == LOSS else f"{needed.floor:.1f} points"
     floor = f"with these {unit_name} no number of seeds resolves less than ±{amount}"
-    if excess.num_seeds == 1:
-        return f"{floor}: more {unit_name} are needed"
-    if units is not None:
-        return f"{floor}: at least {units:,} {unit_name} are needed"
-    return f"{floor}, and the difference is too close to the margin for 200 times as many"
+    number = f"at least {needed.num_units:,}" if needed.num_units and pair.excess.num_seeds > 1 else "more"
+    return f"{floor}: {number} {unit_name} are needed"

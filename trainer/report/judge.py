@@ -1,14 +1,13 @@
 """A LoRA group held against a full one, run by run of the same seed: excess loss with its interval, and what it cost.
 
-Runs are paired by seed. What may not be ranked gets no number; a ratio of time or memory is given only where both were
-measured under the same conditions, and is withheld with the reason where they were not.
+What may not be ranked gets no number; a ratio of time or memory only what was measured under the same conditions.
 """
 
 import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -36,11 +35,12 @@ from trainer.report.interval import (
     score_interval,
     seeds_interval,
 )
-from trainer.report.matched import (
+from trainer.report.run_data import (
     LOSS,
     UNIT,
     MatchedRecords,
     MatchError,
+    NotNewError,
     Pairs,
     RefusedError,
     judged_split,
@@ -50,6 +50,14 @@ from trainer.report.matched import (
 from trainer.report.views import View, build_views
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
+#: what time and memory depend on, beside the method
+COST_CONDITIONS = {
+    "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
+    "number of ranks": ("resolved.ranks", "resolved.nodes"),
+    "ZeRO file": ("resolved.ds_config",),
+    "micro-batch": ("resolved.micro_batch",),
+    "number of threads": ("resolved.threads_per_rank",),
+}
 MarginKind = Literal["share", "nats", "bits_per_byte", "points"]
 
 
@@ -71,8 +79,7 @@ class Margin:
     def describe(self, judged: MatchedRecords | None = None, full: str = "full") -> str:
         """`2 % of what full gained (0.0400)`: with its amount where the losses and the base's are known."""
         if self.kind != "share":
-            names = {"nats": UNIT, "bits_per_byte": "bits per byte", "points": "points"}
-            return f"{self.value:g} {names[self.kind]}"
+            return f"{self.value:g} {dict(nats=UNIT, bits_per_byte='bits per byte', points='points')[self.kind]}"
         amount = ""
         if judged is not None and judged.base is not None:
             amount = f" ({self.value * judged.mean(judged.base - judged.full):.4f})"
@@ -101,9 +108,9 @@ DEFAULT_MARGIN = Margin()
 
 
 def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
-    """The margin of `measure`, `loss` or `score:NAME`; UserError where the unit is another measure's.
+    """The margin of `measure`, `loss` or `score:NAME`: a number above 0 with a unit of that measure; UserError.
 
-    A number above 0 with its unit: `2%`, `0.01nats` or `0.005bpb` of a loss, `2pt` of a score. None: 2 % or 2 points.
+    `2%`, `0.01nats` or `0.005bpb` of a loss, `2pt` of a score. None: 2 % or 2 points.
     """
     if measure != LOSS and not re.fullmatch(r"score:.+", measure):
         raise UserError(f"--decide-by {measure}: expected loss or score:NAME, such as score:exact")
@@ -112,21 +119,16 @@ def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
         "nats": ("nats", 1.0, math.inf),
         "bpb": ("bits_per_byte", 1.0, math.inf),
     }
+    examples = "2%, 0.01nats or 0.005bpb of a loss"
     if measure != LOSS:
-        units = {"pt": ("points", 1.0, 100)}
-    text = text or ("2%" if measure == LOSS else "2pt")
+        units, examples = {"pt": ("points", 1.0, 100)}, f"2pt of {measure}"
+    text = text or examples[:3].rstrip(",")
     match = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?) *(%|nats|bpb|pt)", text)
     if match and match[2] in units:
         kind, factor, limit = units[match[2]]
         if 0 < float(match[1]) < limit:
             return Margin(kind=kind, value=float(match[1]) * factor, measure=measure)
-    examples = "2%, 0.01nats or 0.005bpb" if measure == LOSS else "2pt"
-    problem = f"expected a number above 0 and its unit, such as {examples}"
-    if measure != LOSS:
-        problem += f" (of {measure})"
-    elif match and match[2] == "pt":
-        problem += "; points are of a score"
-    raise UserError(f"--margin {text}: {problem}")
+    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as {examples}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,28 +173,31 @@ class Tradeoff(NamedTuple):
     forgetting: PairedInterval
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class FullVsLora:
     """A LoRA group against a full one on the same data; None where a number cannot be had."""
 
     full: SeedGroup
     lora: SeedGroup
     pairs: Pairs
-    blockers: tuple[str, ...]  #: why they may not be ranked
     margin: Margin
+    blockers: Sequence[str]  #: why they may not be ranked
+    are_records_new: bool = True  #: False where too many were trained on
     full_loss: float  #: mean over seeds of what is judged, nats per token
     lora_loss: float
-    losses: MatchedRecords | None
-    judged: MatchedRecords | None  #: by what the answer is drawn: the losses, or a score of the same records
-    no_losses: str  #: why single records could not be paired
-    excess: PairedInterval | None  #: in the unit of the margin's measure
-    contrast: PairedInterval | None  #: excess beyond the margin
-    mcnemar: float | None  #: p of McNemar's exact test, of one seed whose records are right or wrong
-    tradeoffs: Mapping[str, Tradeoff]  #: by mode, where both measured what they forgot
-    forgetting: PairedInterval | None  #: LoRA's minus full's, nats per token of the retained text
-    forgetting_points: PairedInterval | None  #: likewise of a score that decides, where retained records have one
-    doubts: Mapping[str, str]  #: why these records do not let an answer be given that its interval would, by answer
-    decisive: tuple[tuple[str, float], ...]  #: (unit, LoRA's excess in nats per token) that move the interval most
+    losses: MatchedRecords | None = None
+    judged: MatchedRecords | None = None  #: by what the answer is drawn: the losses, or a score of the same records
+    no_losses: str = ""  #: why single records could not be paired
+    excess: PairedInterval | None = None  #: in the unit of the margin's measure
+    contrast: PairedInterval | None = None  #: excess beyond the margin
+    mcnemar: float | None = None  #: p of McNemar's exact test, of one seed whose records are right or wrong
+    #: by mode, where both measured what they forgot
+    tradeoffs: Mapping[str, Tradeoff] = field(default_factory=dict)
+    forgetting: PairedInterval | None = None  #: LoRA's minus full's, nats per token of the retained text
+    forgetting_points: PairedInterval | None = None  #: likewise of a score that decides, where there is one
+    #: why these records do not let an answer be given that its interval would, by answer
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    decisive: Sequence[tuple[str, float]] = ()  #: (unit, LoRA's excess in nats per token) that move the interval most
     parameters: float | None  #: trainable ones, LoRA's / full's
     time: CostRatio
     memory: CostRatio
@@ -219,13 +224,7 @@ class FullVsLora:
             "good enough": self.contrast is not None and self.contrast.upper < 0,
             "worse": self.excess.low > 0 and (self.contrast or self.excess).low > 0,
         }
-        shown = (answer for answer, is_shown in answers.items() if is_shown and answer not in self.doubts)
-        return next(shown, "cannot tell")
-
-    @property
-    def loss_excess(self) -> float:
-        """LoRA's loss minus full's, nats per token."""
-        return self.lora_loss - self.full_loss
+        return next((name for name, is_shown in answers.items() if is_shown and name not in self.doubts), "cannot tell")
 
     @property
     def base_loss(self) -> float | None:
@@ -275,132 +274,99 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
     reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
     if not pairs:
         seeds = [
-            ", ".join(sorted({str(run.get("settings.train.seed")) for run in group.finished_runs}))
-            for group in (lora, full)
+            ", ".join(str(run.get("settings.train.seed")) for run in group.finished_runs) for group in (lora, full)
         ]
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
     reasons += [group.divergence for group in (full, lora) if group.divergence]
-    losses, judged, no_losses = None, None, ""
-    answer = _Answer()
-    full_loss, lora_loss = full.best_loss, lora.best_loss
-    tradeoffs, forgetting, points = dict[str, Tradeoff](), None, None
-    try:
-        if not reasons:
-            frames = read_records(pairs)
-            losses = judged = match_records(pairs, frames, judged_split(frames))
-            if margin.measure != LOSS:
-                judged = match_records(pairs, frames, "test", margin.measure)
-            tradeoffs, forgetting, points = measure_forgetting(pairs, frames, losses, margin.measure)
-    except RefusedError as error:
-        reasons = [str(error)]
-    except MatchError as error:
-        no_losses = str(error)
-
-    if losses is not None and judged is not None:
-        full_loss, lora_loss = losses.mean(losses.full), losses.mean(losses.lora)
-        answer = judge_records(judged, margin)
-    elif no_losses and margin.measure == LOSS:  # without single records: whole losses, and intervals over seeds alone
-        best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
-        full_loss, lora_loss = (sum(of_mode) / len(best) for of_mode in zip(*best, strict=True))
-        if len(pairs) > 1:
-            answer = answer._replace(excess=seeds_interval([b - a for a, b in best]))
-        if len(pairs) > 1 and margin.kind == "nats":
-            answer = answer._replace(contrast=seeds_interval([b - a - margin.value for a, b in best]))
-
     trainable = [group.runs[0].get("model.trainable") for group in (full, lora)]
     time = compare_costs(full, lora, "wall_seconds")  # runs' own clocks hold whatever else the machine did: 0.98 and
     time = replace(time, ratio=None, reason=time.reason or "not timed in alternation on one machine")  # 1.14 of equals
-    return FullVsLora(
+    result = FullVsLora(
         full=full,
         lora=lora,
         pairs=pairs,
-        blockers=tuple(dict.fromkeys(reasons)),
         margin=margin,
-        full_loss=full_loss,
-        lora_loss=lora_loss,
-        losses=losses,
-        judged=judged,
-        no_losses=no_losses,
-        tradeoffs=tradeoffs,
-        forgetting=forgetting,
-        forgetting_points=points,
-        **answer._asdict(),
+        blockers=[*dict.fromkeys(reasons)],
+        full_loss=full.best_loss,
+        lora_loss=lora.best_loss,
         parameters=None if full.runs[0].is_judged else trainable[1] / trainable[0],
         time=study.step_time if study else time,
         memory=study.memory if study else compare_costs(full, lora, "peak_memory_bytes"),
     )
+    if reasons:
+        return result
+    try:
+        frames = read_records(pairs)
+        losses = judged = match_records(pairs, frames, judged_split(frames))
+        if margin.measure != LOSS:
+            judged = match_records(pairs, frames, "test", margin.measure)
+        measure_forgetting(result, frames, losses)
+        result.losses, result.judged = losses, judged
+        result.full_loss, result.lora_loss = losses.mean(losses.full), losses.mean(losses.lora)
+        judge_records(result, judged)
+    except RefusedError as error:
+        result.blockers, result.are_records_new = [str(error)], not isinstance(error, NotNewError)
+    except MatchError as error:
+        result.no_losses = str(error)
+        best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
+        if margin.measure == LOSS:  # whole losses, and intervals over seeds alone
+            result.full_loss, result.lora_loss = np.mean(best, axis=0).tolist()
+        if margin.measure == LOSS and len(pairs) > 1:
+            result.excess = seeds_interval([b - a for a, b in best])
+            if margin.kind == "nats":
+                result.contrast = seeds_interval([b - a - margin.value for a, b in best])
+    return result
 
 
-class _Answer(NamedTuple):
-    """What `FullVsLora` holds under the same names."""
-
-    excess: PairedInterval | None = None
-    contrast: PairedInterval | None = None
-    mcnemar: float | None = None
-    doubts: Mapping[str, str] = {}
-    decisive: tuple[tuple[str, float], ...] = ()
-
-
-def judge_records(judged: MatchedRecords, margin: Margin) -> _Answer:
-    """The intervals of these records and what speaks against an answer by them.
+def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
+    """Add to `pair` the intervals of these records and what speaks against an answer by them.
 
     A record's score has an end at 0 and at 100, so no few of them can carry an answer as losses do: `score_interval`.
     """
-    is_loss, interval_of = judged.measure == LOSS, paired_interval if judged.measure == LOSS else score_interval
-    differences, contrast, doubts = judged.lora - judged.full, None, dict[str, str]()
-    excess = interval_of(differences, judged.weights)
-    order = most_influential(differences, judged.weights, excess)
+    is_loss, margin = judged.measure == LOSS, pair.margin
+    interval_of = paired_interval if is_loss else score_interval
+    differences, doubts = judged.lora - judged.full, dict[str, str]()
+    pair.excess = interval_of(differences, judged.weights)
+    order = most_influential(differences, judged.weights, pair.excess)
     if is_loss:
-        doubts["better"] = question_units(judged, differences, excess, "better")
+        doubts["better"] = question_units(judged, differences, pair.excess, "better")
     if not margin.why_not(judged):
         beyond = margin.contrast(judged)
-        contrast = interval_of(beyond, judged.weights)
-        order = most_influential(beyond, judged.weights, contrast)
+        pair.contrast = interval_of(beyond, judged.weights)
+        order = most_influential(beyond, judged.weights, pair.contrast)
         if is_loss:
-            doubts["good enough"] = question_units(judged, beyond, contrast, "good enough")
+            doubts["good enough"] = question_units(judged, beyond, pair.contrast, "good enough")
     if len(judged.units) < MIN_UNITS:
         few = f"{len(judged.units)} {judged.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
         doubts = dict.fromkeys(("better", "good enough", "worse"), few)
     means = differences.mean(axis=0) / judged.weights
-    mcnemar = None
     if not is_loss and len(differences) == 1 and judged.is_of_right_answers:
-        mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
-    return _Answer(
-        excess=excess,
-        contrast=contrast,
-        mcnemar=mcnemar,
-        doubts={answer: doubt for answer, doubt in doubts.items() if doubt},
-        decisive=tuple((str(judged.units[i]), float(means[i])) for i in order),
-    )
+        pair.mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
+    pair.doubts = {answer: doubt for answer, doubt in doubts.items() if doubt}
+    pair.decisive = [(str(judged.units[i]), float(means[i])) for i in order]
 
 
-def measure_forgetting(
-    pairs: Pairs, frames: Sequence[pd.DataFrame], losses: MatchedRecords, measure: str
-) -> tuple[dict[str, Tradeoff], PairedInterval | None, PairedInterval | None]:
-    """(gain and forgetting of each mode, LoRA's forgetting minus full's, the same in points of `measure`, a score), by
-    the interval of the judged losses or scores.
+def measure_forgetting(pair: FullVsLora, frames: Sequence[pd.DataFrame], losses: MatchedRecords) -> None:
+    """Add to `pair` what both modes forgot, by the interval of the judged losses or scores.
 
     Nothing where a run left no losses of retained text before its first step and at its end, or no such score.
     """
-    points = None
     with contextlib.suppress(MatchError, UserError):
-        if measure != LOSS:
-            scored = match_records(pairs, frames, "retain", measure)
-            points = score_interval(scored.lora - scored.full, scored.weights)
-    try:
-        retained = match_records(pairs, frames, "retain")
-    except MatchError:
-        return {}, None, points
-    if retained.base is None or losses.base is None:
-        return {}, None, points
-    tradeoffs = {
-        mode: Tradeoff(
-            paired_interval(losses.base - getattr(losses, mode), losses.weights),
-            paired_interval(getattr(retained, mode) - retained.base, retained.weights),
-        )
-        for mode in MODE_NAMES
-    }
-    return tradeoffs, paired_interval(retained.lora - retained.full, retained.weights), points
+        if pair.margin.measure != LOSS:
+            scored = match_records(pair.pairs, frames, "retain", pair.margin.measure)
+            pair.forgetting_points = score_interval(scored.lora - scored.full, scored.weights)
+    with contextlib.suppress(MatchError):
+        retained = match_records(pair.pairs, frames, "retain")
+        if retained.base is None or losses.base is None:
+            return
+        pair.tradeoffs = {
+            mode: Tradeoff(
+                paired_interval(losses.base - getattr(losses, mode), losses.weights),
+                paired_interval(getattr(retained, mode) - retained.base, retained.weights),
+            )
+            for mode in MODE_NAMES
+        }
+        pair.forgetting = paired_interval(retained.lora - retained.full, retained.weights)
 
 
 def most_influential(values: Matrix, weights: NDArray[np.float64], interval: PairedInterval) -> NDArray[np.int64]:
@@ -444,21 +410,15 @@ def compare_costs(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
         costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
     full_cost, lora_cost = costs
     resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
-    reasons = [f"{resumed[0]} was resumed and measured in parts"] if resumed else []
-    conditions = {
-        "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
-        "number of ranks": ("resolved.ranks", "resolved.nodes"),
-    }
-    for name, paths in conditions.items():
-        full_facts, lora_facts = ([group.finished_runs[0].get(path) for path in paths] for group in (full, lora))
-        if full_facts != lora_facts:
-            reasons.append(f"other {name}")
-    ratio = None
+    reason, ratio = f"{resumed[0]} was resumed and measured in parts" if resumed else "", None
+    for name, paths in COST_CONDITIONS.items():
+        if len({repr([group.finished_runs[0].get(path) for path in paths]) for group in (full, lora)}) > 1:
+            reason = reason or f"other {name}"
     if not lora_cost or not full_cost:
-        reasons.append("not measured")
-    elif not reasons:
+        reason = reason or "not measured"
+    elif not reason:
         ratio = lora_cost / full_cost
-    return CostRatio(ratio=ratio, reason=reasons[0] if reasons else "", lora=lora_cost, full=full_cost)
+    return CostRatio(ratio=ratio, reason=reason, lora=lora_cost, full=full_cost)
 
 
 def compare_sets(

@@ -10,9 +10,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import read_json_object
@@ -27,8 +26,7 @@ from trainer.tracking.wandb_logger import WandbFile, is_logged_in
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
-@dataclass(frozen=True)
-class LoadProblem:
+class LoadProblem(NamedTuple):
     """One line on a run that is not, or not wholly, in the comparison."""
 
     source: str
@@ -53,9 +51,7 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     problems: list[LoadProblem] = []
     for source in sources:
         if not Path(source).exists() and not (is_wandb_path(source) and is_logged_in()):
-            expected = (
-                "a folder of a run, of W&B (offline) or of HF's Trainer, or entity/project/run_id if logged in to W&B"
-            )
+            expected = "a folder of a run, of W&B (offline) or of HF's Trainer, or entity/project/run_id if logged in"
             raise UserError(f"{source}: no such run folder: expected {expected}")
     for source in sources:
         try:
@@ -72,14 +68,9 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
         runs.append(run)
         problems += [LoadProblem(source, note, is_excluded=False) for note in run.notes]
     namesakes = Counter(run.name for run in runs)
-    seeds = Counter((run.name, run.get("settings.train.seed")) for run in runs)
-    has_same_seed = {name for (name, _), number in seeds.items() if number > 1}
-    for number, run in enumerate(runs, start=1):  # runs of one name are told apart by their seed, or by their id
+    for number, run in enumerate(runs, start=1):  # the id of a run of HF's Trainer is a path
         if namesakes[run.name] > 1:
-            suffix = run.run_id if run.name in has_same_seed else f"seed {run.get('settings.train.seed')}"
-            if run.mode == TRAINER_MODE:  # whose id is a path
-                suffix = f"run {number}"
-            run.name += f" ({suffix})"
+            run.name += f" (run {number})" if run.mode == TRAINER_MODE else f" ({run.run_id})"
     return runs, problems
 
 
@@ -214,20 +205,17 @@ def build_wandb_run(
     if "run" not in config and config.get("mode") != "reference":
         return _trainer_run(source, rows)
 
-    def add_event(name: str, message: str, facts: dict[str, Any]) -> None:  # the summary keeps no step of it
-        rows.events.append(EventRecord(event=name, step=0, message=message, time=0.0, facts=facts))
-
-    for key, value in summary.items():
-        if key.startswith("event/diagnosis/"):
-            add_event("diagnosis", str(value), {})
-    for key in RETAIN_KEYS:
-        if key in summary:
-            add_event("retain_evaluation", "", {"loss": summary[key]})
     scores = {key.removeprefix(SCORE_KEY): x for key, x in summary.items() if key.startswith(SCORE_KEY)}
-    add_event("test_scores", "", {"scores": scores})
+    events: list[tuple[str, str, dict[str, Any]]] = [
+        *(("diagnosis", str(value), {}) for key, value in summary.items() if key.startswith("event/diagnosis/")),
+        *(("retain_evaluation", "", {"loss": summary[key]}) for key in RETAIN_KEYS if key in summary),
+        ("test_scores", "", {"scores": scores}),
+    ]
     if exit_code == 0:
         facts = {key: value for key, value in summary.items() if not re.search("^_|/", key) and key not in AXES}
-        add_event("finished", "", facts)
+        events.append(("finished", "", facts))
+    for name, message, facts in events:  # the summary keeps no step of them
+        rows.events.append(EventRecord(event=name, step=0, message=message, time=0.0, facts=facts))
     return build_run(source, metadata_from_config(config), rows, math.inf if exit_code else age_seconds)
 
 

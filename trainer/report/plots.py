@@ -23,8 +23,7 @@ from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
 from trainer.report.interval import LEVEL, PairedInterval
 from trainer.report.judge import UNIT, FullVsLora, RateCurve
-from trainer.report.matched import LOSS
-from trainer.report.run_data import TRAINER_MODE, RunData
+from trainer.report.run_data import LOSS, TRAINER_MODE, RunData
 from trainer.report.sentence import Verdict
 
 if TYPE_CHECKING:

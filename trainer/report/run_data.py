@@ -1,5 +1,8 @@
-"""One run as the report sees it, read back from its folder row by row, in bounded memory."""
+"""Runs as the report sees them: rows and records read back from their folders, and records paired over runs."""
 
+import contextlib
+import itertools
+import math
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -8,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from trainer.config.errors import UserError, escape_controls
-from trainer.config.fields import Float
+from trainer.config.choices import MAX_SHARED_FRACTION
+from trainer.config.errors import UserError, escape_controls, first_line
 from trainer.config.run_metadata import read_run_metadata
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name
+from trainer.report.interval import Matrix, sum_by_unit
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, SCORE_PREFIX, read_evaluations, score_name
 from trainer.tracking.records import (
     FINAL_EVALUATIONS,
     EpochRecord,
@@ -34,10 +39,12 @@ COLUMN_NAMES: dict[type, list[str]] = {
     for kind in (StepRecord, EvalRecord, EpochRecord)
 }
 TRAINER_MODE = "trainer"  # of a run of Hugging Face's Trainer: its rows are plotted, and nothing else is known of it
-MAX_STEP_ROWS = 2**18  # of a run in memory; of more, every 2nd, 4th, 8th ... step is read
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
-
+LOSS = "loss"  # the measure beside `score:NAME`
+UNIT = "nats per token"
+SPLIT_NAMES = {"test": "test", "val": "validation", "retain": "retained"}
+_RECORD_KEY = ["id", "occurrence"]
 
 #: a text without what a terminal would act on
 Text = Annotated[str, AfterValidator(lambda text: "\n".join(map(escape_controls, text.strip().splitlines())))]
@@ -56,7 +63,6 @@ class Samples(BaseModel):
     """What an evaluation generated."""
 
     texts: list[SampleText]
-    epoch: Float
 
 
 @dataclass(kw_only=True, eq=False)
@@ -141,15 +147,12 @@ class RunData:
 
 
 class RunRows:
-    """The rows of a run by kind, added one by one; of a very long run every so many-th step, and the last."""
+    """The rows of a run by kind, added one by one."""
 
     def __init__(self) -> None:
         self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
         self.val_sets: dict[str, RunRows] = {}  #: {name: rows} of the further sets of --val-data
-        self.step_stride = 1
-        self._num_steps = 0
-        self._last_step: list[float] = []
         self._rows = {kind: array("d") for kind in COLUMN_NAMES}  # row after row
 
     def add(self, kind: type, row: Mapping[str, Any]) -> None:
@@ -157,36 +160,22 @@ class RunRows:
         if kind is OtherEvalRecord:
             self.val_sets.setdefault(escape_controls(str(row["val_set"])), RunRows()).add(EvalRecord, row)
             return
-        values = [to_float(row.get(name)) for name in COLUMN_NAMES[kind]]
-        if kind is StepRecord:
-            self._num_steps += 1
-            self._last_step = values if self._num_steps % self.step_stride else []
-            if self._last_step:
-                return
-        self._rows[kind].extend(values)
-        if kind is StepRecord and len(self._rows[kind]) >= MAX_STEP_ROWS * len(values):
-            self._rows[kind] = array("d", np.array(self._rows[kind]).reshape(-1, len(values))[1::2].tobytes())
-            self.step_stride *= 2
+        for name in COLUMN_NAMES[kind]:
+            try:
+                self._rows[kind].append(float(row.get(name)))  # type: ignore[arg-type]
+            except (TypeError, ValueError, OverflowError):
+                self._rows[kind].append(np.nan)
 
     def series(self, kind: Any) -> Series:
         """The columns of the rows, without those that a later row steps back behind: done again after a resume."""
-        values = np.append(self._rows[kind], self._last_step if kind is StepRecord else [])
-        columns = values.reshape(-1, len(COLUMN_NAMES[kind])).T
-        step = columns[COLUMN_NAMES[kind].index("step")]
-        columns, step = columns[:, np.isfinite(step)], step[np.isfinite(step)]
+        names = COLUMN_NAMES[kind]
+        columns = np.array(self._rows[kind]).reshape(-1, len(names)).T
+        columns = columns[:, np.isfinite(columns[names.index("step")])]
+        step = columns[names.index("step")]
         min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
         if num_repeated := int(np.sum(step >= min_later_step)):
-            are = f"{num_repeated} {kind.kind} row{'s are' if num_repeated > 1 else ' is'}"
-            self.notes.append(f"{are} there again behind later ones; the last ones count")
-        return dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
-
-
-def to_float(value: Any) -> float:
-    """A number of JSON, NaN for anything else."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return np.nan
+            self.notes.append(f"{num_repeated} {kind.kind} rows are there again behind later ones; the last ones count")
+        return dict(zip(names, np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
 
 
 def read_folder(folder: Path) -> RunData:
@@ -208,13 +197,10 @@ def read_folder(folder: Path) -> RunData:
                     rows.events.append(record)
                 else:
                     rows.add(type(record), vars(record))
-    except OSError as error:
-        raise UserError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"no metrics: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"no metrics: cannot read metrics.jsonl ({first_line(error)})") from error
     if num_bad:
-        are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
-        rows.notes.append(f"{num_bad} {are} left out")
+        rows.notes.append(f"{num_bad} rows could not be read and are left out")
     return build_run(str(folder), metadata, rows, age_seconds, folder / EVAL_RECORDS_FOLDER)
 
 
@@ -232,7 +218,14 @@ def build_run(
     for event in events:
         if event.event in FINAL_EVALUATIONS and is_number(event.facts.get("loss")):
             other_losses[event.event.removesuffix("_evaluation")].append(event.facts["loss"])
-    retained = other_losses["retain"]
+    retained, samples, scores = other_losses["retain"], None, None
+    for event in rows.events:
+        if event.event == "samples":
+            with contextlib.suppress(ValidationError):  # somebody edited the row: its texts are not shown
+                samples = Samples.model_validate(event.facts)
+        elif event.event == "test_scores":
+            scores = event.facts.get("scores")
+    scores = scores if isinstance(scores, Mapping) else {}
     run = RunData(
         source=source,
         run_id=metadata["run_id"],
@@ -245,15 +238,13 @@ def build_run(
         val_sets={name: other.series(EvalRecord) for name, other in rows.val_sets.items()},
         summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
-        samples=_last_samples(rows.events),
-        scores=_last_scores(rows.events),
+        samples=samples,
+        scores={score_name(name): float(value) for name, value in scores.items() if is_number(value)},
         forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
         final_losses={split: float(losses[-1]) for split, losses in other_losses.items() if losses},
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
     total_steps, final_eval, notes = run.get("resolved.total_steps"), run.final_eval, list(rows.notes)
-    if rows.step_stride > 1:
-        notes.append(f"every {rows.step_stride}th of its steps is read")
     if not ends and (final_eval is None or final_eval["step"] != total_steps):
         was_stopped = bool(events) and events[-1].event in STOP_EVENTS
         run.has_diverged = was_stopped and events[-1].event == "not_finite"
@@ -262,7 +253,8 @@ def build_run(
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
         reason = f": {events[-1].message}" if was_stopped else ""
         status = "still going" if run.state == "going" else "stopped before its end"
-        notes.append(f"{status} ({progress}){reason}; left out of the verdict")
+        outcome = "so its setting is not judged" if run.has_diverged else "left out of the verdict"
+        notes.append(f"{status} ({progress}){reason}; {outcome}")
     elif not run.summary:
         notes.append("evaluated to its end but not closed: its time and memory are unknown")
     changes = sorted(run.changed_on_resume.items())
@@ -275,23 +267,6 @@ def build_run(
     return run
 
 
-def _last_samples(events: Sequence[EventRecord]) -> Samples | None:
-    for event in reversed(events):
-        if event.event == "samples":
-            try:
-                return Samples.model_validate(event.facts)
-            except ValidationError:  # somebody edited the row: its texts are not shown
-                continue
-    return None
-
-
-def _last_scores(events: Sequence[EventRecord]) -> dict[str, float]:
-    """Of the last scoring of the test records; what is no number is left out."""
-    found = [event.facts.get("scores") for event in events if event.event == "test_scores"]
-    scores = found[-1] if found and isinstance(found[-1], Mapping) else {}
-    return {score_name(name): float(value) for name, value in scores.items() if is_number(value)}
-
-
 def _escape_strings(value: Any) -> Any:
     """`value`, of JSON, with each string in one line that a terminal can show."""
     if isinstance(value, str):
@@ -299,3 +274,177 @@ def _escape_strings(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_escape_strings(key): _escape_strings(item) for key, item in value.items()}
     return [_escape_strings(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- the records of runs paired by seed ---
+
+Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedRecords:
+    """What is worse the larger it is, summed a seed and unit, of both modes and of the base where it was evaluated.
+
+    Of a loss the negative log-likelihoods (nats), of a score what is missing to full marks (points, 0 to 100 a record).
+    A unit is a record, a block, or a cluster of records that share a meaning.
+    """
+
+    measure: str  #: loss or score:NAME
+    unit: str  #: nats per token, bits per byte of models with different tokenizers, or points
+    split: str  #: test, val or retain
+    lora: Matrix  #: (seeds, units)
+    full: Matrix  #: (seeds, units)
+    base: Matrix | None  #: (seeds, units), of full's base before the first step
+    units: NDArray[np.str_]  #: (units,), ids of records, or of what records of a cluster share
+    weights: NDArray[np.float64]  #: (units,), target tokens of a loss, records of a score
+    num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
+    num_records: int
+    num_seen: int  #: further records, left out because they were seen before
+    has_clusters: bool  #: whether units are clusters of records that share a meaning
+    are_blocks: bool  #: whether a row is a block of joined texts, not a record
+
+    @property
+    def unit_name(self) -> str:
+        """What the sentence calls the units."""
+        split_name = SPLIT_NAMES[self.split]
+        if self.has_clusters:
+            return f"clusters of {split_name} records"
+        return f"{split_name} {'blocks' if self.are_blocks else 'records'}"
+
+    @property
+    def is_of_right_answers(self) -> bool:
+        """Whether each record is right or wrong, so that a score is a share of right answers."""
+        return not self.has_clusters and bool(np.isin((self.full, self.lora), (0.0, 100.0)).all())
+
+    def score(self, mode: str) -> float:
+        """The mean score of `full` or `lora`, 0 to 100; of a score alone."""
+        return 100 - self.mean(getattr(self, mode))
+
+    def mean(self, values: Matrix) -> float:
+        """Nats per token, or missing points, over all seeds and units."""
+        return math.fsum(values.ravel()) / (len(values) * math.fsum(self.weights))
+
+
+class MatchError(Exception):
+    """The records of these runs cannot be paired; its text is the reason."""
+
+
+class RefusedError(MatchError):
+    """No answer can be drawn: the records are not those that a run reported, or not new."""
+
+
+class NotNewError(RefusedError):
+    """Too many of the records were trained on."""
+
+
+def read_records(pairs: Pairs) -> list[pd.DataFrame]:
+    """The records of each run, full and LoRA by turns: at its chosen checkpoint, at its end and of its base.
+
+    MatchError where a run left none, or they are damaged.
+    """
+    frames, runs = [], [run for pair in pairs for run in pair]
+    for run, split in itertools.product(runs, SPLIT_NAMES):  # whole records, even where rows are blocks
+        number, total = run.get(f"data.num_seen.{split}"), run.get(f"data.{split}.records")
+        if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
+            raise NotNewError(
+                f"{number:,} of {total:,} {SPLIT_NAMES[split]} records are not new, over {MAX_SHARED_FRACTION:.0%}"
+            )
+    for run in runs:
+        if run.eval_records_path is None:
+            raise MatchError(f"{run.name} left no losses of single records")
+        try:
+            frames.append(read_evaluations(run.eval_records_path, val_steps=(0, _best_step(run))))
+        except UserError as error:  # this pair has no interval, others may
+            text = str(error).replace(f"{run.eval_records_path}/", "")  # a page that is passed on says it
+            raise MatchError(f"{run.name}: {text}") from error
+        _check_mean(run, frames[-1])
+    return frames
+
+
+def judged_split(frames: Sequence[pd.DataFrame]) -> str:
+    """The test split where all runs have it, else the validation split."""
+    return "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
+
+
+def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:
+    """The records of `split` that all runs evaluated at their chosen checkpoints; `frames`: of `read_records`.
+
+    MatchError where records or their targets differ, or too many were seen before; UserError where a run has no such
+    score.
+    """
+    runs = [run for pair in pairs for run in pair]
+    trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
+    base = [_select(frame, split) for frame in frames[::2]]
+    column = "nll" if measure == LOSS else SCORE_PREFIX + score_name(measure.partition(":")[2])
+    if measure != LOSS:
+        for run, frame in zip(runs, trained, strict=True):
+            if column not in frame or not frame[column].notna().any():
+                known = [name.removeprefix(SCORE_PREFIX) for name in frame if name.startswith(SCORE_PREFIX)]
+                has = f"scores {', '.join(known)}" if known else "no scores; train with --score"
+                raise UserError(f"--decide-by {measure}: the test records of {run.name} have {has}")
+        trained, base = [frame[frame[column].notna()] for frame in trained], [frame[:0] for frame in base]
+    num_seen = int(trained[0]["is_seen"].sum())
+    trained, base = ([frame[~frame["is_seen"]] for frame in members] for members in (trained, base))
+    first = trained[0]
+    if not len(first):
+        raise MatchError(f"{runs[0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
+    has_group = first["group"].notna()
+    units = first["group"].where(has_group, first.index.get_level_values("id")).to_numpy(dtype=str)
+    if len(set(units)) < 2:
+        raise MatchError(f"the {SPLIT_NAMES[split]} records are one, or share one meaning")
+
+    def stack(frames: Sequence[pd.DataFrame]) -> Matrix:
+        for frame in frames:
+            num_unshared = len(first.index.symmetric_difference(frame.index))
+            if num_unshared:
+                raise MatchError(f"other evaluation records ({num_unshared:,} are not in both runs)")
+            if not np.array_equal(first["targets"].to_numpy(), frame["targets"].to_numpy()):
+                raise MatchError("other targets in the same records")
+            if not np.isfinite(frame[column].to_numpy()).all():
+                raise MatchError("a record's loss is not finite")
+        values = np.stack([frame[column].to_numpy(np.float64) for frame in frames])
+        return sum_by_unit(values if measure == LOSS else 100 * (1 - values), units)
+
+    weights = first["targets"].to_numpy(np.float64) if measure == LOSS else np.ones(len(first))
+    return MatchedRecords(
+        measure=measure,
+        unit=(runs[0].get("judged.unit") or UNIT) if measure == LOSS else "points",
+        split=split,
+        full=stack(trained[::2]),
+        lora=stack(trained[1::2]),
+        base=stack(base) if all(map(len, base)) else None,
+        units=np.unique(units),
+        weights=sum_by_unit(weights, units),
+        num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
+        num_records=len(first),
+        num_seen=num_seen,
+        has_clusters=bool(has_group.any()),
+        are_blocks=split == "retain" or runs[0].get("data.objective") == "blocks",
+    )
+
+
+def _check_mean(run: RunData, frame: pd.DataFrame) -> None:
+    """RefusedError where the losses of the records are not those that the run reported: a row or a file was changed."""
+    reported = [("val", step, loss) for step, loss in zip(run.evals["step"], run.evals["loss"], strict=True)]
+    reported += [(split, frame.loc[frame["split"] == split, "step"].max(), x) for split, x in run.final_losses.items()]
+    for split, step, loss in reported:
+        rows = frame[(frame["split"] == split) & (frame["step"] == step)]
+        if len(rows) and not math.isclose(mean := rows["nll"].sum() / rows["targets"].sum(), loss, rel_tol=1e-6):
+            place = f"the {SPLIT_NAMES[split]} records of {run.name} at step {step:.0f}"
+            raise RefusedError(f"{place} have loss {mean:.4f}, its row in metrics.jsonl says {loss:.4f}")
+
+
+def _best_step(run: RunData) -> int:
+    return int(run.best_eval["step"]) if run.best_eval else -1
+
+
+def _select(frame: pd.DataFrame, split: str, run: RunData | None = None) -> pd.DataFrame:
+    """The records of the run's chosen checkpoint, of its base where `run` is None, by (id, occurrence).
+
+    The chosen one is the best of validation; test records are evaluated at it alone.
+    """
+    rows = frame[(frame["split"] == split) & (frame["targets"] > 0)]
+    trained_steps = rows.loc[rows["step"] > 0, "step"]
+    step = 0 if run is None else _best_step(run) if split == "val" else trained_steps.max()
+    rows = rows[rows["step"] == step]
+    return rows.drop_duplicates(_RECORD_KEY, keep="last").set_index(_RECORD_KEY).sort_index()

@@ -7,26 +7,17 @@ from typing import NamedTuple
 
 from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
-from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_records, next_step
+from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
-from trainer.report.enough import RankResult, describe_lengths, describe_ranks, judge_ranks
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
 from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
-from trainer.report.matched import LOSS, SPLIT_NAMES, UNIT
+from trainer.report.run_data import LOSS, SPLIT_NAMES, UNIT
 from trainer.report.views import View, describe_views
 
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
     "the losses of single records of runs paired by seed"
 )
-#: what time and memory depend on, beside the method
-COST_SETTINGS = {
-    "micro-batch": "resolved.micro_batch",
-    "precision": "resolved.precision",
-    "ZeRO file": "resolved.ds_config",
-    "block length": "data.block_size",
-    "threads per rank": "resolved.threads_per_rank",
-}
 
 
 class Headline(NamedTuple):
@@ -38,6 +29,15 @@ class Headline(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.label}: {self.value} ({self.note})"
+
+
+class RankResult(NamedTuple):
+    """LoRA of one rank against full."""
+
+    rank: int
+    excess: PairedInterval
+    p_value: float  #: of an excess at the margin or above it, one-sided, raised after Holm over the ranks
+    is_good_enough: bool
 
 
 class Statement(NamedTuple):
@@ -85,8 +85,7 @@ def build_verdict(
     sentences += [f"{capitalize(text)}." for text in diverged if text not in " ".join(sentences)]
     num_unsaid = num_left_out - sum(run.has_diverged for group in groups for run in group.runs)
     if finished and num_unsaid:
-        plural = "s" if num_unsaid > 1 else ""
-        sentences.append(f"{num_unsaid} run{plural} without an end or an evaluation not counted.")
+        sentences.append(f"Not counted, as without an end or an evaluation: {num_unsaid}.")
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
@@ -110,9 +109,8 @@ def build_verdict(
     for group in finished if with_reference else ():
         gap = difference_to_reference(group, last_row.epoch)
         if gap is not None:
-            position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
-            end = f"the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
-            details.append(f"{group.label} ended {position} {end}.")
+            place = f"the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
+            details.append(f"{group.label} ended {abs(gap):.4f} {'above' if gap > 0 else 'below'} {place}.")
     is_refused = bool(diverged) or {group.mode for group in finished} == set(MODE_NAMES)  # without a comparison
     return Verdict(
         answer=comparisons[0].answer if comparisons else "not ranked" if is_refused else None,
@@ -230,7 +228,7 @@ def _describe_scope(
             f" ({unpaired} without a partner)" * bool(unpaired) + "; whether a model was trained on them is not known"
         )
         scope += "".join(f"; {note}" for note in pair.full.runs[0].get("judged.notes"))
-        return scope + f"; {pair.doubt or describe_needed_records(pair)}" * (pair.answer == "cannot tell")
+        return scope + f"; {pair.doubt or describe_needed_sample(pair)}" * (pair.answer == "cannot tell")
     seeds = [str(full_run.get("settings.train.seed")) for full_run, _ in pair.pairs]
     steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
     scope = f", {records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, "
@@ -245,8 +243,7 @@ def _describe_scope(
     for group in (pair.full, pair.lora):
         alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
         if alone:
-            which = "s {}, which have" if len(alone) > 1 else " {}, which has"
-            scope += f"; of {MODE_NAMES[group.mode]} also seed{which.format(join_words(alone, 'and'))} no partner"
+            scope += f"; of {group.name} without a partner: seeds {', '.join(alone)}"
     full_run, lora_run = pair.full.runs[0], pair.lora.runs[0]
     if quant := lora_run.get("settings.model.quant"):
         scope += f"; LoRA on {quant} weights"
@@ -254,7 +251,7 @@ def _describe_scope(
     if sizes[0] != sizes[1] and (full_run.get("resolved.dropout") or lora_run.get("settings.lora.dropout")):
         scope += f"; dropout drew other masks (micro-batch {sizes[0]} against {sizes[1]} ranks)"
     if pair.answer == "cannot tell":
-        scope += f"; {pair.doubt or describe_needed_records(pair)}"
+        scope += f"; {pair.doubt or describe_needed_sample(pair)}"
     if study is not None:
         return f"{scope}; {study.choice}"
     if not pair.margin.is_default:
@@ -268,17 +265,14 @@ def _describe_scope(
 
 def _describe_rates(pair: FullVsLora, full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup]) -> str:
     """A clause where a mode may be under-tuned: one rate, or the best at the edge of those that were tried."""
-    clauses, rates = [], [sorted({group.lr for group in groups}) for groups in (full_groups, lora_groups)]
-    if all(len(tried) == 1 for tried in rates):
-        return "; one rate each was tried"
-    for chosen, tried in zip((pair.full, pair.lora), rates, strict=True):
-        name = MODE_NAMES[chosen.mode]
-        if len(tried) == 1:
-            clauses.append(f"; one rate of {name} was tried")
-        elif chosen.lr in (tried[0], tried[-1]):
-            side = "smallest" if chosen.lr == tried[0] else "largest"
-            clauses.append(f"; {name}'s best rate is the {side} of {len(tried)}, so a better one may lie beyond")
-    return "".join(clauses)
+    text = ""
+    for chosen, groups in ((pair.full, full_groups), (pair.lora, lora_groups)):
+        tried = [group.lr for group in groups]
+        if min(tried) == max(tried):
+            text += f"; one rate of {chosen.name} was tried"
+        elif chosen.lr in (min(tried), max(tried)):
+            text += f"; {chosen.name}'s best rate is at the edge of those tried, so a better one may lie beyond"
+    return text
 
 
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
@@ -288,11 +282,8 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     parts = []
     for group in groups[:4]:
         best, gain = group.best_loss, group.improvement
-        if gain is None:
-            parts.append(f"{group.label} reached a best validation loss of {best:.4f} (its base was not evaluated)")
-        else:
-            verb = "improved" if gain > 0 else "did not improve"
-            parts.append(f"{group.label} {verb} on its base ({best + gain:.4f} -> {best:.4f} at best)")
+        before = "" if gain is None else f"{best + gain:.4f} -> "
+        parts.append(f"{group.label}: validation loss {before}{best:.4f} at best")
     descriptions = "; ".join(parts)
     full_groups, lora_groups = ([group for group in groups if group.mode == mode] for mode in MODE_NAMES)
     if full_groups and lora_groups:
@@ -380,20 +371,69 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
 
 
 def _describe_costs(pair: FullVsLora) -> list[str]:
-    """`Time not compared (other hardware).`, and what time and memory depend on and was not the same."""
-    if pair.is_judged:
-        return []
+    """`Time not compared (other hardware).`"""
     withheld: dict[str, list[str]] = {}
     for name, cost in (("time", pair.time), ("memory", pair.memory)):
-        if cost.ratio is None:
+        if cost.ratio is None and not pair.is_judged:
             withheld.setdefault(cost.reason, []).append(name)
-    lines = [f"{capitalize(join_words(names, 'and'))} not compared ({why})." for why, names in withheld.items()]
-    lora, full = pair.lora.finished_runs[0], pair.full.finished_runs[0]
-    differences = [
-        f"{name} {lora.get(path)} against {full.get(path)}"
-        for name, path in COST_SETTINGS.items()
-        if lora.get(path) != full.get(path)
+    return [f"{capitalize(join_words(names, 'and'))} not compared ({why})." for why, names in withheld.items()]
+
+
+# --- how much LoRA is enough: its excess by rank, and by length of training ---
+
+
+def judge_ranks(comparisons: Sequence[FullVsLora]) -> list[RankResult]:
+    """Each rank of a study, in order; none where it has only one or the margin cannot be had.
+
+    Others than the first comparison are of the same kind of adapter, LoRA, at their own best rates.
+    """
+    ranked, p_values = [], []
+    for pair in comparisons:
+        run = pair.lora.runs[0]
+        is_plain = run.get("settings.lora.adapter") == "lora" and not run.get("settings.model.quant")
+        if is_plain and pair.excess is not None and pair.contrast is not None:
+            p = pair.contrast.p_value / 2
+            ranked.append((int(run.get("settings.lora.rank")), pair))
+            p_values.append(p if pair.contrast.estimate < 0 else 1 - p)
+    if len({rank for rank, _ in ranked}) < 2:
+        return []
+    results = []
+    for (rank, pair), p in zip(ranked, holm(p_values), strict=True):
+        assert pair.excess is not None
+        results.append(RankResult(rank, pair.excess, p, p < 1 - LEVEL and "good enough" not in pair.doubts))
+    return sorted(results, key=lambda result: result.rank)
+
+
+def describe_ranks(results: Sequence[RankResult]) -> list[str]:
+    """`LoRA's excess by rank: ...; the smallest rank that is good enough is 4.`"""
+    if not results:
+        return []
+    parts = [f"rank {r.rank} {r.excess} (p = {r.p_value:.2g})" for r in results]
+    enough = [str(r.rank) for r in results if r.is_good_enough]
+    answer = f"the smallest rank that is good enough is {enough[0]}" if enough else "no rank is shown to be good enough"
+    return [
+        f"LoRA's excess by rank, each at its own best rate: {', '.join(parts)}; {answer} (one-sided against "
+        f"the margin, after Holm over {len(results)} ranks)."
     ]
-    if differences and (pair.time.ratio or pair.memory.ratio):
-        lines.append(f"Time and memory were measured with different settings: {', '.join(differences)}.")
-    return lines
+
+
+def describe_lengths(study: StudyContext, results: Sequence[RankResult]) -> list[str]:
+    """The excess by length of training, and what it says of ten times the data."""
+    if len(study.by_length) < 2:
+        return []
+    (first_steps, first), *_, (last_steps, last) = study.by_length
+    parts = [f"{steps:,} steps {interval}" for steps, interval in study.by_length]
+    trend = "does not clearly change with the length"
+    if last.low > first.high or last.high < first.low:
+        trend = f"{'grows' if last.low > first.high else 'shrinks'} from {first_steps:,} to {last_steps:,} steps"
+    ranks = "one rank was tried, so they do not say whether a higher one would help"
+    if results:
+        helps = results[-1].excess.high < results[0].excess.low
+        ranks = f"rank {results[-1].rank} is {'' if helps else 'not clearly '}better than rank {results[0].rank}"
+    return [
+        f"LoRA's excess by length of training, on validation records, each at its own best rates: {', '.join(parts)} "
+        f"nats per token (seeds: {first.num_seeds}, of the last {last.num_seeds}).",
+        "Would it hold with ten times the data? These plots cannot say: every length and rank saw these data alone. "
+        f"They show that the excess {trend}, and that {ranks}. If it grows with length, or falls with rank, there is "
+        "reason to expect a larger one with more data; study a part of them and all of them to know.",
+    ]

@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -63,8 +63,14 @@ class Table:
 def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: FullVsLora | None) -> Table:
     """One row an epoch: validation losses side by side, their differences, then training losses.
 
-    Of more than MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference.
+    Of more than MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference; its
+    groups are shown by their paired runs alone, others by those that are finished, where any is.
     """
+    paired = [run for runs in pair.pairs for run in runs] if pair is not None and not pair.blockers else []
+    groups = [
+        replace(group, runs=tuple(run for run in group.runs if run in paired) or group.finished_runs or group.runs)
+        for group in groups
+    ]
     runs = [run for group in groups for run in group.runs]
     cards = {float(row.epoch): row for row in reference.CURVE if with_reference}
     epoch_set = set(cards)
@@ -94,8 +100,9 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     if len(groups) > MAX_GROUPS:
         headings = ["validation loss", *(f"epoch {epoch:g}" for epoch in epochs)]
         return Table(title="By epoch", headings=headings, rows=[[n, *c] for n, c in columns.items()], notes=notes)
-    if pair is not None and not pair.blockers:
-        losses = [[group.at_epoch("evals", "loss", e) or math.nan for group in (pair.full, pair.lora)] for e in epochs]
+    if paired:
+        both = [group for group in groups if group.runs[0] in paired]
+        losses = [[group.at_epoch("evals", "loss", e) or math.nan for group in both] for e in epochs]
         columns["LoRA − full"] = [_show(float(np.mean(lora) - np.mean(full)), "+.4f") for full, lora in losses]
     for group in groups if with_reference else ():
         gaps = [difference_to_reference(group, epoch) for epoch in epochs]

@@ -53,7 +53,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda *arguments: script["main"](list(arguments))
 
 
-def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Callable[..., int]) -> None:
+def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
     names = {"report.html", "report.md", "curves.png", "curves.svg", "answer.json"}
@@ -69,30 +69,23 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     for text in (
         "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
         "Memory: 0.43x (430.0 MB against 1.00 GB)",
-        "Loss: 4.0000 → 2.0222 (full), 2.1211 (LoRA) (nats per token on validation records)",
         "not comparable with the card: other data",
         "report: comparison/report.html",
     ):
         assert text in process.stdout
     assert re.search(r"1 \| +30 \| +1.2262 \| +[\d.]+ \| +[\d.]+ \| +\+0\.[\d]+ \|", process.stdout)
     assert {path.name for path in (tmp_path / "comparison").iterdir()} == names
-    assert main("full", "lora", "--output-dir", "x/y") == 0
-    for name in names - {"curves.png"}:
-        texts = [(tmp_path / folder / name).read_text() for folder in ("x/y", "comparison")]
-        assert texts[0] == texts[1], "the same runs, another report"
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("flags", "is_shown"), [((), False), (("--card",), True), (("--check", "card"), True)])
-def test_the_card_is_mentioned_only_beside_runs_where_it_belongs_or_where_it_is_asked_for(
-    tmp_path, main, capsys, flags, is_shown
-):
+def test_the_card_is_mentioned_only_beside_runs_where_it_belongs_or_where_it_is_asked_for(tmp_path, main, capsys):
     for mode in ("full", "lora"):
         metadata = make_metadata(mode, preset="gpt2", data__form="messages", not_comparable_with_card=["other data"])
         make_run_folder(tmp_path / mode, metadata=metadata)
-    main("full", "lora", *flags)
-    texts = [capsys.readouterr().out, *((tmp_path / "comparison" / f"report.{x}").read_text() for x in ("md", "html"))]
-    assert [re.search(r"the card|\| card|gpt2-acled-t2s", text) is not None for text in texts] == [is_shown] * 3
+    for flags, is_shown in (((), False), (("--card",), True)):
+        main("full", "lora", *flags)
+        texts = [capsys.readouterr().out, (tmp_path / "comparison" / "report.html").read_text()]
+        assert [re.search(r"the card|\| card|gpt2-acled-t2s", text) is not None for text in texts] == [is_shown] * 2
 
 
 def test_a_run_of_the_trainer_from_a_folder_or_wandb_is_plotted_and_never_ranked(tmp_path, main, capsys) -> None:
@@ -135,8 +128,7 @@ def test_a_run_of_the_trainer_from_a_folder_or_wandb_is_plotted_and_never_ranked
     rows = [rewrite_logs(log | {"global_step": log["step"]}) for log in logs]
     run = build_wandb_run("e/p/id", {"learning_rate": 1e-3}, {}, 0, collect_wandb_rows(rows))
     folder_run = read_run(str(tmp_path / "theirs"))
-    for kind in ("steps", "evals"):
-        np.testing.assert_equal(getattr(run, kind), getattr(folder_run, kind))
+    np.testing.assert_equal(run.steps | run.evals, folder_run.steps | folder_run.evals)
     with pytest.raises(UserError, match="neither a run of this program nor rows of Hugging Face's Trainer"):
         build_wandb_run("e/p/id", {}, {}, 0, collect_wandb_rows([{"val_loss": 1.0, "trainer/global_step": 3}]))
 
@@ -154,9 +146,8 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
     for arguments, exit_code, said in (
         (("card", "--check", "card", "--check", "val_loss<=1.0048@epoch 2"), 0, ": passed ("),
         (("over", "--check", "card"), 1, "failed (over at epoch 2"),
-        (("over", "--check", "card", "--tolerance", "0.01"), 0, "check card: full-s42: passed"),
         (("demo", "--check", "card"), 3, "check card: full-s42: not comparable (other data"),
-        (("demo", "lo\nra"), 0, "Full improved on its base (4.0000 -> 1.5000 at best)"),
+        (("demo", "lo\nra"), 0, "Full: validation loss 4.0000 -> 1.5000 at best"),
         (("demo", "other"), 3, "LoRA and full are not comparable with one another (other data)"),
         (("demo", "lo\nra", "--check", "val_loss<9"), 1, "check val_loss<9: lo\\nra: failed (no metrics"),
     ):
@@ -172,26 +163,16 @@ def test_compare_checks_decide_the_exit_code_and_a_broken_run_fails_them(
         ([], "no RUN given: expected run folders"),
         (["gone"], "error: gone: no such run folder"),
         (["full", "other\nerror: fake"], "error: other\\nerror: fake: no such run folder"),
-        (
-            ["full", "a/runs/gone"],
-            "error: a/runs/gone: no such run folder: expected a folder of a run, of W&B",
-        ),
-        (["full", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["gone", "--check", "val_los<=1"], "--check 'val_los<=1': expected card, or METRIC"),
         (["full", "--no-card"], "--no-card: the card is left out unless it belongs there, and --card asks for it"),
-        (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
         (["full", "--decide-by", "exact"], "--decide-by exact: expected loss or score:NAME"),
         (["full", "--margin", "2pt"], "--margin 2pt: expected a number above 0 and its unit, such as 2%"),
-        (["full", "--decide-by", "score:exact", "--margin", "2%"], "--margin 2%: expected a number above 0 and its"),
-        (["full", "--tolerance", "-1"], "--tolerance -1: expected a number from 0"),
         (["full", "--tolerance", "nan"], "--tolerance nan: expected a number from 0"),
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
         (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),
-        (["full", "--output-dir", "full/run.json"], "full/run.json is not a folder; name another one"),
         (["full", "--output-dir", "mine"], "--output-dir mine: report.md there was not written by this program"),
         (["full", "--output-dir", "study"], "--output-dir study: answer.json there was not written by this program"),
         (["full", "--wandb-report-json", "full/run.json"], "--wandb-report-json full/run.json: run.json there was not"),
-        (["full", "--wandb-report-json", "full"], "--wandb-report-json full: full there was not written by"),
         (["--log-card", "a/b/c"], "--log-card a/b/c: expected PROJECT or ENTITY/PROJECT"),
     ],
 )
@@ -209,12 +190,6 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
-
-
-def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
-    process, used = run_measured(tmp_path, "gone")
-    assert (process.returncode, used["heavy"]) == (2, [])
-    assert used["seconds"] < 2.0  # of the processor
 
 
 @pytest.mark.parametrize(("num_runs", "max_seconds"), [(4, 8), pytest.param(64, 20, marks=pytest.mark.sweep)])

@@ -8,8 +8,7 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.report.interval import ONE_SIDED, PairedInterval, VarianceComponents, paired_interval, predict_half_width
-from trainer.report.matched import LOSS, MatchedRecords, MatchError, match_records, read_records
-from trainer.report.run_data import read_folder
+from trainer.report.run_data import LOSS, MatchedRecords, MatchError, match_records, read_folder, read_records
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, Results
 from trainer.tools.study.trials import run_folder
