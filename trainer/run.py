@@ -34,7 +34,7 @@ from trainer.distributed.process_group import (
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
-from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
+from trainer.model.build import TrainableModel, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
 from trainer.model.lora import adopt_adapter
 from trainer.model.loss import find_packing_problem
@@ -137,14 +137,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             print(line)
     with watch_work():
         context.on_rank_zero(lambda: check_test_records(settings, data))
-        model_config = load_config(settings.model)
         fingerprints = {"the data": data.metadata["fingerprint"][:12]}
-        fingerprints["the configuration of the base model"] = config_digest(model_config)
+        fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
         refuse_differences(context, fingerprints)
-        model_info = build_model(settings, on_meta=True).metadata
         count_flops = partial(count_step_flops, lengths=data.train.lengths(), global_batch=settings.train.global_batch)
-        step_flops = context.on_rank_zero(lambda: count_flops(settings))
-        plan = make_plan(settings, context, data, {**model_info, "step_flops": step_flops}, model_config)
+        plan = make_plan(settings, context, data, step_flops=context.on_rank_zero(lambda: count_flops(settings)))
     plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)

@@ -17,7 +17,7 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
-from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.model.build import TrainableModel, build_model
 from trainer.model.lora import adopt_adapter
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
@@ -80,7 +80,7 @@ def plan_run(
     settings = adopt_adapter(cli.parse_args(list(argv)).settings)
     dataset = load(Path(data) if data is not None else prepare_data(argv))
     model = build_model(settings, on_meta=True)
-    plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
+    plan = make_plan(settings, dist_context, dataset)
     if not on_meta:
         model = build_planned_model(plan, with_fingerprint=True)
         plan = replace(plan, model_info={**plan.model_info, "fingerprint": model.metadata["fingerprint"]})

@@ -22,7 +22,7 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import without_launcher
 from trainer.distributed.machine import find_free_port, peak_memory_bytes
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
-from trainer.model.build import build_model, get_max_positions, load_config
+from trainer.model.build import get_max_positions, load_config
 from trainer.model.lora import adopt_adapter
 from trainer.tools.processes import failure_reason, start_process
 from trainer.tracking.optional_loggers import check_loggers
@@ -95,22 +95,19 @@ def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, Pr
     settings = adopt_adapter(settings)
     validate_early(settings, dist_context)
     check_loggers(settings.output)
-    model_config = load_config(settings.model)
     data = prepare(
         settings.data,
         model=settings.model.model,
         global_batch=settings.train.global_batch,
-        max_positions=get_max_positions(model_config),
+        max_positions=get_max_positions(load_config(settings.model)),
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    model = build_model(settings, on_meta=True)
-    return make_plan(settings, dist_context, data, model.metadata, model_config), data
+    return make_plan(settings, dist_context, data), data
 
 
 def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Engine]:
     """The plan of a run of these settings and its engine."""
-    model_info = build_model(settings, on_meta=True).metadata
-    plan = make_plan(settings, dist_context, data, model_info, load_config(settings.model))
+    plan = make_plan(settings, dist_context, data)
     model = build_planned_model(plan)
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 

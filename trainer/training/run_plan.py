@@ -303,14 +303,9 @@ def _zero_3_problem(settings: Settings) -> str:
     return ""
 
 
-def make_plan(
-    settings: Settings,
-    dist_context: DistContext,
-    data: PreparedDataset,
-    model_info: dict[str, Any],
-    model_config: Any,
-) -> RunPlan:
-    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
+def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDataset, **model_facts: Any) -> RunPlan:
+    """The plan of a run, from its settings, its data, its model without weights, and further facts of the model."""
+    model_config, model_info = load_config(settings.model), build_model(settings, on_meta=True).metadata | model_facts
     objective, block_size = data.metadata["objective"], settings.data.block_size or data.metadata["block_size"]
     settings = replace(settings, data=replace(settings.data, objective=objective, block_size=block_size))
     vocab_size = data.metadata["vocabulary"]

@@ -23,7 +23,7 @@ from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS, find_eager_reason
 from trainer.distributed.process_group import DistContext
-from trainer.model.build import build_model, load_config
+from trainer.model.build import build_model
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
 from trainer.tools.trial_engine import run_job, start_trial, write_result
@@ -180,7 +180,7 @@ def _run_plain(
     """
     device, train, min_gradient = dist_context.device, settings.train, WEIGHT_BOUNDS[job["precision"]][1]
     model = build_model(settings, device=device, with_fingerprint=False)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    plan = make_plan(settings, dist_context, data)
     module = model.module.to(device).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
