@@ -279,7 +279,6 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
     facts = {
         "wall_seconds": elapsed_seconds,
         "device_hours": elapsed_seconds * context.world_size / 3600,
-        "sample_seconds": recorder.samples.elapsed_seconds,
         **measurements,
         "checkpoint_bytes": folder_size(max((folder / "checkpoints").glob("step-*"), default=None)),
         "export_bytes": folder_size(folder / "model"),

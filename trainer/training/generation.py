@@ -71,7 +71,6 @@ class GenerationEvaluator:
 
     def __init__(self, engine: Engine, data: PreparedDataset, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.elapsed_seconds = 0.0  #: what the samples of the whole run took so far
         self.base_completions: list[str] = []  #: of the model before the first step, where they are known
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
@@ -87,14 +86,12 @@ class GenerationEvaluator:
         self.max_new_tokens = completion_length(self.prompts, max_positions)
 
     def replay(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The same rows, which an earlier process left; of its samples the time and the base's texts are taken over."""
+        """The same rows, which an earlier process left; of the first samples the base's texts are taken over."""
         for record in records:
-            if isinstance(record, EventRecord) and record.event == "samples":
+            if isinstance(record, EventRecord) and record.event == "samples" and not record.step:
                 with contextlib.suppress(KeyError, TypeError):  # facts that somebody edited
-                    self.elapsed_seconds += record.facts["seconds"]
                     texts = record.facts["texts"]
-                    is_of_these = all(t["prompt"] == p.text for t, p in zip(texts, self.prompts, strict=False))
-                    if record.step == 0 and is_of_these:  # a resume may be allowed other data
+                    if all(t["prompt"] == p.text for t, p in zip(texts, self.prompts, strict=False)):  # not other data
                         self.base_completions = [text["completion"] for text in texts]
             yield record
 
@@ -107,7 +104,6 @@ class GenerationEvaluator:
         completions = self.engine.generate(prompt_ids, limits, self.end_token_ids, batch_size=number)
         texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         seconds = time.perf_counter() - start_time
-        self.elapsed_seconds += seconds
         if record.step == 0:
             self.base_completions = texts
         examples = [

@@ -288,7 +288,7 @@ def test_events_with_edited_facts_are_taken_up_by_a_resume(facts):
     """After --allow-change records: the file's form is checked, not what stands in the facts."""
     names = ("samples", "diagnosis", "resumed")
     events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in names]
-    samples = SimpleNamespace(elapsed_seconds=0.0, base_completions=[], prompts=[SimpleNamespace(text="x")])
+    samples = SimpleNamespace(base_completions=[], prompts=[SimpleNamespace(text="x")])
     assert DiagnosticsMonitor(make_metadata("full")).replay(GenerationEvaluator.replay(samples, events)) == []
 
 
