@@ -99,7 +99,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         for scorer in settings.output.score:  # code runs only where the user has named it
             if scorer_file(scorer) and scorer not in args.settings.output.score:
                 raise UserError(f"--score {scorer}: is code that run.json names; give the flag again, or another one")
-        validate_early(settings, context, is_dry_run=args.dry_run)
+        validate_early(settings, context)
         check_loggers(settings.output)
         if settings.output.export != "none" and not args.dry_run:
             refuse_lost_files(Path(settings.run_folder) / "model")

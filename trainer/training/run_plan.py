@@ -5,7 +5,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from trainer.config import reference
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
 from trainer.config.cli import to_argv
 from trainer.config.errors import UserError
+from trainer.config.files import require_place_for_folder
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.config.text import join_words, shorten
@@ -250,20 +250,11 @@ class RunPlan:
         return [*reference.disagreements(self.data_info, self.model_info), reference.UNKNOWN_REASON]
 
 
-def validate_early(settings: Settings, dist_context: DistContext, *, is_dry_run: bool = False) -> None:
-    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched.
-
-    `is_dry_run`: nothing is written into a run folder that is there, also not to see whether it can be.
-    """
-    engine, on_cpu, folder = settings.engine, dist_context.device.type == "cpu", Path(settings.run_folder)
+def validate_early(settings: Settings, dist_context: DistContext) -> None:
+    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched."""
+    engine, on_cpu = settings.engine, dist_context.device.type == "cpu"
     settings.train.batch(dist_context.world_size)
-    existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        if not (is_dry_run and folder.is_dir()):
-            tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
-    except OSError as error:
-        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        raise UserError(message) from error
+    require_place_for_folder(Path(settings.run_folder), f"--output-dir {settings.run_folder}")
     if settings.output.export != "none":  # else no test record is looked at
         check_scorers(settings.output.score)
     if engine.execution == "graphs" and on_cpu:

@@ -240,7 +240,7 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     ("more", "output", "remedy"),
     [
         ("--global-batch 5", "--global-batch 5: expected a multiple of 2 ranks", "try --global-batch 6"),
-        ("--output-dir {file}/run", "cannot write there: Not a directory", "name another folder with --output-dir"),
+        ("--output-dir {file}/run", "is not a folder", "name another one"),
         ("--wandb online", "--wandb online: not logged in", "run `wandb login`"),
     ],
 )
