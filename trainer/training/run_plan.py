@@ -280,18 +280,16 @@ def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
         raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
     if stage and settings.engine.execution == "graphs":
         raise UserError(f"--execution graphs: steps of ZeRO {stage} are eager; expected --ds-config zero0, or eager")
-    if stage == 3 and (problem := _zero_3_problem(settings)):
-        raise UserError(f"--quant {settings.model.quant}: {problem}")
+    if stage == 3 and _needs_whole_weights(settings):
+        what = f"--quant {settings.model.quant}" + " --adapter dora" * (settings.lora.adapter == "dora")
+        raise UserError(
+            f"{what}: needs whole weights, which ZeRO 3 divides; expected --ds-config zero0, zero1 or zero2"
+        )
 
 
-def _zero_3_problem(settings: Settings) -> str:
-    other_files = "expected --ds-config zero0, zero1 or zero2"
-    if settings.model.quant and settings.lora.adapter == "dora":
-        return f"dora reads whole packed weights, which ZeRO 3 has divided; {other_files}, or another --adapter"
-    if settings.model.quant == "int8":
-        reason = "not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides"
-        return f"{reason}; {other_files}, or --quant nf4"
-    return ""
+def _needs_whole_weights(settings: Settings) -> bool:
+    """bitsandbytes keeps a whole copy of each int8 weight, and dora reads whole packed ones."""
+    return settings.model.quant == "int8" or bool(settings.model.quant and settings.lora.adapter == "dora")
 
 
 def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDataset, **model_facts: Any) -> RunPlan:
@@ -340,7 +338,7 @@ def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDatas
                 device_memory_bytes=dist_context.least_memory_bytes(),
                 precision=precision,
                 estimate_bytes=lambda file: required_bytes(estimate_memory(file), model_info, dist_context.device)[0],
-                stages=range(3 if _zero_3_problem(settings) else 4),
+                stages=range(3 if _needs_whole_weights(settings) else 4),
             )
         validate_stage(settings, file)
         return file, make_execution_plan(
