@@ -169,11 +169,7 @@ class RunPlan:
             training.append(("scores", f"{', '.join(scorers)} of a text ({limit}) for each test record, at the end"))
         if self.dist_context.world_size > 1:
             machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
-        notes = [
-            *data_info.get("notices", []),
-            *preset_notes(settings),
-            *collect_notes(settings, model_info),
-        ]
+        notes = [*data_info.get("notices", []), *collect_notes(settings, model_info)]
         warnings = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
         return [
             ("", run),
@@ -388,27 +384,20 @@ def build_planned_model(plan: RunPlan, *, with_fingerprint: bool = False) -> Tra
     )
 
 
-def preset_notes(settings: Settings) -> list[str]:
-    """What a preset means for this model, where that is worth a line, and where its rate comes from."""
-    notes, flags = [], settings.overridden
-    origins = {"finetune": "a guess from the literature", "demo": f"of --preset demo, made for {DEMO_MODEL}"}
-    origins["gpt2"] = "from a published fine-tuning of GPT-2 (LoRA: ten times that)"
-    advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
-    if settings.preset in origins and settings.model.model != DEMO_MODEL and "--lr" not in flags:
-        notes.append(f"learning rate {settings.train.lr:g}: {origins[settings.preset]}; {advice}")
-    if settings.model.model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
+def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
+    """What the settings mean for this model and its data, where that is worth a line."""
+    notes, model, flags, preset = [], settings.model.model, settings.overridden, settings.preset
+    if preset in ("gpt2", "finetune", "demo") and model != DEMO_MODEL and "--lr" not in flags:
+        advice = (
+            "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
+        )
+        notes.append(f"learning rate {settings.train.lr:g}: of --preset {preset}, a guess for your data; {advice}")
+    if model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
         notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
     if settings.mode == "full" and settings.train.weight_decay:
         notes.append("weight decay acts on every trained weight; transformers leaves biases and norms out")
-    return notes
-
-
-def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
-    """What the adapters and the optimizer mean for this model, where that is worth a line."""
-    notes = []
-    lora_flags = [flag for flag in settings.overridden if flag.startswith(("--lora-", "--peft-"))]
-    if lora_flags and settings.mode == "full":
-        notes.append(f"{join_words(lora_flags, 'and')}: ignored with --mode full")
+    if settings.mode == "full" and (ignored := [flag for flag in flags if flag.startswith(("--lora-", "--peft-"))]):
+        notes.append(f"{join_words(ignored, 'and')}: ignored with --mode full")
     if settings.output.score and settings.output.export == "none":
         notes.append("--score: ignored with --export none, which leaves the test records unseen")
     if ties := describe_bf16_ties(model_info.get("bf16_ties", 0.0)):

@@ -16,7 +16,7 @@ from trainer.config.fields import flag_of
 from trainer.config.files import name_data, split_weights
 from trainer.config.settings import GROUPS
 from trainer.tracking.wandb_keys import data_name
-from trainer.training.run_plan import preset_notes
+from trainer.training.run_plan import collect_notes
 
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
@@ -147,21 +147,26 @@ def test_help_shows_every_flag_with_the_presets_defaults(capsys):
     [
         ("", "demo", 5e-4, []),
         ("--model demo-base", "demo", 5e-4, []),
-        ("--model gpt2", "gpt2", 3e-5, ["learning rate 3e-05: from a published"]),
-        ("--data a.csv", "gpt2", 3e-5, ["learning rate 3e-05: from a published"]),
+        ("--model gpt2", "gpt2", 3e-5, ["learning rate 3e-05: of --preset gpt2, a guess"]),
+        ("--data a.csv", "gpt2", 3e-5, ["learning rate 3e-05: of --preset gpt2, a guess"]),
         ("--data a.csv --preset card", "card", 3e-5, []),
         ("--data a.csv --model demo-base", "demo", 5e-4, []),
         ("--data a.csv --preset demo", "demo", 5e-4, ["--preset demo trains demo-base, the embedded toy, on"]),
-        ("--model org/m", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),
+        ("--model org/m", "finetune", 2e-5, ["learning rate 2e-05: of --preset finetune"]),
         ("--model org/m --lr 1e-4 --block-size 64", "finetune", 1e-4, []),
-        ("--model gpt2 --preset finetune --block-size 64", "finetune", 2e-5, ["learning rate 2e-05: a guess"]),
-        ("--model some/folder --preset demo", "demo", 5e-4, ["learning rate 0.0005: of --preset demo, made for"]),
+        (
+            "--model gpt2 --preset finetune --block-size 64",
+            "finetune",
+            2e-5,
+            ["learning rate 2e-05: of --preset finetune"],
+        ),
+        ("--model some/folder --preset demo", "demo", 5e-4, ["learning rate 0.0005: of --preset demo"]),
     ],
 )
 def test_the_preset_is_the_one_that_fits_the_model_and_says_what_is_a_guess(words, preset, lr, notes):
     settings = parse("--mode full", *words.split()).settings
     assert (settings.preset, settings.train.lr) == (preset, lr)
-    assert [note[: len(start)] for note, start in zip(preset_notes(settings), notes, strict=True)] == notes
+    assert [note[: len(start)] for note, start in zip(collect_notes(settings, {}), notes, strict=True)] == notes
 
 
 def test_warm_up_steps_given_take_the_place_of_the_presets_share():
