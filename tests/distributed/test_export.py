@@ -166,44 +166,40 @@ def test_no_exported_file_names_a_place_of_this_machine_and_the_card_has_the_hub
 
 
 def run_jobs_counting_tensors(jobs: list[dict[str, Any]]) -> int:
-    """`run_jobs`; out/count-RANK.json: how many tensors that were gathered for a checkpoint were alive at one time."""
-    original, counts, peak_counts = EngineState.iter_state_dict, {}, {}
+    """The first under a file that gathers nothing, the second under ZeRO 3, of which one tensor may be alive at a time:
+    that and the next."""
+    original, peak = EngineState.iter_state_dict, 0
 
     def track(self: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        references = counts.setdefault(job["name"], [])
+        nonlocal peak
+        references = []
         for name, tensor in original(self):
             references.append(weakref.ref(tensor))
             yield name, tensor
             del tensor
-            alive = sum(reference() is not None for reference in references)
-            peak_counts[job["name"]] = max(peak_counts.get(job["name"], 0), alive)
+            peak = max(peak, sum(reference() is not None for reference in references))
 
-    EngineState.iter_state_dict = track  # type: ignore[method-assign]
     with joined_ranks() as dist_context:
-        for job in jobs:
-            run_job(dist_context, job)
-    (Path(jobs[0]["out"]) / f"count-{dist_context.rank}.json").write_text(json.dumps(peak_counts))
+        run_job(dist_context, jobs[0])
+        EngineState.iter_state_dict = track  # type: ignore[method-assign]
+        run_job(dist_context, jobs[1])
+    assert 1 <= peak <= 2
     return 0
 
 
-def test_every_zero_stage_exports_what_was_evaluated_and_holds_one_gathered_tensor_at_a_time(
+def test_other_zero_stages_export_what_was_evaluated_and_hold_one_gathered_tensor_at_a_time(
     tiny_model, data_files, strict_zero_files, tmp_path
 ):
-    flags = "--max-steps 2 --save-every never --ds-config"
-    jobs = [
-        make_job(tmp_path, f"{mode}-{zero}", make_argv(tiny_model, data_files, mode, f"{flags} {path}"))
-        for zero, path in {"zero1": "zero1", "zero2": "zero2", **strict_zero_files}.items()
-        for mode in ("full", "lora")
+    argvs = [
+        make_argv(tiny_model, data_files, "full", f"--max-steps 2 --save-every never --ds-config {zero}")
+        for zero in ("zero2", strict_zero_files["zero3"])
     ]
+    jobs = [make_job(tmp_path, f"job{number}", argv) for number, argv in enumerate(argvs)]
     launch_jobs(2, jobs, target=run_jobs_counting_tensors)
-    counts = [json.loads((tmp_path / f"count-{rank}.json").read_text()) for rank in range(2)]
     for job in jobs:
-        name = job["name"]
-        result = export_cli.export_checkpoint(tmp_path / name, data_folder=job["data"])
-        assert result["problems"] == [], name
+        result = export_cli.export_checkpoint(tmp_path / job["name"], data_folder=job["data"])
+        assert result["problems"] == []
         assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
-        # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
-        assert all(count[name] <= 2 for count in counts) or "zero3" not in name, (name, counts)
 
 
 # --- launch/export.py ---
@@ -256,11 +252,7 @@ def test_an_export_is_held_to_the_recorded_loss_of_its_checkpoint_or_says_that_t
 
 @pytest.mark.parametrize(
     ("run", "flags", "dtype", "name"),
-    [
-        ("full_run", [], "bf16", "bfloat16"),
-        ("lora_run", ["--merge"], "fp16", "float16"),
-        ("lora_run", [], "bf16", "bfloat16"),
-    ],
+    [("full_run", [], "fp16", "float16"), ("lora_run", [], "bf16", "bfloat16")],
 )
 def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
     run, flags, dtype, name, run_export_script, request, tmp_path
@@ -419,14 +411,11 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
 
 def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, fast_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", fast_python)
-    run = shutil.copytree(full_run, tmp_path / "run", ignore=shutil.ignore_patterns("model"), symlinks=True)
-    request = {"run_folder": str(run), "checkpoint": "step-6", "output_dir": str(run / "model")}
-    weights = run / "checkpoints" / "step-000006" / "state.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    request = {"run_folder": str(full_run), "checkpoint": "step-5", "output_dir": str(tmp_path / "model")}
     for more, message in (
-        ({}, r"state\.safetensors was changed since it was written"),
-        ({"odd": 1}, "model not written: TypeError: "),
+        ({}, "model not written: .* whole checkpoints there"),
+        ({"odd": 1}, "not written: TypeError: "),
     ):
         with pytest.raises(TrainingError, match=message):
             export_in_fresh_process(request | more)
-    assert not (run / "model").exists()
+    assert not (tmp_path / "model").exists()

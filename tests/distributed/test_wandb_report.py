@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -28,22 +27,17 @@ from trainer.tracking.records import EventRecord, to_line
 from trainer.tracking.wandb_keys import AXES, wandb_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
-#: writes the rows of a run as a training process does; arguments: run.json's content, folder, last step or 0, mode
+#: writes the rows of a run as a training process does; arguments: run.json's content, folder, mode of W&B
 LOG_RUN_CODE = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from helpers.fake_runs import make_records
 from trainer.tracking.wandb_logger import start_wandb
-run, folder, last, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-run["wandb"]["mode"] = mode
+run, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+run["wandb"]["mode"] = sys.argv[3]
 sink = start_wandb(run, folder)
 for record in make_records(run, retained=(1.0, 1.25), scores={"f1": 0.5}):
-    if not last or record.step <= last:
-        sink.log(record)
-if last:
-    import time
-    time.sleep(2.5)  # rows are on disk a second later
-    os._exit(9)
+    sink.log(record)
 sink.close(0)
 """
 
@@ -58,19 +52,18 @@ def run_python(
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
-def log_wandb_run(
-    folder: Path, content: dict[str, Any], last_step: int = 0, mode: str = "offline", **variables: str
-) -> Path:
+def log_wandb_run(folder: Path, mode: str, **variables: str) -> None:
     folder.mkdir(parents=True)
-    process = run_python(folder, "-c", LOG_RUN_CODE, json.dumps(content), folder, last_step, mode, **variables)
-    assert process.returncode == (9 if last_step else 0), process.stderr
-    return folder
+    content = json.dumps(make_metadata("lora"))
+    process = run_python(folder, "-c", LOG_RUN_CODE, content, folder, mode, **variables)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.fixture(scope="module")
 def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished LoRA run as an offline W&B folder, moved away from its run folder."""
-    folder = log_wandb_run(tmp_path_factory.mktemp("offline") / "run", make_metadata("lora"))
+    folder = tmp_path_factory.mktemp("offline") / "run"
+    log_wandb_run(folder, "offline")
     moved = tmp_path_factory.mktemp("elsewhere") / "copied"
     next(folder.glob("wandb/offline-run-*")).rename(moved)
     return moved
@@ -115,14 +108,9 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir, t
     assert len(group_by_seed([ours, theirs])) == 1, "as two seeds of one setting"
 
 
-def test_a_killed_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_reported(
+def test_a_truncated_or_foreign_wandb_file_is_read_as_far_as_it_goes_or_reported(
     offline_run_dir: Path, tmp_path: Path
 ) -> None:
-    folder = log_wandb_run(tmp_path / "run", make_metadata("full"), last_step=40)
-    (run,), problems = load_runs([str(folder / "wandb")])
-    assert run.evals["step"].tolist() == [0, 30]
-    assert run.steps["step"][-1] in (39, 40)  # the last row may still be open
-    assert "still going" in problems[0].text
     whole = next(offline_run_dir.glob("*.wandb")).read_bytes()
     torn = tmp_path / "run-lora0042.wandb"
     notes = ""
@@ -153,7 +141,7 @@ def test_a_wandb_run_of_older_keys_or_of_the_card_is_refused_and_paths_of_wandb_
 
 def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWandb, tmp_path: Path) -> None:
     content = make_metadata("lora")
-    log_wandb_run(tmp_path / "run", content, mode="online", **server.env(tmp_path))
+    log_wandb_run(tmp_path / "run", "online", **server.env(tmp_path))
     code = (
         "import json, sys; from trainer.report.load import load_runs; (run,), problems = load_runs([sys.argv[1]]);"
         "print(json.dumps([run.run_id, run.state, run.mode, run.evals['loss'].tolist(), run.steps['loss'].tolist(),"
@@ -170,9 +158,17 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
     assert end["wall_seconds"] == 100.0
 
 
-def test_a_run_that_the_server_does_not_have_or_no_login_is_one_line(server: FakeWandb, run_compare: Any) -> None:
-    for place, message in ((server, "W&B does not give it: Could not find run"), (None, "gone0000: no such run")):
-        process = run_compare(f"{ENTITY}/p/gone0000", server=place)
+def test_a_run_that_the_server_does_not_have_no_login_and_a_server_that_is_gone_are_one_line(
+    server: FakeWandb, run_compare: Any, tmp_path: Path
+) -> None:
+    make_run_folder(tmp_path / "full")
+    gone = server.env(tmp_path) | {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "1"}
+    for arguments, options, message in (
+        ([f"{ENTITY}/p/gone0000"], {"server": server}, "W&B does not give it: Could not find run"),
+        ([f"{ENTITY}/p/gone0000"], {}, "gone0000: no such run"),
+        (["full", "--wandb-report", f"{ENTITY}/p"], gone, f"--wandb-report {ENTITY}/p: W&B did not take it ("),
+    ):
+        process = run_compare(*arguments, **options)
         assert process.returncode == 2
         assert message in process.stderr
         assert "Traceback" not in process.stderr
@@ -259,18 +255,6 @@ def test_real_runs_are_synced_compared_and_reported(
     assert (view["displayName"], view["type"]) == ("Full against LoRA, train", "runs")
     (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
-
-
-def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Path) -> None:
-    make_run_folder(tmp_path / "full")
-    with socket.socket() as holder:  # bound and not listening: refused, and no other test's server gets the port
-        holder.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{holder.getsockname()[1]}"
-        env = {"WANDB_BASE_URL": url, "WANDB_API_KEY": 40 * "a", "WANDB_MODE": "online"}
-        process = run_compare("full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="1", **env)
-    assert process.returncode == 2
-    assert process.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
-    assert "Traceback" not in process.stderr
 
 
 # --- the card ---

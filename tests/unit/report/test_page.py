@@ -198,22 +198,6 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
         assert "&#39;step&#39;" not in text_of_page
 
 
-@pytest.mark.usefixtures("few_plots")
-def test_runs_that_are_unfinished_unreadable_or_without_evaluations_are_listed_in_every_format(tmp_path: Path) -> None:
-    folders = [
-        make_run_folder(tmp_path / "good"),
-        make_run_folder(tmp_path / "going", "lora", finished=False),
-        make_run_folder(tmp_path / "empty", "lora", losses={}, metadata=make_metadata("lora", run_id="other")),
-        make_run_folder(tmp_path / "broken", "lora", seed=7),
-    ]
-    (folders[3] / "run.json").write_text("{")
-    comparison = compare(*load_runs(list(map(str, folders))))
-    for text in (render_html(comparison), render_markdown(comparison)):
-        for said in ("still going", "run.json: not JSON", "no validation loss to compare"):
-            assert said in text
-    assert "nothing to compare yet" in render_html(compare(*load_runs([str(folders[2])])))
-
-
 # --- plots ---
 
 
