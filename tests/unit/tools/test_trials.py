@@ -2,20 +2,20 @@
 
 import math
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.fake_runs import make_run_folder
-from helpers.launch_ranks import MP_CONTEXT, make_process
-from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_rule, make_trial
 
 from trainer.config.errors import UserError
+from trainer.report.judge import Margin
 from trainer.report.page import json_text
-from trainer.tools.processes import Slot, run_environ
+from trainer.tools.processes import Slot
 from trainer.tools.study import trials
 from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.study import Study
@@ -28,11 +28,9 @@ from trainer.tools.study.trials import (
     run_folder,
     start_trial,
 )
-from trainer.tracking.wandb_logger import RUN_VARIABLES
 
 RULE, SLOT = make_rule(), Slot(gpus=(), num_threads=1)
 SPECS = [make_trial(make_candidate(rate_index=-n)) for n in range(3)]
-RACED = [make_trial(make_candidate(rate_index=-n)) for n in range(8)]
 
 
 @pytest.fixture
@@ -55,51 +53,28 @@ def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial:
     return read_trials(folder)[SPECS[0].name]
 
 
-def hold_trial(folder: str) -> None:
-    trials.start_run = lambda *_, **__: SimpleNamespace(exitcode=None)  # type: ignore[assignment]
-    assert start_trial(Path(folder), RULE, SLOT, SPECS) is not None
-    Path(folder, "held").touch()
-    time.sleep(600)
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer.tracking.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
 
 
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up(tmp_path, exit_codes):
-    worker = make_process(target=hold_trial, args=(str(tmp_path),))
-    worker.start()
-    wait_until((tmp_path / "held").exists, 60)
-    assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
-    exit_codes += [1, 1]
-    other = start_trial(tmp_path, RULE, SLOT, SPECS)
-    assert other.spec == SPECS[1]
-    worker.kill()
-    worker.join(30)
+    folder = tmp_path / "trials" / SPECS[0].name
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout.readline() == "held\n"
+        (folder / "trial.json").write_text(Trial(rule_sha256=RULE.sha256, num_failures=1).model_dump_json())
+        assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
+        exit_codes += [1, 1]
+        assert start_trial(tmp_path, RULE, SLOT, SPECS).spec == SPECS[1]
+        worker.kill()
     own = start_trial(tmp_path, RULE, SLOT, SPECS[:1])
     assert (own.spec, own.trial.num_failures) == (SPECS[0], 2), "the attempt whose worker died counts"
-
-
-def run_until_nothing_is_left(folder: str, start: Any) -> None:
-    def make_run(slot: Slot, argv: list[str], log_folder: Path, *, group: str) -> Any:
-        name = log_folder.name
-        with open(Path(folder, "ran"), "a") as file:
-            file.write(f"{name}\n")
-        make_run_folder(Path(folder, "runs", name), losses={0: 3.0, 3: 1.5})
-        return SimpleNamespace(exitcode=0)
-
-    trials.start_run = make_run  # type: ignore[assignment]
-    start.wait(60)
-    while (running := start_trial(Path(folder), RULE, SLOT, RACED)) is not None:
-        finish_trial(Path(folder), RULE, running, is_stopping=False)
-
-
-def test_workers_that_race_run_each_trial_once(tmp_path):
-    start = MP_CONTEXT.Barrier(3)
-    workers = [make_process(target=run_until_nothing_is_left, args=(str(tmp_path), start)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert sorted((tmp_path / "ran").read_text().split()) == sorted(spec.name for spec in RACED)
-    assert read_results(tmp_path) == dict.fromkeys((spec.name for spec in RACED), 1.5)
 
 
 def test_a_finished_trial_is_not_run_again_and_a_finished_run_is_taken_for_its_result(tmp_path, exit_codes):
@@ -138,6 +113,8 @@ def test_a_rule_with_a_path_that_is_not_utf_8_is_read_back_as_it_was(tmp_path):
     write_rule(tmp_path, rule, working_dir=os.fsdecode(b"/home/\xfe"))
     assert read_rule(tmp_path) == (rule, os.fsdecode(b"/home/\xfe"))
     assert json_text(rule.model_dump(mode="json")).encode()  # as the page holds it
+    for name, value in (("data", "e2"), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
+        assert make_rule(**{name: value}).sha256 != make_rule().sha256, "any change changes its hash"
 
 
 def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
@@ -151,11 +128,3 @@ def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
     trial_folder.rename(tmp_path / "trials")
     with pytest.raises(UserError, match=f"was run by the rule {RULE.sha256[:12]}, rule.json is .*: it was changed"):
         Study.open(tmp_path)
-
-
-def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch):
-    for name in RUN_VARIABLES:
-        monkeypatch.setenv(name, "mine")
-    environ = run_environ(SLOT, "study-f")
-    assert not set(RUN_VARIABLES) & set(environ)
-    assert environ["WANDB_RUN_GROUP"] == "study-f"
