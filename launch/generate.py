@@ -1,6 +1,6 @@
 """Texts of a base and of runs on it side by side: `python launch/generate.py runs/full-demo runs/lora-demo`.
 
-Without prompts: the runs' own validation prompts, or a dialogue on a terminal.
+Without prompts: the runs' own validation prompts.
 """
 
 import sys
@@ -19,13 +19,11 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="generate.py",
         description="Complete the same prompts by the base and by each run, and show the texts side by side.",
-        epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue, unless "
-        "--num or --score is given.",
+        epilog="Without --prompt and --prompts: validation prompts of the first run.",
     )
     add = parser.add_argument
     prompts_help = "JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several"
     length_help = "default: slightly more than the references, or 64"
-    text_help = "take prompts as they are, even if the runs were trained on conversations"
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help=prompts_help)
@@ -35,14 +33,8 @@ def build_parser() -> ArgumentParser:
     add("--temperature", type=number(0, 100), default=0.0, metavar="X", help="0 is greedy (default), above it samples")
     add("--top-p", type=number(0.001, 1), default=1.0, metavar="X", help="with --temperature (default: 1)")
     add("--seed", type=partial(whole_number, least=0), default=42, metavar="N", help="with --temperature (default: 42)")
-    add("--text", action="store_true", help=text_help)
-    add(
-        "--score",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"mean score over the prompts that have a reference, the best one's of several; repeatable: {SCORERS}",
-    )
+    score_help = f"mean score over the prompts that have a reference, the best one's of several; repeatable: {SCORERS}"
+    add("--score", action="append", default=[], metavar="NAME", help=score_help)
     return parser
 
 

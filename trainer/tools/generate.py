@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,10 +31,7 @@ EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Complete the prompts by each model and show the texts; without prompts on a terminal, a dialogue.
-
-    `args`: the flags of launch/generate.py. Returns 0; UserError.
-    """
+    """Complete the prompts by each model and show the texts. `args`: the flags of launch/generate.py. UserError."""
     check_scorers(args.score)
     all_metadata = [read_run_metadata(folder / "run.json") for folder in args.runs]
     names = [metadata["name"] for metadata in all_metadata]
@@ -58,9 +54,6 @@ def generate(args: argparse.Namespace) -> int:
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
     completer = _Completer(args, all_metadata[0])
-    wants_dialogue = not (args.prompt or args.prompts or args.num or args.score)
-    if wants_dialogue and sys.stdin.isatty() and sys.stdout.isatty():
-        return _talk({label: load().causal for label, load in loaders.items()}, completer)
     prompts = completer.read_prompts()
     pairs = [(i, reference) for i, prompt in enumerate(prompts) for reference in prompt.references]
     check_references(args.score, [ScoredText("", text, prompts[i].text) for i, text in pairs], "prompt")
@@ -98,23 +91,6 @@ def _load_base(run_folder: Path, run_settings: Settings, fingerprint: str) -> Tr
     return model
 
 
-def _talk(models: dict[str, Any], completer: "_Completer") -> int:
-    """Answer one line after another by every model, until an empty one."""
-    print("a prompt a line; an empty line ends", flush=True)
-    while True:
-        try:
-            text = input("> ")
-            if text.strip().lower() in ("", "exit", "quit"):
-                return 0
-            prompts = [completer.make_prompt(text)]
-        except EOFError:
-            return 0
-        except UserError as error:
-            print(f"error: {error}", flush=True)
-        else:
-            show_lines([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])
-
-
 class _Completer:
     """Prompts as token ids, and completions as text, alike for all models: those of the first run."""
 
@@ -122,7 +98,7 @@ class _Completer:
         self.args, self.settings = args, Settings.from_dict(metadata["settings"])
         self.tokenizer = load_tokenizer(self.settings.model.model)
         self.max_positions = get_max_positions(load_config(self.settings.model))
-        template = None if args.text else metadata["data"].get("chat_template")
+        template = metadata["data"].get("chat_template")
         self.chat = None if template is None else ChatTemplate(self.tokenizer, template)
 
     def read_prompts(self) -> list[EvalPrompt]:
