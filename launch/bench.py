@@ -44,7 +44,6 @@ def names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def build_parser(name: str) -> ArgumentParser:
-    """The flags of a measurement."""
     if name == "memory":
         description = "Train a few steps with each method; prints its memory, checkpoint size, speed and loss."
         parser = ArgumentParser(prog="bench.py memory", description=f"{description} The other: bench.py steps.")
@@ -76,7 +75,6 @@ def build_parser(name: str) -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Do the measurement that the first word names."""
     name, *flags = argv if argv and not argv[0].startswith("-") else ("steps", *argv)
     if name not in ("steps", "memory"):
         raise UserError(f"{name}: expected steps or memory")

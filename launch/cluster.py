@@ -41,7 +41,6 @@ def sbatch_option(text: str) -> tuple[str, str]:
 
 
 def build_parser() -> ArgumentParser:
-    """Its own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="cluster.py",
         usage="cluster.py --slurm --nodes N --ranks-per-node N [its other flags] [flags of train.py]\n"
@@ -73,17 +72,14 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Write the files and print them."""
     parser = build_parser()
     args, run_argv = parser.parse_known_args(argv)
-    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
+    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "sbatch"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if args.hosts and value is not None:
-            raise UserError(f"{flag} {value}: goes with --slurm")
+        if args.hosts and value:
+            raise UserError(f"{flag}: goes with --slurm")
         if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
             raise UserError(f"--slurm without {flag}: expected a whole number from 1")
-    if args.hosts and args.sbatch:
-        raise UserError(f"--sbatch {'='.join(args.sbatch[0])}: goes with --slurm")
     args.sbatch, setup = dict(args.sbatch), ""
     if args.setup is not None:
         setup = read_text_file(args.setup, f"--setup {args.setup}", "a file of shell lines").rstrip() + "\n"

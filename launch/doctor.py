@@ -14,7 +14,6 @@ from trainer.tools.program import prepare_libraries, program
 
 
 def build_parser() -> ArgumentParser:
-    """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
@@ -22,8 +21,7 @@ def build_parser() -> ArgumentParser:
         "       doctor.py --upload RUN",
         description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
         "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
-        epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
-        "python launch/train.py --help lists the flags of the run.",
+        epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
     ranks_help = "ranks that the run will have (default: one for each GPU, else 1)"
@@ -46,27 +44,23 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Parse and look."""
     parser = build_parser()
     args, run_argv = parser.parse_known_args(argv)
+    if run_argv and (args.check_run or args.upload):
+        raise UserError(f"{run_argv[0]}: does not go with --check-run and --upload")
     if args.check_run is not None:
-        if run_argv:
-            raise UserError(f"{run_argv[0]}: does not go with --check-run; expected --move-aside or --json")
         prepare_libraries()
         from trainer.tools.doctor.run_checks import run_check
 
         return run_check(args.check_run, as_json=args.json, should_move=args.move_aside)
     if args.upload is not None:
-        if run_argv:
-            raise UserError(f"{run_argv[0]}: does not go with --upload; expected nothing else")
         from trainer.tracking.wandb_logger import upload_run
 
         print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
         return 0
     cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
     if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
-        other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"
-        raise UserError(f"--prove with {other}: a proof runs here; expected one of them")
+        raise UserError("--prove: runs here, so it does not go with --no-rehearsal and --gpu-memory")
     prepare_libraries(verbose=cli_args.verbose)
     from trainer.tools.doctor.doctor import run_doctor
 

@@ -15,7 +15,6 @@ from trainer.tools.program import prepare_libraries, program
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
     parser = ArgumentParser(
         prog="generate.py",
         description="Complete the same prompts by the base and by each run, and show the texts side by side.",
@@ -40,7 +39,6 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Parse and do what was asked."""
     args = build_parser().parse_args(argv)
     if args.prompt and args.prompts:
         raise UserError("--prompt and --prompts: expected one of them")

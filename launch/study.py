@@ -21,7 +21,6 @@ JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others
 
 
 def build_parser() -> ArgumentParser:
-    """The command line; what it does not know is for launch/train.py."""
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     per_trial = partial(whole_number, least=0)
@@ -32,9 +31,7 @@ def build_parser() -> ArgumentParser:
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
     margin_help += "2%%); of a score points of 100 (default: 2pt)"
-    decide_help = (
-        "loss, or score:NAME of a --score NAME; rates are chosen by validation loss all the same (default: loss)"
-    )
+    decide_help = "loss, or score:NAME of a --score NAME; rates are chosen by validation loss (default: loss)"
     add("--output-dir", type=output_folder, default=Path("study"), metavar="DIR", help="of the study (default: study)")
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
@@ -47,17 +44,13 @@ def build_parser() -> ArgumentParser:
     add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
     add("--margin", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print trials, steps, minutes and the difference that can be shown; run no trial",
-    )
+    dry_run_help = "print trials, steps, minutes and the difference that can be shown; run no trial"
+    add("--dry-run", action="store_true", help=dry_run_help)
     return parser
 
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Plan or join, run, answer."""
     parser = build_parser()
     args, train_argv = parser.parse_known_args(argv)
     if args.wandb_report is not None:

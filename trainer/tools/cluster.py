@@ -196,7 +196,6 @@ def parse_hosts(text: str) -> dict[str, int]:
 
 
 def forwarded_names(environ: Mapping[str, str]) -> list[str]:
-    """The names of the variables that a run on another machine needs."""
     return sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
 
 

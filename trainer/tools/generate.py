@@ -102,7 +102,6 @@ class _Completer:
         self.chat = None if template is None else ChatTemplate(self.tokenizer, template)
 
     def read_prompts(self) -> list[EvalPrompt]:
-        """Those given, or the first ones of the run's validation records; UserError where there are none."""
         args, settings = self.args, self.settings
         if args.prompt:
             return [self.make_prompt(text) for text in args.prompt]
@@ -142,7 +141,6 @@ class _Completer:
         return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=tuple(references), reference_length=length)
 
     def _parse(self, record: Any) -> EvalPrompt:
-        """One line of a file; ValueError or RecordError for anything that is no prompt."""
         references = record.get("reference", []) if isinstance(record, dict) else None
         references = [references] if isinstance(references, str) else references
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
@@ -158,7 +156,6 @@ class _Completer:
         return self.make_prompt(str(checked[-1]["content"]), references, checked)
 
     def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
-        """One text for each prompt."""
         args, length, sampling = self.args, self.args.max_new_tokens, None
         if length is None:
             length = completion_length(prompts, None) if any(prompt.references for prompt in prompts) else 64

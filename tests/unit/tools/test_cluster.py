@@ -137,7 +137,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
         ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time: 1 hour", "letters"]),
         ([*SLURM_FLAGS, "--nodes", "5"], ["--global-batch 6: expected a multiple of 15 ranks"]),
-        ([*SSH_FLAGS, "--partition", "p"], ["--partition p: goes with --slurm"]),
+        ([*SSH_FLAGS, "--partition", "p"], ["--partition: goes with --slurm"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
         ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),

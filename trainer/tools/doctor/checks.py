@@ -41,17 +41,14 @@ class Check(NamedTuple):
 
 
 def judge(is_bad: bool, level: str, name: str, message: str, remedy: str) -> Check:
-    """`level` with its remedy where it is bad, else ok without."""
     return Check(level, name, message, remedy) if is_bad else Check(OK, name, message)
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes for people: 812 MiB, 3.4 GiB."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def check_environment(world_size: int) -> Iterator[Check]:
-    """Packages, and the GPUs of this machine for so many ranks."""
     try:
         package = metadata.metadata(DISTRIBUTION)
         yield from check_packages(str(package["Requires-Python"] or ""), metadata.requires(DISTRIBUTION) or [])
@@ -78,7 +75,6 @@ def check_environment(world_size: int) -> Iterator[Check]:
 
 
 def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[Check]:
-    """Whether each package is there, in the range that this program was installed with."""
     if platform.python_version() not in SpecifierSet(python_range):
         message = f"{platform.python_version()}, supported is {python_range}"
         yield Check(ERROR, "Python", message, "make a virtual environment with such a Python")
@@ -91,7 +87,6 @@ def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[C
 
 
 def check_data(data: PreparedDataset) -> Iterator[Check]:
-    """Whether there is enough to validate on, what is there twice, and what is masked."""
     train, val = data.metadata["train"], data.metadata["val"]
     is_small = val["examples"] < MIN_VAL_EXAMPLES or val["num_target_tokens"] < MIN_VAL_TOKENS
     message = "{records:,} records, {examples:,} examples, {num_target_tokens:,} target tokens".format(**val)
@@ -131,10 +126,9 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:
 
 
 def check_memory(plan: RunPlan, table: list[dict[str, Any]]) -> Iterator[Check]:
-    """Whether the chosen file fits, and what would, where it does not."""
     chosen = next(row for row in table if row["chosen"])
     limit_bytes, is_gpu = plan.dist_context.available_bytes(), plan.dist_context.device.type == "cuda"
-    capacity = "a GPU" if is_gpu else f"free memory for each of {plan.dist_context.local_world_size}"
+    capacity = "a GPU" if is_gpu else "free memory of a rank"
     message = f"{chosen['ds_config']}: {format_bytes(chosen['peak'])} at most, {format_bytes(limit_bytes)} {capacity}"
     if chosen["fits"]:
         is_tight = chosen["peak"] > TIGHT_SHARE * limit_bytes

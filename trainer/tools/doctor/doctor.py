@@ -73,7 +73,6 @@ def run_doctor(
             print_line(f"  {'':<8} {'remedy':<13} {escape(check.remedy)}")
 
     def add_section(title: str, results: Iterable[Check]) -> None:
-        """Each check as it comes; a mistake of the user's becomes one of them."""
         print_line(f"\n[bold]{title}[/bold]")
         try:
             for check in results:

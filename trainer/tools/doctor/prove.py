@@ -25,7 +25,7 @@ from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS, find
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.model.loss import uses_gpu_form
-from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
+from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.trial_engine import run_job, start_trial, write_result
 from trainer.training.run_plan import RunPlan, make_plan
 
@@ -76,22 +76,19 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
             verdict = judge_row(measured, precision)
             rows.append({**measured, "verdict": verdict})
             name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
-            if verdict == "equal":
-                yield Check(OK, name, f"{way}: {_describe(measured)}")
-            elif verdict == "fell back":
-                message = f"{way}: {_describe(measured)}; {measured['problem']}"
-                yield Check(WARNING, name, message, "none needed: the numbers are right")
-            else:
-                message = f"{way}: {measured['problem'] if verdict == 'failed' else _describe(measured)}"
-                flags = f"--ds-config {row['ds_config']} --execution {row['execution']}"
-                yield Check(ERROR, name, message, f"do not train with {flags} here; report this row")
+            message = f"{way}: {measured['problem'] if verdict == 'failed' else _describe(measured)}"
+            remedy = (
+                f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report this row"
+            )
+            if verdict == "fell back":
+                message, remedy = f"{message}; {measured['problem']}", "none needed: the numbers are right"
+            yield judge(verdict != "equal", WARNING if verdict == "fell back" else ERROR, name, message, remedy)
     bounds = {"loss": MAX_DIFFERENCE[precision], "weights": WEIGHT_BOUNDS[precision][0]}
     content = {"precision": precision, "steps": num_steps, "bounds": bounds, "settings": settings, "rows": rows}
     yield Check(OK, "numbers", str(write_result("prove.json", plan, content)))
 
 
 def proof_settings(settings: Settings) -> Settings:
-    """The settings of a proof: without dropout, by an AdamW that a plain loop has."""
     optim = "adamw_fused" if settings.train.optim in EIGHT_BIT_OPTIMIZERS else settings.train.optim
     return replace(
         settings,
@@ -212,7 +209,6 @@ def _run_plain(
 
 
 def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, uses_bf16: bool) -> float:
-    """Forward and backward of a whole global batch; returns its mean loss."""
     total, device = 0.0, module.device
     for micro_batch in batch.micro_batches:
         arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}

@@ -10,9 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from trainer.config.errors import UserError
@@ -84,7 +83,6 @@ def judge(groups: Mapping[Candidate, SeedGroup], rule: Rule) -> FullVsLora:
 
 
 def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> Comparison:
-    """The answer, which `judge` lets be drawn, with all that stands beside it."""
     groups, outcomes = read_groups(study_folder, state.answers), state.outcomes
     notes = [*(f"search of {outcome.describe()}" for outcome in outcomes.values()), timing.describe()]
     for outcome in outcomes.values():
@@ -96,13 +94,18 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget. What is equal: grids, "
         "rungs, seeds, and each run's steps, tokens and data order; not the number of trials, which a search decides."
     )
-    searches = {}
-    for method, outcome in outcomes.items():
-        facts: dict[str, Any] = {"winner": None, "lr": None, "loss": None}  # JSON has no infinity
-        if outcome.winner is not None:
-            facts = {"winner": vars(outcome.winner), "lr": outcome.winner.lr, "loss": outcome.loss}
-        facts |= {"problem": outcome.problem or None, "num_trials": len(outcome.trials), "num_steps": outcome.num_steps}
-        searches[method] = {"method": method, **facts}
+    searches = {
+        method: {
+            "method": method,
+            "winner": outcome.winner and vars(outcome.winner),
+            "lr": outcome.winner and outcome.winner.lr,
+            "loss": outcome.loss if outcome.winner else None,  # JSON has no infinity
+            "problem": outcome.problem or None,
+            "num_trials": len(outcome.trials),
+            "num_steps": outcome.num_steps,
+        }
+        for method, outcome in outcomes.items()
+    }
     primary = list(outcomes.values())[:2]
     num_full, num_lora = (len(outcome.trials) for outcome in primary)
     noise, by_length = choice_noise(primary, results), excess_by_length(study_folder, primary)
@@ -127,15 +130,12 @@ def rate_curves(state: StudyState, results: Results) -> tuple[RateCurve, ...]:
     """Validation losses by rate of full and of the LoRA that is judged first, a curve a rung: means over seeds."""
     curves = []
     for search in list(state.outcomes.values())[:2]:
+        trials = pd.DataFrame([(s.num_steps, s.candidate.lr, results[s.name]) for s in search.trials])
         for num_steps in search.rule.rungs:
-            by_rate: dict[float, list[float]] = {}
-            for spec in search.trials:
-                if spec.num_steps == num_steps:
-                    by_rate.setdefault(spec.candidate.lr, []).append(results[spec.name])
-            losses = {lr: fmean(values) for lr, values in sorted(by_rate.items()) if all(map(math.isfinite, values))}
-            curves.append(
-                RateCurve(mode="full" if search.method == "full" else "lora", losses=losses, num_steps=num_steps)
-            )
+            means = trials[trials[0] == num_steps].groupby(1)[2].mean()
+            losses = means[np.isfinite(means)].to_dict()
+            mode = "full" if search.method == "full" else "lora"
+            curves.append(RateCurve(mode=mode, losses=losses, num_steps=num_steps))
     return tuple(curves)
 
 
@@ -154,15 +154,11 @@ def study_views(folder: Path, rule: Rule, state: StudyState, results: Results, t
             run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
             end = {name: float(values[-1]) for name, values in run.evals.items()}
             step_flops = run.get("model.step_flops")
-            points.append(
-                {
-                    "loss": end["loss"],
-                    "tokens": end["tokens"],
-                    "flops": None if step_flops is None else step_flops * end["step"],
-                    "seconds": None if step_seconds is None else step_seconds * end["step"],
-                    "peak_memory_bytes": None if timing.reason else timing.peak_memory_bytes[search.method],
-                }
-            )
+            flops = None if step_flops is None else step_flops * end["step"]
+            seconds = None if step_seconds is None else step_seconds * end["step"]
+            memory = None if timing.reason else timing.peak_memory_bytes[search.method]
+            point = {"loss": end["loss"], "tokens": end["tokens"], "flops": flops, "seconds": seconds}
+            points.append(point | {"peak_memory_bytes": memory})
         return pd.DataFrame(points)
 
     cost = timing.cost

@@ -58,7 +58,6 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
 
 
 def _describe_needed(components: VarianceComponents, num_seeds: int, num_records: int, size: float, name: str) -> str:
-    """What a margin of this size needs, in the units of the components."""
 
     def is_enough(seeds: int, records: int) -> bool:
         return predict_half_width(components, seeds, records, quantile=ONE_SIDED) < size

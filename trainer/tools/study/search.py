@@ -95,7 +95,6 @@ class MethodSearch:
         return sum(spec.num_steps for spec in self.trials)
 
     def describe(self) -> str:
-        """What it came to, in one line."""
         if self.winner is None or self.problem:
             return self.problem
         cap = ", the highest that --max-lr allows" if self.winner.rate_index == self.highest else ""
@@ -107,7 +106,6 @@ class MethodSearch:
 
     @property
     def chosen_among(self) -> list[Candidate]:
-        """The winner and its neighbours."""
         return [] if self.winner is None else [self.winner, *self._neighbours(self.winner)]
 
     def best_at(self, stage: int) -> Candidate:
@@ -117,7 +115,6 @@ class MethodSearch:
         )
 
     def answer_specs(self) -> list[TrialSpec]:
-        """The winner's runs with the fresh seeds."""
         assert self.winner is not None
         num_steps, seeds = self.rule.total_steps, self.rule.answer_seeds
         return [TrialSpec(phase="answer", candidate=self.winner, num_steps=num_steps, seed=seed) for seed in seeds]
@@ -181,7 +178,6 @@ class MethodSearch:
         return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
     def specs_at(self, candidate: Candidate, stage: int) -> list[TrialSpec]:
-        """The runs of a candidate on a stage, one a seed."""
         num_steps, seeds = self.stages[stage]
         return [TrialSpec(phase="search", candidate=candidate, num_steps=num_steps, seed=seed) for seed in seeds]
 
@@ -221,9 +217,8 @@ def study_state(rule: Rule, results: Results) -> StudyState:
             missing = tuple(spec for spec, value in zip(specs, values, strict=True) if value is None)
             refusal = None if missing else search.describe_divergence(values.count(math.inf))
             return StudyState(needed=missing, outcomes=outcomes, refusal=refusal)
-        if failed := [
-            s.name for s, value in zip(specs, values, strict=True) if value is not None and math.isnan(value)
-        ]:
+        failed = [spec.name for spec in specs if math.isnan(results.get(spec.name, 0.0))]
+        if failed:
             refusal = f"{failed[0]} failed, and each pair of seeds is needed"
             return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
     whole = [specs for specs in answers if all(math.isfinite(results.get(spec.name, 0.0)) for spec in specs)]

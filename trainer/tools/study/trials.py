@@ -41,7 +41,6 @@ def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
 
 
 def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
-    """The flags of launch/train.py for a trial whose run folder is `folder`."""
     argv = [*method_argv(rule, spec.candidate), "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
     if spec.phase == "search":  # its validation loss is all that is needed, and it never sees the test records
         argv += ["--export", "none"]
@@ -61,7 +60,6 @@ class Trial(BaseModel):
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has a result, of which a failure is one."""
         return self.loss is not None or self.failure is not None
 
     @property
@@ -88,7 +86,6 @@ def read_results(study_folder: Path) -> dict[str, float]:
 
 
 def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
-    """Where the run of a trial lies."""
     return study_folder / "runs" / spec.name
 
 
