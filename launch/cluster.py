@@ -23,13 +23,6 @@ OWN_OPTIONS = ("nodes", "ntasks-per-node", "tasks-per-node", "signal", "open-mod
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
 
-def slurm_word(text: str) -> str:
-    """The `type` of a flag whose value stands in the batch script."""
-    if not re.fullmatch(r"[\w:,.+-]+", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits and :,.+-_ only")
-    return text
-
-
 def sbatch_option(text: str) -> tuple[str, str]:
     """The `type` of --sbatch: (name, value), "" for an option without one."""
     name, _, value = text.removeprefix("--").partition("=")
@@ -56,12 +49,10 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("with --slurm").add_argument
     add("--nodes", type=whole_number, metavar="N", help="nodes")
     add("--ranks-per-node", type=whole_number, metavar="N", help="ranks, and GPUs, of each node")
-    add("--time", type=slurm_word, metavar="T", help="time limit, as sbatch takes it (2:00:00, 1-12)")
-    add("--partition", type=slurm_word, metavar="P", help="partition")
-    add("--account", type=slurm_word, metavar="A", help="account")
-    add("--cpus-per-task", type=whole_number, metavar="N", help="processor cores of each node")
     add("--cpu", action="store_true", help="ask for no GPUs")
-    sbatch_help = "any other option of sbatch, such as qos=high, gres=gpu:h100:8 or exclusive; may be repeated"
+    sbatch_help = (
+        "an option of sbatch, such as time=2:00:00, partition=p, gres=gpu:h100:8 or exclusive; may be repeated"
+    )
     add("--sbatch", type=sbatch_option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
     setup_help = "shell lines for each host before the ranks start, such as `module load cuda`"
     parser.add_argument("--setup", type=Path, metavar="FILE", help=setup_help)
@@ -74,12 +65,10 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     parser = build_parser()
     args, run_argv = parser.parse_known_args(argv)
-    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "sbatch"):
-        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if args.hosts and value:
-            raise UserError(f"{flag}: goes with --slurm")
-        if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
-            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
+    if args.hosts and (args.nodes or args.ranks_per_node or args.sbatch):
+        raise UserError("--nodes, --ranks-per-node and --sbatch: go with --slurm")
+    if args.slurm and not (args.nodes and args.ranks_per_node):
+        raise UserError("--slurm: expected --nodes N and --ranks-per-node N")
     args.sbatch, setup = dict(args.sbatch), ""
     if args.setup is not None:
         setup = read_text_file(args.setup, f"--setup {args.setup}", "a file of shell lines").rstrip() + "\n"

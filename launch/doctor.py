@@ -1,6 +1,6 @@
 """Look before a run: `python launch/doctor.py` and the flags of train.py.
 
-Exit code 0: no error found; 1: an error, or the rehearsal failed; 2: a mistake in the flags.
+Exit code 0: no error found; 1: an error; 2: a mistake in the flags.
 """
 
 import sys
@@ -19,22 +19,21 @@ def build_parser() -> ArgumentParser:
         usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]\n"
         "       doctor.py --upload RUN",
-        description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
-        "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
+        description="Check environment, data, model, batch and memory of a run before it starts. Takes every flag of "
+        "train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
     ranks_help = "ranks that the run will have (default: one for each GPU, else 1)"
-    memory_help = "plan for GPUs with so much memory, which this machine need not have; without a rehearsal"
-    prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
-    prove_help += "PyTorch loop on this machine; writes prove.json to the run folder"
-    limit_help = "give the rehearsal or the proof up after so long (default: 600)"
+    memory_help = "plan for GPUs with so much memory, which this machine need not have"
+    prove_help = "also three steps of every ZeRO stage x ranks x way to run steps beside a plain PyTorch loop on this "
+    prove_help += "machine; writes prove.json to the run folder"
+    limit_help = "give the proof up after so long (default: 600)"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
     add("--gpu-memory", type=number(0.1, 1e6), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
     add("--json", action="store_true", help="print one JSON object instead")
-    add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
     add("--limit", type=number(1), default=600.0, metavar="SECONDS", help=limit_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
@@ -59,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
         return 0
     cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
-    if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
-        raise UserError("--prove: runs here, so it does not go with --no-rehearsal and --gpu-memory")
+    if args.prove and args.gpu_memory is not None:
+        raise UserError("--prove with --gpu-memory: a proof runs here; expected one of them")
     prepare_libraries(verbose=cli_args.verbose)
     from trainer.tools.doctor.doctor import run_doctor
 
@@ -69,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
         world_size=args.ranks,
         gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
         as_json=args.json,
-        limit_seconds=None if args.no_rehearsal else args.limit,
-        proves=args.prove,
+        proof_seconds=args.limit if args.prove else None,
     )
 
 

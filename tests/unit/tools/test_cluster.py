@@ -37,8 +37,7 @@ def slurm_script(folder: Path, *flags: str) -> str:
 
 
 def test_every_option_is_in_the_manual_pages(tmp_path):
-    flags = ["--time", "1-12", "--partition", "p", "--account", "a", "--cpus-per-task", "4", "--grace", "99999"]
-    script = slurm_script(tmp_path, *flags)
+    script = slurm_script(tmp_path, "--grace", "99999", "--sbatch", "partition=p", "--sbatch", "cpus-per-task=4")
     options = dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
     assert set(options) <= set(SLURM_OPTIONS["sbatch"].split())
     assert options["--nodes"] == "2"
@@ -48,10 +47,9 @@ def test_every_option_is_in_the_manual_pages(tmp_path):
     (srun,) = re.findall(r"^srun (.*) bash -c", script, re.MULTILINE)
     assert set(re.findall(r"--[a-z-]+", srun)) <= set(SLURM_OPTIONS["srun"].split())
     assert "--gpus-per-node" not in slurm_script(tmp_path, "--cpu")
-    more = ["--sbatch", "gres=gpu:h100:8", "--sbatch", "exclusive", "--sbatch", "time=5", "--time", "9"]
+    more = ["--sbatch", "gres=gpu:h100:8", "--sbatch", "exclusive", "--sbatch", "time=5"]
     lines = slurm_script(tmp_path, *more).splitlines()
     assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=5"} <= set(lines)
-    assert "#SBATCH --time=9" not in lines
     assert not any("gpus-per-node" in line for line in lines), "the GPUs are asked for once"
     assert "#SBATCH --gpus-per-node=3" in slurm_script(tmp_path, "--sbatch", "gres=nvme:1", "--sbatch", "gpu-freq=low")
 
@@ -134,10 +132,9 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
     ("flags", "message"),
     [
         ([], ["--slurm", "--hosts"]),
-        (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
-        ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time: 1 hour", "letters"]),
+        (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm: expected --nodes N and --ranks-per-node N"]),
         ([*SLURM_FLAGS, "--nodes", "5"], ["--global-batch 6: expected a multiple of 15 ranks"]),
-        ([*SSH_FLAGS, "--partition", "p"], ["--partition: goes with --slurm"]),
+        ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch: go with --slurm"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
         ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),

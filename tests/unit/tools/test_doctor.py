@@ -1,8 +1,6 @@
 """The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import plan_run
-from helpers.fake_runs import make_metadata, make_records, write_run_folder
 from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
@@ -126,49 +123,6 @@ def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(
     assert worst_levels(checks.check_memory(plan, small)) == {"memory": "error"}
 
 
-# --- the rehearsal, with rows in place of train.py ---
-
-COSTS = {"time": "ok", "memory": "ok", "disk": "ok"}
-
-
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("", {"rehearsal": "ok", "resume": "ok", **COSTS}),
-        ("other course", {"rehearsal": "ok", "resume": "error", **COSTS}),
-        ("no room", {"rehearsal": "ok", "resume": "ok", **COSTS, "disk": "error"}),
-        ("crash", {"rehearsal": "error"}),
-        ("slow", {"rehearsal": "warning"}),
-    ],
-)
-def test_a_rehearsal_says_what_failed_and_what_the_run_would_take(
-    doctor_inputs, fault, expected, tmp_path, monkeypatch
-):
-    def start(slot, argv, folder):
-        exit_codes = {"slow": None, "crash": 2}
-        if fault not in exit_codes:
-            final_loss = 4.6 if fault == "other course" and "--resume" in argv else 4.5
-            metadata = make_metadata(resolved__steps_per_epoch=4)
-            *records, end = make_records(metadata, losses={0: 5.0, 1: final_loss}, epochs=1, wall_seconds=8.0)
-            facts = {**end.facts, "export": "checked", "checkpoint_bytes": 2**60 if fault == "no room" else 1}
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            write_run_folder(folder / "run", metadata, [*records, replace(end, facts=facts)])
-        (folder / "log").write_text("error: --lr: no\n")
-        end_it = SimpleNamespace(join=lambda _: None, terminate=lambda: None, kill=lambda: None)
-        return SimpleNamespace(exitcode=exit_codes.get(fault, 0), **vars(end_it))
-
-    monkeypatch.setattr(doctor, "start_run", start)
-    request, plan, data = (doctor_inputs[name] for name in ("request", "plan", "data"))
-    output = replace(plan.settings.output, output_dir=str(tmp_path / "run"))
-    plan = replace(plan, settings=replace(plan.settings, output=output))
-    results = list(doctor.rehearse(request, plan, data, 60))
-    assert worst_levels(results) == expected, results
-    assert not list(tmp_path.iterdir()), "nothing is left"
-    messages = {check.name: check.message for check in results}
-    assert fault != "crash" or messages["rehearsal"] == "failed: --lr: no"
-    assert fault or "steps of 2.00 s" in messages["time"]
-
-
 # --- the command ---
 
 
@@ -178,7 +132,6 @@ def run_doctor(
     *,
     ranks: int = 1,
     gpu_memory_bytes: int | None = None,
-    limit_seconds: float | None = None,
     as_json: bool = True,
 ) -> tuple[int, str]:
     """(exit code, what was printed)."""
@@ -187,7 +140,6 @@ def run_doctor(
         world_size=ranks,
         gpu_memory_bytes=gpu_memory_bytes,
         as_json=as_json,
-        limit_seconds=limit_seconds,
     )
     return code, capsys.readouterr().out
 
@@ -250,15 +202,3 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
     assert output in printed
     assert f"remedy        {remedy}" in printed
     assert "1 errors" in printed
-
-
-@pytest.mark.sweep  # five starts of the program: a minute on one quiet core
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rehearsal_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
-    text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
-    code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys, ranks=ranks, limit_seconds=400.0)
-    report = json.loads(printed)
-    assert code == 0, [check for check in report["checks"] if check["level"] == "error"]
-    messages = {check["name"]: check["message"] for check in report["checks"] if check["section"] == "rehearsal"}
-    assert set(messages) == {"rehearsal", "resume", "time", "memory", "disk"}
-    assert messages["resume"] == "from step 2: losses bit for bit the same"

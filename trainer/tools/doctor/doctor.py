@@ -1,15 +1,6 @@
-"""`launch/doctor.py`: all checks in order, printed or as JSON, then the run itself in small, or the proof.
+"""`launch/doctor.py`: all checks in order, printed or as JSON; the exit code says whether there was an error."""
 
-The rehearsal starts `launch/train.py` twice with the user's flags in a temporary folder, on the disk of the run folder:
-a few steps, saved half way, then resumed from there. What the resumed part records must be what the first part did.
-"""
-
-import itertools
 import json
-import shutil
-import statistics
-import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,27 +8,18 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from trainer.config.cli import CliArgs, to_argv
+from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.text import format_duration
-from trainer.data.dataset import PreparedDataset
-from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools.doctor import checks
 from trainer.tools.doctor.checks import ERROR, LEVELS, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.doctor.prove import prove
-from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
 from trainer.tools.trial_engine import FINDER_FILES, plan_run
 from trainer.tracking.console import make_console
-from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, read_records
 from trainer.training.run_folder import is_unused
-from trainer.training.run_plan import RunPlan
 
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
-NUM_STEPS = 2  # of a rehearsal before the checkpoint and after it, beside those before CUDA graphs are recorded
-STOP_SECONDS = 10  # that a run gets to end its ranks
-CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 
 
 def run_doctor(
@@ -46,14 +28,12 @@ def run_doctor(
     world_size: int | None,
     gpu_memory_bytes: int | None = None,
     as_json: bool,
-    limit_seconds: float | None,
-    proves: bool = False,
+    proof_seconds: float | None = None,
 ) -> int:
     """All sections; 0, or 1 where there was an error.
 
-    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `limit_seconds`: of the
-    rehearsal (None: there is none). `proves`: in the place of the rehearsal every ZeRO stage and way to run steps is
-    held against a plain loop.
+    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `proof_seconds`: in which every
+    ZeRO stage and way to run steps is held against a plain loop (None: there is no proof).
 
     For GPUs that are planned for and not here, what this machine has is not looked at.
     """
@@ -97,11 +77,8 @@ def run_doctor(
             notes = f"  {format_bytes(row['host'])} of the host's" if row["host"] else ""
             notes += "  does not fit" * (not row["fits"]) + "  <- chosen" * row["chosen"]
             print_line(f"  {row['ds_config']:<14} {cells}{notes}")
-        if limit_seconds is not None and gpu_memory_bytes is None:
-            if proves:
-                add_section(f"proof in {plan.precision}", prove(plan, data, limit_seconds))
-            elif next(row for row in memory_table if row["chosen"])["fits"]:
-                add_section("rehearsal", rehearse(cli_args, plan, data, limit_seconds))
+        if proof_seconds is not None:
+            add_section(f"proof in {plan.precision}", prove(plan, data, proof_seconds))
     counts = {level: sum(check["level"] == level for check in all_checks) for level in LEVELS}
     if as_json:
         summary = dict(run["plan"].summary_lines()) if run else None
@@ -120,75 +97,3 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
     for name, text in run["plan"].summary_lines():
         yield Check(WARNING if name == "warning" else OK, name, text)
-
-
-def rehearse(cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterator[Check]:
-    """Both parts, and what the whole run would take by the first; stops at the first that fails."""
-    context, deadline = plan.dist_context, time.monotonic() + limit_seconds
-    num_warmup_steps = NUM_WARMUP_CALLS + 1 if plan.execution.cuda_graphs else 0
-    save_step = num_warmup_steps + NUM_STEPS
-    slot = Slot(gpus=(), num_threads=context.num_threads, num_cpu_ranks=context.world_size)
-    if context.device.type == "cuda":
-        (slot,) = make_slots(1, context.world_size)
-    parent = next(path for path in Path(plan.settings.run_folder).absolute().parents if path.exists())
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=parent) as temp:
-        output_flags: dict[str, Any] = {
-            "output_dir": f"{temp}/run",
-            "eval_every": "never",
-            "save_every": str(save_step),
-        }
-        output_flags |= {"save_total_limit": 3, "wandb": "disabled", "run_name": "rehearsal"}
-        train_flags: dict[str, Any] = {"max_steps": 2 * save_step, "warmup_steps": 0, "warmup_ratio": 0.0}
-        argv = to_argv(cli_args.settings, {"train": train_flags, "output": output_flags})
-        losses: list[list[float]] = []  # after the checkpoint, of both parts
-        for name, more in (("rehearsal", []), ("resume", ["--resume", f"step-{save_step}"])):
-            start_time = time.monotonic()
-            process = start_run(slot, [*argv, *more], Path(temp))
-            process.join(max(1.0, deadline - start_time))
-            exit_code, seconds = process.exitcode, time.monotonic() - start_time
-            for stop in (process.terminate, process.kill):  # asked first, so that a launcher takes its ranks with it
-                stop()
-                process.join(STOP_SECONDS)
-            if exit_code is None:
-                remedy = "allow more time with --limit SECONDS, or leave it out with --no-rehearsal"
-                yield Check(WARNING, name, f"given up after {limit_seconds:.0f} s", remedy)
-                return
-            if exit_code:
-                reason = failure_reason(Path(temp, "log"), exit_code)
-                yield Check(ERROR, name, f"failed: {reason}", "the run itself would fail like this")
-                return
-            records = list(read_records(Path(temp, "run", "metrics.jsonl")))
-            steps = [record for record in records if isinstance(record, StepRecord)]
-            evals = [record for record in records if isinstance(record, EvalRecord)]
-            losses.append([*(step.loss for step in steps[save_step:]), evals[-1].loss])
-            if name == "rehearsal":
-                events = {record.event: record for record in records if isinstance(record, EventRecord)}
-                finished, around_seconds = events["finished"].facts, seconds - evals[-1].time
-                # The first step warms up, too; the time of the first evaluation is all that was before it.
-                step_times = [(b.tokens - a.tokens) / b.tokens_per_second for a, b in itertools.pairwise(steps)]
-                step_seconds = statistics.fmean(step_times[num_warmup_steps:])
-                message = f"{len(steps)} steps, loss {steps[0].loss:.4f} to {steps[-1].loss:.4f}, validation loss "
-                message += f"{evals[0].loss:.4f} to {evals[-1].loss:.4f}; export: {finished['export']}"
-                yield Check(OK, name, message)
-    difference = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-    # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.
-    tolerance = MAX_DIFFERENCE[plan.precision] if context.device.type == "cuda" else CPU_RESUME_TOLERANCE
-    same = "bit for bit the same" if losses[0] == losses[1] else f"the same within {difference:.0e}"
-    remedy = "a resumed run would not be the run that was stopped; report this with the flags"
-    yield judge(difference > tolerance, ERROR, "resume", f"from step {save_step}: losses {same}", remedy)
-
-    num_evaluations = sum(plan.schedule.is_eval_due(step) for step in range(plan.schedule.total_steps + 1))
-    eval_seconds = evals[0].time / evals[0].eval_tokens * data.metadata["val"]["num_target_tokens"]
-    whole_seconds = plan.schedule.total_steps * step_seconds + num_evaluations * eval_seconds + around_seconds
-    message = f"about {format_duration(whole_seconds)}: {plan.schedule.total_steps:,} steps of {step_seconds:.2f} s, "
-    message += f"{num_evaluations} evaluations of {eval_seconds:.1f} s, {around_seconds:.0f} s around them"
-    yield Check(OK, "time", message)
-    yield Check(OK, "memory", f"{format_bytes(finished['peak_memory_bytes'])} at most on a rank in the rehearsal")
-    num_checkpoints = plan.settings.output.save_total_limit + 2  # with the best one and the one that is being written
-    needed_bytes = num_checkpoints * finished["checkpoint_bytes"] + 2 * finished["export_bytes"]
-    free_bytes = shutil.disk_usage(parent).free
-    message = f"{format_bytes(needed_bytes)} at most ({num_checkpoints} checkpoints of "
-    message += f"{format_bytes(finished['checkpoint_bytes'])}, export {format_bytes(finished['export_bytes'])}), "
-    message += f"{format_bytes(free_bytes)} free"
-    remedy = "--save-total-limit fewer, or --output-dir on another disk"
-    yield judge(free_bytes < needed_bytes, ERROR, "disk", message, remedy)
