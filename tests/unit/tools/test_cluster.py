@@ -138,7 +138,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
         ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),
-        ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch: comment=a b", "without blanks"]),
+        ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch comment=a b", "without blanks"]),
         ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
         ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
         ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
