@@ -55,17 +55,13 @@ def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
     path = write_config(tmp_path, zero_config(stage=2, reduce_bucket_size=1000) | {"communication_data_type": "fp32"})
     read = read_deepspeed_file(str(path))
     assert (read.name, read.stage, read.offloads_optimizer, read.reason) == ("mine", 2, False, "asked for")
-    path = write_config(tmp_path, zero_config(stage=2, offload_optimizer=None))
-    assert not read_deepspeed_file(str(path)).offloads_optimizer
     of_transformers = {
         **{"fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"},
         **{"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}, "steps_per_print": 2000},
         **{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False},
     }
     path = write_config(tmp_path, zero_config(stage=2, reduce_bucket_size="auto") | of_transformers)
-    assert read_deepspeed_file(str(path)).content == {"zero_optimization": {"stage": 2}}, (
-        "what is auto comes from the flags"
-    )
+    assert read_deepspeed_file(str(path)).content == zero_config(stage=2), "what is auto comes from the flags"
     documented = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
     path = write_config(tmp_path, zero_config(stage=3, **{f"stage3_{name}": 0 for name in documented}))
     assert read_deepspeed_file(str(path)).stage == 3, "DeepSpeed's fields are called otherwise inside"

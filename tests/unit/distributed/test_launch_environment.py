@@ -41,10 +41,8 @@ SRUN = variables(
 #: slurm.schedmd.com/sbatch.html, "OUTPUT ENVIRONMENT VARIABLES": the batch script is task 0 and no step
 SBATCH = variables("SLURM_JOB_ID=100 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8 SLURM_NODEID=0")
 #: docs.open-mpi.org, "Environment variables set for MPI applications"
-OPENMPI = variables(
-    "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=1 "
-    "PMIX_RANK=1"
-)
+MPI = "{0}_RANK=1 {0}_SIZE=2 {0}_LOCAL_RANK={1} {0}_LOCAL_SIZE={2}"
+OPENMPI = variables(MPI.format("OMPI_COMM_WORLD", 0, 1) + " PMIX_RANK=1")
 #: github.com/pmodels/mpich, src/pm/hydra; Intel MPI has the same
 HYDRA = variables("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2")
 #: github.com/kubeflow/training-operator 1.7 to 1.9, pkg/controller.v1/pytorch/envvar.go; nprocPerNode is auto where a
@@ -54,9 +52,7 @@ PYTORCHJOB = variables(
     "PET_NNODES=3 PET_MASTER_ADDR=job-master-0 PET_MASTER_PORT=23456"
 )
 #: mvapich.cse.ohio-state.edu, user guide, "MV2_COMM_WORLD_LOCAL_RANK"
-MVAPICH2 = variables(
-    "MV2_COMM_WORLD_RANK=1 MV2_COMM_WORLD_SIZE=2 MV2_COMM_WORLD_LOCAL_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=2"
-)
+MVAPICH2 = variables(MPI.format("MV2_COMM_WORLD", 1, 2))
 #: flux-framework.readthedocs.io, flux-environment(7)
 FLUX = variables("FLUX_TASK_RANK=1 FLUX_JOB_SIZE=2 FLUX_TASK_LOCAL_ID=1 FLUX_JOB_NNODES=1")
 #: learn.microsoft.com/azure/machine-learning/how-to-train-distributed-gpu: Open MPI, and the first node's address
@@ -80,6 +76,7 @@ CASES = {
     "deepspeed": (DEEPSPEED, place(2, 3)),
     "deepspeed --launcher mpich": ({**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, place(1, 2)),
     "mpiexec of PALS with Cray's PMI": ({**PALS, "PMI_LOCAL_SIZE": "2", **MASTER}, place(3, 4)),
+    "mpiexec of PALS": ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_SIZE": "4", **MASTER}, place(3, 4)),
     "mpirun in an allocation": (
         {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2"},  # srun has started its helpers, one a node
         place(1, 2, "gpu001", 15101),
@@ -88,6 +85,7 @@ CASES = {
     "Flux on one host": (FLUX, place(1, 2, "127.0.0.1", 29500)),
     "AzureML": (AZUREML, place(1, 2, "10.0.0.4", 29500)),
     "accelerate launch": (ACCELERATE, place(3, 4)),
+    "srun": (SRUN, place(5, 8, "gpu003", 15101)),
     "srun on one node": ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, place(5, 8, "127.0.0.1", 15101)),
     "srun of one task": (
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu004"},
