@@ -104,13 +104,15 @@ class Hang(NamedTuple):
     action: Callable[[], Any] = hang_on
 
 
-FOLDER, JOINING = "trainer.training.run_folder:resolve_output_dir", "rank 1 (hangs at process_group.py|does not answer)"
+FOLDER = "trainer.training.run_folder:resolve_output_dir"
+LOST = "rank 1 (does not answer|of this run ended)"
+JOINING = "rank 1 (hangs at process_group.py|does not answer)"
 HANGS = [
     Hang(FORWARD, 4, 1, r"rank 1 hangs at engine\.py:.*rank 0 waiting at (engine|stepper)\.py:"),
     Hang("trainer.run:evaluate_other_splits", 2, 1, r"rank 1 hangs at run\.py:", "--test-fraction 0.2 --max-steps 2"),
     Hang("trainer.data.prepare:encode", 1, 0, r"rank 0 hangs at prepare\.py:.*rank 1 waiting at process_group\.py:"),
     Hang("torch.distributed:new_group", 1, 1, JOINING),
-    Hang("torch.distributed:init_process_group", 1, 1, "rank 1 of this run ended", action=kill_self),
+    Hang("torch.distributed:init_process_group", 1, 1, LOST, action=kill_self),
 ]
 MORE_HANGS = [
     Hang(FORWARD, 4, 0, r"rank 0 hangs at engine\.py:"),
@@ -119,7 +121,7 @@ MORE_HANGS = [
     Hang("trainer.training.checkpoint:delete_checkpoints_after", 1, 0, r"rank 0 hangs at run\.py:", "--resume"),
     Hang("trainer.training.evaluation:write_evaluation", 2, 0, r"rank 0 hangs at eval", "--test-fraction 0.2"),
     Hang("torch.distributed:init_process_group", 1, 1, JOINING),
-    Hang("torch.distributed:new_group", 1, 1, "rank 1 of this run ended", action=kill_self),
+    Hang("torch.distributed:new_group", 1, 1, LOST, action=kill_self),
 ]
 
 
