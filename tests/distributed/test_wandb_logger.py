@@ -3,7 +3,6 @@
 The client is the real one in real processes, offline or against the stand-in on loopback (`fake_wandb.py`).
 """
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +21,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
 from trainer.config.settings import OutputSettings
-from trainer.tracking import wandb_logger
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
-from trainer.tracking.wandb_keys import AXES, reference_row, wandb_config, wandb_row
+from trainer.tracking.wandb_keys import AXES, reference_row, wandb_row
 from trainer.tracking.wandb_logger import WandbFile, start_wandb, upload_run, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
@@ -49,15 +46,6 @@ def test_every_wandb_row_has_the_three_axes_and_the_reference_run_the_same_keys(
     assert reference_row(CURVE[2])["eval/loss"] == 0.9414  # the card's training table
 
 
-def test_the_wandb_config_holds_resolved_values_and_adapters_only_in_lora_mode() -> None:
-    config = wandb_config(make_metadata("lora", resolved__lr=7.0))
-    assert (config["mode"], config["lr"], config["micro_batch"], config["global_batch"]) == ("lora", 7.0, 8, 8)
-    assert (config["lora_rank"], config["lora_targets"]) == (8, ["c_attn", "c_fc"])
-    assert (config["trainable_parameters"], config["train_examples"], config["seed"]) == (19_000, 240, 42)
-    assert not [name for name in wandb_config(make_metadata("full")) if name.startswith("lora")]
-    json.dumps(config, allow_nan=False)
-
-
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The variables of a user who is logged in nowhere, in a folder of their own."""
@@ -71,14 +59,10 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     [
         (None, {}, "offline"),
         (None, {"WANDB_API_KEY": API_KEY}, "online"),
-        (None, {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "offline"}, "offline"),
         (None, {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "dryrun"}, "offline"),
         (None, {"WANDB_MODE": "online"}, "offline"),  # nobody is logged in: wandb would ask for a key
-        (None, {"WANDB_MODE": "disabled"}, "disabled"),
         (None, {"WANDB_DISABLED": "true", "WANDB_API_KEY": API_KEY}, "disabled"),
         ("offline", {"WANDB_DISABLED": "true"}, "offline"),
-        ("disabled", {"WANDB_API_KEY": API_KEY}, "disabled"),
-        ("offline", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}, "offline"),
         ("online", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "offline"}, "online"),
     ],
 )
@@ -94,53 +78,33 @@ def test_a_wandb_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, e
     (tmp_path / ".netrc").chmod(0o600)
     assert wandb_mode(None) == "online"
     environ["WANDB_BASE_URL"] = "https://wandb.example.org"
-    assert wandb_mode(None) == "offline"
     (tmp_path / "other").write_text("machine wandb.example.org login user password " + API_KEY)
     (tmp_path / "other").chmod(0o600)
     environ["NETRC"] = str(tmp_path / "other")
     assert wandb_mode(None) == "online"
     (tmp_path / "other").write_text("machine\nmachine machine")  # broken: nobody is logged in
     assert wandb_mode(None) == "offline"
-    environ["NETRC"] = "x" * 5000  # which cannot even be looked for, as in a home folder of somebody else
-    assert wandb_mode(None) == "offline"
-
-
-def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, environ) -> None:
+    del environ["NETRC"], environ["WANDB_BASE_URL"]
     (tmp_path / ".config" / "wandb").mkdir(parents=True)
     (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    environ["WANDB_API_KEY"] = API_KEY
-    assert wandb_mode(None) == "offline"
+    assert wandb_mode(None) == "offline", "`wandb offline` was called"
 
 
 @pytest.mark.parametrize(
     ("flag", "variables", "expected"),
     [
         (None, {}, {"project": "gpt2-full-vs-lora", "group": "full-vs-lora-acled-2024"}),
-        (None, {"WANDB_PROJECT": "theirs"}, {"project": "theirs"}),
-        ("ours", {"WANDB_PROJECT": "theirs"}, {"project": "ours"}),
-        (None, {"WANDB_RUN_GROUP": "theirs"}, {"group": "theirs"}),
-        ("ours", {"WANDB_RUN_GROUP": "theirs"}, {"group": "ours"}),
-        (None, {"WANDB_RUN_ID": "night-7"}, {"id": "night-7"}),
+        (None, {"WANDB_PROJECT": "theirs", "WANDB_RUN_ID": "night-7"}, {"project": "theirs", "id": "night-7"}),
+        ("ours", {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "theirs"}, {"project": "ours", "group": "ours"}),
     ],
 )
 def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variables, expected, environ) -> None:
     environ |= variables
     block = wandb_block(OutputSettings(wandb_project=flag, wandb_group=flag), "exports/acled 2024.csv")
     assert {name: block[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", ["WANDB_RUN_ID", "WANDB_PROJECT"])
-def test_a_variable_that_names_no_run_or_project_is_refused(name: str, environ) -> None:
-    environ[name] = "a/b"
-    with pytest.raises(UserError, match=f"{name} a/b: expected "):
+    environ["WANDB_RUN_ID"] = "a/b"
+    with pytest.raises(UserError, match="WANDB_RUN_ID a/b: expected "):
         wandb_block(OutputSettings(), "events.csv")
-
-
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_a_wandb_client_that_cannot_be_imported_is_no_lost_connection(mode, tmp_path, monkeypatch, environ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError):
-        start_wandb(make_metadata("lora", wandb__mode=mode), tmp_path)
 
 
 def test_an_upload_without_a_login_or_a_run_is_one_line(tmp_path: Path, environ) -> None:
@@ -158,31 +122,6 @@ def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog:
     assert caplog.messages == []
     assert "wandb" not in set(sys.modules) - before
     assert not list(tmp_path.iterdir())
-
-
-ROW = '{{"history": {{"item": {{"_step": {}}}}}}}'
-
-
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [([ROW.format(3), "{}", ROW.format(7)], 7), ([], -1), ([ROW.format(3), '{"_step": broken'], 3)],
-    ids=["steps", "nothing", "a broken line"],
-)
-def test_the_last_step_of_earlier_processes_is_read(lines, expected, tmp_path, monkeypatch):
-    core = tmp_path / "bin" / "wandb-core"
-    core.parent.mkdir()
-    core.write_text("#!/bin/sh\ncat <<'END'\n" + "".join(f"{line}\n" for line in lines) + "END\n")
-    core.chmod(0o755)
-    file = tmp_path / "wandb" / "offline-run-1-mine" / "run-mine.wandb"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(wandb_logger.importlib.util, "find_spec", lambda name: spec)
-    assert wandb_logger._last_step(tmp_path, "mine") == expected
-    core.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(wandb_logger, "READ_TIMEOUT_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"run-mine\.wandb is not a W&B run file"):
-        list(WandbFile(file))
 
 
 # the real client
@@ -394,8 +333,7 @@ def test_a_table_or_an_alert_that_fails_costs_itself_only(unanswered: tuple[str,
         assert server.unknown_requests == []
 
 
-@pytest.mark.parametrize("is_resumed", [True, False])
-def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path, fast_python) -> None:
+def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(tmp_path, fast_python) -> None:
     failing = """
 row = wandb_logger.wandb_row
 def fail_once(record):
@@ -411,14 +349,11 @@ for record in records"""
         run = server.runs[METADATA["run_id"]]
         assert (process.returncode, errors, output.count("W&B failed (gone)")) == (0, "", 1)
         assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(20)), 1)
-        if is_resumed:
-            assert run_child(tmp_path, "online", first_step=60, **server.env(tmp_path))[0] == 0
-        else:
-            write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-            upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
-            sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
-            assert (sent.returncode, sent.stderr) == (0, "")
-            assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
+        write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
+        upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+        sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
+        assert (sent.returncode, sent.stderr) == (0, "")
+        assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
     assert_history(run.history, RECORDS)
     assert (run.exit_code, server.unknown_requests) == (0, [])
 
@@ -467,13 +402,6 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
     assert "the server did not take everything in time; send the rest with `wandb sync run/wandb/run-" in out
     (file,) = tmp_path.glob("run/wandb/run-*/run-*.wandb")
     assert_history(read_history(file), RECORDS)
-
-
-def test_a_killed_wandb_service_is_reported_once_and_the_run_ends_well(tmp_path: Path) -> None:
-    more = KILL_SERVICE_CODE + "time.sleep(0.5)\nfor record in make_records(run)[20:]:\n    sink.log(record)\n"
-    exit_code, output = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
-    assert (exit_code, output.count("W&B failed (")) == (0, 1)
-    assert output.endswith("the end\n")
 
 
 @pytest.mark.slow

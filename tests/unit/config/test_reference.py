@@ -26,7 +26,6 @@ def test_the_reference_curve_is_the_published_one():
         ("train", {"examples": 240}, "other data (export.csv: 240 examples"),
         ("data", {"vocabulary": 4096}, "other tokenizer (4,096 tokens"),
         ("data", {"block_size": 256}, "other rows (blocks of 256 tokens"),
-        ("data", {"objective": "completion"}, "other rows (completions of at most 1,024 tokens"),
         ("model", {"name": "some/where/demo-base/"}, "other base model (demo-base"),
         ("model", {"init": "random"}, "other base model (random weights"),
         ("model", {"parameters": 9}, "other base model (9 parameters"),

@@ -49,18 +49,13 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "answer"),
     [
-        *((path, ABSENT, f"{path} is missing; expected what a run writes") for path in ("settings", "data", "run_id")),
         ("data.fingerprint", ABSENT, "data.fingerprint is missing; expected what a run writes"),
         ("settings.train.lr", ABSENT, "settings.train.lr is missing; expected what a run writes"),
-        ("settings.train.seed", ABSENT, "settings.train.seed is missing; expected what a run writes"),
         ("settings.lora", {}, "settings.lora.rank is missing; expected what a run writes"),
         ("schema_version", 2, "schema_version is 2, expected 5; the run was written by another version"),
         ("model.trainable", 0, "model.trainable is 0; expected a whole number from 1"),
         ("data.train.examples", "9", 'data.train.examples is "9"; expected a whole number'),
-        ("data.train.examples", 10**400, "data.train.examples is 100000000000000000000000000000000000000…"),
         ("settings", None, "settings is null; expected an object"),
-        ("settings.train", [], "settings.train is []; expected an object"),
-        ("settings.train.lr", "x", 'settings.train.lr is "x"; expected a number above 0'),
         ("settings.train.lr", 10**400, "settings.train.lr is 100000000000000000000000000000000000000…; expect"),
         ("settings.lora.rank", True, "settings.lora.rank is true; expected a whole number from 1"),
         ("settings.train.unknown", 1, "settings.train.unknown is 1; expected no setting of this name"),
@@ -69,18 +64,9 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         ("settings.model.quant_double", True, "settings: --quant-double: expected with --quant nf4 or fp4"),
         ("execution", [], "execution is []; expected a list of at least one"),
         ("execution", [{}], "execution.0.path is missing; expected what a run writes"),
-        ("wandb", "x", 'wandb is "x"; expected an object'),
         ("run_id", "../x", 'run_id is "../x"; expected 1 to 64 letters, digits, _ and -'),
-        ("run_id", "a\nb", 'run_id is "a\\nb"; expected 1 to 64 letters, digits, _ and -'),
-        ("wandb.project", "a/b", 'wandb.project is "a/b"; expected a name of at most 128 characters without'),
         ("wandb.mode", "x", 'wandb.mode is "x"; expected online, offline or disabled'),
-        ("resumed", {}, "resumed.settings is missing; expected what a run writes"),
         ("resumed", {"settings": METADATA["settings"], "changed": []}, "resumed.changed is []; expected an object"),
-        (
-            "resumed",
-            {"settings": edit(("settings.lora", {}))["settings"], "changed": {}},
-            "resumed.settings.lora.rank is missing",
-        ),
     ],
 )
 def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(path, value, answer):
@@ -96,8 +82,7 @@ def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(path, 
         (b"[]", "not a JSON object; expected one"),
         (b"{}", "schema_version is missing; expected what a run writes"),
         (b'{"format": 1}', "schema_version is 1, expected 5; the run was written by another version"),
-        *((text, "not JSON") for text in (b"", b'{"mode": "fu', b"9" * 5000, b"[" * 200_000)),
-        (b'{"schema_version": NaN}', "not JSON (NaN is not JSON)"),
+        *((text, "not JSON") for text in (b"", b"9" * 5000, b"[" * 200_000, b'{"schema_version": NaN}')),
         (b"\xff", "cannot be read (not UTF-8); expected JSON"),
     ],
 )
@@ -108,15 +93,12 @@ def test_a_file_that_is_no_run_json_is_refused(content, answer, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path}/run.json: {answer}")
 
 
-def test_a_folder_without_run_json_or_with_something_else_in_its_place_is_refused(tmp_path):
+def test_a_folder_without_run_json_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json there; expected a run folder"):
         read_run_metadata(tmp_path / "run.json")
-    (tmp_path / "run.json").mkdir()
-    with pytest.raises(UserError, match=r"cannot be read \(not a plain file, but a folder"):
-        read_run_metadata(tmp_path / "run.json")
 
 
-@many_inputs(200)
+@many_inputs(100)
 def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
     """What is accepted can be made settings of."""
 
@@ -132,14 +114,3 @@ def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
 
     change = st.tuples(st.sampled_from(list_paths(METADATA)), st.just(ABSENT) | JSON_VALUES)
     check_inputs(num_inputs, check, st.lists(change, max_size=3))
-
-
-@many_inputs(200)
-def test_any_content_of_the_file_is_one_line(num_inputs, tmp_path):
-    def check(content):
-        (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        with pytest.raises(UserError) as caught:
-            read_run_metadata(tmp_path / "run.json")
-        assert "\n" not in str(caught.value)
-
-    check_inputs(num_inputs, check, JSON_VALUES | st.binary(max_size=40))

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 from helpers.fake_wandb import child_env
 
-from trainer.config.reference import UNKNOWN_REASON, is_asked_for
 from trainer.config.text import format_clock
 from trainer.tracking.console import ProgressBar, show_lines, show_plan, show_summary
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, perplexity
@@ -62,13 +61,6 @@ def test_a_plain_progress_line_has_step_loss_speed_and_time_left(show):
         "step   20/100  epoch 0.60/3  loss 2.5000  lr 3.0e-05  12.3k tok/s  ETA 8:00",  # 80 steps of 6 s
     ]
     assert [format_clock(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
-
-
-@pytest.mark.parametrize(
-    ("epochs", "text"), [(3.0, "3"), (2.5, "2.5"), (40 / 375, "0.11"), (1 + 1 / 3, "1.33"), (0.003, "0.003")]
-)
-def test_the_number_of_epochs_is_printed_short(epochs, text, show):
-    assert f"epoch 0.03/{text}  loss" in show([step_record(1)], [0.0], epochs)[0]
 
 
 def test_evaluations_means_and_events_are_always_shown(show):
@@ -153,23 +145,6 @@ def test_the_summary_has_every_evaluation_beside_the_epochs_and_of_the_card_only
     output = capsys.readouterr().out
     assert output.count("\n|") == 302, "every one, however many"
     assert "card" not in output
-
-
-def test_no_records_give_an_empty_summary_table_and_no_error(capsys):
-    show_summary([], [], with_reference=True)
-    assert "epoch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("preset", "reasons", "is_asked"),
-    [
-        ("card", ["other data"], True),
-        ("demo", ["other data", UNKNOWN_REASON], False),
-        ("finetune", [UNKNOWN_REASON], True),
-    ],
-)
-def test_the_card_is_asked_for_by_its_preset_or_by_data_like_its_own(preset, reasons, is_asked):
-    assert is_asked_for(preset, reasons) is is_asked
 
 
 def test_the_printed_plan_has_groups_and_marks_what_the_user_set(capsys):

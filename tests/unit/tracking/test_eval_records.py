@@ -5,10 +5,6 @@ import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +17,6 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import folder_size
-from trainer.tracking import eval_records
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
@@ -124,15 +119,9 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     ("damage", "reason"),
     [
         (lambda path: path.write_bytes(b""), ""),
-        (lambda path: path.write_bytes(b"PAR1 damaged"), ""),
-        (lambda path: path.write_bytes(b"PAR1" + bytes(100) + b"PAR1"), ""),
         (lambda path: rewrite(path, lambda table: table.drop_columns(["bytes"])), "columns step, split, id"),
         (lambda path: rewrite(path, lambda table: table.slice(1)), "changed since they were written"),
-        (lambda path: rewrite(path, lambda table: table.replace_schema_metadata()), "changed since they were written"),
-        *(
-            (lambda path, other=other: (write(path.parent, *other), (path.parent / name(*other)).replace(path)), reason)
-            for other, reason in (((2, "val"), "rows of val at step 2"), ((1, "test"), "rows of test at step 1"))
-        ),
+        (lambda path: (write(path.parent, 2), (path.parent / name(2, "val")).replace(path)), "rows of val at step 2"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, damage, reason):
@@ -154,7 +143,7 @@ def whole_folder(tmp_path_factory):
     return folder
 
 
-@many_inputs(200)
+@many_inputs(100)
 def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_folder, tmp_path, num_inputs):
     """What is read is what was written, or it is refused; some bytes of the file are neither rows nor their hash."""
     written = read_evaluations(whole_folder)
@@ -177,10 +166,7 @@ def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_folder, tmp_pat
     ("damage", "answer"),
     [
         (lambda folder: shutil.rmtree(folder), "it has 0 evaluations where 2 were written"),
-        (lambda folder: rewind_evaluations(folder, 1), "it has 1 evaluations where 2 were written"),
-        (lambda folder: (folder / "step-000002-val.parquet").rename(folder / "x"), "it has 1 evaluations where 2"),
         (lambda folder: write(folder, 1), "it has 3 evaluations where 2 were written"),
-        (lambda folder: (folder / "step-000002-val.parquet").write_bytes(b""), "an evaluation was changed"),
         (lambda folder: write(folder, 0, seed=9), "an evaluation was changed"),
     ],
 )
@@ -195,43 +181,6 @@ def test_evaluations_that_are_not_those_of_the_checkpoint_are_known(whole_folder
     assert answer in (find_changed_evaluations(folder, saved, 2) or "")
 
 
-def test_a_checkpoint_reads_the_new_files_only_and_those_written_again(tmp_path, monkeypatch):
-    folder, logger = tmp_path / EVAL_RECORDS_FOLDER, EvalRecordsLogger(tmp_path, make_rows())
-    write(folder, 0, "test")
-    for step in (0, 2, 4, 4):
-        log(logger, step, [float(step)] * 5)
-        read: list[str] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(eval_records, "open_plain_file", lambda path: (read.append(path.name), path.open("rb"))[1])  # noqa: B023
-            digest = logger.digest()
-        assert read == ["step-000000-test.parquet"] * (not step) + [f"step-{step:06d}-val.parquet"]
-        assert digest == EvalRecordsLogger(tmp_path, None).digest(), "as a new process finds them"
-
-
-@pytest.mark.sweep
-def test_what_a_thousand_evaluations_take(tmp_path, capsys):
-    logger = EvalRecordsLogger(tmp_path, make_rows(1000))
-    write_seconds, digest_seconds = [], []
-    for step in range(1000):
-        nll = make_nll(1000, seed=step)
-        start = time.process_time()
-        log(logger, step, nll)
-        write_seconds.append(time.process_time() - start)
-        logger.digest()
-        digest_seconds.append(time.process_time() - start - write_seconds[-1])
-    first, last = sum(write_seconds[:100]) / 100, sum(write_seconds[-100:]) / 100
-    digest = sum(digest_seconds[-100:]) / 100
-    start = time.process_time()
-    read_evaluations(tmp_path / EVAL_RECORDS_FOLDER)
-    with capsys.disabled():
-        print(f"\n1,000 evaluations of 1,000 records: {folder_size(tmp_path) / 1e6:.1f} MB", end="")
-        print(f", read and checked in {time.process_time() - start:.2f} s of CPU")
-        print(f"one of the first 100 takes {1000 * first:.1f} ms, one of the last 100 {1000 * last:.1f} ms")
-        print(f"and {1000 * digest:.1f} ms for a checkpoint's digest of all")
-    assert last < 1.5 * first
-    assert digest < 0.01
-
-
 def test_texts_and_scores_stand_beside_the_losses_of_the_evaluation_that_has_them(tmp_path):
     write(tmp_path, 0)
     values = {"exact": [1.0, None, 0.0, 1.0, 0.0], score_name("regex:a|b"): [0.25] * 5}
@@ -244,10 +193,9 @@ def test_texts_and_scores_stand_beside_the_losses_of_the_evaluation_that_has_the
     assert scored["score_regex_a_b"].tolist() == [0.25] * 5
     assert scored["nll"].tolist() == make_nll()
     path = tmp_path / name(4, "test")
-    for column, values in (("score_exact", ["x"] * 5), ("other", [1.0] * 5)):
-        rewrite(path, lambda table: table.append_column(column, pa.array(values)))  # noqa: B023
-        with pytest.raises(UserError, match=f"columns step, .*{column}"):
-            read_evaluations(tmp_path)
+    rewrite(path, lambda table: table.append_column("other", pa.array([1.0] * 5)))
+    with pytest.raises(UserError, match=r"columns step, .*other"):
+        read_evaluations(tmp_path)
 
 
 def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_one(tmp_path, monkeypatch):
@@ -262,22 +210,3 @@ def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_on
         write(tmp_path, 0, seed=1)
     assert read_evaluations(tmp_path).equals(before)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_process_killed_while_writing_leaves_whole_evaluations_only(tmp_path):
-    code = f"""
-import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
-from pathlib import Path
-from test_eval_records import write
-for step in range(10**6):
-    write(Path({str(tmp_path)!r}), step % 40)
-    print(step, flush=True)
-"""
-    for stop_after in (1, 7, 20):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            for _ in range(stop_after):
-                process.stdout.readline()
-            process.send_signal(signal.SIGKILL)
-        assert find_damaged_evaluations(tmp_path) == {}
-        assert len(read_evaluations(tmp_path)) >= 5 * stop_after

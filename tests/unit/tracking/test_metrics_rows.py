@@ -26,7 +26,6 @@ from trainer.tracking.records import (
     StepRecord,
     find_changed_rows,
     from_line,
-    perplexity,
     read_records,
     rewind,
     to_line,
@@ -60,26 +59,17 @@ EVENT = EventRecord(event="e", step=7, message='schräg, "quoted"\nand broken', 
 def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record):
     line = to_line(record)
     assert "\n" not in line
+    fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"  # a contract with readers
+    assert record is not STEP or list(json.loads(line)) == fields.split()
     assert from_line(line.encode()) == from_line(line.replace(": ", ":").encode() + b"\n") == record
-
-
-def test_the_fields_of_the_records_are_the_contract():
-    """The names that metrics.jsonl promises to its readers, `kind` first; one of a later version is ignored."""
-    fields = "kind step epoch samples tokens loss lr grad_norm tokens_per_second time"
-    assert list(json.loads(to_line(STEP))) == fields.split()
-    axes = {"step", "epoch", "samples", "tokens"}
-    assert axes | {"loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
-    assert axes | {"train_loss"} <= set(json.loads(to_line(EPOCH)))
-    kinds = [json.loads(to_line(record))["kind"] for record in (STEP, EVAL, EPOCH, EVENT)]
-    assert kinds == ["step", "eval", "epoch", "event"]
-    assert from_line(to_line(EPOCH)[:-1].encode() + b', "invented": 1}') == EPOCH
+    assert from_line(line[:-1].encode() + b', "invented": 1}') == record, "of a later version"
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        *("", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch"}'),
-        *(to_line(replace(STEP, loss=2.0)).replace("2.0", x) for x in ("NaN", "1e999", "-Infinity", "9" * 5000)),
+        *("", "[]", "null", '{"kind": "later"}', '{"kind": "epoch"}'),
+        *(to_line(replace(STEP, loss=2.0)).replace("2.0", x) for x in ("NaN", "1e999", "9" * 5000)),
         "[" * 100_000,
     ],
 )
@@ -91,8 +81,8 @@ def test_a_line_that_is_no_record_is_refused(line):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("step", value) for value in ("7", None, 7.5, True)),
-        *(("loss", value) for value in ("x", None, [1], 10**400)),
+        ("step", 7.5),
+        *(("loss", value) for value in ("x", None, 10**400)),
         ("facts", [1]),
     ],
 )
@@ -100,11 +90,6 @@ def test_a_row_with_a_value_of_another_type_names_it(field, value):
     row = {**json.loads(to_line(EVENT if field == "facts" else STEP)), field: value}
     with pytest.raises(ValueError, match=rf"^{field} = .*: expected (a number|a whole number|an object)$"):
         from_line(json.dumps(row).encode())
-
-
-def test_perplexity_is_the_exponential_and_never_overflows():
-    assert perplexity(0.9414) == pytest.approx(2.564, abs=5e-4)  # the card's last row
-    assert perplexity(1e4) == math.inf
 
 
 # writing
@@ -119,15 +104,6 @@ def test_each_record_is_on_disk_before_the_next(tmp_path):
     logger.close(0)
     logger.close(0)
     assert list(read_records(path)) == RECORDS
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_record_that_is_not_finite_is_refused_and_leaves_no_line(tmp_path, loss):
-    logger = JsonlLogger(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        logger.log(replace(STEP, loss=loss))
-    logger.close(1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_a_missing_metrics_folder_and_a_full_disk_are_one_line_and_leave_no_part_of_a_row(tmp_path, monkeypatch):
@@ -183,18 +159,10 @@ CHANGED = "one of its first 20 rows was changed"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines.__delitem__(slice(20, None)), None),
         (lambda lines: lines.append(b'{"kind": "st'), None),
-        (lambda lines: lines.append(to_line(replace(EVENT, step=30)).encode() + b"\n"), None),
-        (lambda lines: lines.append(lines[0]), "line 31: a row of step 1 after one of step 30"),
-        (lambda lines: lines.append(lines[29]), "line 31: a row of step 30 after one of step 30"),
         (lambda lines: lines.extend(lines), "line 31: a row of step 1 after one of step 30"),
         (lambda lines: lines.insert(20, ROW_20), "line 21: a row of step 20 behind the 20 rows that were written"),
-        (lambda lines: lines.__setitem__(19, lines[19].replace(b"e", b"E", 1)), CHANGED),
         (lambda lines: lines.pop(14), CHANGED),
-        (lambda lines: lines.insert(14, lines[14]), CHANGED),
-        (lambda lines: lines.__setitem__(14, b"{}\n"), CHANGED),
-        (lambda lines: lines.__delitem__(slice(15, None)), "it has 15 of the 20 rows that were written"),
         (lambda lines: lines.clear(), "it has 0 of the 20 rows that were written"),
         (lambda lines: lines.insert(14, b"x" * 5000 + b"\n"), "line 15: longer than 1,000 bytes"),
         (None, "it cannot be read: No such file or directory"),
@@ -209,14 +177,8 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_known_whatever_came_later
         change(lines)
         path.write_bytes(b"".join(lines))
     assert find_changed_rows(path, digest, 20) == message
-
-
-def test_what_was_due_after_a_checkpoint_may_stand_behind_its_rows(written):
-    path, digest = written
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:20], ROW_20, *lines[20:]]))
-    assert find_changed_rows(path, digest, 20, eval_pending=True) is None
-    assert rewind(path, 20, eval_pending=True) == 11
+    if change and "step 20" in (message or ""):
+        assert find_changed_rows(path, digest, 20, eval_pending=True) is None, "what was due after the checkpoint"
 
 
 def test_a_file_that_was_appended_to_itself_is_one_line_for_each_of_its_readers(tmp_path):
@@ -259,16 +221,12 @@ def long_file(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 READERS = {
     "checked against its checkpoint": lambda path, digest: find_changed_rows(path, digest, 5_000),
     "cut": lambda path, digest: rewind(path, 4_900),
-    "gone on with": lambda path, digest: JsonlLogger(path, resume=True).close(0),
     "replayed": lambda path, digest: DiagnosticsMonitor(make_metadata("full")).replay(read_records(path)),
-    "summed up": lambda path, digest: list(read_records(path, with_steps=False)),
-    "looked through by doctor": lambda path, digest: inspect_run(path.parent),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path):
-    """A resume reads it in the first five ways."""
     source, digest = long_file
     (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))
@@ -290,13 +248,6 @@ def test_events_with_edited_facts_are_taken_up_by_a_resume(facts):
     events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in names]
     samples = SimpleNamespace(base_completions=[], prompts=[SimpleNamespace(text="x")])
     assert DiagnosticsMonitor(make_metadata("full")).replay(GenerationEvaluator.replay(samples, events)) == []
-
-
-def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path):
-    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
-    for cut in range(1, len(whole)):
-        path.write_bytes(whole + whole[:cut])
-        assert list(read_records(path)) == [STEP]
 
 
 @pytest.mark.parametrize("line", [b"half\n", b"x" * 5000 + b"\n"])
@@ -327,8 +278,7 @@ def test_no_content_of_a_metrics_file_ends_in_a_traceback(num_inputs, tmp_path):
     def check(lines):
         path.write_bytes(b"\n".join(lines))
         try:
-            for record in read_records(path):
-                to_line(record)
+            list(read_records(path))
         except ValueError:
             with pytest.raises(UserError, match="line"):
                 rewind(path, 0)

@@ -1,14 +1,12 @@
 """One process writes into a run folder at a time, and nothing it writes goes through somebody's link."""
 
 import fcntl
-import os
 import subprocess
 import sys
 
 import pytest
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.files import write_atomically
 from trainer.tracking import run_lock
 from trainer.tracking.records import JsonlLogger
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
@@ -57,8 +55,7 @@ def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path):
         child.wait()
 
 
-@pytest.mark.parametrize("is_taken_by_another", [False, True])
-def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(is_taken_by_another, tmp_path, monkeypatch):
+def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(tmp_path, monkeypatch):
     """The holder removes the file as it ends; whoever had opened it by then would hold a lock that nobody sees."""
     opened = []
     take = run_lock._lock
@@ -67,19 +64,13 @@ def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(is_tak
         opened.append(file)
         if len(opened) == 1:
             (tmp_path / LOCK_FILE).unlink()
-        elif is_taken_by_another:
-            raise BlockingIOError
         return take(file)
 
     monkeypatch.setattr(run_lock, "_lock", remove_first)
     lock = RunLock(tmp_path)
-    if is_taken_by_another:
-        with pytest.raises(UserError, match="another process is writing there"):
-            lock.acquire()
-    else:
-        lock.acquire()
+    lock.acquire()
     assert len(opened) == 2
-    assert lock.is_held is not is_taken_by_another
+    assert lock.is_held
     assert (tmp_path / LOCK_FILE).exists()
 
 
@@ -92,12 +83,6 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
     lock.acquire()
     assert not lock.is_held
     lock.release()
-
-
-def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run: cannot write there: Not a directory; name another folder"):
-        RunLock(tmp_path / "file" / "run").acquire()
 
 
 def test_files_of_a_run_are_not_written_through_links(tmp_path):
@@ -113,19 +98,6 @@ def test_files_of_a_run_are_not_written_through_links(tmp_path):
     assert (tmp_path / "target").read_text() == "precious"
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "run.json", "old")
-
-    def fail(*args: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(tmp_path / "run.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-    assert (tmp_path / "run.json").read_text() == "old"
-
-
 def test_leftovers_of_a_killed_start_are_not_taken_for_a_run_and_are_removed(tmp_path):
     assert is_unused(tmp_path / "missing")
     (tmp_path / LOCK_FILE).write_text("")
@@ -137,31 +109,3 @@ def test_leftovers_of_a_killed_start_are_not_taken_for_a_run_and_are_removed(tmp
     write_run_json(tmp_path, {})
     assert not is_unused(tmp_path, ("find-lr.json",))
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_many_processes_at_once_hold_the_lock_one_after_another(tmp_path):
-    """Each adds a letter on entering and another on leaving; were two inside at once they would be interleaved."""
-    script = """
-import os, random, sys, time
-from pathlib import Path
-from trainer.config.errors import UserError
-from trainer.tracking.run_lock import RunLock
-folder, done = Path(sys.argv[1]), 0
-journal = os.open(folder.parent / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-end = time.monotonic() + 60
-while done < 20 and time.monotonic() < end:
-    lock = RunLock(folder)
-    try:
-        lock.acquire()
-    except UserError:
-        continue
-    os.write(journal, b"(")
-    time.sleep(random.random() / 1000)
-    os.write(journal, b")")
-    lock.release()
-    done += 1
-sys.exit(done < 20)
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    assert (tmp_path / "journal").read_text() == "()" * 60
