@@ -209,7 +209,7 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     notices: list[str] = []
     max_token_id = 0
     for source in sources:
-        num_records = num_blank = 0
+        num_records = num_blank = num_unseparated = 0
         for example in iter_examples(source):
             if example is None:
                 num_blank += 1
@@ -218,10 +218,15 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             seen.add(example)
             if example.ids is not None:
                 max_token_id = max(max_token_id, *example.ids)
+            if example.prompt and not (example.prompt[-1].isspace() or example.completion[:1].isspace()):
+                num_unseparated += 1
         if not num_records:
             raise UserError(f"{source.where()}: holds blank lines only; expected at least one record")
         notices += source.notices
         notices += [f"{source.spec}: {num_blank} blank records are left out"] if num_blank else []
+        if num_unseparated:
+            problem = f"{num_unseparated} of {num_records} records have nothing between prompt and completion"
+            notices.append(f"{source.spec}: {problem}; begin the completion with a blank, or end the prompt with one")
     seen.find(example for source in sources for example in iter_examples(source) if example is not None)
     num_seen = {split: sum(map(bool, reasons)) for split, reasons in seen.reasons.items()}
     for split, number in num_seen.items():

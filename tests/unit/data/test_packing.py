@@ -12,6 +12,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    LlamaConfig,
     MambaConfig,
     PhiConfig,
     Qwen3Config,
@@ -35,6 +36,7 @@ SMALL = {
 }
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "llama": LlamaConfig(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
 }
 OTHER_CONFIGS = {
@@ -86,7 +88,8 @@ def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examp
 
 
 @pytest.mark.parametrize(
-    ("family", "with_mask", "attention"), [("gpt2", True, "eager"), ("gpt2", False, "sdpa"), ("qwen3", True, "sdpa")]
+    ("family", "with_mask", "attention"),
+    [("gpt2", True, "eager"), ("gpt2", False, "sdpa"), ("llama", False, "sdpa"), ("qwen3", True, "sdpa")],
 )
 def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_single_rows(
     family, with_mask, attention

@@ -63,6 +63,8 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prep
         assert rows.row(i).tolist() == [*before, *after, EOS_ID]
         assert rows.is_target(i).tolist() == [False] * len(before) + [True] * (len(after) + 1)
     assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
+    joined = prepare_file(pairs_csv, prompt="{mr}", completion="{ref}").metadata["notices"]
+    assert any("60 of 60 records have nothing between prompt and completion" in notice for notice in joined)
     alone = prepare_file(pairs_csv, objective="completion", completion="{ref}")
     assert not any(alone.train.is_target(i)[0] for i in range(len(alone.train))), "nothing predicts a first token"
     assert set(alone.row_info("val")["group"]) == {None}
