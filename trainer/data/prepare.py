@@ -25,7 +25,6 @@ from trainer.data.sources import Source, find_sources
 from trainer.data.tokenizer import Row, encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.unseen import SeenRecords, name_records
 
-LogFn = Callable[[str], None]
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
 KEY_SETTINGS = ("max_samples", "objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
@@ -73,7 +72,7 @@ def prepare(
     model: str,
     global_batch: int,
     max_positions: int | None = None,
-    log: LogFn = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
@@ -137,7 +136,7 @@ def prepare(
 
 
 def open_source(source: Source, settings: DataSettings, fractions: tuple[float, float]) -> Source:
-    """The source with its format and the hashes of its files; UserError where its records have no format, or two."""
+    """The source with its format and the hashes of its files; UserError where its first record has no format."""
     if source.split == "retain":  # texts to join or prompts with references, whatever the training records are
         settings = DataSettings(data=source.spec, block_size=settings.block_size)
     first, split_by = source.first_record(), settings.split_by
@@ -146,22 +145,9 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
             f"--split-by {split_by}: {source.where()} has no such column; expected one of {list_columns(tuple(first))}"
         )
     record_format = choose_format(first, settings, source.where())
-    for file in source.files[1:] if source.dataset is None else ():
-        columns = tuple(source.first_record(file))
-        if not set(record_format.needs) <= set(columns):
-            raise UserError(
-                f"{source.where(file)}: another format than {source.files[0].name}, whose records are "
-                f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
-            )
     max_records = settings.max_samples if source.split == "train" and settings.max_samples else -1
-    return replace(
-        source,
-        record_format=record_format,
-        split_by=split_by,
-        fractions=fractions,
-        hashes=_hash_files(source),
-        max_records=max_records,
-    )
+    source = replace(source, split_by=split_by, fractions=fractions, hashes=_hash_files(source))
+    return replace(source, record_format=record_format, max_records=max_records)
 
 
 def _hash_files(source: Source) -> tuple[str, ...]:
@@ -252,7 +238,12 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
 
 
 def write_rows(
-    folder: Path, settings: DataSettings, sources: list[Source], tokenizer: Any, chat: ChatTemplate | None, log: LogFn
+    folder: Path,
+    settings: DataSettings,
+    sources: list[Source],
+    tokenizer: Any,
+    chat: ChatTemplate | None,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
     checked, is_seen, max_token_id = check_records(settings, sources)
@@ -310,7 +301,7 @@ def write_rows(
     return {"dtype": dtype, "facts": facts, "val_texts": texts}
 
 
-def _iter_batches(source: Source, log: LogFn = lambda line: None) -> Iterator[list[Example]]:
+def _iter_batches(source: Source, log: Callable[[str], None] = lambda line: None) -> Iterator[list[Example]]:
     batch: list[Example] = []
     num_tokenized, num_characters, last_log_seconds = 0, 0, time.monotonic()
     for example in iter_examples(source):

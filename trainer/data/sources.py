@@ -90,19 +90,17 @@ class Source:
                 self.heartbeat()
                 yield f"{self.locate(file)}, {place}", record
 
-    def first_record(self, file: Path | None = None) -> Record:
-        """The first record, of one `file` or of all; UserError where there is none."""
-        one = self if file is None else replace(self, files=(file,))
-        for _, record in one.records():
+    def first_record(self) -> Record:
+        """The first record; UserError where there is none."""
+        for _, record in self.records():
             return record
-        raise UserError(f"{self.where(file or next(iter(self.files), None))}: holds no record; expected at least one")
+        raise UserError(f"{self.where(next(iter(self.files), None))}: holds no record; expected at least one")
 
 
 def find_sources(settings: DataSettings) -> list[Source]:
-    """The training source, where they are named or stand beside it those of validation and test, and that to retain.
+    """The training sources, and those of the other splits that are named or stand beside them.
 
-    Files and splits are taken for what they are named: nothing named test is trained on. UserError where there is no
-    data, or more than one kind.
+    Files are taken for what they are named: nothing named test is trained on. UserError where there is no data.
     """
     trains, others = [], []
     given = {"val": None, **name_val_sets(settings.val_data), "test": settings.test_data}
@@ -162,7 +160,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     else:
         for n in range(1, len(path.parts) + (path.name == "**")):
             _refuse_closed_folders(map(Path, glob.iglob(str(Path(*path.parts[:n])), recursive=True)), flag)
-        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
         root = Path(os.path.commonpath([p.parent for p in paths])) if paths else path
     by_split: dict[str, list[Path]] = {}
     for file in sorted(p for p in paths if file_kind(p) and p.is_file()):

@@ -59,11 +59,11 @@ def check_file(name, records, options):
     read_or_refuse(name, text.encode(), options)
 
 
-@many_inputs(200)
+@many_inputs(100)
 def test_any_bytes_are_read_or_refused_in_one_line(num_inputs):
     check_inputs(num_inputs, read_or_refuse, NAMES, BYTES, TEMPLATES)
 
 
-@many_inputs(200)
+@many_inputs(100)
 def test_any_json_records_are_read_or_refused_in_one_line(num_inputs):
     check_inputs(num_inputs, check_file, st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)

@@ -68,7 +68,7 @@ def test_damage_of_any_file_is_noticed_not_waited_for_and_the_data_are_made_anew
         assert os.listdir(folder.parent) == [folder.name]
 
 
-@many_inputs(200)
+@many_inputs(100)
 def test_any_content_for_the_facts_is_refused(tmp_path, num_inputs):
     def check(content):
         (tmp_path / "facts.json").write_bytes(content)

@@ -189,9 +189,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(refusal_message, tmp_pa
 
 
 def test_files_of_two_formats_are_refused_by_name(refusal_message):
-    files = {"mix/a.jsonl": [{"messages": [{"role": "assistant", "content": "x"}]}], "mix/b.jsonl": [{"text": "x"}]}
-    line = refusal_message("mix", files, **AS_TEXT)
-    assert "mix/b.jsonl: another format than a.jsonl, whose records are messages" in line
+    files = {"mix/a.jsonl": [{"instruction": "x", "output": "y"}], "mix/b.jsonl": [{"text": "x"}]}
+    assert "mix/b.jsonl, line 1: column 'instruction' is missing" in refusal_message("mix", files, **AS_TEXT)
     files = {"two/train.jsonl": [{"prompt": "x", "completion": "y"}], "two/val.jsonl": [{"text": "x"}]}
     line = refusal_message("two", files, **AS_TEXT)
     assert "one holds prompt-completion (loss on the completion), the other text (" in line
@@ -252,7 +251,7 @@ def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, nam
     splits, (notice,) = find_files(tmp_path)
     assert splits == expected
     assert sorted(notice.removeprefix(f"{tmp_path}: ").split(", ")) == sorted(f"{n} {use}" for n, use in uses.items())
-    assert find_files(tmp_path / "**" / "*.csv")[0] == expected
+    assert find_files(tmp_path / "**" / "*.csv")[0] == find_files(tmp_path / "**")[0] == expected
     for flag, name in (("--val-data", names[1]), ("--test-data", names[2])):
         assert find_source(tmp_path, flag).files == (tmp_path / name,)
 
