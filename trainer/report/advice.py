@@ -48,7 +48,9 @@ def next_step(
         return "Give more records, or more seeds of each (NAME=MODEL,MODEL), and judge again."
     if pair.doubt:
         return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
-    if pair.excess is None or needed_sample(pair).num_seeds is not None:
+    if pair.excess is None:
+        return "Compare folders of runs on equal data, with their eval_records/: single records decide."
+    if needed_sample(pair).num_seeds is not None:
         return "Start a study with more --seeds." if study else "Repeat both with more seeds, and compare all at once."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
 

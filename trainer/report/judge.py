@@ -33,7 +33,6 @@ from trainer.report.interval import (
     paired_interval,
     plan_sample_size,
     score_interval,
-    seeds_interval,
 )
 from trainer.report.run_data import (
     LOSS,
@@ -47,7 +46,7 @@ from trainer.report.run_data import (
     match_records,
     read_records,
 )
-from trainer.report.views import View, build_views
+from trainer.report.views import View
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
 #: what time and memory depend on, beside the method
@@ -246,26 +245,6 @@ class FullVsLora:
         floor = plan_sample_size(self.contrast, is_one_sided=True).floor
         return floor >= self.excess.estimate - self.contrast.estimate
 
-    @property
-    def views(self) -> tuple[View, ...]:
-        """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked.
-
-        The curves are the evaluations of the paired runs: within a budget they stand before their schedules' ends.
-        """
-        if self.blockers or self.is_judged:
-            return ()
-        curves: dict[str, list[pd.DataFrame]] = {"full": [], "lora": []}
-        for run in (run for pair in self.pairs for run in pair):
-            curve = pd.DataFrame({name: run.evals[name] for name in ("step", "loss", "tokens")})
-            curve = curve[(curve["step"] > 0) & np.isfinite(curve["loss"])]
-            step_flops = run.get("model.step_flops")
-            curve["flops"] = np.nan if step_flops is None else step_flops * curve["step"]
-            curve["seconds"] = np.nan
-            memory = None if run.get("resumed") else run.summary.get("peak_memory_bytes")
-            curve["peak_memory_bytes"] = np.nan if memory is None else memory
-            curves[run.mode].append(curve)
-        return build_views(curves["full"], curves["lora"], no_seconds=self.time.reason)
-
 
 def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: StudyContext | None = None) -> FullVsLora:
     """The comparison of two groups on the same data, of which each has a finished run; `study`: has their costs."""
@@ -308,13 +287,6 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         result.blockers, result.are_records_new = [str(error)], not isinstance(error, NotNewError)
     except MatchError as error:
         result.no_losses = str(error)
-        best = [[run.best_eval["loss"] for run in pair if run.best_eval] for pair in pairs]
-        if margin.measure == LOSS:  # whole losses, and intervals over seeds alone
-            result.full_loss, result.lora_loss = np.mean(best, axis=0).tolist()
-        if margin.measure == LOSS and len(pairs) > 1:
-            result.excess = seeds_interval([b - a for a, b in best])
-            if margin.kind == "nats":
-                result.contrast = seeds_interval([b - a - margin.value for a, b in best])
     return result
 
 

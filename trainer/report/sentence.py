@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from math import fsum, log
 from typing import NamedTuple
 
-from trainer.config import reference
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
 from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
-from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets, difference_to_reference
+from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets
 from trainer.report.run_data import LOSS, SPLIT_NAMES, UNIT
 from trainer.report.views import View, describe_views
 
@@ -61,7 +60,7 @@ class Verdict:
     headlines: tuple[Headline, ...] = ()
     details: tuple[str, ...] = ()
     comparisons: tuple[FullVsLora, ...] = ()
-    views: tuple[View, ...] = ()  #: both modes at equal cost: the primary comparison's, or the study's
+    views: tuple[View, ...] = ()  #: both modes at equal cost, of a study
     ranks: tuple[RankResult, ...] = ()  #: of several that were compared, which are good enough
     num_not_counted: int = 0
     study: StudyContext | None = None  #: where the settings were chosen by one
@@ -89,28 +88,15 @@ def build_verdict(
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
-    others = [(pair, pair.excess) for members, _, _ in sets for pair in members[1:] if pair.excess]
-    if others:
-        adjusted = holm([excess.p_value for _, excess in others])
-        parts = [f"{pair.lora.label_with_lr} p = {p:.2g}" for (pair, _), p in zip(others, adjusted, strict=True)]
-        claims = "all comparisons but the first; that the modes differ, after Holm"
-        details.append(f"Exploratory: {claims}: {', '.join(parts)}.")
     details += [line for members, _, _ in sets for line in _describe_costs(members[0])]
-    views = [study.views if study else members[0].views for members, _, _ in sets]
-    for views_of_set in views:  # why there are no seconds is said of time already
-        details += describe_views([view for view in views_of_set if view.resource != "seconds" or not view.reason])
+    views = study.views if study else ()  # why there are no seconds is said of time already
+    details += describe_views([view for view in views if view.resource != "seconds" or not view.reason])
     ranks = judge_ranks(comparisons)
     details += describe_ranks(ranks)
     details += [*describe_lengths(study, ranks), *study.lines] if study else ()
     if any(comparison.losses for comparison in comparisons):
         rates = "" if comparisons[0].is_judged else "; it holds for the compared rates, not for others"
         details.append(f"{INTERVAL_RULE}{rates}.")
-    last_row = reference.CURVE[-1]
-    for group in finished if with_reference else ():
-        gap = difference_to_reference(group, last_row.epoch)
-        if gap is not None:
-            place = f"the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
-            details.append(f"{group.label} ended {abs(gap):.4f} {'above' if gap > 0 else 'below'} {place}.")
     is_refused = bool(diverged) or {group.mode for group in finished} == set(MODE_NAMES)  # without a comparison
     return Verdict(
         answer=comparisons[0].answer if comparisons else "not ranked" if is_refused else None,
@@ -120,7 +106,7 @@ def build_verdict(
         headlines=_build_headlines(comparisons[0]) if comparisons else (),
         details=tuple(details),
         comparisons=tuple(comparisons),
-        views=views[0] if views else (),
+        views=views,
         ranks=tuple(ranks),
         num_not_counted=num_left_out,
         study=study,
@@ -148,9 +134,8 @@ def _describe_set(
     if pair.blockers:
         return Statement(f"{lora} and {full} are not ranked: {'; '.join(pair.blockers)}")
     if excess is None:
-        reason = pair.no_losses + ", and there is one seed" * (pair.margin.measure == LOSS)
         claim = f"cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
-        return Statement(claim + f"{pair.full_loss:.4f}, a difference without an interval ({reason})")
+        return Statement(claim + f"{pair.full_loss:.4f}, a difference without an interval ({pair.no_losses})")
 
     claim = ""
     if excess.num_seeds == 1:
@@ -217,10 +202,8 @@ def _describe_scope(
 ) -> str:
     """Of which records, seeds and rates it holds; what else differs between the modes, and what would tell more."""
     pair, judged = comparisons[0], comparisons[0].judged
-    records = "on this validation set alone"
-    if judged:
-        num_units = len(judged.units) if judged.has_clusters else judged.num_records
-        records = f"on {num_units:,} {judged.unit_name}"
+    assert judged is not None
+    records = f"on {len(judged.units) if judged.has_clusters else judged.num_records:,} {judged.unit_name}"
     if pair.is_judged:
         scope = f", {records}" + f", {len(pair.pairs)} pairs of models" * (len(pair.pairs) > 1)
         unpaired = max(len(pair.full.runs), len(pair.lora.runs)) - len(pair.pairs)
@@ -258,7 +241,7 @@ def _describe_scope(
         scope += "; the margin was chosen after the runs"
     for other in comparisons if ranked[0] is pair else ():
         scope += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""
-    if (len(ranked) > 1 or len(full_groups) > 1) and not (judged and judged.split == "test"):
+    if (len(ranked) > 1 or len(full_groups) > 1) and judged.split != "test":
         scope += "; exploratory, for the settings were chosen on these records"
     return scope + _describe_rates(pair, full_groups, lora_groups)
 
@@ -333,40 +316,34 @@ def _bits_per_byte(pair: FullVsLora) -> str:
 def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
     """What is behind a comparison and the sentence does not say of it, and what cannot be had."""
     losses, judged = pair.losses, pair.judged
-    names = "" if pair is primary else f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
-    if pair.blockers:
-        return [f"{names}not ranked ({'; '.join(pair.blockers)})."] if names else []
+    names = "" if pair is primary else f"exploratory, {pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
+    if pair.blockers or judged is None or losses is None or pair.excess is None:  # of the primary the sentence has it
+        reason = "; ".join(pair.blockers) or pair.no_losses
+        return [capitalize(f"{names}not ranked ({reason}).")] if names else []
     parts, unit = [], pair.unit
     if pair is not primary:
-        parts.append(
-            f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit if losses else UNIT}"
-        )
-        if pair.excess is not None:
-            parts.append(f"difference {pair.excess} {unit}")
+        parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit}")
+        parts.append(f"difference {pair.excess} {unit}")
     if pair.contrast is not None:
         bound = f"at most {pair.contrast.upper:+.4f} {unit} (one-sided {100 * LEVEL:.3g} %)"
         parts.append(f"beyond the margin of {pair.margin.describe(judged, pair.full.name)} {bound}")
-    elif pair.excess is not None:
-        reason = pair.margin.why_not(judged) if judged else "that needs the losses of single records"
-        parts.append(f"whether it is within the margin is not known: {reason}")
-    lines = [f"{names}{'; '.join(parts)}."] if parts else []
-    if losses and losses.num_seen:
+    else:
+        parts.append(f"whether it is within the margin is not known: {pair.margin.why_not(judged)}")
+    lines = [f"{names}{'; '.join(parts)}."]
+    if losses.num_seen:
         lines.append(f"{names}{losses.num_seen:,} records that are not new (see the plan) are left out.")
-    if losses and losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
+    if losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
         lines.append(
             f"{names}records of one {column} may stand in several blocks, which the interval takes for independent; "
             "it may be too narrow, and --objective completion keeps records apart."
         )
-    if judged and judged.measure == LOSS and pair.excess:
+    if judged.measure == LOSS:
         records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
         lines.append(
             f"{names}{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
             f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; {pair.lora.name}'s excess ({unit}) "
             f"where it counts most: {records}."
         )
-    if pair.no_losses and (names or pair.excess):  # else the sentence has it
-        holds = "; an interval over seeds alone holds for this validation set only" * bool(pair.excess)
-        lines.append(f"{names}{pair.no_losses}{holds}.")
     return [capitalize(line) for line in lines]
 
 
