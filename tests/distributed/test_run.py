@@ -89,7 +89,7 @@ def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_mode
 def test_a_profile_has_its_trace_and_its_ten_largest_operations(finished_run):
     trace = json.loads(gzip.decompress((finished_run["out"] / "profile" / "trace.json.gz").read_bytes()))
     assert any("matmul" in event.get("name", "") or "addmm" in event.get("name", "") for event in trace["traceEvents"])
-    assert len((finished_run["out"] / "profile" / "top.md").read_text().splitlines()) == 2 + 10
+    assert "Self CPU" in (finished_run["out"] / "profile" / "top.txt").read_text()
     assert "profile of 2 steps in" in finished_run["output"]
     assert finished_run["output"].count("validation loss") >= 7, "of one rank"
 

@@ -1,13 +1,7 @@
 """A stand-in of the Weights & Biases server on loopback, for tests only.
 
-It takes what wandb-core 0.31 sends (runs, history, summaries, files, artifacts, reports) and keeps it to be looked
-at; it answers no more than the client needs to go on. It knows nothing of the real server's rules: it shows what
-*we* send. Whatever it does not know lands in `unknown_requests`, so that a new version of the client is noticed.
-
-    with FakeWandb() as server:
-        subprocess.run([...], env=child_env(**server.env(tmp_path)))
-        assert server.runs["abcd1234"].history[-1]["eval/loss"] == 1.0
-        assert not server.unknown_requests
+It takes what wandb-core 0.31 sends and keeps it to be looked at; it answers no more than the client needs to go on.
+Whatever it does not know lands in `unknown_requests`, so that a new version of the client is noticed.
 """
 
 import gzip

@@ -44,23 +44,18 @@ _CHECKSUM = b"sha256_of_rows"
 
 
 class EvalRecordsLogger:
-    """Writes the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`).
-
-    It keeps the hash of each file, so that a checkpoint costs the new files only.
-    """
+    """Writes the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`)."""
 
     def __init__(self, run_folder: Path, rows: pd.DataFrame) -> None:
         self._folder, self._rows = run_folder / EVAL_RECORDS_FOLDER, rows
-        self._hashes: dict[str, str] = {}  # {file name: SHA-256 of its bytes}
 
     def log(self, record: Record) -> None:
         if isinstance(record, EvalRecord) and record.row_nll is not None:
-            path = write_evaluation(self._folder, self._rows, step=record.step, split="val", nll=record.row_nll)
-            self._hashes.pop(path.name, None)
+            write_evaluation(self._folder, self._rows, step=record.step, split="val", nll=record.row_nll)
 
     def digest(self) -> dict[str, Any]:
         """How many evaluations there are, and the SHA-256 of their files' names and hashes; a checkpoint keeps it."""
-        return _digest([path for path, _, _ in _list_evaluations(self._folder)], self._hashes)
+        return _digest([path for path, _, _ in _list_evaluations(self._folder)])
 
     def close(self, exit_code: int) -> None:
         pass
@@ -155,19 +150,17 @@ def find_changed_evaluations(
     if len(paths) != expected["num_evaluations"]:
         return f"it has {len(paths)} evaluations where {expected['num_evaluations']} were written"
     try:
-        return None if _digest(paths, {}) == expected else "an evaluation was changed"
+        return None if _digest(paths) == expected else "an evaluation was changed"
     except OSError as error:
         return f"an evaluation cannot be read: {error.strerror}"
 
 
-def _digest(paths: Sequence[Path], hashes: dict[str, str]) -> dict[str, Any]:
-    """`hashes`: {file name: SHA-256 of its bytes} of the files that were hashed before; the others are added."""
+def _digest(paths: Sequence[Path]) -> dict[str, Any]:
+    digest = hashlib.sha256()
     for path in paths:
-        if path.name not in hashes:
-            with open_plain_file(path) as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    lines = "".join(f"{path.name} {hashes[path.name]}\n" for path in paths)
-    return {"num_evaluations": len(paths), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        with open_plain_file(path) as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return {"num_evaluations": len(paths), "sha256": digest.hexdigest()}
 
 
 def _list_evaluations(folder: Path) -> list[tuple[Path, int, str]]:

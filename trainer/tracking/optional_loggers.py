@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.settings import OutputSettings
-from trainer.config.text import markdown_table, shorten
+from trainer.config.text import shorten
 from trainer.tracking.records import Record, RecordLogger, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
 from trainer.tracking.wandb_logger import should_send_model, wandb_mode
@@ -94,7 +94,7 @@ class ProfileLogger:
     """`--profile STEPS`: torch's profiler over rank 0 from step 4 of this start on, written to `profile/` of the run
     folder.
 
-    trace.json.gz opens in Perfetto or chrome://tracing; top.md holds the operations that took the most time of
+    trace.json.gz opens in Perfetto or chrome://tracing; top.txt holds the operations that took the most time of
     their own. It changes no number, but the profiled steps take longer.
     """
 
@@ -113,35 +113,20 @@ class ProfileLogger:
                 self._profiler = profile(acc_events=True)  # of the processor, and of the GPU where there is one
                 self._profiler.start()
             elif self._num_profiled == self._num_steps:
-                self._end()
+                self.close(0)
 
     def close(self, exit_code: int) -> None:
-        """End, where the run was shorter than what was asked for."""
+        """End; also where the run was shorter than what was asked for."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
         if self._num_profiled <= 0:
             logger.info(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
-        if self._profiler is not None:
-            self._end()
-
-    def _end(self) -> None:
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        if self._num_profiled == 0:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
-        averages = profiler.key_averages()
-        device = "GPU" if any(row.self_device_time_total > 0 for row in averages) else "CPU"
-        times = [row.self_device_time_total if device == "GPU" else row.self_cpu_time_total for row in averages]
-        top = sorted(zip(times, averages, strict=True), key=lambda item: -item[0])[:NUM_TOP_OPERATIONS]
-        rows = [
-            (
-                row.key[:60],
-                f"{row.count / self._num_profiled:.1f}",
-                f"{time / 1000 / self._num_profiled:.2f}",
-                f"{100 * time / (sum(times) or 1.0):.1f}%",
-            )
-            for time, row in top
-        ]
-        table = markdown_table(("operation", "calls/step", f"{device} ms/step", "share"), rows)
-        (self._folder / "top.md").write_text(table + "\n", encoding="utf-8")
-        logger.info(f"profile of {self._num_profiled} steps in {self._folder}:\n{table}")
+        elif profiler is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+            rows = profiler.key_averages()
+            device = "device" if any(row.self_device_time_total > 0 for row in rows) else "cpu"
+            table = rows.table(sort_by=f"self_{device}_time_total", row_limit=NUM_TOP_OPERATIONS)
+            (self._folder / "top.txt").write_text(table, encoding="utf-8")
+            logger.info(f"profile of {self._num_profiled} steps in {self._folder}")

@@ -137,10 +137,9 @@ def test_what_is_no_plain_file_is_refused_at_once(make, tmp_path, monkeypatch):
     ("program", "argv"),
     [
         ("train", "--mode full --config LOCKED/x.json"),
-        *(("train", f"--mode full --model demo-base --dry-run {flag} LOCKED/x") for flag in TRAIN_FLAGS.split()),
+        *(("train", f"--mode full --model demo-base --dry-run {flag} LOCKED/x") for flag in ("--data", "--output-dir")),
         ("compare", "LOCKED/x"),
         ("doctor", "--check-run LOCKED/x"),
-        ("study", "--join LOCKED/x"),
     ],
 )
 def test_what_this_user_may_not_look_into_is_one_line_in_every_program(program, argv, capsys, monkeypatch, home):
