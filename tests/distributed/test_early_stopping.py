@@ -181,7 +181,7 @@ def test_a_run_resumed_at_its_early_stop_ends_there(overfitted_run, tmp_path):
     ("flags", "message"),
     [
         *((f"--early-stop={rule}", "--early-stop .*: expected PATIENCE") for rule in ["0", "x", "2:-1", "2:nan"]),
-        ("--early-stop 2 --eval-every never", "--early-stop 2: expected --eval-every epoch or a number of steps"),
+        ("--early-stop 2 --eval-every never", "--early-stop 2: not with --eval-every never"),
     ],
 )
 def test_an_invalid_early_stop_rule_and_one_without_evaluations_are_refused(flags, message):

@@ -72,7 +72,7 @@ class ModelSettings:
     """Which weights training starts from."""
 
     model: UserPath = option(
-        "hub id or folder of a causal LM, or the embedded toy demo-base", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2"
+        "hub id or folder, or demo-base, the built-in toy", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2"
     )
     init: choices.Init = option("start from its weights, or from random ones", "pretrained")
     quant: Literal["nf4", "fp4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
@@ -88,7 +88,7 @@ class LoraSettings:
     alpha: PositiveFloat = option("adapters are scaled by alpha / rank", 16.0, flag="--lora-alpha")
     dropout: ShareOrZero = option("dropout before each adapter", 0.0, flag="--lora-dropout")
     target_modules: tuple[Name, ...] = option(
-        "attention, mlp, all, names or ends of layers, or patterns (default: all)", (), flag="--lora-target-modules"
+        "attention, mlp, all (default), or names of layers", (), flag="--lora-target-modules"
     )
     adapter: choices.Adapter = option(
         "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"
@@ -146,11 +146,7 @@ class DataSettings:
         "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
     block_size: NonNegativeInt = option(
-        "tokens of a block or of the longest row; 0: from the lengths of the data",
-        demo=256,
-        card=1024,
-        gpt2=1024,
-        finetune=0,
+        "tokens of a row at most; 0: by the data", demo=256, card=1024, gpt2=1024, finetune=0
     )
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
     shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
@@ -162,10 +158,7 @@ class DataSettings:
             (len(split_weights(self.data)) > 1 and not self.shuffle, f"--no-shuffle: not with the mixture {self.data}"),
             (self.block_size == 1, "--block-size 1: expected 2 tokens or more, or 0: from the data"),
             (self.test_fraction >= most, f"{test_fraction}: expected a share under {most:g}, beside validation"),
-            (
-                self.test_data is not None and self.test_fraction,
-                f"{test_fraction} and --test-data: expected one of them",
-            ),
+            (self.test_data and self.test_fraction, f"{test_fraction} and --test-data: expected one of them"),
             (self.prompt is not None and self.completion is None, f"--prompt {self.prompt}: expected --completion too"),
         )
 
@@ -176,19 +169,13 @@ class TrainSettings:
 
     epochs: PositiveFloat = option("passes over the training set", 3.0)
     max_steps: PositiveInt | None = option("optimizer steps in place of --epochs; the schedule ends here too", None)
-    global_batch: PositiveInt = option(
-        "examples per optimizer step over all ranks", demo=8, card=2, gpt2=8, finetune=16
-    )
+    global_batch: PositiveInt = option("examples per step over all ranks", demo=8, card=2, gpt2=8, finetune=16)
     micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
     eval_batch: PositiveInt = option(
-        "examples of a forward in an evaluation; changes no number", demo=16, card=2, gpt2=8, finetune=8
+        "the same in an evaluation; changes no number", demo=16, card=2, gpt2=8, finetune=8
     )
     lr: PositiveFloat = option(
-        "peak learning rate; its default is 10 times as high with --mode lora",
-        demo=5e-4,
-        card=3e-5,
-        gpt2=3e-5,
-        finetune=2e-5,
+        "peak learning rate; for LoRA 10 times that", demo=5e-4, card=3e-5, gpt2=3e-5, finetune=2e-5
     )
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
     warmup_ratio: ShareOrZero = option("warm-up as a share of all steps, rounded up", 0.0, finetune=0.03)
@@ -207,8 +194,7 @@ class TrainSettings:
         "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
     )
     early_stop: EarlyStop | None = option(
-        "PATIENCE[:MIN_DELTA]: end after PATIENCE evaluations in a row that do not lower the loss (by MIN_DELTA nats)",
-        None,
+        "PATIENCE[:MIN_DELTA]: end after so many evaluations in a row without a loss lower by so many nats", None
     )
     beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
     beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
@@ -322,28 +308,18 @@ class Settings:
         is_full, is_fp16 = self.mode == "full", precision == "fp16"
         packed = None if is_full else quant
         to_save, for_adapters = ",".join(lora.modules_to_save), "is about adapters; expected --mode lora"
+        is_4_bit, warmup_steps, warmup_ratio = quant in ("nf4", "fp4"), train.warmup_steps, train.warmup_ratio
+        is_never, blocker = self.output.eval_every == "never", self.graph_blocker
         has_no_b = not is_full and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter)
         is_8_bit, is_constant = train.optim in choices.EIGHT_BIT_OPTIMIZERS, train.schedule == "constant"
         shape_flags = self.shape_flag_problems("--peft-config") if "--peft-config" in self.overridden else []
         _refuse(
-            (
-                self.model.quant_double and quant not in ("nf4", "fp4"),
-                "--quant-double: expected with --quant nf4 or fp4",
-            ),
-            (
-                train.warmup_steps and train.warmup_ratio,
-                f"--warmup-ratio {train.warmup_ratio}: not with --warmup-steps {train.warmup_steps}",
-            ),
+            (self.model.quant_double and not is_4_bit, "--quant-double: expected with --quant nf4 or fp4"),
+            (warmup_steps and warmup_ratio, f"--warmup-ratio {warmup_ratio}: not with --warmup-steps {warmup_steps}"),
             (train.min_lr > train.lr, f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}"),
             (train.min_lr and is_constant, f"--min-lr {train.min_lr}: not with --schedule constant"),
-            (
-                train.early_stop and self.output.eval_every == "never",
-                f"--early-stop {train.early_stop}: expected --eval-every epoch or a number of steps",
-            ),
-            (
-                self.engine.execution == "graphs" and self.graph_blocker,
-                f"--execution graphs: not with {self.graph_blocker}; expected auto or eager",
-            ),
+            (train.early_stop and is_never, f"--early-stop {train.early_stop}: not with --eval-every never"),
+            (blocker and self.engine.execution == "graphs", f"--execution graphs: not with {blocker}; expected auto"),
             (is_8_bit and is_fp16, f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more"),
             *((True, problem) for problem in shape_flags),
             (has_no_b, f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out"),
