@@ -43,15 +43,18 @@ def test_a_signal_before_the_first_step_a_second_one_and_the_end_of_the_grace_ti
     place, grace, second, code
 ):
     argv = [sys.executable, "-c", WAIT_FOR_A_SIGNAL, place, str(grace)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    if second:
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(second)
-    stderr = process.communicate(timeout=20)[1]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            if second:
+                time.sleep(0.5)
+                assert process.poll() is None
+                process.send_signal(second)
+            stderr = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
     assert process.returncode == code
     says_grace = "error: the run did not end within 0.5 s (--grace) of SIGTERM; " in stderr
     assert says_grace == (grace == 0.5)
