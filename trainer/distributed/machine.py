@@ -22,10 +22,6 @@ SHM_BYTES_PER_RANK = 40 * 2**20  # of it; a container has 64 MiB unless it is as
 SHM_REMEDY = "start the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
 
 
-def has_gpu_files() -> bool:
-    return any(all(Path(name).exists() for name in names) for names in GPU_FILES)
-
-
 def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
     """(what keeps torch from using a GPU of this host, the remedy); None where it can, where there is none, or where
     CUDA_VISIBLE_DEVICES= (empty) asks for the CPU."""
@@ -34,7 +30,7 @@ def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
         return None
     on_cpu = "set CUDA_VISIBLE_DEVICES= to train on the CPU"
     if not torch.cuda.is_available():
-        if not has_gpu_files():
+        if not any(all(Path(name).exists() for name in names) for names in GPU_FILES):
             return None
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         shown = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""

@@ -207,7 +207,7 @@ class Watchdog:
     @contextlib.contextmanager
     def watch_work(self, hang_timeout_seconds: float, count_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
         """The same around work that is a library's, before and after the steps: a rank also moves while it computes,
-        reads, writes or receives (`WorkMeter`). One collective in which all ranks are may take longer."""
+        reads or writes (`WorkMeter`). One collective in which all ranks are may take longer."""
         if self._store is None:
             yield
             return
