@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
 from trainer.report.interval import LEVEL, PairedInterval
 from trainer.report.judge import UNIT, FullVsLora, RateCurve
-from trainer.report.run_data import LOSS, TRAINER_MODE, RunData
+from trainer.report.run_data import LOSS, TRAINER_MODE, RunData, Series
 from trainer.report.sentence import Verdict
 
 if TYPE_CHECKING:
@@ -74,21 +75,19 @@ Drawing = tuple[str, Draw, tuple[float, float]]  # title, how, size in inches
 
 
 class PlotSpec(NamedTuple):
-    """One plot by epoch: which column of which rows of a run (steps or evals), and how it reads."""
+    """One plot by epoch: how it reads, and which column of which rows of a run."""
 
     title: str
     y_label: str
-    series: str
+    rows_of: Callable[[RunData], Series]
     y: str
     reference_column: str = ""  #: of the card's curve
-    val_set: str = ""  #: a further set of --val-data, whose evaluations are drawn
 
     def curve(self, run: RunData) -> Curve:
         """x and y of a run; a line of many points as means of equal bins, without what is not finite."""
-        rows = run.val_sets.get(self.val_set, {}) if self.val_set else getattr(run, self.series)
+        rows, steps_per_epoch = self.rows_of(run), run.get("resolved.steps_per_epoch")
         if not rows:
             return np.zeros(0), np.zeros(0)
-        steps_per_epoch = run.get("resolved.steps_per_epoch")
         # an epoch's last batch may be short: by examples its step is one too, and a straight line would have a kink
         x, y = rows["step"] / steps_per_epoch if steps_per_epoch else rows["epoch"], rows[self.y]
         is_finite = np.isfinite(x) & np.isfinite(y)
@@ -100,24 +99,28 @@ class PlotSpec(NamedTuple):
         return np.add.reduceat(x, bin_starts) / bin_sizes, np.add.reduceat(y, bin_starts) / bin_sizes
 
 
-LOSS_PLOT = PlotSpec("Validation loss by epoch", LOSS_LABEL, "evals", "loss", "val_loss")
+LOSS_PLOT = PlotSpec("Validation loss by epoch", LOSS_LABEL, attrgetter("evals"), "loss", "val_loss")
 PLOTS = (
     LOSS_PLOT,
-    PlotSpec("Train loss by epoch", LOSS_LABEL, "steps", "loss", "train_loss"),
-    PlotSpec("Learning rate", "learning rate", "steps", "lr"),
-    PlotSpec("Gradient norm before clipping", "L2 norm of the gradient", "steps", "grad_norm"),
-    PlotSpec("Speed", "tokens per second", "steps", "tokens_per_second"),
+    PlotSpec("Train loss by epoch", LOSS_LABEL, attrgetter("steps"), "loss", "train_loss"),
+    PlotSpec("Learning rate", "learning rate", attrgetter("steps"), "lr"),
+    PlotSpec("Gradient norm before clipping", "L2 norm of the gradient", attrgetter("steps"), "grad_norm"),
+    PlotSpec("Speed", "tokens per second", attrgetter("steps"), "tokens_per_second"),
 )
 
 
 def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
-    """All plots, with one for each further set of --val-data that a run has, behind that of the first; of judged models
-    none."""
+    """All plots, with one for each further set of --val-data behind that of the first; of judged models none."""
+
+    def val_set_plot(name: str) -> PlotSpec:
+        return PlotSpec(
+            f"Validation loss of {name} by epoch", LOSS_LABEL, lambda run: run.val_sets.get(name, {}), "loss"
+        )
+
     if groups[0].runs[0].is_judged:
         return []
-    names = sorted({name for group in groups for run in group.runs for name in run.val_sets})
-    more = [PlotSpec(f"Validation loss of {n} by epoch", LOSS_LABEL, "", "loss", val_set=n) for n in names]
-    return [PLOTS[0], *more, *PLOTS[1:]]
+    names = {name for group in groups for run in group.runs for name in run.val_sets}
+    return [LOSS_PLOT, *map(val_set_plot, sorted(names)), *PLOTS[1:]]
 
 
 # --- files, and SVG for the page ---
@@ -316,22 +319,16 @@ def rate_curves(groups: Sequence[SeedGroup]) -> list[RateCurve]:
 def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
     """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
 
-    What ended above the loss before training stands at the upper edge, as an arrow: it would flatten the rest.
+    What ended far above the loss before training is beyond the upper edge: it would flatten the rest.
     """
     lengths = sorted({curve.num_steps for curve in curves})
-    base = [run.initial_loss for run in (*pair.full.runs, *pair.lora.runs) if run.initial_loss is not None]
-    top = max(base, default=np.inf)
     for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
         colour, is_longest = COLOURS[curve.mode], curve.num_steps == lengths[-1]
         style: dict[str, Any] = {"color": colour, "alpha": (1 + lengths.index(curve.num_steps)) / len(lengths)}
         label = MODE_NAMES[curve.mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else "")
         style |= {"markersize": 4, "linewidth": 1.6, "label": label if is_longest else f"_{label}"}
         rates, losses = np.array(list(curve.losses)), np.array(list(curve.losses.values()))
-        inside, above = losses <= top, losses > top
-        axis.plot(rates[inside], losses[inside], linestyle=DASHES[curve.mode], marker=MARKERS[curve.mode], **style)
-        axis.plot(
-            rates[above], np.full(above.sum(), top), **style | {"linestyle": "none", "marker": "^", "label": None}
-        )
+        axis.plot(rates, losses, linestyle=DASHES[curve.mode], marker=MARKERS[curve.mode], **style)
         if is_longest:
             group = pair.full if curve.mode == "full" else pair.lora
             ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.5}
@@ -340,6 +337,8 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
     if len(lengths) > 1:
         shorter = " and ".join(f"{steps:,}" for steps in lengths[:-1])
         axis.plot([], [], color=TEXT_COLOUR, alpha=0.4, label=f"pale: runs of {shorter} steps")
+    base = [run.initial_loss for run in (*pair.full.runs, *pair.lora.runs) if run.initial_loss is not None]
+    axis.set_ylim(top=min(axis.get_ylim()[1], 1.1 * max(base, default=np.inf)))
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(format_power)
     axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")

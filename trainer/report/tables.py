@@ -24,8 +24,6 @@ NOT_STATED = ""  # what the card's cell shows where the card says nothing
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 MAX_GROUPS = 4  # side by side by epoch
 MAX_EVALS = 12  # of a run, which are all shown
-MIN_DEVICE_HOURS = 0.01  # fewer are no cost
-_SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
 _NO_TRAIN_SETTINGS = ("schedule", "dropout", "optimizer", "mode", "model", "trainable_parameters")
 #: what the card states, by our names for it
 REFERENCE_METADATA = {
@@ -133,7 +131,7 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
     facts: dict[str, list[dict[str, str]]] = {"Quality": [], "Cost": [], "Settings": []}
     for run in runs:
         best, final, get = run.best_eval or {}, run.final_eval or {}, run.summary.get
-        speeds, hours = run.steps["tokens_per_second"], get("device_hours", 0)
+        speeds = run.steps["tokens_per_second"]
         unknown = "resumed: unknown" if run.get("resumed") else ""
         quality = {
             "validation loss before training": _show(run.initial_loss, ".4f"),
@@ -152,7 +150,7 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
             "optimizer state": format_bytes(get("optimizer_bytes")),
             "tokens/s (median)": _show(np.median(speeds[np.isfinite(speeds)]) if len(speeds) else None, ",.0f"),
             "wall time": unknown or format_duration(get("wall_seconds")),
-            "device-hours": _show(hours if hours >= MIN_DEVICE_HOURS else None, ".4g"),
+            "device-hours": _show(get("device_hours"), ".2g"),
             "checkpoint size": format_bytes(get("checkpoint_bytes")),
             "export size": format_bytes(get("export_bytes")),
         }
@@ -218,10 +216,6 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
     if with_reference:
         facts_by_label = {REFERENCE_LABEL: [REFERENCE_METADATA], **facts_by_label}
 
-    def order(name: str) -> int:  # settings, what they came to, data, model, machine; where the output went is last
-        section = name.split(".", 1)[0]
-        return len(_SECTIONS) + 1 if name.startswith("settings.output.") else [*_SECTIONS, section].index(section)
-
     def cell(name: str, label: str) -> str:
         # run.json always has those of LoRA; they count only where they were used
         if label in without_lora and (name.startswith("settings.lora.") or name == "model.lora_targets"):
@@ -230,7 +224,7 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
         return " | ".join(known) or (NOT_STATED if label == REFERENCE_LABEL else "unknown")
 
     differing, shared = [], []
-    for name in sorted(names, key=order):
+    for name in names:
         cells = [cell(name, label) for label in facts_by_label]
         values = set(cells) - {NOT_STATED, "unknown"}
         if len(values) == 1:
@@ -244,14 +238,12 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
 
 
 def _format_fact(name: str, value: Any) -> str:
-    if name == "execution" and isinstance(value, list):  # plans, one after the other
-        return " then ".join(dict.fromkeys(str(plan.get("path")) for plan in value))
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_format_fact(name, item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(_format_fact(name, item) for item in value) or "none"
     if value is None:
-        return "left out" if name.startswith("settings.") else "none"
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name == "model.share":
