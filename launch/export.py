@@ -22,19 +22,17 @@ def build_parser() -> ArgumentParser:
         epilog="Exit code: 0 exported and checked, 1 the check failed, 2 a mistake in what was asked.",
     )
     add = parser.add_argument
-    checkpoint_help = "which of the run's checkpoints (default: latest)"
-    answer_help = "answer.json of a study or a comparison: its sentence for the card"
-    dtype_help = "round the weights to it; their loss after that is evaluated and said (default: fp32)"
-    push_help = "upload the folder to this repository of the hub, once its check has passed"
-    output_help = "an empty or new folder for it (default: RUN/export-step-N or RUN/merged-step-N; -DTYPE behind it)"
     add("run_folder", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
-    add("--checkpoint", default="latest", metavar="step-N|best|latest", help=checkpoint_help)
+    which = "which of the run's checkpoints (default: latest)"
+    add("--checkpoint", default="latest", metavar="step-N|best|latest", help=which)
     add("--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model")
-    add("--answer", type=Path, metavar="FILE", help=answer_help)
-    add("--dtype", choices=get_args(ExportDtype), default="fp32", help=dtype_help)
-    add("--push", metavar="NAMESPACE/NAME", help=push_help)
+    add("--answer", type=Path, metavar="FILE", help="answer.json of a study or comparison: its sentence for the card")
+    rounding = "round the weights to it; their loss after that is evaluated and said (default: fp32)"
+    add("--dtype", choices=get_args(ExportDtype), default="fp32", help=rounding)
+    add("--push", metavar="NAMESPACE/NAME", help="upload the folder to the Hub, once its check has passed")
     add("--private", action="store_true", help="with --push: make a new repository a private one")
-    add("--output-dir", type=output_folder, metavar="DIR", help=output_help)
+    place = "an empty or new folder for it (default: RUN/export-step-N or RUN/merged-step-N; -DTYPE behind it)"
+    add("--output-dir", type=output_folder, metavar="DIR", help=place)
     return parser
 
 
