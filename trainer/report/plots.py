@@ -197,9 +197,8 @@ def _render_svg(prefix: str, title: str, draw: Draw, size: tuple[float, float]) 
         add_legend(figure, [axis])
         svg = render(figure, "svg").decode()
         values = _point_values(figure, axis)
-    opening, rest = svg[svg.index("<svg") :].split(">", 1)
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)  # of the whole
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{prefix}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
