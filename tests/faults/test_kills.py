@@ -71,7 +71,7 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
 
 SAVE_MODULES = ("trainer.training.checkpoint", "trainer.config.files")
 SAVE_FUNCTIONS = (
-    "_write_checkpoint",
+    "save",
     "_write_safetensors",
     "_write_chunks",
     "_format_metadata",

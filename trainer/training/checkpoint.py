@@ -229,7 +229,19 @@ class CheckpointManager:
         tensors = engine.state.iter_state_dict()
         if self.dist_context.rank == 0:
             try:
-                self._write_checkpoint(engine, tensors, state, target)
+                _remove_temporary(self.folder)
+                with new_folder(target) as folder:
+                    size, digest = _write_safetensors(folder / STATE_FILE, engine, tensors)
+                    metadata = {"format": FORMAT_VERSION, "bytes": size, "sha256": digest}
+                    metadata["loss_scale"] = engine.state.loss_scale()
+                    write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
+                    if target.exists():
+                        _delete_folder(target)
+                checkpoints = list_checkpoints(self.folder)
+                best = best_checkpoint(checkpoints)
+                for checkpoint in checkpoints[: -self.save_total_limit]:
+                    if checkpoint is not best:
+                        _delete_folder(checkpoint.folder)
             except OSError as error:
                 problem = (
                     f"checkpoint {target} not written: {error.strerror or error}; the checkpoints before it are whole"
@@ -238,23 +250,6 @@ class CheckpointManager:
             pass
         if problem := self.dist_context.all_gather_object(problem)[0]:
             raise TrainingError(problem)
-
-    def _write_checkpoint(
-        self, engine: "Engine", tensors: Iterable[tuple[str, Tensor]], state: TrainState, target: Path
-    ) -> None:
-        _remove_temporary(self.folder)
-        with new_folder(target) as folder:
-            size, digest = _write_safetensors(folder / STATE_FILE, engine, tensors)
-            metadata = {"format": FORMAT_VERSION, "bytes": size, "sha256": digest}
-            metadata["loss_scale"] = engine.state.loss_scale()
-            write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
-            if target.exists():
-                _delete_folder(target)
-        checkpoints = list_checkpoints(self.folder)
-        best = best_checkpoint(checkpoints)
-        for checkpoint in checkpoints[: -self.save_total_limit]:
-            if checkpoint is not best:
-                _delete_folder(checkpoint.folder)
 
     def update_train_state(self, state: TrainState) -> None:
         """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
