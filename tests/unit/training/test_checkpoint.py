@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from helpers.engines import STUB_IDENTITY, save_stub_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.training.checkpoint import (
     _metadata_digest,
     best_checkpoint,
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "step-000003"
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, monkeypatch):
     names_by_limit = {}
 
     def save(step: int, loss: float | None, data: str) -> None:
@@ -51,6 +52,12 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
         save(step, loss, "other data")
     assert (names_by_limit[7], names_by_limit[8], names_by_limit[10]) == ([2, 6, 7], [7, 8], [9, 10])
     assert resolve_checkpoint(tmp_path, "best").step == 9, "losses on other data are not compared"
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(
+        TrainingError, match="step-000011 not written: No space left; the checkpoints before it are whole"
+    ):
+        save(11, None, "other data")
+    assert resolve_checkpoint(tmp_path, "latest").step == 10
 
 
 def write_state_json(folder: Path, metadata: dict[str, Any]) -> None:
