@@ -210,13 +210,12 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
     """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
     settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"]).fixed_on_resume()
-    current, saved = (
-        _fixed_values(settings, source.metadata["data"], source.metadata["precision"]),
-        _saved_values(source),
-    )
-    differences = ", ".join(
-        f"{n} is {value} and was {saved.get(n)}" for n, value in current.items() if value != saved.get(n)
-    )
+    saved = _saved_values(source)
+    current = _fixed_values(settings, saved["data"], saved["precision"])
+    changed = [
+        f"{name} is {value} and was {saved.get(name)}" for name, value in current.items() if value != saved.get(name)
+    ]
+    differences = ", ".join(changed)
     return f"by run.json {differences} when {source.folder.name} was saved; restore it" if differences else ""
 
 
@@ -226,7 +225,8 @@ def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dic
 
 
 def _saved_values(source: Checkpoint) -> dict[str, Any]:
-    return _fixed_values(*(source.metadata[name] for name in ("fixed", "data", "precision")))
+    metadata = source.metadata
+    return {**metadata["fixed"], "data": metadata["data"], "precision": metadata["precision"]}
 
 
 def _allowed_changes(
