@@ -108,6 +108,8 @@ def begin_run(
     if previous is not None:
         which = "latest" if resume in (None, "auto") else str(resume)
         base, allows_records = plan.model_info["fingerprint"], "records" in allowed_changes
+        if (recorded := previous["model"]["fingerprint"]) != base:
+            raise UserError(f"--resume: by run.json the base model is {recorded} and is {base} here; restore it")
         source, changed_records = find_resume_source(folder, which, base=base, allows_records=allows_records)
         changes = _allowed_changes(previous, plan, source, allowed_changes)
         if changed_records:
