@@ -15,9 +15,7 @@ SCHEMA_VERSION = 2
 def to_answer(verdict: Verdict) -> dict[str, Any]:
     """The content of answer.json: what was asked, of the primary comparison its numbers, and all comparisons."""
     comparisons = [_describe_comparison(pair) for pair in verdict.comparisons]
-    primary = (
-        {name: value for name, value in comparisons[0].items() if name != "decisive_records"} if comparisons else {}
-    )
+    primary = {name: x for facts in comparisons[:1] for name, x in facts.items() if name != "decisive_records"}
     return {
         "schema_version": SCHEMA_VERSION,
         "answer": verdict.answer,

@@ -210,12 +210,6 @@ class SeedGroup:
         places = [(getattr(run, series), run.index_at_epoch(getattr(run, series), epoch)) for run in self.runs]
         return [float(rows[column][index]) for rows, index in places if index is not None]
 
-    @property
-    def improvement(self) -> float | None:
-        """Mean improvement of the finished runs on the base; None where one was not evaluated at step 0."""
-        gains = [run.improvement for run in self.finished_runs]
-        return None if None in gains else statistics.fmean(gain for gain in gains if gain is not None)
-
 
 def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     """The runs by what they have in common, full ones first, in the order they were given."""
@@ -227,14 +221,11 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     labels = []
     for run, *_ in groups:  # its mode, with what tells it apart from others of the mode, and unusual adapter settings
         peers = [other for other, *_ in groups if other.mode == run.mode]
-        sources, parts = {peer.get("data.source") for peer in peers}, []
+        parts = []
         for path, format_value in _LABEL_FORMATS.items():
-            pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
-            # the name of the data, which a label has before it, may tell it already
-            is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
             value = tuple(value) if isinstance(value := run.get(path), list) else value
             is_unusual = run.mode == "lora" and value != _ADAPTER_DEFAULTS.get(path, value)
-            if value is not None and (is_unusual or len({other for _, other in pairs}) > 1) and not is_implied:
+            if value is not None and (is_unusual or len({repr(peer.get(path)) for peer in peers}) > 1):
                 parts.append(format_value(value))
         labels.append(MODE_NAMES[run.mode] + (f" ({', '.join(parts)})" if parts else ""))
     return [

@@ -262,12 +262,7 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     """What can be said where no LoRA group is on the data of a full one."""
     if not groups:
         return "no run is finished and evaluated, so there is nothing to compare yet"
-    parts = []
-    for group in groups[:4]:
-        best, gain = group.best_loss, group.improvement
-        before = "" if gain is None else f"{best + gain:.4f} -> "
-        parts.append(f"{group.label}: validation loss {before}{best:.4f} at best")
-    descriptions = "; ".join(parts)
+    descriptions = "; ".join(f"{group.label}: validation loss {group.best_loss:.4f} at best" for group in groups[:4])
     full_groups, lora_groups = ([group for group in groups if group.mode == mode] for mode in MODE_NAMES)
     if full_groups and lora_groups:
         reasons = comparison_blockers(lora_groups[0].finished_runs[0], full_groups[0].finished_runs[0])

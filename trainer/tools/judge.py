@@ -6,6 +6,7 @@ the order they were given. What is not known of a run here (its settings, cost a
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from trainer.config.cli import parse_args
@@ -23,7 +23,6 @@ from trainer.config.errors import UserError
 from trainer.config.files import expand_user_path, name_data, read_json_object
 from trainer.config.settings import DataSettings, Settings
 from trainer.data import hf_hub
-from trainer.data.dataset import PreparedDataset
 from trainer.data.hf_hub import ADAPTER_CONFIG_FILE
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import ModelSource, find_model
@@ -55,6 +54,8 @@ class Model:
     source: ModelSource
     path: str  #: what is loaded: of an adapter its folder
     note: str = ""  #: what its answer must be read with
+    data: Any = None  #: the records by its tokenizer, else the base's
+    records: Any = None  #: a frame: what is known of each record, and its `nll` in nats
 
 
 def judge(args: argparse.Namespace) -> int:
@@ -66,20 +67,20 @@ def judge(args: argparse.Namespace) -> int:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     settings = parse_args([*flags, "--allow-leakage"]).settings
     with tempfile.TemporaryDirectory(prefix="judge-") as folder:
-        base, *models = find_models(args, Path(folder))
+        models = find_models(args, Path(folder))
         try:
-            datasets, in_bytes = prepare_records([base, *models], settings)
+            in_bytes = prepare_records(models, settings)
             if in_bytes and margin.kind == "nats":
                 problem = "the models have different tokenizers, so only bits per byte can be compared"
                 raise UserError(f"--margin {args.margin}: {problem}; expected 2% or 0.005bpb")
-            records, base_fingerprint = score([base, *models], datasets, settings, args.eval_batch)
+            base_facts = score(models, settings, args.eval_batch)
         except UserError as error:  # of the loader, which calls every model --model
             raise UserError(*(text.replace("--model ", "") for text in error.args)) from None
-        groups = make_groups(models, records, datasets, in_bytes, base, base_fingerprint, Path(folder))
+        groups = make_groups(models, base_facts, in_bytes, Path(folder))
         runs = [run for group in groups for run in group.runs]
         rows = [
             [model.contestant, Path(model.name).name, "adapter" if model.source.adapter else "whole", f"{loss:.4f}"]
-            for model, loss in zip(models, (run.evals["loss"][1] for run in runs), strict=True)
+            for model, loss in zip(models[1:], (run.evals["loss"][1] for run in runs), strict=True)
         ]
         headings = ["name", "model", "kind", f"loss ({'bits per byte' if in_bytes else UNIT})"]
         table = Table(title="The models", headings=headings, rows=rows)
@@ -150,40 +151,29 @@ def put_on_base(adapter: Path, base: Model, folder: Path) -> Path:
     return folder
 
 
-def prepare_records(models: Sequence[Model], settings: Settings) -> tuple[list[PreparedDataset], bool]:
-    """The records as each model's tokenizer (else the base's) has them, and whether these differ."""
+def prepare_records(models: Sequence[Model], settings: Settings) -> bool:
+    """Give each model the records as its tokenizer has them; whether these differ."""
     configs = [load_config(dataclasses.replace(settings.model, model=model.path)) for model in models]
     positions = min((n for config in configs if (n := get_max_positions(config))), default=None)
     if positions and settings.data.block_size and settings.data.block_size > positions:
         raise UserError(f"--block-size {settings.data.block_size}: expected at most {positions}, as a model takes them")
-
-    def prepare_each(data_settings: DataSettings) -> list[PreparedDataset]:
-        return [
-            prepare(data_settings, model=tokenizer_of(model), global_batch=1, max_positions=positions)
-            for model in models
-        ]
-
-    def tokenizer_of(model: Model) -> str:
-        folder = Path(model.path)
-        has_none = folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES)
-        return models[0].path if has_none and model.source.adapter is None else model.path
-
-    datasets = prepare_each(settings.data)
-    if len({data.metadata["val_fingerprint"] for data in datasets}) == 1:
-        return datasets, False
-    if datasets[0].metadata["objective"] == "blocks":  # which hold other text for each tokenizer
-        datasets = prepare_each(dataclasses.replace(settings.data, objective="completion"))
-    return datasets, True
+    data_settings = settings.data
+    while True:
+        for model in models:
+            files = [Path(model.path) / name for name in TOKENIZER_FILES]
+            has_none = files[0].parent.is_dir() and not any(file.exists() for file in files)
+            tokenizer = models[0].path if has_none and model.source.adapter is None else model.path
+            model.data = prepare(data_settings, model=tokenizer, global_batch=1, max_positions=positions)
+        if len({model.data.metadata["val_fingerprint"] for model in models}) == 1:
+            return False
+        if models[0].data.metadata["objective"] != "blocks":
+            return True
+        data_settings = dataclasses.replace(data_settings, objective="completion")  # blocks hold other text for each
 
 
-def score(
-    models: Sequence[Model], datasets: Sequence[PreparedDataset], settings: Settings, batch: int
-) -> tuple[list[pd.DataFrame], str]:
-    """What is known of each record with its loss (`nll`, nats) by each model, and the fingerprint of the base.
-
-    Says of a model where it is not on this base.
-    """
-    records, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def score(models: Sequence[Model], settings: Settings, batch: int) -> dict[str, Any]:
+    """Give each model the losses of the records, and a note where it is not on this base; the facts of the base."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(path: str) -> TrainableModel:
         adapter = find_model(path).adapter
@@ -195,8 +185,8 @@ def score(
         return build_model(dataclasses.replace(settings, mode="lora" if adapter else "full", model=chosen))
 
     base_facts: dict[str, Any] = {}
-    for model, data in zip(models, datasets, strict=True):
-        loaded = load(model.path)
+    for model in models:
+        loaded, data = load(model.path), model.data
         facts = loaded.metadata
         base_facts = base_facts or facts
         if model.source.adapter and model.source.path != models[0].source.path:
@@ -210,40 +200,31 @@ def score(
             raise UserError(f"{model.name}: its tokenizer has token {largest}, and its weights are of {vocabulary}")
         nll = compute_row_losses(loaded.module.to(device).eval(), data.val, batch, "fp32", device)
         print(f"{model.contestant} ({model.name}): {len(nll):,} rows scored", flush=True)
-        records.append(data.row_info("val").assign(nll=nll).set_index(["id", "occurrence"]))
-    return records, base_facts["fingerprint"]
+        model.records = data.row_info("val").assign(nll=nll).set_index(["id", "occurrence"])
+    return base_facts
 
 
-def make_groups(
-    models: Sequence[Model],
-    records: Sequence[pd.DataFrame],
-    datasets: Sequence[PreparedDataset],
-    in_bytes: bool,
-    base: Model,
-    base_fingerprint: str,
-    folder: Path,
-) -> list[SeedGroup]:
+def make_groups(models: Sequence[Model], base_facts: dict[str, Any], in_bytes: bool, folder: Path) -> list[SeedGroup]:
     """A group of runs for each contestant, as if each model were a run of one step; records that not all models have
     whole are left out."""
-    common = records[0].index
-    for frame in records[1:]:
-        common = common.intersection(frame.index)
+    base, *contestants = models
+    common = functools.reduce(lambda index, model: index.intersection(model.records.index), models, base.records.index)
     if not len(common):
         raise UserError("no record fits every model; raise --block-size")
-    rows, notes = records[0].loc[common].drop(columns="nll").reset_index(), [model.note for model in models]
-    if num_left_out := len(records[0]) - len(common):
+    rows, notes = base.records.loc[common].drop(columns="nll").reset_index(), [model.note for model in models]
+    if num_left_out := len(base.records) - len(common):
         notes.append(f"{num_left_out:,} records that not every model takes whole are left out")
     rows["is_seen"] = False  # the file is its own training data here
     if in_bytes:
         rows["targets"] = rows["bytes"]
-    losses = [frame.loc[common, "nll"].to_numpy() / (np.log(2) if in_bytes else 1) for frame in records]
+    losses = [model.records.loc[common, "nll"].to_numpy() / (np.log(2) if in_bytes else 1) for model in models]
     metadata = {
-        "data": {name: datasets[0].metadata.get(name) for name in DATA_FACTS},
-        "model": {"name": base.source.name, "fingerprint": base_fingerprint},
+        "data": {name: base.data.metadata.get(name) for name in DATA_FACTS},
+        "model": {"name": base.source.name, "fingerprint": base_facts["fingerprint"]},
         "judged": {"unit": "bits per byte" if in_bytes else UNIT, "notes": [*dict.fromkeys(filter(None, notes))]},
     }
     runs: dict[str, list[RunData]] = {}
-    for number, (model, nll) in enumerate(zip(models, losses[1:], strict=True)):
+    for number, (model, nll) in enumerate(zip(contestants, losses[1:], strict=True)):
         place, by_step = folder / f"records-{number}", {0: losses[0], 1: nll}
         for step, values in by_step.items():
             write_evaluation(place, rows, step=step, split="test", nll=values)
@@ -253,7 +234,7 @@ def make_groups(
             source=model.name,
             run_id=model.name,
             name=f"{model.contestant} ({model.seed})",
-            mode="full" if model.contestant == models[0].contestant else "lora",
+            mode="full" if model.contestant == contestants[0].contestant else "lora",
             metadata=metadata | {"settings": {"train": {"seed": model.seed}}},
             steps={name: np.empty(0) for name in COLUMN_NAMES[StepRecord]},
             evals=columns | {"step": np.array([0.0, 1.0]), "loss": np.array(means)},

@@ -41,7 +41,6 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
     assert run_data.summary["wall_seconds"] == 100.0
     uneven = read_folder(make_run_folder(tmp_path / "uneven", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
     assert uneven.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}, "the lowest after step 0, not the last"
-    assert uneven.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
 
 
 def test_truncated_and_broken_records_are_ignored_and_reported(tmp_path: Path) -> None:
