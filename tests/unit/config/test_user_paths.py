@@ -133,37 +133,6 @@ def test_what_is_no_plain_file_is_refused_at_once(make, tmp_path, monkeypatch):
         assert file.read() == b"content"
 
 
-@pytest.mark.parametrize(
-    ("program", "argv"),
-    [
-        ("train", "--mode full --config LOCKED/x.json"),
-        *(("train", f"--mode full --model demo-base --dry-run {flag} LOCKED/x") for flag in ("--data", "--output-dir")),
-        ("compare", "LOCKED/x"),
-        ("doctor", "--check-run LOCKED/x"),
-    ],
-)
-def test_what_this_user_may_not_look_into_is_one_line_in_every_program(program, argv, capsys, monkeypatch, home):
-    def stat(path, **options):
-        if "locked" in path.parts:
-            raise PermissionError(13, "Permission denied", str(path))
-        return os.stat(path, **options)
-
-    argv = argv.replace("LOCKED", str(home / "locked")).split()
-    main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("TRAINER_CACHE", str(home / "cache"))
-    monkeypatch.setattr("trainer.distributed.watch.SignalHandler.__init__", lambda *_, **__: None)
-    monkeypatch.setattr("trainer.distributed.watch.SignalHandler.defer_signals", contextlib.nullcontext)
-    monkeypatch.setattr("sys.argv", [program, *argv])
-    monkeypatch.setattr(Path, "stat", stat)
-    assert (main() if program == "train" else main(argv)) == 2
-    error = capsys.readouterr().err  # progress bars in it, where another test has imported transformers aloud
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in error
-    assert str(home / "locked/x") in line
-    assert "ermission denied" in line or "cannot be read" in line
-
-
 def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -6,7 +6,6 @@ import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.report.run_data import read_folder
-from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
 from trainer.tracking.records import (
     EpochRecord,
@@ -31,7 +29,6 @@ from trainer.tracking.records import (
     to_line,
 )
 from trainer.training.diagnostics import DiagnosticsMonitor
-from trainer.training.generation import GenerationEvaluator
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 STEP = StepRecord(
@@ -181,20 +178,6 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_known_whatever_came_later
         assert find_changed_rows(path, digest, 20, eval_pending=True) is None, "what was due after the checkpoint"
 
 
-def test_a_file_that_was_appended_to_itself_is_one_line_for_each_of_its_readers(tmp_path):
-    folder = make_run_folder(tmp_path / "run")
-    path = folder / "metrics.jsonl"
-    whole, run = path.read_bytes(), read_folder(folder)
-    path.write_bytes(whole * 2)
-    message = "line 99: a row of step 0 after one of step 90"
-    for read in (lambda: list(read_records(path)), lambda: rewind(path, 90)):
-        with pytest.raises((ValueError, UserError), match=message):
-            read()
-    (check,) = [check for check in inspect_run(folder).checks if check.name == "metrics.jsonl"]
-    assert check.message == f"{message} and 96 lines more"
-    assert read_folder(folder).evals["loss"].tolist() == run.evals["loss"].tolist(), "of repeated rows the last count"
-
-
 def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
     path, _ = written
     path.write_bytes(path.read_bytes() + b'{"kind": "st')  # cut off by a kill
@@ -237,17 +220,6 @@ def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_pa
         assert tracemalloc.get_traced_memory()[1] < 500_000
     finally:
         tracemalloc.stop()
-
-
-@pytest.mark.parametrize(
-    "facts", [{}, {"code": [1], "seconds": "x", "texts": 1, "changed": 1}, {"seconds": 1.0, "texts": [1]}]
-)
-def test_events_with_edited_facts_are_taken_up_by_a_resume(facts):
-    """After --allow-change records: the file's form is checked, not what stands in the facts."""
-    names = ("samples", "diagnosis", "resumed")
-    events = [EventRecord(event=name, step=0, message="", time=1.0, facts=facts) for name in names]
-    samples = SimpleNamespace(base_completions=[], prompts=[SimpleNamespace(text="x")])
-    assert DiagnosticsMonitor(make_metadata("full")).replay(GenerationEvaluator.replay(samples, events)) == []
 
 
 @pytest.mark.parametrize("line", [b"half\n", b"x" * 5000 + b"\n"])

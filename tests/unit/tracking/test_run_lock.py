@@ -10,7 +10,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.tracking import run_lock
 from trainer.tracking.records import JsonlLogger
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
-from trainer.training.run_folder import is_unused, write_run_json
+from trainer.training.run_folder import write_run_json
 
 HOLD = """
 import sys, time
@@ -96,16 +96,3 @@ def test_files_of_a_run_are_not_written_through_links(tmp_path):
     with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl"):
         JsonlLogger(tmp_path / "metrics.jsonl", resume=True)
     assert (tmp_path / "target").read_text() == "precious"
-
-
-def test_leftovers_of_a_killed_start_are_not_taken_for_a_run_and_are_removed(tmp_path):
-    assert is_unused(tmp_path / "missing")
-    (tmp_path / LOCK_FILE).write_text("")
-    (tmp_path / ".run.json.0123456789ab.tmp").write_text("{")
-    assert is_unused(tmp_path)
-    (tmp_path / "find-lr.json").write_text("{}")
-    assert not is_unused(tmp_path)
-    assert is_unused(tmp_path, ("find-lr.json",))
-    write_run_json(tmp_path, {})
-    assert not is_unused(tmp_path, ("find-lr.json",))
-    assert not list(tmp_path.glob("*.tmp"))
