@@ -236,7 +236,7 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
     }
     exit_code, output = run_child(tmp_path, "offline", first_step=80, **variables)
     assert exit_code == 0
-    assert "W&B: WANDB_RUN_ID is other, of no effect: --resume goes on with " in output
+    assert "W&B: WANDB_RUN_ID other is ignored: --resume continues " in output
     assert not run_files(tmp_path)
     (file,) = (tmp_path / "elsewhere").glob("wandb/offline-run-*/run-*.wandb")
     records = list(WandbFile(file))

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.config.settings import OutputSettings
-from trainer.config.text import shorten
 from trainer.tracking.records import Record, RecordLogger, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
 from trainer.tracking.wandb_logger import should_send_model, wandb_mode
@@ -58,8 +57,8 @@ class OptionalLogger:
         except Exception as error:  # whatever happens in there, it must not cost the run
             if not self._has_failed:
                 self._has_failed = True
-                reason = shorten(str(error), 120) or type(error).__name__
-                logger.warning(f"{self._name} failed ({reason}); going on without it, metrics.jsonl has every row")
+                reason = f"{self._name} failed ({first_line(error)})"
+                logger.warning(f"{reason}; going on without it, metrics.jsonl has every row")
 
 
 class TensorBoardLogger:

@@ -32,14 +32,18 @@ _STEP_PREFIX = b'{"kind": "step"'
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One optimizer step: the token mean of its loss over the global batch, and the gradient norm before clipping."""
-
-    kind: ClassVar = "step"
+class _Axes:
     step: Int
     epoch: Float
     samples: Int
     tokens: Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(_Axes):
+    """One optimizer step: the token mean of its loss over the global batch, and the gradient norm before clipping."""
+
+    kind: ClassVar = "step"
     loss: Float
     lr: Float
     grad_norm: Float
@@ -48,7 +52,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Evaluation:
+class _Evaluation(_Axes):
     """One pass over a whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
 
     `bits_per_byte`: the same sum over the UTF-8 bytes of the targets, for models with other tokenizers; None where the
@@ -56,10 +60,6 @@ class _Evaluation:
     """
 
     kind: ClassVar = "eval"
-    step: Int
-    epoch: Float
-    samples: Int
-    tokens: Int
     loss: Float
     perplexity: Float
     eval_tokens: Int
@@ -83,15 +83,11 @@ class OtherEvalRecord(_Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRecord:
+class EpochRecord(_Axes):
     """The token mean of the training loss over one epoch, as the weights moved."""
 
     kind: ClassVar = "epoch"
-    epoch: Float
     train_loss: Float
-    step: Int
-    samples: Int
-    tokens: Int
     time: Float
 
 

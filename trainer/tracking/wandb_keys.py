@@ -15,12 +15,8 @@ from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Other
 
 #: x axis -> field of the record; the first one is that of W&B's panels, as the Trainer has it
 AXES = {"train/global_step": "step", "train/epoch": "epoch", "examples": "samples", "tokens": "tokens"}
-METRICS = {
-    "train/*": None,
-    "eval/*": "min,last",
-    "eval_*": "min,last",
-    "sample/*": None,
-}  # pattern -> what the summary keeps
+#: pattern -> what the summary keeps
+METRICS = {"train/*": None, "eval/*": "min,last", "eval_*": "min,last", "sample/*": None}
 COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
     StepRecord: {
         **{"train/loss": "loss", "train/learning_rate": "lr", "train/grad_norm": "grad_norm"},
@@ -41,10 +37,9 @@ def wandb_row(record: Record) -> dict[str, float]:
             return {}
         facts = {"step": record.step, **record.facts}
         return {axis: facts[name] for axis, name in AXES.items()}
+    columns = COLUMNS[EvalRecord if isinstance(record, OtherEvalRecord) else type(record)]
     if isinstance(record, OtherEvalRecord):
-        columns = {name.replace("eval/", f"eval_{record.val_set}/"): x for name, x in COLUMNS[EvalRecord].items()}
-    else:
-        columns = COLUMNS[type(record)]
+        columns = {name.replace("eval/", f"eval_{record.val_set}/"): field for name, field in columns.items()}
     values = {name: getattr(record, field) for name, field in (AXES | columns).items()}
     return {name: value for name, value in values.items() if value is not None}
 

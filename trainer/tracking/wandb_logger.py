@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, first_line
 from trainer.config.fields import RunId, WandbProject, check_value
 from trainer.config.files import path_from_environment
 from trainer.config.run_metadata import read_run_metadata
@@ -140,18 +140,17 @@ def start_wandb(
     variables count, except where a flag says otherwise. `previous_records`: of a run that is resumed; those that W&B
     does not have are logged first.
     """
-    mode, is_resumed = metadata["wandb"]["mode"], previous_records is not None
+    mode, run_id, is_resumed = metadata["wandb"]["mode"], metadata["run_id"], previous_records is not None
     if mode == "disabled":
         return None
-    for variable, value in (("WANDB_RUN_ID", metadata["run_id"]), ("WANDB_RESUME", "allow")) if is_resumed else ():
-        if (ignored := os.environ.get(variable)) and ignored != value:
-            logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
+    if is_resumed and (ignored := os.environ.get("WANDB_RUN_ID", run_id)) != run_id:
+        logger.warning(f"W&B: WANDB_RUN_ID {ignored} is ignored: --resume continues {run_id}")
     try:
         run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
     except Exception as error:
         if mode != "online" or isinstance(error, ImportError):
             raise
-        logger.warning(f"W&B: no connection ({_reason(error)}); going on offline")
+        logger.warning(f"W&B: no connection ({first_line(error)}); going on offline")
         _teardown()  # the failed start still holds the id
         mode = "offline"
         run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
@@ -159,7 +158,7 @@ def start_wandb(
     logger.info(f"W&B: {place}")
     last_step = run.step - 1  # of the server
     if mode == "offline" and is_resumed:
-        last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), metadata["run_id"])
+        last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), run_id)
     wandb_logger = WandbLogger(run, last_step, folder / "model" if should_send_model() else None)
     for record in previous_records or ():
         wandb_logger.log(record, is_new=False)
@@ -187,7 +186,7 @@ def upload_run(folder: Path) -> str:
         return str(run.url)
     except Exception as error:
         _teardown()
-        raise TrainingError(f"{folder}: the rows are not all on W&B ({_reason(error)}); try again later") from error
+        raise TrainingError(f"{folder}: the rows are not all on W&B ({first_line(error)}); try again later") from error
     finally:
         lock.release()
 
@@ -304,7 +303,7 @@ class WandbLogger:
                 call()
             except Exception as error:
                 self._failed_extras.add(name)
-                logger.warning(f"W&B: {name} failed ({_reason(error)}); no more of its kind, the numbers go on")
+                logger.warning(f"W&B: {name} failed ({first_line(error)}); no more of its kind, the numbers go on")
 
 
 def _check_upload(run: Any) -> None:
@@ -324,10 +323,6 @@ def _teardown() -> None:
 
 def _sync_command(run: Any) -> str:
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
-
-
-def _reason(error: Exception) -> str:
-    return shorten(str(error), 120) or type(error).__name__
 
 
 # --- reading back ---
