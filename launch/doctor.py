@@ -19,21 +19,22 @@ def build_parser() -> ArgumentParser:
         usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]\n"
         "       doctor.py --upload RUN",
-        description="Check environment, data, model, batch and memory of a run before it starts. Takes every flag of "
-        "train.py beside its own.",
+        description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
+        "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
     ranks_help = "ranks that the run will have (default: one for each GPU, else 1)"
     memory_help = "plan for GPUs with so much memory, which this machine need not have"
-    prove_help = "also three steps of every ZeRO stage x ranks x way to run steps beside a plain PyTorch loop on this "
-    prove_help += "machine; writes prove.json to the run folder"
-    limit_help = "give the proof up after so long (default: 600)"
+    prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
+    prove_help += "PyTorch loop on this machine; writes prove.json to the run folder"
+    limit_help = "give the rehearsal or the proof up after so long (default: 600)"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
     add("--gpu-memory", type=number(0.1, 1e6), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
     add("--json", action="store_true", help="print one JSON object instead")
+    add("--no-rehearsal", action="store_true", help="leave out the rehearsal")
     add("--limit", type=number(1), default=600.0, metavar="SECONDS", help=limit_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         world_size=args.ranks,
         gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
         as_json=args.json,
-        proof_seconds=args.limit if args.prove else None,
+        limit_seconds=None if args.no_rehearsal and not args.prove else args.limit,
+        proves=args.prove,
     )
 
 

@@ -87,7 +87,8 @@ def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, 
         cli.parse_args(argv),
         world_size=ranks,
         as_json=True,
-        proof_seconds=200.0,
+        limit_seconds=200.0,
+        proves=True,
     )
     checks = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["section"].startswith("proof")]
     return code, {c["name"]: c["level"] for c in checks}, {c["name"]: c["message"] for c in checks}

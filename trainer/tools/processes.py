@@ -39,6 +39,7 @@ class Slot:
 
     gpus: tuple[str, ...]  #: as CUDA_VISIBLE_DEVICES has them; () on a CPU
     num_threads: int  #: of each rank
+    num_cpu_ranks: int = 1  #: where there are no GPUs
 
 
 def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
@@ -115,7 +116,7 @@ def _run(target: Callable[..., None], args: tuple[Any, ...], env: Mapping[str, s
 
 
 def _run_script(slot: Slot, script: Path, argv: Sequence[str]) -> None:
-    if (num_ranks := len(slot.gpus)) > 1:
+    if (num_ranks := len(slot.gpus) or slot.num_cpu_ranks) > 1:
         from torch.distributed.run import main
 
         main(["--standalone", f"--nproc-per-node={num_ranks}", str(script), *argv])

@@ -1,6 +1,8 @@
 """The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import plan_run
+from helpers.fake_runs import make_run_folder
 from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
@@ -123,6 +126,39 @@ def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(
     assert worst_levels(checks.check_memory(plan, small)) == {"memory": "error"}
 
 
+# --- the rehearsal, with rows in place of train.py ---
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("", {"rehearsal": "ok", "resume": "ok"}),
+        ("other course", {"rehearsal": "ok", "resume": "error"}),
+        ("crash", {"rehearsal": "error"}),
+        ("slow", {"rehearsal": "warning"}),
+    ],
+)
+def test_a_rehearsal_says_what_failed(doctor_inputs, fault, expected, tmp_path, monkeypatch):
+    def start(slot, argv, folder):
+        exit_codes = {"slow": None, "crash": 2}
+        if fault not in exit_codes:
+            final_loss = 4.6 if fault == "other course" and "--resume" in argv else 4.5
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            make_run_folder(folder / "run", losses={0: 5.0, 1: final_loss}, epochs=1)
+        (folder / "log").write_text("error: --lr: no\n")
+        end_it = SimpleNamespace(join=lambda _: None, terminate=lambda: None, kill=lambda: None)
+        return SimpleNamespace(exitcode=exit_codes.get(fault, 0), **vars(end_it))
+
+    monkeypatch.setattr(doctor, "start_run", start)
+    request, plan = (doctor_inputs[name] for name in ("request", "plan"))
+    output = replace(plan.settings.output, output_dir=str(tmp_path / "run"))
+    plan = replace(plan, settings=replace(plan.settings, output=output))
+    results = list(doctor.rehearse(request, plan, 60))
+    assert worst_levels(results) == expected, results
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    assert fault != "crash" or results[0].message == "failed: --lr: no"
+
+
 # --- the command ---
 
 
@@ -132,6 +168,7 @@ def run_doctor(
     *,
     ranks: int = 1,
     gpu_memory_bytes: int | None = None,
+    limit_seconds: float | None = None,
     as_json: bool = True,
 ) -> tuple[int, str]:
     """(exit code, what was printed)."""
@@ -140,6 +177,7 @@ def run_doctor(
         world_size=ranks,
         gpu_memory_bytes=gpu_memory_bytes,
         as_json=as_json,
+        limit_seconds=limit_seconds,
     )
     return code, capsys.readouterr().out
 
@@ -202,3 +240,13 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
     assert output in printed
     assert f"remedy        {remedy}" in printed
     assert "1 errors" in printed
+
+
+@pytest.mark.sweep  # five starts of the program: a minute on one quiet core
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rehearsal_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
+    text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
+    code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys, ranks=ranks, limit_seconds=400.0)
+    checks = {c["name"]: c["message"] for c in json.loads(printed)["checks"] if c["section"] == "rehearsal"}
+    assert (code, list(checks)) == (0, ["rehearsal", "resume"]), printed
+    assert checks["resume"] == "from step 2: losses bit for bit the same"

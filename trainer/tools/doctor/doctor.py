@@ -1,6 +1,8 @@
-"""`launch/doctor.py`: all checks in order, printed or as JSON; the exit code says whether there was an error."""
+"""`launch/doctor.py`: all checks in order, printed or as JSON, then the run itself in small, or the proof."""
 
 import json
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,24 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from trainer.config.cli import CliArgs
+from trainer.config.cli import CliArgs, to_argv
 from trainer.config.errors import UserError
+from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.process_group import DistContext, simulated_context
+from trainer.report.run_data import read_folder
 from trainer.tools.doctor import checks
 from trainer.tools.doctor.checks import ERROR, LEVELS, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.doctor.prove import prove
+from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
 from trainer.tools.trial_engine import FINDER_FILES, plan_run
 from trainer.tracking.console import make_console
 from trainer.training.run_folder import is_unused
+from trainer.training.run_plan import RunPlan
 
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
+NUM_STEPS = 2  # of a rehearsal before the checkpoint and after it, beside those before CUDA graphs are recorded
+STOP_SECONDS = 10  # that a run gets to end its ranks
+CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
 
 
@@ -28,12 +37,14 @@ def run_doctor(
     world_size: int | None,
     gpu_memory_bytes: int | None = None,
     as_json: bool,
-    proof_seconds: float | None = None,
+    limit_seconds: float | None,
+    proves: bool = False,
 ) -> int:
     """All sections; 0, or 1 where there was an error.
 
-    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `proof_seconds`: in which every
-    ZeRO stage and way to run steps is held against a plain loop (None: there is no proof).
+    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `limit_seconds`: of the
+    rehearsal (None: there is none). `proves`: in the place of the rehearsal every ZeRO stage and way to run steps is
+    held against a plain loop.
 
     For GPUs that are planned for and not here, what this machine has is not looked at.
     """
@@ -77,8 +88,11 @@ def run_doctor(
             notes = f"  {format_bytes(row['host'])} of the host's" if row["host"] else ""
             notes += "  does not fit" * (not row["fits"]) + "  <- chosen" * row["chosen"]
             print_line(f"  {row['ds_config']:<14} {cells}{notes}")
-        if proof_seconds is not None:
-            add_section(f"proof in {plan.precision}", prove(plan, data, proof_seconds))
+        if limit_seconds is not None and gpu_memory_bytes is None:
+            if proves:
+                add_section(f"proof in {plan.precision}", prove(plan, data, limit_seconds))
+            elif next(row for row in memory_table if row["chosen"])["fits"]:
+                add_section("rehearsal", rehearse(cli_args, plan, limit_seconds))
     counts = {level: sum(check["level"] == level for check in all_checks) for level in LEVELS}
     if as_json:
         summary = dict(run["plan"].summary_lines()) if run else None
@@ -97,3 +111,50 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
     for name, text in run["plan"].summary_lines():
         yield Check(WARNING if name == "warning" else OK, name, text)
+
+
+def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float) -> Iterator[Check]:
+    """launch/train.py twice with the user's flags, on the disk of the run folder: a few steps, saved half way, then
+    resumed from there, which must give the same losses."""
+    context, deadline = plan.dist_context, time.monotonic() + limit_seconds
+    save_step = NUM_STEPS + (NUM_WARMUP_CALLS + 1 if plan.execution.cuda_graphs else 0)
+    slot = Slot(gpus=(), num_threads=context.num_threads, num_cpu_ranks=context.world_size)
+    if context.device.type == "cuda":
+        (slot,) = make_slots(1, context.world_size)
+    parent = next(path for path in Path(plan.settings.run_folder).absolute().parents if path.exists())
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=parent) as temp:
+        output: dict[str, Any] = {"output_dir": f"{temp}/run", "eval_every": "never", "save_every": str(save_step)}
+        output |= {"save_total_limit": 3, "wandb": "disabled", "run_name": "rehearsal"}
+        steps = {"max_steps": 2 * save_step, "warmup_steps": 0, "warmup_ratio": 0.0}
+        argv, losses = to_argv(cli_args.settings, {"train": steps, "output": output}), []
+        for name, more in (("rehearsal", []), ("resume", ["--resume", f"step-{save_step}"])):
+            start_time = time.monotonic()
+            process = start_run(slot, [*argv, *more], Path(temp))
+            process.join(max(1.0, deadline - start_time))
+            exit_code, seconds = process.exitcode, time.monotonic() - start_time
+            for stop in (process.terminate, process.kill):  # asked first, so that a launcher takes its ranks with it
+                stop()
+                process.join(STOP_SECONDS)
+            if exit_code is None:
+                remedy = "allow more time with --limit SECONDS, or leave it out with --no-rehearsal"
+                yield Check(WARNING, name, f"given up after {limit_seconds:.0f} s", remedy)
+                return
+            if exit_code:
+                reason = failure_reason(Path(temp, "log"), exit_code)
+                yield Check(ERROR, name, f"failed: {reason}", "the run itself would fail like this")
+                return
+            run = read_folder(Path(temp, "run"))
+            losses.append([*run.steps["loss"][save_step:], run.evals["loss"][-1]])
+            if name == "rehearsal":
+                message = (
+                    f"{2 * save_step} steps, evaluations, checkpoints and export in {seconds:.0f} s, validation loss "
+                )
+                peak = format_bytes(run.summary["peak_memory_bytes"])
+                message += f"{run.evals['loss'][0]:.4f} to {run.evals['loss'][-1]:.4f}, {peak} at most on a rank"
+                yield Check(OK, name, message)
+    difference = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
+    # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.
+    tolerance = MAX_DIFFERENCE[plan.precision] if context.device.type == "cuda" else CPU_RESUME_TOLERANCE
+    same = "bit for bit the same" if losses[0] == losses[1] else f"the same within {difference:.0e}"
+    remedy = "a resumed run would not be the run that was stopped; report this with the flags"
+    yield judge(difference > tolerance, ERROR, "resume", f"from step {save_step}: losses {same}", remedy)
