@@ -40,7 +40,6 @@ def planned(tiny_model: str, data_files: tuple[str, str]) -> Any:
     [
         ({}, "fp32", "equal"),
         ({"loss_difference": 1e-4}, "fp32", "differs"),
-        ({"loss_difference": 1e-4}, "bf16", "equal"),
         ({"norm_difference": float("inf")}, "bf16", "differs"),
         ({"weight_difference": 0.1}, "fp32", "differs"),
         (None, "fp32", "failed"),
@@ -65,9 +64,6 @@ def test_the_rows_are_all_that_can_run_on_the_device(planned):
     on_gpu = names("cuda", [2])
     assert [item for item in on_gpu if item[2] == "graphs"] == [("zero0", 2, "graphs")]
     assert ("zero3", 2, "eager") in on_gpu
-
-
-def test_fp16_is_refused_in_one_line(planned):
     execution = replace(planned.plan.execution, precision="fp16")
     with pytest.raises(UserError, match="--precision fp16 with --prove"):
         next(prove.prove(replace(planned.plan, execution=execution), planned.data, 1))

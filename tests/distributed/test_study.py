@@ -1,6 +1,5 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
-import errno
 import hashlib
 import html
 import json
@@ -285,16 +284,6 @@ def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv
     assert output.err.startswith(f"error: {message}")
     assert output.err.count("\n") == 1
     assert not (stub_dir / "study").exists()
-
-
-def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(stub_dir, capsys, monkeypatch):
-    def fail(*_) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(study_module, "start_trial", fail)
-    assert run_study(["--output-dir", "study", "--max-steps", "8"]) == 2
-    line = f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command"
-    assert capsys.readouterr().err == f"{line} goes on\n"
 
 
 #: A file of a finished study, or of its first trials, and what stands in its place.

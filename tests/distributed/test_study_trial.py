@@ -101,13 +101,6 @@ def test_the_server_that_trials_are_forked_from_says_nothing_to_the_user():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_why_a_process_cannot_begin_stands_in_its_log(tmp_path):
-    (tmp_path / "process").touch()
-    exit_code, output = run([], tmp_path)
-    assert (exit_code, output.count("\n")) == (2, 1), output
-    assert output.startswith(f"error: {tmp_path / 'process'}: cannot write there: File exists; ")
-
-
 def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path, monkeypatch):
     """A GPU that a fork's parent has looked at cannot be used by the fork."""
     script = tmp_path / "script.py"

@@ -61,8 +61,11 @@ def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Eng
             mode=settings.mode,
             name=settings.run_name,
         )
-        reason = f" (a tenth of {lowest:.1e}, where the loss is lowest; these settings have {settings.train.lr:g})"
-        print(f"suggestion     {'none' if lr is None else f'--lr {lr:g} for --mode {settings.mode}{reason}'}")
+        line = "none"
+        if lr is not None:
+            line = f"--lr {lr:g} for --mode {settings.mode} (a tenth of {lowest:.1e}, where the loss is lowest; these "
+            line += f"settings have {settings.train.lr:g})"
+        print(f"suggestion     {line}")
         if warning:
             print(f"range          {warning}: --find-lr START:END")
         print(f"plot           {plot}, numbers in find-lr.json; nothing was trained", flush=True)
