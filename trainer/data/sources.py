@@ -47,7 +47,6 @@ class Source:
 
     flag: str
     spec: str
-    kind: str  #: "CSV" ... "text", "hub" or "saved"
     files: tuple[Path, ...] = ()
     dataset: Any = None
     split: str = "train"  #: "train", "val", "val-NAME", "test" or "retain"
@@ -64,7 +63,7 @@ class Source:
     def identity(self) -> list[Any]:
         """What decides its records, of any value that JSON can hold."""
         contents = [self.hashes, getattr(self.dataset, "_fingerprint", None)]
-        return [self.split, self.kind, self.record_format.name, *contents, self.notices, self.share]
+        return [self.split, self.record_format.name, *contents, self.notices, self.share]
 
     def locate(self, file: Path | None = None) -> str:
         """A file of it, or all of it, as a user would look it up."""
@@ -145,7 +144,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source} of what a flag names; "" for what is named for no split."""
     path = Path(spec)
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
-        return {"": Source(flag=flag, spec=spec, kind=str(file_kind(DEMO_FILES[spec])), files=(DEMO_FILES[spec],))}
+        return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],))}
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if is_saved or not (path.exists() or glob.has_magic(spec)):
         return _load_dataset(spec, flag, is_saved)
@@ -175,7 +174,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
             raise UserError(
                 f"{flag} {spec}: holds several kinds of data: {listed}; give files of one kind, for instance by a glob"
             )
-        splits[split] = Source(flag=flag, spec=spec, kind=next(iter(kinds)), files=tuple(group))
+        splits[split] = Source(flag=flag, spec=spec, files=tuple(group))
     return splits
 
 
@@ -195,7 +194,6 @@ def _load_dataset(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
         SPLIT_BY_WORD.get(name, name): Source(
             flag=flag,
             spec=spec,
-            kind="saved" if is_saved else "hub",
             dataset=dataset,
             files=tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files})),
         )

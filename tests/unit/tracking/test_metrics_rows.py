@@ -150,6 +150,7 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, 
 
 
 ROW_20 = to_line(replace(EVAL, step=20)).encode() + b"\n"
+OTHER_20 = ROW_20.replace(b"}", b', "val_set": "b"}')  # of a further set of --val-data
 CHANGED = "one of its first 20 rows was changed"
 
 
@@ -158,7 +159,10 @@ CHANGED = "one of its first 20 rows was changed"
     [
         (lambda lines: lines.append(b'{"kind": "st'), None),
         (lambda lines: lines.extend(lines), "line 31: a row of step 1 after one of step 30"),
-        (lambda lines: lines.insert(20, ROW_20), "line 21: a row of step 20 behind the 20 rows that were written"),
+        (
+            lambda lines: lines.insert(20, ROW_20 + OTHER_20),
+            "line 21: a row of step 20 behind the 20 rows that were written",
+        ),
         (lambda lines: lines.pop(14), CHANGED),
         (lambda lines: lines.clear(), "it has 0 of the 20 rows that were written"),
         (lambda lines: lines.insert(14, b"x" * 5000 + b"\n"), "line 15: longer than 1,000 bytes"),
@@ -176,6 +180,7 @@ def test_rows_that_are_not_those_of_the_checkpoint_are_known_whatever_came_later
     assert find_changed_rows(path, digest, 20) == message
     if change and "step 20" in (message or ""):
         assert find_changed_rows(path, digest, 20, eval_pending=True) is None, "what was due after the checkpoint"
+        assert rewind(path, 20, eval_pending=True) == 12
 
 
 def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
