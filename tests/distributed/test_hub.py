@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
-from trainer.data.sources import find_splits
 from trainer.distributed.machine import find_free_port
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -125,13 +124,3 @@ def test_an_adapters_download_that_broke_off_is_said_and_made_again(monkeypatch,
         assert hf_hub.find_adapter_folder("me/adapter") == folder
         assert len(hub.requests) == num_requests, "it is here now"
     assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
-
-
-def test_a_data_set_with_several_configurations_is_one_line_that_lists_them(monkeypatch):
-    def refuse(*_):
-        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['one', 'two']\nUsage")
-
-    monkeypatch.setattr(hf_hub, "is_reachable", lambda: True)
-    monkeypatch.setattr(hf_hub.import_datasets(), "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"available configs: \['one', 'two'\]; .* its configuration as me/set:NAME$"):
-        find_splits("me/set", "--data")

@@ -44,11 +44,8 @@ def test_forward_and_update_keep_device_and_types_and_their_memory_is_counted(
     flags, precision, tiny_model, monkeypatch
 ):
     """The memory of tensors without data, for which torch 2.11 has no sum in float32 of 16-bit products."""
-    for module, name, answer in (  # as on a machine with a GPU
-        (torch.cuda.amp.common, "amp_definitely_not_available", False),
-        (torch.cuda, "is_bf16_supported", True),
-    ):
-        monkeypatch.setattr(module, name, lambda answer=answer, **_: answer)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # as with a GPU
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
     settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
     casts = "lora" in flags and precision == "bf16"

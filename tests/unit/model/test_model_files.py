@@ -1,6 +1,5 @@
 """Model folders that are damaged, of another kind, or made to attack: refused in one line, nothing of it is run."""
 
-import ast
 import contextlib
 import io
 import json
@@ -20,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_build import parse_settings
 from transformers import AutoModelForCausalLM, XLNetConfig
 
-import trainer
 from trainer.config.errors import UserError
-from trainer.model.build import _from_pretrained_kwargs, build_model
+from trainer.model.build import build_model
 from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -112,24 +110,6 @@ def test_pickled_weights_are_refused_unread(folder, tmp_path):
     torch.save(Canary(tmp_path / "canary"), folder / "pytorch_model.bin")
     assert_refused(folder, "has no model.safetensors; pass --model FOLDER with config.json and safetensors (pickles")
     assert not (tmp_path / "canary").exists()
-
-
-def test_every_call_that_reads_a_model_refuses_its_code():
-    """Left out, transformers asks on the terminal where a folder's type is not known to it."""
-    calls = [
-        (path, node)
-        for path in Path(trainer.__file__).parent.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("from_pretrained", "from_config")
-        and ast.unparse(node.func.value).startswith("Auto")
-    ]
-    assert len(calls) > 3
-    for path, call in calls:
-        refuses = ("trust_remote_code=False", "**_from_pretrained_kwargs(settings.model)")
-        assert any(ast.unparse(keyword) in refuses for keyword in call.keywords), f"{path}:{call.lineno}"
-    assert _from_pretrained_kwargs("some/model")["trust_remote_code"] is False
 
 
 # --- weights ---
