@@ -1,4 +1,4 @@
-"""Property tests of what reads a file: some hundred inputs in plain pytest, 10,000 with `-m sweep`."""
+"""Property tests of what reads a file: a hundred inputs or so in plain pytest, 10,000 with `-m sweep`."""
 
 from collections.abc import Callable
 from typing import Any

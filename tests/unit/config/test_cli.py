@@ -249,7 +249,7 @@ YAML_PARTS = st.sampled_from(
 )
 
 
-@many_inputs(100)
+@many_inputs(50)
 def test_any_content_of_a_config_file_is_taken_or_one_line(num_inputs, tmp_path):
     path = tmp_path / "a.yaml"
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import LoraSettings, Settings
+from trainer.data import hf_hub
 from trainer.model.build import build_model, compute_fingerprint, save_base_model
 from trainer.model.lora import resolve_target_modules
 
@@ -119,3 +120,6 @@ def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
     message = r"--model gpt2: .*run `hf download gpt2` where it can; .*or --model demo-base, the embedded toy$"
     with pytest.raises(UserError, match=message):  # own data without --model are never trained on the toy
         build_model(cli.parse_args(["--mode", "full", "--data", "records.csv"]).settings)
+    monkeypatch.setattr(hf_hub, "is_reachable", lambda: True)
+    with pytest.raises(UserError, match=r"--model no-such-org/no-such-model: .*and the Hub gives no config.json; pass"):
+        build_model(parse_settings("no-such-org/no-such-model"))

@@ -28,7 +28,7 @@ from trainer.report.interval import (
 from trainer.report.judge import Margin, question_units
 from trainer.report.views import build_views, describe_views
 
-FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
+FAST_STUDIES, SWEEP_STUDIES = 500, 3000
 MIN_COVERAGE, MAX_SIZE = 0.93, 0.065
 #: standard deviations (nats a token) of seed, unit and rest
 CASES = [(0.01, 0.1, 0.05), (0.0, 0.1, 0.05), (0.03, 0.1, 0.05), (0.01, 0.0, 0.2), (0.002, 0.05, 0.1)]
@@ -263,7 +263,7 @@ def test_scores_of_right_and_wrong_keep_the_interval(differing, excess, num_stud
     assert print_share(f"{label}: good enough at the margin", called) <= MAX_SIZE + slack
 
 
-@each_size
+@pytest.mark.parametrize("num_studies", [1000, pytest.param(SWEEP_STUDIES, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(
     ("num_pilot_units", "num_seeds", "num_units"),
     [(200, 6, 400), (64, 3, 136)],

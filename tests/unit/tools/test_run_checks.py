@@ -195,7 +195,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
 DAMAGE = st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size=40))
 
 
-@many_inputs(100)
+@many_inputs(50)
 def test_no_damage_to_any_file_ends_in_a_traceback_or_loses_a_byte(whole_run, tmp_path, num_inputs, capsys):
     """Also what reads the checkpoints alone; whatever stood in a file still stands in one after it was moved aside."""
     files = sorted(path.relative_to(whole_run) for path in whole_run.rglob("*") if path.is_file())
