@@ -112,14 +112,17 @@ def make_records(
     floor = LOSS_FLOOR[metadata["mode"]] if floor is None else floor
     total_steps = steps_per_epoch * epochs
     step_seconds, step_tokens = wall_seconds / total_steps, global_batch * metadata["data"]["block_size"]
-    peak_lr, num_targets = metadata["resolved"]["lr"], metadata["data"]["val"]["num_target_tokens"]
     records: list[Record] = []
+
+    def add_event(name: str, step: int, **facts: Any) -> None:
+        records.append(EventRecord(event=name, step=step, message="", time=step * step_seconds, facts=facts))
+
     for step in range(total_steps + 1):
         epoch = step / steps_per_epoch
         axes: dict[str, Any] = {"step": step, "epoch": epoch, "samples": step * global_batch}
         axes |= {"tokens": step * step_tokens, "time": step * step_seconds}
         if step and (step % every == 0 or step == total_steps):
-            lr = learning_rate(step - 1, peak_lr=peak_lr, warmup_steps=0, total_steps=total_steps)
+            lr = learning_rate(step - 1, peak_lr=metadata["resolved"]["lr"], warmup_steps=0, total_steps=total_steps)
             values = {"lr": lr, "grad_norm": 1 + 0.2 * math.cos(step), "tokens_per_second": step_tokens / step_seconds}
             loss = synthetic_val_loss(epoch, floor) + 0.05 * math.sin(step)
             records.append(StepRecord(**axes, loss=loss, **values))
@@ -127,27 +130,20 @@ def make_records(
             records.append(EpochRecord(**axes, train_loss=synthetic_val_loss(epoch - 0.5, floor)))
         if step % steps_per_epoch == 0 and (losses is None or epoch in losses):
             loss = synthetic_val_loss(epoch, floor) if losses is None else losses[epoch]
+            num_targets = metadata["data"]["val"]["num_target_tokens"]
             records.append(EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=num_targets))
-        if step == 0:
-            for n, loss in enumerate(retained):
-                event = {"event": "retain_evaluation", "step": n * total_steps, "message": "", "time": 0.0}
-                records.append(EventRecord(**event, facts={"loss": loss}))
+    for n, loss in enumerate(retained):
+        add_event("retain_evaluation", n * total_steps, loss=loss)
     if scores is not None:
-        event = {"event": "test_scores", "step": total_steps, "message": "", "time": 0.0}
-        records.append(EventRecord(**event, facts={"scores": dict(scores)}))
+        add_event("test_scores", total_steps, scores=dict(scores))
     if not finished:
         return [record for record in records if record.step < total_steps]
-    evals = [
-        {"step": record.step, "epoch": record.epoch, "loss": record.loss}
-        for record in records
-        if isinstance(record, EvalRecord)
-    ]
-    summary = {
-        **{"wall_seconds": wall_seconds, "device_hours": wall_seconds / 3600, "peak_memory_bytes": peak_memory_bytes},
-        **{"checkpoint_bytes": 24_000_000, "export_bytes": 8_000_000, "final": evals[-1] if evals else None},
-        "best": min(evals, key=lambda row: row["loss"], default=None),
-    }
-    return [*records, EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)]
+    evaluations = [record for record in records if isinstance(record, EvalRecord)]
+    evals = [{name: getattr(record, name) for name in ("step", "epoch", "loss")} for record in evaluations]
+    summary = {"wall_seconds": wall_seconds, "peak_memory_bytes": peak_memory_bytes, "checkpoint_bytes": 24_000_000}
+    summary |= {"device_hours": wall_seconds / 3600, "export_bytes": 8_000_000, "final": evals[-1] if evals else None}
+    add_event("finished", total_steps, **summary, best=min(evals, key=lambda row: row["loss"], default=None))
+    return records
 
 
 def write_eval_records(
@@ -162,8 +158,7 @@ def write_eval_records(
     bytes_per_target: int = 4,
     scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Path:
-    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation; `scores` by
-    `score_name`, of each record alike at each of them."""
+    """eval_records/ of a run folder: `losses_by_step` (nats per token) and `scores` by `score_name` of each record."""
     columns = {
         "id": ids or [f"record{i:04d}" for i in range(len(targets))],
         "occurrence": 0,
@@ -173,15 +168,12 @@ def write_eval_records(
         "is_seen": [i < num_seen for i in range(len(targets))],
     }
     for step, losses in losses_by_step.items():
-        nll = np.asarray(losses, np.float64) * np.asarray(targets)
-        write_evaluation(
-            folder / EVAL_RECORDS_FOLDER, pd.DataFrame(columns), step=step, split=split, nll=nll, scores=scores
-        )
+        nll, place = np.asarray(losses, np.float64) * np.asarray(targets), folder / EVAL_RECORDS_FOLDER
+        write_evaluation(place, pd.DataFrame(columns), step=step, split=split, nll=nll, scores=scores)
     return folder
 
 
 def write_run_folder(folder: Path, metadata: Mapping[str, Any], records: Sequence[Record]) -> Path:
-    """The run folder with both files; returns it."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(metadata))
     (folder / "metrics.jsonl").write_text("".join(to_line(record) + "\n" for record in records))

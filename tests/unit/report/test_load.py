@@ -19,7 +19,6 @@ from helpers.fake_runs import (
 )
 from hypothesis import strategies as st
 
-from trainer.config.errors import UserError
 from trainer.report.answer_file import to_answer
 from trainer.report.load import load_runs
 from trainer.report.page import compare, json_text, render_markdown
@@ -81,30 +80,8 @@ def test_what_a_run_lacks_is_noted_and_an_unfinished_one_is_going_while_its_reco
         notes = read_folder(write_run_folder(tmp_path / event, run, [*before, last])).notes
         outcome = "left out of the verdict" if event == "interrupted" else "so its setting is not judged"
         assert notes == (f"stopped before its end (step 40 of 90): what happened; {outcome}",)
-    no_evaluations = read_folder(make_run_folder(tmp_path / "none", losses={}))
-    assert no_evaluations.notes == ("no evaluation after step 0: no validation loss to compare",)
     no_base = read_folder(make_run_folder(tmp_path / "base", losses={1: 3.0}))
     assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("run.json", None, r"no run.json there"),
-        ("run.json", '{"mode": "fu', r"run.json: not JSON"),
-        ("run.json", json.dumps({**make_metadata(), "mode": "half"}), 'mode is "half"; expected full or lora'),
-        ("metrics.jsonl", "", "no metrics"),
-    ],
-)
-def test_a_run_that_cannot_be_read_is_refused_with_the_reason(
-    tmp_path: Path, file: str, content: str | None, message: str
-) -> None:
-    folder = make_run_folder(tmp_path / "run")
-    (folder / file).unlink()
-    if content is not None:
-        (folder / file).write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_folder(folder)
 
 
 def test_broken_runs_are_reported_one_by_one_and_the_others_are_read_and_told_apart(tmp_path: Path) -> None:
@@ -125,7 +102,7 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read_and_told_ap
     assert [text in problem.text for problem, text in zip(problems, texts, strict=True)] == [True] * 3
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval_records", "eval_records/step-000090-val.parquet"])
 def test_what_is_no_plain_file_in_a_run_folder_is_one_line_and_never_waited_for(tmp_path: Path, make, name) -> None:
     folder = make_run_folder(tmp_path / "run", "lora")
