@@ -245,14 +245,15 @@ def styled_figure(size: tuple[float, float], facecolor: str = "white") -> "Itera
 
 def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
     """One legend under the plots, of every name once; constrained layout keeps it off axes and edges."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, tuple[Any, str]] = {}  # by the name alone: of a loss its last value stands behind it
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+            entries.setdefault(label.partition(": ")[0], (handle, label))
     if entries:
-        num_columns = int(figure.get_size_inches()[0] / (0.45 + 0.063 * max(map(len, entries))))
+        handles, labels = zip(*entries.values(), strict=True)
+        num_columns = int(figure.get_size_inches()[0] / (0.45 + 0.063 * max(map(len, labels))))
         style: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5}
-        figure.legend(entries.values(), entries, ncols=max(1, min(len(entries), num_columns)), **style)
+        figure.legend(handles, labels, ncols=max(1, min(len(labels), num_columns)), **style)
 
 
 # --- one plot ---
