@@ -163,31 +163,18 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     resume_help = "go on from the newest whole checkpoint or this one; auto: start a new run if there is none yet"
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
-    lr_help = (
-        "suggest a learning rate by a range test, train nothing (default: 1e-7:1, --mode lora: 1e-6:10; 100 steps)"
-    )
+    lr_help = "suggest a learning rate by a range test, train nothing (default: 1e-7:1, LoRA: 1e-6:10; 100 steps)"
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
     verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
     add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     add("--config", metavar="FILE", help=config_help)
     add("--preset", type=_value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
-    resume: dict[str, Any] = {
-        "nargs": "?",
-        "const": "latest",
-        "type": _value_type(ResumePoint),
-        "metavar": "step-N|best|auto",
-    }
-    add("--resume", help=resume_help, **resume)
+    resume_type = _value_type(ResumePoint)
+    add("--resume", nargs="?", const="latest", type=resume_type, metavar="step-N|best|auto", help=resume_help)
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
-    lr_range: dict[str, Any] = {
-        "nargs": "?",
-        "const": DEFAULT_RANGE,
-        "type": LRRange.parse,
-        "metavar": "START:END[:STEPS]",
-    }
-    add("--find-lr", help=lr_help, **lr_range)
+    add("--find-lr", nargs="?", const=DEFAULT_RANGE, type=LRRange.parse, metavar="START:END[:STEPS]", help=lr_help)
     add("--find-batch", action="store_true", help=batch_help)
     add("--verbose", action="store_true", help=verbose_help)
     # the launcher passes it; LOCAL_RANK says the same

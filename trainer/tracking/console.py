@@ -26,7 +26,7 @@ KEY_WIDTH = 13  # of a plan: the longest key
 WARNING_STYLE = "yellow"
 #: lines that were printed, without the bar, until a logger takes them
 printed_lines: deque[str] = deque(maxlen=1000)
-HEADINGS = ("step", "epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
+HEADINGS = ("train loss", "validation loss", "perplexity", "card train", "card val")
 
 
 def is_terminal() -> bool:
@@ -150,36 +150,37 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
 
     `with_reference`: beside the curve of the reference run, and with `reasons` why the run is not comparable with it.
     """
-    train_losses: dict[int, EpochRecord] = {}
-    evals: dict[int, EvalRecord] = {}  # by step: where a resumed run has evaluated twice the later one counts
-    others: dict[str, dict[int, str]] = {}  # {name of a further validation set: {step: its loss}}
+    headings = HEADINGS if with_reference else HEADINGS[:-2]
+    columns: dict[str, dict[int, str]] = {heading: {} for heading in headings}  # {heading: {step: cell}}
+    references = {float(row.epoch): row for row in reference.CURVE} if with_reference else {}
+    epochs: dict[int, float] = {}
+    evals: dict[int, EvalRecord] = {}  # where a resumed run has evaluated twice the later one counts
     for record in records:
         if isinstance(record, EvalRecord):
             evals[record.step] = record
+            digits = 3 if record.perplexity < 1e5 else 0
+            cells = {"validation loss": f"{record.loss:.4f}", "perplexity": f"{record.perplexity:.{digits}f}"}
         elif isinstance(record, EpochRecord):
-            train_losses[record.step] = record
+            cells = {"train loss": f"{record.train_loss:.4f}"}
         elif isinstance(record, OtherEvalRecord):
-            others.setdefault(record.val_set, {})[record.step] = f"{record.loss:.4f}"
+            cells = {f"{record.val_set} loss": f"{record.loss:.4f}"}
+        else:
+            continue
+        if row := references.get(float(record.epoch)):
+            cells |= {"card train": f"{row.train_loss:.4f}", "card val": f"{row.val_loss:.4f}"}
+        epochs[record.step] = record.epoch
+        for heading, cell in cells.items():
+            columns.setdefault(heading, {})[record.step] = cell
     best = min(evals.values(), key=lambda record: (record.loss, record.step), default=None)
-    references = {float(row.epoch): row for row in reference.CURVE}
 
     table = Table(box=box.SIMPLE_HEAD if is_terminal() else box.MARKDOWN)
-    headings = [*(HEADINGS if with_reference else HEADINGS[:-2]), *(f"{name} loss" for name in others)]
-    for heading in headings:
+    for heading in ("step", "epoch", *columns):
         style = "dim" if heading.startswith("card") else ""
         table.add_column(heading, justify="right", style=style, no_wrap=not is_terminal())
-    for step in sorted({*train_losses, *evals}):
-        epoch = float((evals.get(step) or train_losses[step]).epoch)
-        cells = [f"{step:,}", f"{round(epoch, 2):g}", *["-"] * 5]
-        if step in train_losses:
-            cells[2] = f"{train_losses[step].train_loss:.4f}"
-        if step in evals:
-            loss, perplexity = evals[step].loss, evals[step].perplexity
-            cells[3:5] = f"{loss:.4f}", f"{perplexity:.{3 if perplexity < 1e5 else 0}f}"
-        if epoch in references:
-            cells[5:7] = f"{references[epoch].train_loss:.4f}", f"{references[epoch].val_loss:.4f}"
-        cells = [*cells[: len(headings) - len(others)], *(losses.get(step, "-") for losses in others.values())]
-        table.add_row(*cells, style="bold" if best and step == best.step else "")
+    for step, epoch in sorted(epochs.items()):
+        row_cells = (column.get(step, "-") for column in columns.values())
+        style = "bold" if best and step == best.step else ""
+        table.add_row(f"{step:,}", f"{round(epoch, 2):g}", *row_cells, style=style)
     make_console().print(table)
     table.box, text = box.MARKDOWN, io.StringIO()
     Console(file=text, width=1000).print(table)
