@@ -48,5 +48,3 @@ def test_no_code_of_a_file_or_a_flag_is_run():
     for path in sorted(path for folder in ("trainer", "launch") for path in (ROOT / folder).rglob("*.py")):
         risky |= {(str(path.relative_to(ROOT)), call) for call in find_risky_calls(ast.parse(path.read_text()))}
     assert risky == set(ALLOWED)
-
-

@@ -1,6 +1,7 @@
 """Types of settings and of run.json's values: pydantic checks them, `Accepts` has the words for what they accept."""
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -131,10 +132,13 @@ def check_value(annotation: Any, name: str, value: object) -> None:
         raise UserError(f"{name} {value}: expected {expected}")
 
 
+_make_adapter = functools.cache(TypeAdapter)
+
+
 def what_is_expected(annotation: Any, value: object) -> str:
     """What a value should be that is not of a type; "" for one that is."""
     try:
-        TypeAdapter(annotation).validate_python(value)
+        _make_adapter(annotation).validate_python(value)
     except ValidationError as error:
         return first_problem(error).expected
     return ""

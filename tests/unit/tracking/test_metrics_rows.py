@@ -28,7 +28,6 @@ from trainer.tracking.records import (
     rewind,
     to_line,
 )
-from trainer.training.diagnostics import DiagnosticsMonitor
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 STEP = StepRecord(
@@ -209,7 +208,6 @@ def long_file(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 READERS = {
     "checked against its checkpoint": lambda path, digest: find_changed_rows(path, digest, 5_000),
     "cut": lambda path, digest: rewind(path, 4_900),
-    "replayed": lambda path, digest: DiagnosticsMonitor(make_metadata("full")).replay(read_records(path)),
 }
 
 
