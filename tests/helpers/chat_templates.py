@@ -1,4 +1,4 @@
-"""Chat templates in the shape of eight families, written for these tests, and a tokenizer that knows their marks."""
+"""Chat templates in the shape of seven families, written for these tests, and a tokenizer that knows their marks."""
 
 from pathlib import Path
 
@@ -28,13 +28,6 @@ TEMPLATES = {
         "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
         "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "<|im_end|>",
-    ),
-    "llama2": (
-        "{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-        "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-        "{% for m in rest %}{% if m.role == 'user' %}<s>[INST] {{ (system if loop.first else '') + m.content }} [/INST]"
-        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
-        " </s>",
     ),
     "llama3": (
         "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"

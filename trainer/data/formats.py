@@ -55,7 +55,6 @@ class Example:
     split: str = ""
 
     def split_key(self) -> str | bytes:
-        """What decides its split."""
         return self.group if self.group is not None else self.content(separator="")
 
     def content(self, separator: str = "\0") -> str | bytes:
@@ -322,7 +321,6 @@ def format_prompt(event: Mapping[str, str]) -> str:
 
 
 def _render_event(record: Record) -> tuple[str, str]:
-    """An event as (prompt, notes); RecordError where there are no notes."""
     names = column_names(tuple(record))
     event = {name: to_text(record[column], column) for name, column in names.items() if not is_missing(record[column])}
     notes = event.pop(NOTES, "").strip()

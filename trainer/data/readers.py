@@ -196,7 +196,6 @@ class RecordError(Exception):
 
 
 def list_columns(columns: Sequence[str]) -> str:
-    """Column names for a message."""
     separator = next((mark for mark in ";|\t" if len(columns) == 1 and mark in columns[0]), None)
     hint = f" (separated by {separator!r}? save the file with commas, or as .tsv with tabs)" if separator else ""
     return list_some(columns, 40) + hint
@@ -208,7 +207,6 @@ def is_missing(value: Any) -> bool:
 
 
 def require(record: Record, column: str) -> Any:
-    """The value of a column; RecordError where it is missing or empty."""
     value = record.get(column)
     if is_missing(value):
         state = "null or empty" if column in record else "missing"

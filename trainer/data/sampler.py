@@ -135,7 +135,6 @@ def pack_rows(lengths: Int64, width: int) -> list[list[int]]:
 
 
 def _first_fit(lengths: Int64, width: int) -> list[list[int]]:
-    """Longest first, each into the first row that has room for it."""
     rows: list[list[int]] = []
     free: list[int] = []
     for place in np.argsort(-lengths, kind="stable").tolist():

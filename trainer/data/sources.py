@@ -70,7 +70,6 @@ class Source:
         return str(self.spec if file is None or file in DEMO_FILES.values() else file)
 
     def where(self, file: Path | None = None) -> str:
-        """The same behind its flag."""
         return f"{self.flag} {self.locate(file)}"
 
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Record]]:
@@ -90,7 +89,6 @@ class Source:
                 yield f"{self.locate(file)}, {place}", record
 
     def first_record(self) -> Record:
-        """The first record; UserError where there is none."""
         for _, record in self.records():
             return record
         raise UserError(f"{self.where(next(iter(self.files), None))}: holds no record; expected at least one")
@@ -179,7 +177,6 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
 
 
 def _load_dataset(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
-    """The splits of a saved data set, or of one on the hub."""
     hub_id = HUB_ID.fullmatch(spec)
     if is_saved:
         loaded = hf_hub.load_saved_dataset(Path(spec), flag)

@@ -67,7 +67,6 @@ def find_model(model: str) -> ModelSource:
 
 
 def resolve_model_path(model: str) -> str:
-    """The folder or hub id of the whole model behind a model's name."""
     return find_model(model).path
 
 
@@ -109,7 +108,6 @@ def load_tokenizer(model: str) -> Any:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest token id."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
 
 

@@ -42,7 +42,6 @@ def normalise(text: str) -> str:
 
 
 def name_records(split: str) -> str:
-    """How a message calls the records of a split."""
     return SPLIT_NAMES.get(split) or f"validation ({split.removeprefix('val-')})"
 
 
@@ -74,7 +73,6 @@ class SeenRecords:
 
     @property
     def num_repeated(self) -> int:
-        """Training records that equal an earlier one."""
         return len(self._contents["train"]) - len(set(self._contents["train"]))
 
     def find(self, examples: Iterable[Example]) -> None:
@@ -94,7 +92,6 @@ class SeenRecords:
         self._mark(self._groups, f"with the {self._split_by or 'prompt'} of {{}} records")
 
     def _mark(self, hashes: Mapping[str, Sequence[int]], reason: str) -> None:
-        """Give the reason to the records without one whose hash an earlier split has, too."""
         for split in self.reasons:
             for earlier in EARLIER_SPLITS[SPLITS[_number(split)]]:
                 for i in np.flatnonzero(np.isin(hashes[split], hashes[earlier])).tolist():

@@ -283,10 +283,8 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
     ("lengths", "objective", "max_positions", "expected"),
     [
         ([20, 130], "completion", None, 256),
-        ([20, 130], "completion", 200, 200),
         ([9000], "completion", None, 2048),
         ([100] * 50, "blocks", None, 128),
-        ([600] * 100, "blocks", None, 512),
         ([10] * NUM_SAMPLED_RECORDS, "blocks", None, 1024),
         ([10] * NUM_SAMPLED_RECORDS, "blocks", 512, 512),
     ],
