@@ -422,9 +422,7 @@ def plot_lr_range_test(
         axis.plot(lrs, losses, ".", color=TEXT_COLOUR, alpha=0.3, markersize=4)
         axis.plot(lrs, smoothed_losses, "-", color=COLOURS[mode], linewidth=2)
         if smoothed_losses:
-            min_loss, first_loss = min(*smoothed_losses, *losses), smoothed_losses[0]
-            loss_range = max(first_loss - min_loss, 0.1 * first_loss)
-            axis.set_ylim(min_loss - 0.1 * loss_range, first_loss + 0.8 * loss_range)  # without what diverges
+            axis.set_ylim(0.95 * min(*smoothed_losses, *losses), 1.5 * smoothed_losses[0])  # without what diverges
         if suggested_lr is not None:
             axis.axvline(suggested_lr, color=TEXT_COLOUR, linestyle="--", linewidth=1)
             axis.text(suggested_lr, 0.02, f" {suggested_lr:g}", transform=axis.get_xaxis_transform(), va="bottom")

@@ -145,7 +145,7 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
         }
         cost = {
             "trainable parameters": _show(run.get("model.trainable"), ",.0f"),
-            "share of its parameters": format_percent(run.get("model.share")),
+            "trainable share": format_percent(run.get("model.share")),
             "peak memory": unknown or format_bytes(get("peak_memory_bytes")),
             "optimizer state": format_bytes(get("optimizer_bytes")),
             "tokens/s (median)": _show(np.median(speeds[np.isfinite(speeds)]) if len(speeds) else None, ",.0f"),
