@@ -40,19 +40,14 @@ OPERATORS: dict[str, Callable[[float, float, float], bool]] = {
 #: metrics that have a value at a place: which records hold it, and in which column
 SERIES_METRICS = {
     "val_loss": ("evals", "loss"),
-    "perplexity": ("evals", "perplexity"),
     "train_loss": ("epochs", "train_loss"),
-    "lr": ("steps", "lr"),
-    "grad_norm": ("steps", "grad_norm"),
     "tokens_per_second": ("steps", "tokens_per_second"),
 }
 #: metrics of a whole run
 RUN_METRICS: dict[str, Callable[[RunData], Any]] = {
     "best_val_loss": lambda run: run.best_eval and run.best_eval["loss"],
-    "improvement": lambda run: run.improvement,
     "wall_seconds": lambda run: run.summary.get("wall_seconds"),
     "peak_memory_bytes": lambda run: run.summary.get("peak_memory_bytes"),
-    "trainable_parameters": lambda run: run.get("model.trainable"),
 }
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?"
 _CONDITION_PATTERN = re.compile(

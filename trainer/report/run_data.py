@@ -129,12 +129,6 @@ class RunData:
         return {name: float(self.evals[name][index]) for name in ("step", "epoch", "loss")}
 
     @property
-    def improvement(self) -> float | None:
-        """By how much the best evaluation is below the one before the first step; None where either is missing."""
-        best, initial = self.best_eval, self.initial_loss
-        return None if best is None or initial is None else initial - best["loss"]
-
-    @property
     def changed_on_resume(self) -> Mapping[str, Any]:
         """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
         return self.get("resumed.changed") or {}

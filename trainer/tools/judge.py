@@ -5,6 +5,7 @@ the order they were given. What is not known of a run here (its settings, cost a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -95,7 +96,7 @@ def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
     """The base, and the models of each contestant in order; `folder`: for adapters whose base is not where they say."""
     base = Model(BASE, args.base, 1, find_model(locate(args.base)), locate(args.base))
     if not has_files(base.source):
-        raise UserError(f"--base {args.base}: no such folder, and the Hub does not give it; {EXPECTED_MODEL}")
+        raise UserError(f"--base {args.base}: not here in full precision, nor on the Hub; {EXPECTED_MODEL}")
     if len(args.models) < 2:
         raise UserError(f"{args.models[0]}: is one model; expected two or more to judge")
     models = [base]
@@ -109,10 +110,11 @@ def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
             model = Model(contestant, name, seed, source, path)
             if not has_files(source):
                 if source.adapter is None:
-                    raise UserError(f"{name}: no such folder, and the Hub does not give it; {EXPECTED_MODEL}")
+                    raise UserError(f"{name}: not here in full precision, nor on the Hub; {EXPECTED_MODEL}")
                 model.path = str(put_on_base(source.adapter, base, folder / str(len(models))))
                 model.source = find_model(model.path)
-                model.note = f"{contestant} names the base {name_data(source.name)}, which is not here: --base was used"
+                named = f"{contestant} names the base {name_data(source.name)}"
+                model.note = f"{named}, which is not here in full precision: --base was used"
             models.append(model)
     namesakes = Counter(model.contestant for model in models if model.seed == 1)
     if (most := namesakes.most_common(1)[0])[1] > 1:
@@ -133,10 +135,12 @@ def locate(name: str) -> str:
 
 
 def has_files(source: ModelSource) -> bool:
-    """Whether the files of a whole model, of an adapter those of its base, are here or on the Hub; downloads them."""
+    """Whether a whole model, of an adapter its base, is here or on the Hub, and not packed; downloads it."""
     if not Path(source.path).is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
-        hf_hub.download_model(source.path, with_weights=True, log=print, revision=source.revision)
-    return hf_hub.find_model_folder(source.path, source.revision).is_dir()
+        with contextlib.suppress(UserError):  # a base that needs a login, or is gone: --base may stand for it
+            hf_hub.download_model(source.path, with_weights=True, log=print, revision=source.revision)
+    config = hf_hub.find_model_folder(source.path, source.revision) / "config.json"
+    return config.exists() and "quantization_config" not in read_json_object(config)
 
 
 def put_on_base(adapter: Path, base: Model, folder: Path) -> Path:

@@ -108,7 +108,10 @@ def test_another_base_is_said_and_other_tokenizers_are_judged_by_bits_per_byte(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = []
-    for name, base in (("lost", "/home/somebody/tiny"), ("moved", make_tiny_gpt2(tmp_path / "b", dropout=0.0, seed=5))):
+    packed, other_base = tmp_path / "nf4", make_tiny_gpt2(tmp_path / "b", dropout=0.0, seed=5)
+    packed.mkdir()
+    (packed / "config.json").write_text('{"quantization_config": {}}')  # as the bases of Unsloth
+    for name, base in (("lost", "/home/somebody/tiny"), ("packed", str(packed)), ("moved", other_base)):
         adapters.append(shutil.copytree(models["adapter1"], tmp_path / name))
         config = json.loads((adapters[-1] / "adapter_config.json").read_text())
         (adapters[-1] / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
@@ -120,10 +123,10 @@ def test_another_base_is_said_and_other_tokenizers_are_judged_by_bits_per_byte(
     output = capsys.readouterr().out
     for said in (
         *("bpe is worse than whole1 by", "bits per byte [+", "bpe is of another base, a GPT2LMHeadModel of"),
-        "lost names the base tiny, which is not here: --base was used; moved is an adapter of another base, b",
+        "packed names the base nf4, which is not here in full precision: --base was used; moved is an adapter of",
     ):
         assert said in output
-    lost, moved = answer["comparisons"][1:]
+    lost, _, moved = answer["comparisons"][1:]
     assert lost["lora"]["loss"] != moved["lora"]["loss"]
 
 
@@ -134,7 +137,7 @@ def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.Ca
     flags = ["--base", models["base"], "--data", models["data"], "--output-dir", str(tmp_path / "out"), *TEMPLATE_FLAGS]
     for argv, said in (
         ([whole], f"{whole}: is one model; expected two or more"),
-        ([whole, "nowhere"], "nowhere: no such folder, and the Hub does not give it; expected a folder or hub id"),
+        ([whole, "nowhere"], "nowhere: not here in full precision, nor on the Hub; expected a folder or hub id"),
         ([whole, f"{tmp_path}/nothing"], f"{tmp_path}/nothing: holds no model; expected a folder or hub id"),
         ([f"A={whole}", f"A={adapter}"], "A: 2 models have this name; expected NAME=MODEL for each"),
         ([whole, adapter, "--margin", "2pt"], "--margin 2pt: expected a number above 0 and its unit, such as"),
