@@ -190,10 +190,7 @@ def mcnemar_p(num_worse: int, num_better: int) -> float:
 
 
 def seeds_interval(differences: Sequence[float]) -> PairedInterval:
-    """The interval of paired differences of whole losses, one a seed: conditional on these evaluation records.
-
-    For two seeds or more of runs without per-record losses.
-    """
+    """The interval of paired differences of whole losses, one a seed, of two or more."""
     values = np.asarray(differences, dtype=np.float64)
     variance = float(values.var(ddof=1))
     squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1, unit_freedom=1)

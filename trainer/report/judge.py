@@ -240,7 +240,7 @@ class FullVsLora:
     @property
     def is_margin_under_floor(self) -> bool:
         """Whether it cannot be told, and no number of seeds resolves the margin with these records."""
-        if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
+        if self.answer != "cannot tell" or self.excess is None or self.contrast is None:
             return False
         floor = plan_sample_size(self.contrast, is_one_sided=True).floor
         return floor >= self.excess.estimate - self.contrast.estimate

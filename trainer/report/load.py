@@ -56,10 +56,10 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     for source in sources:
         try:
             run = read_run(source)
-            for other in runs:
-                if other.run_id == run.run_id:
-                    is_of = f"{Path(other.source).name} ({run.run_id})"
-                    raise UserError(f"same run id as {is_of}: the same run, or a copy of it")
+            if other := next((other for other in runs if other.run_id == run.run_id), None):
+                raise UserError(
+                    f"same run id as {Path(other.source).name} ({run.run_id}): the same run, or a copy of it"
+                )
         except UserError as error:
             if not Path(source).exists():
                 raise UserError(f"{source}: {error}") from error

@@ -137,11 +137,8 @@ def _describe_set(
         claim = f"cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
         return Statement(claim + f"{pair.full_loss:.4f}, a difference without an interval ({pair.no_losses})")
 
-    claim = ""
-    if excess.num_seeds == 1:
-        claim = "of these two models, "
-    elif excess.num_seeds < MIN_SEEDS:
-        claim = f"provisionally, with {excess.num_seeds} seeds, "
+    claim = "of these two models, " if excess.num_seeds == 1 else f"provisionally, with {excess.num_seeds} seeds, "
+    claim = "" if excess.num_seeds >= MIN_SEEDS else claim
     claim += (_claim_of_losses if pair.margin.measure == LOSS else _claim_of_scores)(pair, excess, lora, full)
     if forgetting := pair.forgetting_points or pair.forgetting:
         digits, unit = (".1f", "points") if pair.forgetting_points else ("+.4f", UNIT)
@@ -157,13 +154,12 @@ def _claim_of_losses(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
     interval = f"{pair.unit} [{excess.low:+.4f}, {excess.high:+.4f}]"
     margin = pair.margin.describe(pair.losses, pair.full.name)
     amount = f"{abs(excess.estimate):.4f} {interval}"
-    if pair.answer == "better":
-        return f"{lora} is better than {full} by {amount}"
+    side = "worse" if excess.estimate > 0 else "better"
     if pair.answer == "good enough":
-        side = "worse" if excess.estimate > 0 else "better"
         return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {margin}"
-    if pair.answer == "worse":
-        return f"{lora} is worse than {full} by {amount}" + f", more than the margin of {margin}" * bool(pair.contrast)
+    if pair.answer in ("better", "worse"):
+        beyond = f", more than the margin of {margin}" if pair.contrast and side == "worse" else ""
+        return f"{lora} is {side} than {full} by {amount}{beyond}"
     claim = f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
     return claim + interval + f", beside a margin of {margin}" * bool(pair.contrast)
 
