@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.config.settings import Settings
 from trainer.model.build import build_model
 
-COUNTED_LENGTHS = (4, 8, 12)  # tokens; a row of n takes a n + b n^2 operations: weights, and attention
+COUNTED_LENGTHS = (4, 12, 8)  # tokens; a row of n takes a n + b n^2 + c: weights, attention, and what is done once
+PLAIN_METHODS = ("lora", "rslora", "pissa")  # that do nothing once a forward, as DoRA's norms are
 
 
 def count_step_flops(settings: Settings, *, lengths: NDArray[np.int64], global_batch: int) -> int | None:
@@ -26,8 +27,9 @@ def count_step_flops(settings: Settings, *, lengths: NDArray[np.int64], global_b
     causal.set_attn_implementation("eager")  # torch does not count every fused attention
     if causal._can_set_experts_implementation():
         causal.set_experts_implementation("batched_mm")  # the form whose shapes do not depend on data
-    counts = []
-    for length in COUNTED_LENGTHS:
+    is_plain = settings.mode == "full" or settings.lora.kind in PLAIN_METHODS
+    counted, counts = COUNTED_LENGTHS[: 2 if is_plain else 3], []
+    for length in counted:
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         try:
             with FlopCounterMode(display=False) as counter:
@@ -35,5 +37,6 @@ def count_step_flops(settings: Settings, *, lengths: NDArray[np.int64], global_b
         except Exception:  # as many kinds as there are architectures
             return None
         counts.append(counter.get_total_flops())
-    quadratic, linear, _ = np.polyfit(COUNTED_LENGTHS, counts, 2)  # the constant: the norms of DoRA, once a forward
+    powers = [[length, length**2, 1][: len(counted)] for length in counted]
+    linear, quadratic = np.linalg.solve(powers, counts)[:2]
     return round(global_batch * float(np.mean(linear * lengths + quadratic * lengths.astype(np.float64) ** 2)))
