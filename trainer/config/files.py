@@ -65,6 +65,13 @@ def name_data(source: str) -> str:
     return " ".join(f"{Path(part).name}={share:g}" if len(parts) > 1 else Path(part).name for part, share in parts)
 
 
+def data_name(source: str) -> str:
+    """The short name of a data source: the last part of each path or hub id, without its ending."""
+    paths = (part.rstrip("/").rsplit("/", 1)[-1] for part, _ in split_weights(source))
+    stem = "-".join(re.sub(r"\.\w+$", "", path) for path in paths)
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", stem).strip("-") or "data"
+
+
 def path_from_environment(name: str, default: str) -> Path:
     """The path that a variable names, `default` where it is not set or empty; UserError for a `~` of nobody."""
     value = os.environ.get(name) or default

@@ -6,10 +6,8 @@ torch: a plan can be checked and a report made on a machine without it.
 """
 
 import dataclasses
-import glob
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -38,7 +36,7 @@ from trainer.config.fields import (
     option,
     settings_class,
 )
-from trainer.config.files import name_val_sets, split_weights
+from trainer.config.files import data_name, name_val_sets, split_weights
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
@@ -357,11 +355,7 @@ class Settings:
     @property
     def run_name(self) -> str:
         """The name of the run: given, or made of method and data."""
-        if self.output.run_name:
-            return self.output.run_name
-        paths = [spec.rstrip("/").rsplit("/", 1)[-1] for spec, _ in split_weights(self.data.data)]
-        data_stem = "data" if glob.has_magic(self.data.data) else "-".join(re.sub(r"\.\w+$", "", p) for p in paths)
-        return f"{self.method}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', data_stem) or 'data'}"[:128]
+        return self.output.run_name or f"{self.method}-{data_name(self.data.data)}"[:128]
 
     @property
     def run_folder(self) -> str:
@@ -439,22 +433,17 @@ def resolve(
     if preset == "finetune" and model is None:
         problems.append("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
         preset = "demo"  # to look at the other values
-    groups: dict[str, dict[str, Any]] = {
-        name: {
-            field.name: field.metadata["presets"][preset]
-            for field in dataclasses.fields(group)
-            if preset in field.metadata["presets"]
-        }
-        for name, group in GROUPS.items()
-    }
-    if mode == "lora":
-        groups["train"]["lr"] *= choices.LORA_LR_FACTOR
-    if "warmup_steps" in overrides.get("train", {}):  # two words for one thing: the user's counts
-        groups["train"].pop("warmup_ratio", None)
     settings: dict[str, Any] = {}
     for name, group in GROUPS.items():
+        presets = {field.name: field.metadata["presets"] for field in dataclasses.fields(group)}
+        values = {key: by_name[preset] for key, by_name in presets.items() if preset in by_name}
+        given = overrides.get(name, {})
+        if name == "train" and mode == "lora":
+            values["lr"] *= choices.LORA_LR_FACTOR
+        if "warmup_steps" in given:  # two words for one thing: the user's counts
+            values.pop("warmup_ratio", None)
         try:
-            settings[name] = group(**{**groups[name], **overrides.get(name, {})})
+            settings[name] = group(**{**values, **given})
         except UserError as error:
             problems += error.args
     if problems:

@@ -7,11 +7,12 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
+from trainer.config.files import data_name
 from trainer.config.text import shorten
 from trainer.data.dataset import resolve_cache_dir
 from trainer.report.page import Comparison, markdown_sections
 from trainer.report.plots import COLOURS, LOSS_LABEL
-from trainer.tracking.wandb_keys import data_name, reference_row
+from trainer.tracking.wandb_keys import reference_row
 from trainer.tracking.wandb_logger import define_metrics, is_logged_in, prepare_environment, wandb_mode
 
 REFERENCE_RUN_ID = f"reference-{reference.NAME}"

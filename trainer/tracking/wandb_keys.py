@@ -4,11 +4,9 @@ The names are those of Hugging Face's Trainer, so that its runs and ours share t
 axes (`AXES`): runs with different batches line up by epoch, examples or tokens.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.files import split_weights
 from trainer.config.reference import ReferenceRow
 from trainer.config.text import flatten
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, OtherEvalRecord, Record, StepRecord
@@ -101,10 +99,3 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "git_commit": (metadata.get("git") or {}).get("commit"),
         "run": dict(metadata),
     }
-
-
-def data_name(source: str) -> str:
-    """The short name of a data source: the last part of each path or hub id, without its ending."""
-    paths = (part.rstrip("/").rsplit("/", 1)[-1] for part, _ in split_weights(source))
-    stem = "-".join(re.sub(r"\.\w+$", "", path) for path in paths)
-    return re.sub(r"[^A-Za-z0-9_.+-]", "-", stem).strip("-") or "data"

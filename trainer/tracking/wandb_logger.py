@@ -21,14 +21,14 @@ from urllib.parse import urlsplit
 
 from trainer.config.errors import TrainingError, UserError, first_line
 from trainer.config.fields import RunId, WandbProject, check_value
-from trainer.config.files import path_from_environment
+from trainer.config.files import data_name, path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.console import printed_lines
 from trainer.tracking.records import METRICS_FILE, EventRecord, Record, read_records
 from trainer.tracking.run_lock import RunLock
-from trainer.tracking.wandb_keys import AXES, METRICS, data_name, wandb_config, wandb_row, wandb_summary
+from trainer.tracking.wandb_keys import AXES, METRICS, wandb_config, wandb_row, wandb_summary
 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
-from trainer.config.files import name_data, split_weights
+from trainer.config.files import data_name, name_data, split_weights
 from trainer.config.settings import GROUPS
-from trainer.tracking.wandb_keys import data_name
 from trainer.training.run_plan import collect_notes
 
 # The names are a contract with the user; these are no settings.
