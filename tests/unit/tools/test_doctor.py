@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools.doctor import checks, doctor
 from trainer.tools.doctor.checks import LEVELS
@@ -66,41 +64,21 @@ def test_doctor_looks_at_the_gpus_of_this_machine(ranks, shared_memory, levels, 
     assert {name: found[name] for name in levels} == levels
 
 
-# --- data ---
-
-
-def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
-    return TokenDataset(
-        ids=np.concatenate([np.asarray(text, dtype=np.uint16) for text in texts]),
-        offsets=np.cumsum([0, *map(len, texts)]),
-        target_mask=np.concatenate([np.arange(len(text)) >= first for text in texts]).astype(np.uint8),
-    )
-
-
-def make_data(train: list[list[int]], val: list[list[int]], first: int = 1) -> PreparedDataset:
-    metadata: dict[str, Any] = {"repeated_in_train": len(train) - len(set(map(tuple, train)))}
-    datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
-    for split, dataset in datasets.items():
-        num_target_tokens = int(dataset.num_target_tokens().sum())
-        metadata[split] = {"examples": len(dataset), "records": len(dataset), "num_target_tokens": num_target_tokens}
-    return PreparedDataset(**datasets, metadata=metadata, val_texts=(), folder=Path())
-
-
-def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
-    """Texts of 600 ids, all of which occur in 600 of them; no two strides make the same text."""
-    return [[1 + (n + stride * position) % 600 for position in range(length)] for n in range(count)]
-
-
 @pytest.mark.parametrize(
-    ("levels", "data"),
+    ("changes", "levels"),
     [
-        ({"validation": "ok", "repeats": "ok", "masked": "ok"}, make_data(make_texts(600, 1), make_texts(200, 2))),
-        ({"validation": "warning"}, make_data(make_texts(600, 1), make_texts(5, 2))),
-        ({"repeats": "warning"}, make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
-        ({"masked": "warning"}, make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
+        ({}, {"validation": "ok", "repeats": "ok", "masked": "ok"}),
+        ({"val_examples": 5}, {"validation": "warning"}),
+        ({"repeated": 300}, {"repeats": "warning"}),
+        ({"targets": 1}, {"masked": "warning"}),
     ],
 )
-def test_doctor_finds_every_fault_planted_in_the_data(levels, data):
+def test_doctor_finds_every_fault_planted_in_the_data(changes, levels):
+    values = {"val_examples": 200, "repeated": 0, "targets": 20, **changes}
+    val = {"records": 200, "examples": values["val_examples"], "num_target_tokens": 6000}
+    metadata = {"train": {"records": 600}, "val": val, "repeated_in_train": values["repeated"]}
+    counts = {"num_target_tokens": lambda: np.array([values["targets"]]), "lengths": lambda: np.array([30])}
+    data = SimpleNamespace(metadata=metadata, train=SimpleNamespace(**counts))
     assert worst_levels(checks.check_data(data)).items() >= levels.items()
 
 
