@@ -84,7 +84,7 @@ def measure_steps(args: argparse.Namespace) -> int:
             row["problem"] = "" if answers else f"failed: {reason}"
             outcome = row["problem"] or f"{1000 * answers[0]['step_seconds']:.1f} ms/step"
             print(f"round {number}/{args.rounds}  {row['mode']} {_name(row)}: {outcome}", flush=True)
-    print(f"\n{format_steps(rows)}\n{EXPLANATION}")
+    print(f"\n{format_steps(rows)}\n\n{EXPLANATION}")
     if results := [result for row in rows for result in row["results"]]:
         packages = ", ".join(f"{name} {number}" for name, number in results[0]["versions"].items() if number)
         print("{model}, {global_batch} rows of {block_size} tokens, {precision}, ".format(**shared), end="")

@@ -78,12 +78,16 @@ def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[C
     if platform.python_version() not in SpecifierSet(python_range):
         message = f"{platform.python_version()}, supported is {python_range}"
         yield Check(ERROR, "Python", message, "make a virtual environment with such a Python")
+    supported = []
     for requirement in map(Requirement, requirements):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             name, specifier, version = requirement.name, requirement.specifier, package_version(requirement.name)
-            is_bad = version is None or not specifier.contains(version, prereleases=True)
+            if version is not None and specifier.contains(version, prereleases=True):
+                supported.append(f"{name} {version}")
+                continue
             message = f"{version or 'missing'}, supported is {specifier or 'any'}"
-            yield judge(is_bad, ERROR, name, message, f"pip install '{name}{specifier}'")
+            yield Check(ERROR, name, message, f"pip install '{name}{specifier}'")
+    yield Check(OK, "packages", f"in the supported ranges: {', '.join(supported)}")
 
 
 def check_data(data: PreparedDataset) -> Iterator[Check]:
