@@ -124,13 +124,18 @@ REFUSALS = {
         (1, 1),
         env={"WORLD_SIZE": "3", "TRAINER_HOSTS": "a:1,b:1,c:1"},
     ),
+    "an address of another host": Refusal(
+        r"of 2 ranks these did not join 192\.0\.2\.1:\d+ within 5 s \(--hang-timeout\): 1$",
+        (1,),
+        env={"WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"},
+    ),
     "a name that nobody knows": Refusal(
         f"rank 1 on {HOST} cannot reach rank 0 at no.invalid:.* within 5 s .*: .*[Nn]ame.*MASTER_ADDR",
         (1,),
         env={**SECOND_OF_TWO, "MASTER_ADDR": "no.invalid"},
     ),
     "a port that is taken": Refusal(
-        f"rank 0 on {HOST} cannot listen at 127.0.0.1:PORT .* pass a free",
+        f"rank 0 on {HOST} cannot listen at port PORT .* pass a free",
         (2,),
         env={"WORLD_SIZE": "2"},
         listen=partial(listening, ""),
@@ -188,6 +193,7 @@ def test_ranks_that_do_not_meet_or_differ_say_so_in_one_line(name, session_dir, 
         group = RankProcesses(argv, out=tmp_path / "run", world_size=len(case.codes), env=env, fault=case.fault)
         assert group.wait() == list(case.codes), group.output
     assert re.search(f"^error: .*{case.message.replace('PORT', str(port))}", group.error_line), group.error_line
+    assert "frame #" not in group.output, "torch's stack in C++"
     assert not (tmp_path / "run").exists()
 
 

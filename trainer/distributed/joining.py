@@ -117,14 +117,11 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     place = f"{address[0]}:{address[1]}"
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        try:
-            store: Any = dist.TCPStore(*address, is_master=True, **options)
+        try:  # it listens everywhere; to itself it talks over the loopback, whatever MASTER_ADDR says here
+            store: Any = dist.TCPStore("127.0.0.1", address[1], is_master=True, **options)
         except dist.DistError as error:
-            reason = str(error).splitlines()[0][:200]
-            message = (
-                f"rank 0 on {host} cannot listen at {place} ({reason}): MASTER_ADDR must be its own and the port free"
-            )
-            raise UserError(f"{message}; {PORT_HINT}") from None
+            message = f"rank 0 on {host} cannot listen at port {address[1]} ({first_line(error)}); {PORT_HINT}"
+            raise UserError(message) from None
     else:
         # Ranks that have not met cannot agree on one that speaks: the last is on another host than rank 0, if any is.
         is_speaker = launch.rank == launch.world_size - 1
