@@ -223,8 +223,7 @@ class DiagnosticsMonitor:
         if not self.train_loss_means:
             return
         first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
-        # Label smoothing raises the training loss alone, which is then compared with that of the first step.
-        start = max(first.loss, self.losses[0]) if self.train_settings["label_smoothing"] else first.loss
+        start = max(first.loss, self.losses[0])  # of the training loss, which label smoothing raises
 
         # The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell by
         # two standard errors, from the stretch before the lowest evaluation to the last one. The first is the
