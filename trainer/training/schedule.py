@@ -89,15 +89,30 @@ class TrainSchedule:
     steps_per_epoch: int
 
     def lr(self, step: int) -> float:
-        train = self.settings.train
-        return learning_rate(
-            step,
-            peak_lr=train.lr,
-            warmup_steps=self.num_warmup_steps,
-            total_steps=self.total_steps,
-            schedule=train.schedule,
-            min_lr=train.min_lr,
-        )
+        """The rate of the update number `step` (counted from 0), a function of the step alone.
+
+        The formulas of transformers' `get_linear_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`,
+        `get_constant_schedule_with_warmup` and `get_wsd_schedule` (linear warm-up, cosine decay): the first update
+        without warm-up has the full rate, and the rate after the last one would be --min-lr.
+        """
+        train, warmup_steps, total_steps = self.settings.train, self.num_warmup_steps, self.total_steps
+        decay_start = warmup_steps
+        if train.schedule == "wsd":
+            decay_start = total_steps - math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
+        if step < warmup_steps:
+            factor = step / warmup_steps
+            if train.schedule != "wsd":  # only its warm-up begins at --min-lr
+                return train.lr * factor
+        elif train.schedule == "constant" or step < decay_start:
+            return train.lr
+        elif step >= total_steps:
+            return train.min_lr
+        elif train.schedule == "linear":
+            factor = (total_steps - step) / (total_steps - decay_start)
+        else:
+            factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
+        min_ratio = train.min_lr / train.lr
+        return train.lr * (factor * (1.0 - min_ratio) + min_ratio)
 
     @property
     def num_warmup_steps(self) -> int:
@@ -154,41 +169,6 @@ class TrainSchedule:
 
     def _stride(self, every: str) -> int:
         return {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
-
-
-def learning_rate(
-    step: int,
-    *,
-    peak_lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    schedule: Schedule = "linear",
-    min_lr: float = 0.0,
-) -> float:
-    """The rate of the update number `step` (counted from 0): linear from 0 over `warmup_steps`, then by the schedule.
-
-    The formulas of transformers' `get_linear_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`,
-    `get_constant_schedule_with_warmup` and `get_wsd_schedule` (linear warm-up, cosine decay): the first update without
-    warm-up has the full rate, and the rate after the last one would be `min_lr`. A function of the step alone: a run
-    resumed in the middle goes on with the rates it would have had.
-    """
-    decay_start = warmup_steps
-    if schedule == "wsd":
-        decay_start = total_steps - math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
-    if step < warmup_steps:
-        factor = step / warmup_steps
-        if schedule != "wsd":  # only its warm-up begins at `min_lr`
-            return peak_lr * factor
-    elif schedule == "constant" or step < decay_start:
-        return peak_lr
-    elif step >= total_steps:
-        return min_lr
-    elif schedule == "linear":
-        factor = (total_steps - step) / (total_steps - decay_start)
-    else:
-        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
-    min_ratio = min_lr / peak_lr
-    return peak_lr * (factor * (1.0 - min_ratio) + min_ratio)
 
 
 def describe_schedule(schedule: Schedule, *, min_lr: float, warmup_steps: int) -> str:

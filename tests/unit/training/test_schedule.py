@@ -1,6 +1,7 @@
 """The learning rate, number by number that of Hugging Face's schedulers, and when an evaluation is due."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import transformers
 from trainer.config.batch_config import BatchConfig
 from trainer.config.cli import parse_args
 from trainer.config.settings import resolve
-from trainer.training.schedule import TrainSchedule, learning_rate
+from trainer.training.schedule import TrainSchedule
+
+ONE = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1)
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 0.06])
@@ -30,9 +33,11 @@ def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warm
     }[schedule]()
     if schedule in ("linear", "constant"):
         min_lr = 0.0
+    train = SimpleNamespace(lr=0.3, min_lr=min_lr, schedule=schedule, num_warmup_steps=lambda total: warmup)
+    sizes = {"batch": ONE, "num_examples": 4, "total_steps": total, "steps_per_epoch": 4}
+    ours = TrainSchedule(settings=SimpleNamespace(train=train), **sizes)  # type: ignore[arg-type]
     for step in range(total):
-        lr = learning_rate(step, peak_lr=0.3, warmup_steps=warmup, total_steps=total, schedule=schedule, min_lr=min_lr)
-        assert lr == scheduler.get_last_lr()[0]
+        assert ours.lr(step) == scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
 
@@ -48,7 +53,7 @@ def test_the_warm_up_share_is_rounded_up_as_transformers_does(tmp_path: Any) -> 
 def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every: str, steps: list[int]):
     schedule = TrainSchedule(
         settings=parse_args(["--mode", "full", "--eval-every", every]).settings,
-        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
+        batch=ONE,
         num_examples=4,
         total_steps=10,
         steps_per_epoch=4,
