@@ -324,6 +324,7 @@ class Settings:
             (is_full and quant, f"--quant {quant}: a quantised weight has no gradient; expected --mode lora"),
             (is_full and lora.adapter != "lora", f"--adapter {lora.adapter}: {for_adapters}"),
             (is_full and lora.plus_ratio != 1, f"--lora-plus-ratio {lora.plus_ratio}: {for_adapters}"),
+            (is_full and lora.peft_config, f"--peft-config: {for_adapters}"),
             (is_full and to_save, f"--modules-to-save {to_save}: {for_adapters}"),
             (packed and lora.adapter == "pissa", f"--quant {quant}: rounds off what --adapter pissa changes"),
             (packed == "int8" and lora.adapter == "dora", "--quant int8: not with --adapter dora; expected nf4 or fp4"),

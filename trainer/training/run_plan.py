@@ -396,7 +396,7 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
     if settings.mode == "full" and settings.train.weight_decay:
         notes.append("weight decay acts on every trained weight; transformers leaves biases and norms out")
-    if settings.mode == "full" and (ignored := [flag for flag in flags if flag.startswith(("--lora-", "--peft-"))]):
+    if settings.mode == "full" and (ignored := [flag for flag in flags if flag.startswith("--lora-")]):
         notes.append(f"{join_words(ignored, 'and')}: ignored with --mode full")
     if settings.output.score and settings.output.export == "none":
         notes.append("--score: ignored with --export none, which leaves the test records unseen")

@@ -184,7 +184,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--val_data=a/x.csv --val-data b/x.jsonl", ["--val-data b/x.jsonl: a second set named x"]),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         (
-            '--peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',
+            '--mode lora --peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',
             ["--warmup-ratio 0.1: not with", "--lora-rank: not with --peft-config, which says what is trained"],
         ),
         ("--wandb-tags ,", ["--wandb-tags ,: expected tags of 1 to 64 characters"]),

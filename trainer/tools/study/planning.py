@@ -21,7 +21,7 @@ from trainer.tools.processes import Slot, failure_reason, make_slots, run_enviro
 from trainer.tools.study.power import describe_power, read_search_losses
 from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, write_rule
 from trainer.tools.study.search import expected_trials, study_state
-from trainer.tools.study.trials import DEFAULT_ARGV, read_results
+from trainer.tools.study.trials import read_results, run_argv
 from trainer.tracking.eval_records import score_name
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
@@ -46,7 +46,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         if name in OWN_FLAGS:
             raise UserError(f"{argument}: the study sets it for each of its runs; expected {OWN_FLAGS[name]}")
     train_argv = [*(["--test-fraction", "0"] if "--test-data" in names else []), *train_argv]
-    argv = ["--mode", "full", *DEFAULT_ARGV, *train_argv]
+    argv = run_argv("lora", train_argv)
     settings = parse_args(argv, companion=parser, num_ranks=len(slots[0].gpus) or 1).settings
     if settings.train.warmup_steps:
         raise UserError(
@@ -84,7 +84,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     print(f"reading the data and loading {', '.join(methods)}", flush=True)
     for method in methods:  # each is loaded: what cannot be is found before the first trial
         with tempfile.TemporaryDirectory(prefix="study-") as temp:
-            argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{temp}/run"]
+            argv = [*run_argv(method, train_argv), "--output-dir", f"{temp}/run"]
             plan_args, env = (slots[0], argv, Path(temp, "plan.json")), run_environ(slots[0])
             _join(start_process(write_plan, plan_args, Path(temp), env, bool(slots[0].gpus)), Path(temp))
             total_steps, data, num_units, warning = json.loads(Path(temp, "plan.json").read_bytes())
@@ -147,7 +147,7 @@ def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:
 def time_method(method: str, rule: Rule, slot: Slot) -> tuple[float, float]:
     """Seconds that a run of a method takes beside its steps, and for each step, by a run of a few."""
     with tempfile.TemporaryDirectory(prefix="study-") as temp:
-        argv = [*METHODS[method], *DEFAULT_ARGV, *rule.train_argv, "--max-steps", str(NUM_STEPS), "--export", "none"]
+        argv = [*run_argv(method, rule.train_argv), "--max-steps", str(NUM_STEPS), "--export", "none"]
         start_time = time.monotonic()
         argv += ["--wandb", "disabled", "--output-dir", f"{temp}/run"]
         _join(start_run(slot, argv, Path(temp)), Path(temp))

@@ -32,12 +32,18 @@ MAX_FAILURES = 3  # a trial that failed so often, or whose workers died, is not 
 STOP_EXIT_CODES = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
 
 
+def run_argv(method: str, train_argv: Sequence[str]) -> list[str]:
+    """The flags of launch/train.py for a run of a method; full has no adapters, and so no --peft-config."""
+    words = [word for word in train_argv if method != "full" or not word.startswith("--peft-config")]
+    return [*METHODS[method], *DEFAULT_ARGV, *words]
+
+
 def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
     """The flags of launch/train.py that every run of a candidate has."""
     has_own_rank = any(word.startswith("--peft-config") for word in rule.train_argv)
     is_ranked = candidate.lora_rank is not None and not has_own_rank
     lora_rank = ["--lora-rank", str(candidate.lora_rank)] if is_ranked else []
-    return [*METHODS[candidate.method], *DEFAULT_ARGV, *rule.train_argv, *lora_rank, "--lr", f"{candidate.lr:g}"]
+    return [*run_argv(candidate.method, rule.train_argv), *lora_rank, "--lr", f"{candidate.lr:g}"]
 
 
 def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
