@@ -201,7 +201,8 @@ def _render_svg(prefix: str, title: str, draw: Draw, size: tuple[float, float]) 
     svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)  # of the whole
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{prefix}-", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", svg)  # else a list of fonts behind each word
+    svg = re.sub(r'\n +| transform="rotate\(-0 [^"]*"', "\n", svg)
     # hundredths of a point are enough
     svg = re.sub(r'(?<= [dxy]=")[^"]*', lambda match: re.sub(r"(\d\.\d\d)\d+", r"\1", match[0]), svg)
     for colour, variable in CSS_VARIABLES.items():
