@@ -8,7 +8,7 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
-from trainer.data.formats import ACLED_FIELDS, choose_format, format_field, parse_template
+from trainer.data.formats import ACLED_FIELDS, choose_format, format_field
 from trainer.data.readers import RecordError
 
 OLD_EXPORT = {
@@ -78,12 +78,6 @@ def test_templates_fill_columns(record, prompt, completion, expected):
     assert render(record, prompt=prompt, completion=completion) == expected
 
 
-@pytest.mark.parametrize("template", ["{mr", "{}", "{{mr}"])
-def test_a_stray_brace_is_refused_with_its_place(template):
-    with pytest.raises(UserError, match=r"--prompt .* brace stands alone at character \d"):
-        parse_template(template, "--prompt")
-
-
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -146,6 +140,10 @@ def test_templates_go_before_token_ids_before_acled_before_text():
     ("columns", "settings", "problem"),
     [
         ("mr ref", {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
+        *(
+            ("mr", {"completion": text}, r"--completion .* brace stands alone at character \d")
+            for text in ("{mr", "{}")
+        ),
         ("mr", {"completion": "done"}, r"--completion 'done': has no \{column\}; expected one of mr"),
         ("mr ref", {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
         ("prompt chosen rejected", {}, r"`chosen` and `rejected` are not trained on"),
