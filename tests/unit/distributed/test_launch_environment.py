@@ -144,13 +144,6 @@ def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "expected"), [("login1,gpu[003-005]", "login1"), ("rack[0-1]node[07,9]-ib", "rack0node07-ib")]
-)
-def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
-    assert read_launch_environment({**SRUN, "SLURM_STEP_NODELIST": nodelist}).master_addr == expected
-
-
-@pytest.mark.parametrize(
     ("environ", "expected"),
     [
         ({}, True),
