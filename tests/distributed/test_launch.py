@@ -90,10 +90,7 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
     ("flags", "message"),
     [
         ("--mode full --ds-config zero9", ["--ds-config zero9", "zero2_offload"]),
-        ("--mode full --model nowhere/at-all", ["--model nowhere/at-all"]),
-        ("--mode full --block-size 4096", ["--block-size 4096", "256"]),
         ("--mode lora --lora-target-modules c_attn,q_proj", ["--lora-target-modules q_proj", "c_attn, c_fc, c_proj"]),
-        ("--mode full --precision fp16", ["--precision fp16"]),
         ("--mode full --resume", ["--resume", "no run"]),
         ("--mode full --wandb online", ["--wandb online"]),
         ("--mode full --output-dir taken", ["taken is not empty; expected another --output-dir"]),

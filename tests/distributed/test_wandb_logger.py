@@ -23,7 +23,7 @@ from trainer.config.reference import CURVE
 from trainer.config.settings import OutputSettings
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import AXES, reference_row, wandb_row
-from trainer.tracking.wandb_logger import WandbFile, start_wandb, upload_run, wandb_block, wandb_mode
+from trainer.tracking.wandb_logger import WandbFile, upload_run, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -113,15 +113,6 @@ def test_an_upload_without_a_login_or_a_run_is_one_line(tmp_path: Path, environ)
     folder = write_run_folder(tmp_path / "run", METADATA, RECORDS)
     with pytest.raises(UserError, match=r"--upload .*run: not logged in to W&B"):
         upload_run(folder)
-
-
-def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "trainer")
-    before = set(sys.modules)
-    assert start_wandb(make_metadata("full", wandb__mode="disabled"), tmp_path) is None
-    assert caplog.messages == []
-    assert "wandb" not in set(sys.modules) - before
-    assert not list(tmp_path.iterdir())
 
 
 # the real client

@@ -165,7 +165,6 @@ class FakeWandb:
         }
 
     def respond(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
-        """Status and JSON for one request."""
         with self._lock:
             path = urlsplit(path).path
             if path == "/graphql":
@@ -199,18 +198,15 @@ class FakeWandb:
             return 404, {"error": "not known to the stand-in"}
 
     def run(self, entity: str | None, project: str | None, name: str) -> FakeRun:
-        """The run of this id, made where it is new."""
         entity, project = entity or ENTITY, project or "uncategorized"
         self.projects.add((entity, project))
         return self.runs.setdefault(name, FakeRun(entity, project, name))
 
     def upload_url(self, kind: str, owner: str, name: str) -> Json:
-        """Where the client may put a file."""
         return {"uploadUrl": f"{self.url}/upload/{kind}/{owner}/{name}", "uploadHeaders": []}
 
 
 def edges(nodes: Iterable[Json]) -> Json:
-    """A page that has no next one."""
     page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
     return {"edges": [{"node": node, "cursor": node.get("id", "")} for node in nodes], "pageInfo": page}
 
@@ -282,7 +278,6 @@ def create_project(server: FakeWandb, variables: Json) -> Json:
 
 
 def view_response(view: Json) -> Json:
-    """A report as GraphQL answers name it."""
     fields = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
     project = project_response(view.get("entityName"), view["projectName"])
     times = {"createdAt": TIMESTAMP, "updatedAt": TIMESTAMP}
@@ -351,7 +346,6 @@ class _Server(ThreadingHTTPServer):
     fake: FakeWandb
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Count every connection, whatever is then asked on it."""
         self.fake.connections += 1
         return True
 
@@ -387,4 +381,4 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the tests look at what was kept."""
+        pass

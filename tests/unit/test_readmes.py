@@ -78,10 +78,3 @@ def test_every_test_that_a_readme_names_exists():
     code = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
     for name, is_beginning in re.findall(r"\b(test_\w+)(\.\.\.)?", text):
         assert re.search(rf"def {name}{'' if is_beginning else '[(]'}", code), name
-
-
-def test_what_is_gone_would_be_noticed():
-    assert "--lr" in own_flags()
-    assert "--keep" not in own_flags()
-    text = "see `trainer/no_such_file.py`, `trainer/run.py` and `--lr`; [this](nowhere.md)"
-    assert sorted(missing_paths(text, ROOT)) == ["nowhere.md", "trainer/no_such_file.py"]

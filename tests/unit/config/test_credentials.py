@@ -39,8 +39,3 @@ def test_messages_of_libraries_are_masked():
     masked = "401 for https://***@hub/a with *** (short, /usr/bin/and/more, a@b, hf_internal_testing)"
     assert mask_credentials(text, environ) == masked
     assert HUB_TOKEN not in str(UserError(f"the hub says {HUB_TOKEN}"))
-
-
-def test_ordinary_command_lines_are_taken(monkeypatch):
-    monkeypatch.setenv("SOME_TOKEN", "1234")
-    assert parse_args(["--mode", "lora", "--max-steps", "1234", "--data", "a@b.csv"]).settings.train.max_steps == 1234

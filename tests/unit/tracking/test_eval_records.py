@@ -95,17 +95,6 @@ def test_a_resumed_run_goes_on_from_the_evaluations_up_to_its_checkpoint(tmp_pat
     rewind_evaluations(tmp_path / "none", 0)
 
 
-def test_evaluations_are_read_in_the_order_of_their_steps_the_last_of_each_and_some_of_them_alone(tmp_path):
-    for seed, step in enumerate((1_000_000, 20, 3, 20)):
-        write(tmp_path, step, seed=seed)
-    write(tmp_path, 20, "test")
-    assert steps_and_splits(tmp_path) == [(3, "val"), (20, "test"), (20, "val"), (1_000_000, "val")]
-    few = read_evaluations(tmp_path, val_steps=(20, 4))
-    assert few["split"].tolist() == ["test"] * 5 + ["val"] * 5
-    assert few["nll"][5:].tolist() == make_nll(seed=3), "made again, as by a resumed run"
-    assert len(read_evaluations(tmp_path / "none")) == 0
-
-
 def name(step: int, split: str) -> str:
     return f"step-{step:06d}-{split}.parquet"
 
