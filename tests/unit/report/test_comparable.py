@@ -13,7 +13,6 @@ from trainer.report.comparable import (
     group_by_seed,
     reference_blockers,
 )
-from trainer.report.page import build_settings_tables
 from trainer.report.run_data import RunData
 
 MakeRun = Callable[..., RunData]
@@ -57,22 +56,6 @@ def test_a_run_whose_data_changed_on_resume_or_came_as_token_ids_is_incomparable
     assert comparison_blockers(make_run(), resumed(lr=[3e-4, 1e-4])) == []
     token_ids = make_run("lora", data__tokenizer=None)
     assert comparison_blockers(make_run(), token_ids) == ["other tokenizer (one came as token ids)"]
-
-
-def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
-    runs = [make_run(seed=1), make_run(seed=2), make_run("lora")]
-    differing, shared = build_settings_tables(group_by_seed(runs), with_reference=True)
-    assert differing.headings == ["setting or fact", "card", "full", "LoRA"]
-    rows = {name: cells for name, *cells in (*differing.rows, *shared.rows)}
-    assert len(rows) == len(differing.rows) + len(shared.rows)
-    content = make_metadata("full")
-    groups = {group: values for group, values in content["settings"].items() if isinstance(values, dict)}
-    assert {f"settings.{group}.{name}" for group, values in groups.items() for name in values} <= set(rows)
-    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(rows)
-    assert rows["settings.train.lr"] == ["3e-05", "0.0005", "0.005"]
-    assert rows["settings.train.seed"] == ["42", "1 | 2", "42"]
-    assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
-    assert rows["settings.lora.rank"] == ["not used", "not used", "8"], "run.json of a full run has it, too"
 
 
 OTHER_DATA = {"data__source": "e2e.csv", "data__fingerprint": "ff"}

@@ -180,21 +180,19 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
 
 
-@pytest.mark.parametrize(("num_runs", "max_seconds"), [(2, 8), pytest.param(64, 20, marks=pytest.mark.sweep)])
-def test_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(
-    num_runs: int, max_seconds: float, tmp_path: Path
-) -> None:
+@pytest.mark.sweep
+def test_64_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_path: Path) -> None:
     length = {"resolved__steps_per_epoch": 6_667, "resolved__total_steps": 20_001}
     rows = make_run_folder(tmp_path / "run0", metadata=make_metadata(**length)) / "metrics.jsonl"
     assert rows.stat().st_size > 4e6
-    for n in range(1, num_runs):
+    for n in range(1, 64):
         folder = tmp_path / f"run{n}"
         folder.mkdir()
         content = make_metadata(("full", "lora")[n % 2], seed=42 + n // 2, run_id=f"run{n:05d}", **length)
         (folder / "run.json").write_text(json.dumps(content))
         os.link(rows, folder / "metrics.jsonl")
-    process, used = run_measured(tmp_path, *(f"run{n}" for n in range(num_runs)))
+    process, used = run_measured(tmp_path, *(f"run{n}" for n in range(64)))
     assert process.returncode == 0, process.stderr
-    assert used["seconds"] < max_seconds  # of the processor
+    assert used["seconds"] < 20  # of the processor
     assert used["kib"] < 1_000_000
     assert (tmp_path / "comparison" / "report.html").stat().st_size < 3_000_000

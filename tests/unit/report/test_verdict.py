@@ -1,6 +1,7 @@
 """What may be held against what, and the verdict: its interval, its words, no number where there may be none."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,7 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
         losses = [3.0 if run.mode == "full" else 2.5] * len(TARGETS)
         write_eval_records(Path(run.source), {30: losses}, targets=TARGETS, split="test")
     verdict = judge_runs(*(read_folder(Path(run.source)) for run in runs))
-    assert "LoRA (rank 8, lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
-    assert "on 120 test blocks" in verdict.sentence
+    assert re.search(r"better than full \(lr 0.0005\) by 0.5000 .* on 120 test blocks", verdict.sentence)
     assert any("the base's losses of these records are not there" in line for line in verdict.details)
 
 
@@ -247,18 +247,14 @@ def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough_or
         assert len(comparison["decisive_records"]) == 5
 
 
-def test_two_folders_of_equal_weights_are_one_base(make_run: MakeRun) -> None:
-    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], model__name="gpt2"))
-    assert not verdict.primary.blockers
-    lora = make_run("lora", [4.0, 2.5])
+def test_equal_weights_are_one_base_and_lora_is_held_against_the_best_full_it_may_be_ranked_with(
+    make_run: MakeRun,
+) -> None:
+    longer, lora = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4), make_run("lora", [4.0, 2.5], model__name="x")
+    pair = judge_runs(longer, make_run("full", [4.0, 2.0]), lora).primary
+    assert (pair.full.lr, [*pair.blockers]) == (5e-4, [])
     lora.metadata["model"]["fingerprint"] = None
-    assert "are not ranked: base weights unknown" in judge_runs(make_run("full", [4.0, 2.0]), lora).sentence
-
-
-def test_each_lora_setting_is_compared_with_the_best_full_one_it_may_be_ranked_with(make_run: MakeRun) -> None:
-    longer = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4)
-    verdict = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
-    assert (verdict.primary.full.lr, [*verdict.primary.blockers]) == (5e-4, [])
+    assert "base weights unknown" in judge_runs(make_run("full", [4.0, 2.0]), lora).sentence
 
 
 def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: MakeRun) -> None:
