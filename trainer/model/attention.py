@@ -78,7 +78,6 @@ def install_on_cpu(module: nn.Module, causal: PreTrainedModel) -> None:
 
 
 def install_dropout(module: nn.Module, kind: type[nn.Dropout]) -> None:
-    """Put a kind of dropout in the place of torch's everywhere in `module`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout and child.p > 0:

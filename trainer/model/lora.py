@@ -78,9 +78,9 @@ def add_adapters(
 ) -> Any:
     """The peft model around `causal`, whose own weights are frozen but for those of `modules_to_save`.
 
-    pissa moves the largest singular vectors of each layer's weight from the base into its adapter
-    (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` or a
-    rank of pissa that the model has no place for. `with_values`: False where the base has shapes alone.
+    pissa moves the largest singular vectors of each layer's weight from the base into its adapter (arXiv 2404.02948);
+    the others begin as the identity. UserError for what the model has no place for. `with_values`: False where the
+    base has shapes alone.
     """
     from peft import LoraConfig, TaskType  # imports bitsandbytes: only where it is needed
 

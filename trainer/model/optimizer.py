@@ -1,7 +1,5 @@
-"""AdamW in its four forms, and what their state is called in a checkpoint. A door to bitsandbytes.
-
-One formula (Loshchilov and Hutter, arXiv 1711.05101), four ways to hold and compute it. The 8-bit ones keep the two
-moments as 8-bit codes with one float32 scale for each block of 256 (Dettmers et al., arXiv 2110.02861).
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) in its four forms, and what their state is called in a checkpoint. A
+door to bitsandbytes, which holds moments as 8-bit codes with a float32 scale for each 256 (arXiv 2110.02861).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,12 +30,8 @@ def build_optimizer(
     for name, parameter in trainable_params.items():
         params_by_ratio.setdefault(get_lr_multiplier(name), []).append(parameter)
     groups = [{"params": ps, "lr": settings.lr * ratio, "lr_ratio": ratio} for ratio, ps in params_by_ratio.items()]
-    adamw_kwargs: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.epsilon,
-        "weight_decay": settings.weight_decay,
-    }
+    betas, eps = (settings.beta1, settings.beta2), settings.epsilon
+    adamw_kwargs: Any = {"lr": settings.lr, "betas": betas, "eps": eps, "weight_decay": settings.weight_decay}
     if settings.optim not in EIGHT_BIT_OPTIMIZERS:
         return torch.optim.AdamW(groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
     import bitsandbytes as bnb  # takes seconds: only where it is needed

@@ -15,9 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.settings import ModelSettings
 
-#: LLM.int8() computes input columns with a value above it apart (6.0 by default). Which columns those are depends on
-#: the rows that share a forward, and so would every loss; 0 turns it off. Models of GPT-2's sizes lose little by it:
-#: such outliers appear at 6.7 billion weights (arXiv 2208.07339, section 4).
+#: LLM.int8() computes input columns with a value above it apart. Which those are depends on the rows that share a
+#: forward, and so would every loss; 0 turns it off. Outliers appear at 6.7 billion weights (arXiv 2208.07339, 4).
 INT8_THRESHOLD = 0.0
 
 
