@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from trainer.report.comparable import MODE_NAMES, SeedGroup
+from trainer.report.comparable import SeedGroup
 from trainer.report.interval import SampleSize, plan_sample_size
-from trainer.report.judge import FullVsLora, StudyContext
+from trainer.report.judge import FullVsLora, StudyContext, are_near_zero
 from trainer.report.run_data import LOSS
 
 MIN_SHRINK = 0.8  # longer training is advised where the gap fell under this share of the shorter runs' gap
 RANK_FACTOR = 4
-NEAR_ZERO = 5  # points of 100
 
 
 def next_step(
@@ -21,7 +20,7 @@ def next_step(
 ) -> str:
     """One sentence on what to do after the answer of the first comparison."""
     pair = comparisons[0]
-    if are_near_zero(pair):
+    if pair.judged and are_near_zero(pair.judged):
         return "Train longer, or choose a scorer that these answers can pass: by this one neither mode learnt the task."
     has_worsened = pair.base_loss is not None and min(pair.full_loss, pair.lora_loss) >= pair.base_loss
     if has_worsened and pair.margin.measure == LOSS and pair.answer != "not ranked":
@@ -53,12 +52,6 @@ def next_step(
     if needed_sample(pair).num_seeds is not None:
         return "Start a study with more --seeds." if study else "Repeat both with more seeds, and compare all at once."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
-
-
-def are_near_zero(pair: FullVsLora) -> bool:
-    """Whether it is judged by a score of which both modes have next to nothing."""
-    judged = pair.judged
-    return judged is not None and judged.measure != LOSS and max(map(judged.score, MODE_NAMES)) < NEAR_ZERO
 
 
 def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext | None) -> str:

@@ -49,6 +49,7 @@ from trainer.report.run_data import (
 from trainer.report.views import View
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
+NEAR_ZERO = 5  # points of 100
 #: what time and memory depend on, beside the method
 COST_CONDITIONS = {
     "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
@@ -308,6 +309,8 @@ def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
         order = most_influential(beyond, judged.weights, pair.contrast)
         if is_loss:
             doubts["good enough"] = question_units(judged, beyond, pair.contrast, "good enough")
+        elif are_near_zero(judged):
+            doubts["good enough"] = f"both score under {NEAR_ZERO} points, and two that learnt nothing are equal"
     if len(judged.units) < MIN_UNITS:
         few = f"{len(judged.units)} {judged.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
         doubts = dict.fromkeys(("better", "good enough", "worse"), few)
@@ -316,6 +319,11 @@ def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
         pair.mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
     pair.doubts = {answer: doubt for answer, doubt in doubts.items() if doubt}
     pair.decisive = [(str(judged.units[i]), float(means[i])) for i in order]
+
+
+def are_near_zero(judged: MatchedRecords) -> bool:
+    """Whether it is a score of which both modes have next to nothing."""
+    return judged.measure != LOSS and max(map(judged.score, MODE_NAMES)) < NEAR_ZERO
 
 
 def measure_forgetting(pair: FullVsLora, frames: Sequence[pd.DataFrame], losses: MatchedRecords) -> None:

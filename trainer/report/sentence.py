@@ -6,7 +6,7 @@ from math import fsum, log
 from typing import NamedTuple
 
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
-from trainer.report.advice import NEAR_ZERO, are_near_zero, describe_needed_sample, next_step
+from trainer.report.advice import describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
 from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets
@@ -215,8 +215,6 @@ def _describe_scope(
 
     if len(pair.pairs) == 1:
         scope += "; one seed says nothing of the methods"
-    if are_near_zero(pair):
-        scope += f"; both modes score under {NEAR_ZERO} points, so this score says little of either"
     if pair.mcnemar is not None:
         scope += f"; McNemar's exact test: p = {pair.mcnemar:.2g}"
     for group in (pair.full, pair.lora):
