@@ -84,7 +84,7 @@ def test_bench_memory_measures_a_method_and_prints_a_row(capsys, monkeypatch):
     results, run_job, width = [], bench.run_job, 64
     monkeypatch.setattr(bench, "run_job", lambda *job: results.append(run_job(*job)) or results[-1])
     assert main(["memory", "--steps", "8", "--methods", "lora-nf4"]) == 0
-    result = results[0].answers[0]
+    result = results[0][0][0]
     assert result["trainable"] == 2 * 8 * (4 + 2 + 5 + 5) * width
     assert 8 * result["trainable"] <= result["optimizer_bytes"] <= 8 * result["trainable"] + 1000
     assert result["checkpoint_bytes"] > 12 * result["trainable"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,21 +34,13 @@ FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json") 
 Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]
 
 
-class JobResult(NamedTuple):
-    """How a job ended."""
-
-    answers: list[dict[str, Any]]  #: what its function yielded on rank 0
-    exit_codes: list[int] | None  #: of the ranks; None where the time was over
-    reason: str  #: why it failed, "" where it did not
-
-
 def run_job(
     measure: Measure, job: dict[str, Any], world_size: int, *, timeout_seconds: float = float("inf")
-) -> JobResult:
+) -> tuple[list[dict[str, Any]], list[int] | None, str]:
     """Call `measure(job, dist_context)` on so many ranks, all of which must yield alike.
 
-    Each answer of rank 0 gets `peak_memory_bytes` of the rank that needs most. A rank that fails ends the others, which
-    would wait for it; all have ended on return.
+    (What rank 0 yielded, with `peak_memory_bytes` of the rank that needs most; the ranks' exit codes, None where the
+    time was over; why it failed, "" where it did not.) A rank that fails ends the others; all have ended on return.
     """
     env = without_launcher(os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
@@ -74,7 +66,7 @@ def run_job(
                 process.join()
         answers = [json.loads(line) for line in answer_file.read_text(encoding="utf-8").splitlines()]
         failed = next((rank for rank, code in enumerate(exit_codes or [1]) if code), None)
-        return JobResult(answers, exit_codes, "" if failed is None else failure_reason(folders[failed] / "log"))
+        return answers, exit_codes, "" if failed is None else failure_reason(folders[failed] / "log")
 
 
 def _run_rank(measure: Measure, job: dict[str, Any], answer_file: Path) -> None:

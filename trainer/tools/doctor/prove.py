@@ -60,8 +60,7 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
         def run(row: Row) -> Row:
             job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
             job |= {"reference": f"{scratch}/reference.pt", **row}
-            if (timeout_seconds := deadline - time.monotonic()) <= 0:
-                return row | {"problem": "not begun: the time is over (--limit SECONDS)"}
+            timeout_seconds = max(0.0, deadline - time.monotonic())
             answers, exit_codes, reason = run_job(measure_row, job, row["world_size"], timeout_seconds=timeout_seconds)
             problem = reason if exit_codes else "given up: the time is over (--limit SECONDS)"
             return row | (answers[0] if answers else {"problem": problem})

@@ -54,10 +54,9 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
             "--warmup-ratio, which is the same for all"
         )
     methods, margin = tuple(args.methods.split(",")), parse_margin(args.margin, args.decide_by)
-    scorer, scorers = margin.measure.partition(":")[2], settings.output.score
-    if scorer and score_name(scorer) not in map(score_name, scorers):
-        has = f"the runs have --score {', '.join(scorers)}" if scorers else "the runs have no --score"
-        raise UserError(f"--decide-by {margin.measure}: {has}; add --score {scorer}")
+    scorer = margin.measure.partition(":")[2]
+    if scorer and score_name(scorer) not in map(score_name, settings.output.score):
+        raise UserError(f"--decide-by {margin.measure}: the runs do not have it; add --score {scorer}")
     max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     max_steps_parser.add_argument("--max-steps")
     own_argv = max_steps_parser.parse_known_args(train_argv)[1]  # each run has its own --max-steps
