@@ -1,11 +1,11 @@
 """launch/judge.py on folders that plain Hugging Face code wrote: the sentence, the page, and what is refused."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data_helpers import make_tokenizer
@@ -13,6 +13,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from launch.judge import main
+from trainer.report.interval import paired_interval, sum_by_unit
 
 LORA = {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 Models = dict[str, str]
@@ -65,17 +66,18 @@ def judge(models: Models, folder: Path, *argv: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def expected_loss(model: Any, base: str, data: str) -> float:
-    """Token mean over the completions and their ends, by transformers' own loss, record by record."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    nll, num_targets = [], 0
+def losses_and_targets(model: Any, base: str, data: str) -> np.ndarray:
+    """[2, groups]: summed losses and numbers of the completions' tokens and ends, by transformers' own loss, record by
+    record; records of one prompt are a group."""
+    tokenizer, rows, prompts = AutoTokenizer.from_pretrained(base), [], []
     for record in map(json.loads, Path(data).read_text().splitlines()):
         prompt, completion = (tokenizer(record[name])["input_ids"] for name in ("prompt", "completion"))
         ids, targets = [*prompt, *completion, tokenizer.eos_token_id], len(completion) + 1
         labels = [-100] * len(prompt) + ids[-targets:]
-        nll.append(model.eval()(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * targets)
-        num_targets += targets
-    return math.fsum(nll) / num_targets
+        loss = model.eval()(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        rows.append((loss * targets, targets))
+        prompts.append(record["prompt"])
+    return sum_by_unit(np.array(rows).T, prompts)
 
 
 def test_whole_models_and_adapters_of_other_programs_are_judged_by_two_seeds(
@@ -91,12 +93,16 @@ def test_whole_models_and_adapters_of_other_programs_are_judged_by_two_seeds(
         "whole",
         "adapter",
     )
+    losses = {}
     for mode, kind in (("full", "whole"), ("lora", "adapter")):
         load = (AutoModelForCausalLM if kind == "whole" else AutoPeftModelForCausalLM).from_pretrained
-        expected = [expected_loss(load(models[f"{kind}{seed}"]), models["base"], models["data"]) for seed in (1, 2)]
-        assert comparison[mode]["loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+        rows = [losses_and_targets(load(models[f"{kind}{seed}"]), models["base"], models["data"]) for seed in (1, 2)]
+        losses[mode], targets = np.stack([nll for nll, _ in rows]), rows[0][1]
+        assert comparison[mode]["loss"] == pytest.approx(losses[mode].sum() / (2 * targets.sum()), rel=1e-5)
+    expected = paired_interval(losses["lora"] - losses["full"], targets)
     excess = comparison["excess"]
-    assert excess["estimate"] == pytest.approx(comparison["lora"]["loss"] - comparison["full"]["loss"])
+    bounds = [(excess[name], getattr(expected, name)) for name in ("estimate", "low", "high")]
+    assert all(ours == pytest.approx(theirs, abs=1e-4) for ours, theirs in bounds), "each record beside itself"
     assert f"[{excess['low']:+.4f}, {excess['high']:+.4f}]" in said
     assert "whether a model was trained on them is not known" in said
     page = (tmp_path / "report.html").read_text()
