@@ -36,6 +36,11 @@ def slurm_script(folder: Path, *flags: str) -> str:
     return (folder / "job.sbatch").read_text()
 
 
+def test_the_commands_of_the_readme_are_taken(tmp_path):
+    commands = re.findall("^python launch/cluster.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [write(tmp_path, *shlex.split(command)) for command in commands] == [0, 0]
+
+
 def test_every_option_is_in_the_manual_pages(tmp_path):
     script = slurm_script(tmp_path, "--grace", "99999", "--sbatch", "partition=p", "--sbatch", "cpus-per-task=4")
     options = dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
