@@ -222,6 +222,7 @@ def test_no_suggestion_leads_to_another_refusal():
 
 def test_every_flag_that_an_answer_names_exists(monkeypatch):
     monkeypatch.syspath_prepend(LAUNCH)
+    import cluster
     import study
 
     texts = [
@@ -231,7 +232,8 @@ def test_every_flag_that_an_answer_names_exists(monkeypatch):
     ]
     words = {word.strip(";,()'").partition("=")[0] for text in texts for word in text.split()}
     named = {word for word in words if word.startswith("--")}
-    assert named <= {*FLAGS, *study.build_parser().flags(), "--card", "--push"}
+    other_programs = {*study.build_parser().flags(), *cluster.build_parser().flags(), "--card", "--push"}
+    assert named <= {*FLAGS, *other_programs}
 
 
 STRANGE = ("", "nan", "1e999", "-1", "\u00b2", "9" * 5000, "a\nb\0\ud800", "%(prog)s")
