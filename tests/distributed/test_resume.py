@@ -264,6 +264,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [  # flags, an edit of run.jso
     ("--mode full", (), "--mode full: the run in"),
     ("--allow-change speed", (), "--allow-change speed: expected one of "),
     ("--resume step-99", (), "--resume step-99: not in"),
+    ("", ("train", "lr", 0.005), "--resume: lr is 0.005 and was 0.003"),
     ("", ("train", "seed", 7), "--resume: seed is 7 and was 42"),
     ("", ("lora", "alpha", 64.0), "--resume: alpha is 64.0 and was "),
 ]

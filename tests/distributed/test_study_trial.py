@@ -105,9 +105,11 @@ def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp
     """A GPU that a fork's parent has looked at cannot be used by the fork."""
     script = tmp_path / "script.py"
     monkeypatch.setattr(processes, "TRAIN_SCRIPT", script)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")  # in which the rows of all trials would end
     script.write_text(
         "import os, sys\n"
         "facts = sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules\n"
+        "assert 'WANDB_RUN_ID' not in os.environ\n"
         "sys.stdout.write(' '.join(map(str, facts)) + '\\n')\n"  # at once: torchrun's ranks have no buffer
         "sys.exit(3)\n"
     )

@@ -322,7 +322,8 @@ def test_a_table_or_an_alert_that_fails_costs_itself_only(unanswered: tuple[str,
         assert server.unknown_requests == []
 
 
-def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(tmp_path, fast_python) -> None:
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path, fast_python) -> None:
     failing = """
 row = wandb_logger.wandb_row
 def fail_once(record):
@@ -338,11 +339,14 @@ for record in records"""
         run = server.runs[METADATA["run_id"]]
         assert (process.returncode, errors, output.count("W&B failed (gone)")) == (0, "", 1)
         assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(20)), 1)
-        write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-        upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
-        sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
-        assert (sent.returncode, sent.stderr) == (0, "")
-        assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
+        if is_resumed:
+            assert run_child(tmp_path, "online", first_step=60, **server.env(tmp_path))[0] == 0
+        else:
+            write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
+            upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+            sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
+            assert (sent.returncode, sent.stderr) == (0, "")
+            assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
     assert_history(run.history, RECORDS)
     assert (run.exit_code, server.unknown_requests) == (0, [])
 

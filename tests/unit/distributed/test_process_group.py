@@ -180,6 +180,13 @@ def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_
     )
 
 
+def test_code_versions_and_every_setting_are_compared_between_ranks():
+    facts = process_group.program_facts(simulated_context(1, "cpu"), {"mode": "full", "train": {"lr": 1e-3}}, {})
+    assert {"torch", "deepspeed", "Python"} <= set(facts)
+    assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
+    assert re.fullmatch("version [0-9a-f]{12}", facts["this program"])
+
+
 def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(monkeypatch):
     """Root may read all: the system's answers are stood in for."""
 
