@@ -1,6 +1,7 @@
 """answer.json: a verdict for machines, flat enough for `pd.json_normalize` to make one table of many studies."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from trainer.config.files import name_data
@@ -35,6 +36,7 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
 
 
 def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
+    model_name = str(pair.full.runs[0].get("model.name"))
     run, judged, num_seeds = pair.full.runs[0], pair.judged, len(pair.pairs)
     scope = "methods" if num_seeds >= MIN_SEEDS else "provisional" if num_seeds > 1 else "these models"
     is_ranked = not pair.blockers
@@ -53,7 +55,10 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
         }
 
     return {
-        "model": {name: run.get(f"model.{name}") for name in ("name", "fingerprint", "parameters")},
+        "model": {
+            "name": name_data(model_name) if Path(model_name).is_absolute() else model_name,  # a hub id is whole
+            **{name: run.get(f"model.{name}") for name in ("fingerprint", "parameters")},
+        },
         "data": {
             "source": name_data(str(run.get("data.source"))),
             **{name: run.get(f"data.{name}") for name in ("fingerprint", "val_fingerprint", "tokenizer", "objective")},

@@ -203,9 +203,8 @@ def _describe_scope(
     if pair.is_judged:
         scope = f", {records}" + f", {len(pair.pairs)} pairs of models" * (len(pair.pairs) > 1)
         unpaired = max(len(pair.full.runs), len(pair.lora.runs)) - len(pair.pairs)
-        scope += (
-            f" ({unpaired} without a partner)" * bool(unpaired) + "; whether a model was trained on them is not known"
-        )
+        scope += f"; models without a partner: {unpaired}" * bool(unpaired)
+        scope += "; whether a model was trained on these records is not known"
         scope += "".join(f"; {note}" for note in pair.full.runs[0].get("judged.notes"))
         return scope + f"; {pair.doubt or describe_needed_sample(pair)}" * (pair.answer == "cannot tell")
     seeds = [str(full_run.get("settings.train.seed")) for full_run, _ in pair.pairs]

@@ -68,8 +68,8 @@ def judge(args: argparse.Namespace) -> int:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     settings = parse_args([*flags, "--allow-leakage"]).settings
     with tempfile.TemporaryDirectory(prefix="judge-") as folder:
-        models = find_models(args, Path(folder))
         try:
+            models = find_models(args, Path(folder))
             in_bytes = prepare_records(models, settings)
             if in_bytes and margin.kind == "nats":
                 problem = "the models have different tokenizers, so only bits per byte can be compared"
@@ -86,6 +86,8 @@ def judge(args: argparse.Namespace) -> int:
         headings = ["name", "model", "kind", f"loss ({'bits per byte' if in_bytes else UNIT})"]
         table = Table(title="The models", headings=headings, rows=rows)
         comparison = compare(runs, with_reference=False, margin=margin, groups=groups, models=table)
+        if (primary := comparison.verdict.primary) and primary.no_losses:  # of one record
+            raise UserError(f"--data {args.data}: {primary.no_losses}; expected two or more")
     write_report(comparison, args.output_dir)
     print_verdict(comparison.verdict, [])
     print(f"report: {files[0]}")
@@ -101,7 +103,7 @@ def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
         raise UserError(f"{args.models[0]}: is one model; expected two or more to judge")
     models = [base]
     for text in args.models:
-        match = None if Path(text).exists() else re.fullmatch(r"([^=/]+)=(.+)", text)
+        match = None if Path(text).exists() else re.fullmatch(r"([^=/]+)=([^,]+(?:,[^,]+)*)", text)
         names = match[2].split(",") if match else [text]
         for seed, name in enumerate(names, start=1):
             path = locate(name)
@@ -203,6 +205,8 @@ def score(models: Sequence[Model], settings: Settings, batch: int) -> dict[str, 
         if (largest := int(data.val.ids.max())) >= vocabulary:
             raise UserError(f"{model.name}: its tokenizer has token {largest}, and its weights are of {vocabulary}")
         nll = compute_row_losses(loaded.module.to(device).eval(), data.val, batch, "fp32", device)
+        if num_bad := int((~np.isfinite(nll)).sum()):
+            raise UserError(f"{model.name}: the loss of {num_bad:,} of {len(nll):,} records is not finite")
         print(f"{model.contestant} ({model.name}): {len(nll):,} rows scored", flush=True)
         model.records = data.row_info("val").assign(nll=nll).set_index(["id", "occurrence"])
     return base_facts
@@ -236,7 +240,7 @@ def make_groups(models: Sequence[Model], base_facts: dict[str, Any], in_bytes: b
         means = [values.sum() / rows["targets"].sum() for values in by_step.values()]
         run = RunData(
             source=model.name,
-            run_id=model.name,
+            run_id=name_data(model.name),
             name=f"{model.contestant} ({model.seed})",
             mode="full" if model.contestant == contestants[0].contestant else "lora",
             metadata=metadata | {"settings": {"train": {"seed": model.seed}}},

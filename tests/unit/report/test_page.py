@@ -178,6 +178,7 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
 ) -> None:
     sources = {"data__source": "x.csv=0.7 /home/me/z.csv=0.3", "settings__data__val_data": "/home/me/v.csv"}
     metadata = sources | {"execution": [{"step": 0, "reason": "as planned", "path": "eager"}]}
+    metadata["model__name"] = "/home/me/demo-base"
     runs = [make_run(mode, [4.0, 2.0], **metadata) for mode in ("full", "lora")]
     text = {"prompt": "Name\n<two>", "reference": "one\n  two", "completion": "o\x1bne", "base": ""}
     for run in runs:
@@ -192,6 +193,7 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
     base = ("base (demo-base)", "(nothing)")
     assert names == [("reference", "one\n  two"), base, ("full", "full"), ("LoRA", "lora")]
     assert "- Name<br>\\<two\\>\n  - **reference**: one<br>two\n" in markdown
+    assert to_answer(comparison.verdict)["model"]["name"] == "demo-base"
     for text_of_page in (html, markdown):
         assert "/home/me" not in text_of_page
         assert "for x.csv=0.7 z.csv=0.3 on demo-base?" in text_of_page

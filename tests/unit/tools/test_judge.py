@@ -10,7 +10,9 @@ import pytest
 import torch
 from helpers.data_helpers import make_tokenizer
 from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from launch.judge import main
 from trainer.report.interval import paired_interval, sum_by_unit
@@ -104,7 +106,8 @@ def test_whole_models_and_adapters_of_other_programs_are_judged_by_two_seeds(
     bounds = [(excess[name], getattr(expected, name)) for name in ("estimate", "low", "high")]
     assert all(ours == pytest.approx(theirs, abs=1e-4) for ours, theirs in bounds), "each record beside itself"
     assert f"[{excess['low']:+.4f}, {excess['high']:+.4f}]" in said
-    assert "whether a model was trained on them is not known" in said
+    assert "whether a model was trained on these records is not known" in said
+    assert '"/' not in json.dumps(answer), "it is passed on"
     page = (tmp_path / "report.html").read_text()
     assert "Was adapter as good as whole on new.jsonl?" in page
     assert not {"LoRA", "full"} & set(page.partition("</style>")[2].replace("<", " ").replace(">", " ").split())
@@ -137,9 +140,18 @@ def test_another_base_is_said_and_other_tokenizers_are_judged_by_bits_per_byte(
 
 
 def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disable_progress_bar()  # as the launch file does, of a fresh process
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "nothing").mkdir()
     whole, adapter, empty = models["whole1"], models["adapter1"], tmp_path / "empty.jsonl"
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(models["data"]).read_text().splitlines()[0])
+    baseless, broken = (shutil.copytree(path, tmp_path / f"copy-{Path(path).name}") for path in (adapter, whole))
+    config = json.loads((baseless / "adapter_config.json").read_text())
+    (baseless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    weights = load_file(broken / "model.safetensors")
+    weights["transformer.wpe.weight"][8:] = np.nan  # of some records alone
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
     flags = ["--base", models["base"], "--data", models["data"], "--output-dir", str(tmp_path / "out"), *TEMPLATE_FLAGS]
     for argv, said in (
         ([whole], f"{whole}: is one model; expected two or more"),
@@ -148,6 +160,10 @@ def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.Ca
         ([f"A={whole}", f"A={adapter}"], "A: 2 models have this name; expected NAME=MODEL for each"),
         ([whole, adapter, "--margin", "2pt"], "--margin 2pt: expected a number above 0 and its unit, such as"),
         ([whole, adapter, "--data", str(empty)], f"--data {empty}: holds no record"),
+        ([whole, adapter, "--data", str(one)], f"--data {one}: the test records are one, or share one meaning"),
+        ([f"A={whole},", adapter], f"A={whole},: not here in full precision, nor on the Hub; expected"),
+        ([whole, str(baseless)], f"{baseless}: adapter_config.json: base_model_name_or_path is None; expected"),
+        ([whole, str(broken)], f"{broken}: the loss of "),
         ([whole, adapter, "--base", whole], f"{whole}: no usable tokenizer in the folder"),
     ):
         assert main([*flags, *argv]) == 2
