@@ -88,7 +88,8 @@ def build_verdict(
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
-    details += [line for members, _, _ in sets for line in _describe_costs(members[0])]
+    if study is None:  # whose own lines say it
+        details += dict.fromkeys(line for members, _, _ in sets for line in _describe_costs(members[0]))
     views = study.views if study else ()  # why there are no seconds is said of time already
     details += describe_views([view for view in views if view.resource != "seconds" or not view.reason])
     ranks = judge_ranks(comparisons)

@@ -61,6 +61,7 @@ def test_the_smallest_rank_that_is_good_enough_is_named_and_both_excesses_are_pl
     )
     assert "LoRA's excess by length of training, on validation records, each at its own best rates: 6 steps " in details
     assert "They show that the excess grows from 6 to 30 steps, and that rank 16 is better than rank 1." in details
+    assert details.count("not compared (none was taken)") == 1
     write_report(comparison, tmp_path)
     page, answer = (tmp_path / "report.html").read_text(), json.loads((tmp_path / "answer.json").read_text())
     assert all(f"<figcaption>LoRA&#39;s excess by {x}</figcaption>" in page for x in ("LoRA rank", "steps of a run"))
