@@ -77,8 +77,9 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
         for index, epoch in enumerate(epochs_of_run, start=1):
             is_whole = run.index_at_epoch(run.evals, round(epoch)) == index - 1
             if is_whole or len(epochs_of_run) <= MAX_EVALS or index == len(epochs_of_run):
-                epoch_set.add(float(round(epoch)) if is_whole else round(epoch, 4))
+                epoch_set.add(float(round(epoch)) if is_whole else round(epoch, 9))  # 4 digits miss a step of 10,000
     epochs = sorted(epoch_set)
+    epoch_texts = [f"{round(epoch, 4):g}" for epoch in epochs]
     columns: dict[str, list[str]] = {}  # by heading, a cell each epoch
     train_columns: dict[str, list[str]] = {}
     if cards:
@@ -96,7 +97,7 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     if len(runs) > len(groups):
         notes.append("Several seeds: mean ± one sample standard deviation, n is the number of runs.")
     if len(groups) > MAX_GROUPS:
-        headings = ["validation loss", *(f"epoch {epoch:g}" for epoch in epochs)]
+        headings = ["validation loss", *(f"epoch {text}" for text in epoch_texts)]
         return Table(title="By epoch", headings=headings, rows=[[n, *c] for n, c in columns.items()], notes=notes)
     if paired:
         both = [group for group in groups if group.runs[0] in paired]
@@ -109,7 +110,7 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
     epoch_sizes = {run.get("resolved.steps_per_epoch") for run in runs}
     num_steps = epoch_sizes.pop() if len(epoch_sizes) == 1 else None
     steps = [_show(num_steps and epoch * num_steps, ",.0f") for epoch in epochs]
-    columns = {"epoch": [f"{epoch:g}" for epoch in epochs], "step": steps} | columns | train_columns
+    columns = {"epoch": epoch_texts, "step": steps} | columns | train_columns
     return Table(title="By epoch", headings=list(columns), rows=list(zip(*columns.values(), strict=True)), notes=notes)
 
 

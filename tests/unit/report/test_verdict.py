@@ -176,6 +176,10 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
     assert "; of full without a partner: seeds 7, 8; one rate" in verdict.sentence
     table = build_epoch_table(group_by_seed([*runs, *more]), False, verdict.primary)
     assert table.headings[2:5] == ["full, n = 3", "LoRA, n = 3", "LoRA − full"], "paired ones alone"
+    long = make_run("full", [4.0, 2.0])
+    long.metadata["resolved"]["steps_per_epoch"], long.evals["epoch"][1] = 117_187, 4_000 / 117_187
+    table = build_epoch_table(group_by_seed([long]), False, None)
+    assert [tuple(row[:3]) for row in table.rows] == [("0", "0", "4.0000"), ("0.0341", "4,000", "2.0000")]
     path = Path(make_run("lora", [4.0, 3.0, 2.0], seed=9, how={"finished": False}).source) / "metrics.jsonl"
     event = EventRecord(event="not_finite", step=40, message="loss is nan", time=1.0)
     path.write_text(path.read_text() + to_line(event) + "\n")
