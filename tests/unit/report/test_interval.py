@@ -29,7 +29,7 @@ from trainer.report.judge import Margin, question_units
 from trainer.report.views import build_views, describe_views
 
 FAST_STUDIES, SWEEP_STUDIES = 500, 3000
-MIN_COVERAGE, MAX_SIZE = 0.93, 0.065
+MIN_COVERAGE, MAX_SIZE, MAX_FALSE_DIFFERENCES = 0.93, 0.065, 0.06
 #: standard deviations (nats a token) of seed, unit and rest
 CASES = [(0.01, 0.1, 0.05), (0.0, 0.1, 0.05), (0.03, 0.1, 0.05), (0.01, 0.0, 0.2), (0.002, 0.05, 0.1)]
 NUM_UNITS = 200
@@ -152,7 +152,9 @@ def test_the_interval_covers_the_truth(num_studies, draw):
     for case in CASES:
         studies = (simulate(rng, draw, case, num_seeds=3, excess=0.02) for _ in range(num_studies))
         covered = (covers(*study) for study in studies)
-        assert print_share(f"{draw.__name__}, {case}: coverage", covered) >= MIN_COVERAGE
+        share = print_share(f"{draw.__name__}, {case}: coverage", covered)
+        # the rest is where a method against itself, the same studies without their excess, is called different
+        assert share >= (1 - MAX_FALSE_DIFFERENCES if draw is normal else MIN_COVERAGE)
 
 
 @each_size
