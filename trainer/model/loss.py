@@ -48,12 +48,16 @@ def simulate_gpu(is_simulated: bool) -> Iterator[None]:
         _is_gpu_simulated = False
 
 
-def has_plain_head(causal: PreTrainedModel) -> bool:
-    """Whether logits are what the output layer makes; more is done to Gemma 2's (a cap), Cohere's and Granite's."""
-    config, is_bare = causal.config.get_text_config(), causal.base_model is causal
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in names)
-    return not changes_logits and not is_bare and causal.get_output_embeddings() is not None
+def has_linear_head(causal: PreTrainedModel) -> bool:
+    """Whether logits are what the output layer makes, times a number; Gemma 2 caps them."""
+    is_capped = bool(getattr(causal.config.get_text_config(), "final_logit_softcapping", None))
+    is_bare = causal.base_model is causal
+    return not is_capped and not is_bare and causal.get_output_embeddings() is not None
+
+
+def logit_scale(config: Any) -> float:
+    """By what logits are multiplied: Cohere's by `logit_scale`, Granite's by 1 / `logits_scaling`."""
+    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def make_sample(causal: PreTrainedModel) -> Tensor:
@@ -78,7 +82,7 @@ class CausalLMLoss(nn.Module):
         self.causal = causal
         self.autocast_dtype = autocast_dtype
         self.label_smoothing = label_smoothing
-        self.uses_head = has_plain_head(causal)  #: else the model makes all its logits at once
+        self.uses_head = has_linear_head(causal)  #: else the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
 
     def verify(self) -> str:
@@ -137,7 +141,8 @@ class CausalLMLoss(nn.Module):
         self, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor], smoothing: float
     ) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
-        max_rows = MAX_LOGITS_BYTES // (4 * self.causal.config.get_text_config().vocab_size)
+        config = self.causal.config.get_text_config()
+        max_rows, scale = MAX_LOGITS_BYTES // (4 * config.vocab_size), logit_scale(config)
         needs_grad, embedding = torch.is_grad_enabled(), self.causal.get_input_embeddings()
         layer: Any = self.causal.get_output_embeddings()
         is_sharded = self.is_head_sharded or hasattr(layer.weight, "ds_id")
@@ -150,6 +155,8 @@ class CausalLMLoss(nn.Module):
             rows = TiedEmbedding.apply(layer.weight, input_ids, tied_weight_grads, embedding.padding_idx)
             inputs = {"inputs_embeds": rows, **inputs}
         hidden = self.causal.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        if scale != 1:
+            hidden = hidden * scale
         if uses_kernel:
             if not layer.weight.requires_grad:
                 max_rows //= FROZEN_CHUNK_DIVISOR

@@ -162,7 +162,7 @@ def measure_program(job: dict[str, Any], dist_context: DistContext) -> Iterator[
     ran_by = ""
     if job["program"] == "ours":
         if job["without"] == "chunked-loss":  # what no flag turns off
-            loss.has_plain_head = lambda causal: False
+            loss.has_linear_head = lambda causal: False
         elif job["without"] == "cpu-attention":
             attention.install_on_cpu = lambda module, causal: None
         plan, engine = start_trial(settings, data, dist_context)
