@@ -12,6 +12,7 @@ import math
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when anoth
 EXIT_SECONDS = 15.0  # that a rank of a failed run gets to end by itself
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
 MIN_CPU_SHARE = 0.02  # of one processor, for a rank that works; polling a lock takes under 0.005
+TCP_INFO_RECEIVED = slice(128, 136)  # tcpi_bytes_received of linux/tcp.h
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
@@ -411,18 +413,18 @@ def _main_thread_location() -> tuple[str, bool]:
 
 
 class WorkMeter:
-    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads or writes.
-    What waits for a lock, a server or a disk that does not answer does none of these.
+    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads, writes or
+    receives. What waits for a lock, a server or a disk that does not answer does none of these.
 
-    Looks at the main thread and at threads and processes begun since the meter was made: those before talk with other
-    ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
+    Looks at the main thread and at threads, connections and processes begun since the meter was made: those before talk
+    with other ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
     """
 
     def __init__(self, count_bytes: Callable[[], int] = lambda: 0) -> None:
         self._process, self._count_bytes = psutil.Process(), count_bytes
         self._ignored_threads = {thread.id for thread in self._process.threads()} - {self._process.pid}
-        self._ignored_children = self._children()
-        self._previous: tuple[float, set[str], int] = 0.0, set(), 0
+        self._ignored_files, self._ignored_children = self._open_files(), self._children()
+        self._previous: tuple[float, set[str], int, int] = 0.0, set(), 0, 0
 
     def has_moved(self, seconds: float) -> bool:
         """Whether anything moved in the `seconds` since the last call, which another thread than the main one makes."""
@@ -440,8 +442,8 @@ class WorkMeter:
                 children |= set(map(int, text.split()))
         return children
 
-    def _measure(self) -> tuple[float, set[str], int]:
-        """(processor seconds, what each thread and process has read and written, `count_bytes`)."""
+    def _measure(self) -> tuple[float, set[str], int, int]:
+        """(processor seconds, what each thread and process has read and written, bytes received, `count_bytes`)."""
         ignored_threads = self._ignored_threads | {threading.get_native_id()}
         threads = [thread for thread in self._process.threads() if thread.id not in ignored_threads]
         cpu_seconds = sum(thread.user_time + thread.system_time for thread in threads)
@@ -454,4 +456,23 @@ class WorkMeter:
         for folder in folders:
             with contextlib.suppress(OSError):  # it has ended, or the kernel does not count this
                 transfers.add(Path(f"/proc/{folder}/io").read_text(encoding="ascii"))
-        return cpu_seconds, transfers, self._count_bytes()
+        return cpu_seconds, transfers, self._count_received_bytes(), self._count_bytes()
+
+    def _open_files(self) -> dict[str, int]:
+        """By what they are: the next connection has the number of one that is closed."""
+        files = dict[str, int]()
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile, as the one that lists them
+                files[os.readlink(f"/proc/self/fd/{number}")] = int(number)
+        return files
+
+    def _count_received_bytes(self) -> int:
+        """`io` counts those of read() alone, as Python's TLS has it; of others what is written, in chunks."""
+        getsockopt, num_bytes = ctypes.CDLL(None).getsockopt, 0
+        info = ctypes.create_string_buffer(TCP_INFO_RECEIVED.stop)
+        for name, number in self._open_files().items():
+            size = ctypes.byref(ctypes.c_uint(len(info)))
+            is_tcp = getsockopt(number, socket.IPPROTO_TCP, socket.TCP_INFO, info, size) == 0
+            if is_tcp and name not in self._ignored_files:
+                num_bytes += int.from_bytes(info.raw[TCP_INFO_RECEIVED], sys.byteorder)
+        return num_bytes

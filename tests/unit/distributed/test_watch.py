@@ -99,6 +99,13 @@ ctypes.PyDLL(None).sleep(60)
 SECONDS = 1.0
 
 
+def trickle(server: socket.socket) -> None:
+    with server.accept()[0] as connection:
+        for _ in range(20):
+            connection.send(b"x")
+            time.sleep(SECONDS / 10)
+
+
 def receive(port: int) -> None:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
         while connection.recv(1):
@@ -113,7 +120,9 @@ def hash_for(seconds: float) -> None:
 
 def begin(work: str, server: socket.socket, folder: Path) -> None:
     """Start work that takes a thread or process of its own, as libraries do; a meter was made before it."""
-    if work == "a server that is silent":
+    if work in ("a download of a few bytes", "a server that is silent"):
+        if work == "a download of a few bytes":
+            threading.Thread(target=trickle, args=(server,)).start()
         threading.Thread(target=receive, args=(server.getsockname()[1],), daemon=True).start()
     elif work == "a computation":
         threading.Thread(target=hash_for, args=(SECONDS,), daemon=True).start()
@@ -131,6 +140,7 @@ def begin(work: str, server: socket.socket, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("work", "moves"),
     [
+        ("a download of a few bytes", True),
         ("a computation", True),
         ("a file written slowly", True),
         ("a download by another process", True),
@@ -141,8 +151,8 @@ def begin(work: str, server: socket.socket, folder: Path) -> None:
 def test_a_rank_moves_while_anything_of_it_works(work, moves, tmp_path: Path):
     hash_thread = threading.Thread(target=hash_for, args=(SECONDS,))  # as that which talks with other ranks
     hash_thread.start()
-    meter = WorkMeter(lambda: len(list(tmp_path.glob("*.incomplete"))))
     server = socket.create_server(("127.0.0.1", 0))
+    meter = WorkMeter(lambda: len(list(tmp_path.glob("*.incomplete"))))
     begin(work, server, tmp_path)
     answers: list[bool] = []
 
