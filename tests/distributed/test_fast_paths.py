@@ -14,7 +14,16 @@ import pytest
 import torch
 from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
-from helpers.matrix import NUM_STEPS, RunDifference, launch_jobs, make_argv, make_job, read_job_result, run_jobs
+from helpers.matrix import (
+    NUM_STEPS,
+    RunDifference,
+    launch_jobs,
+    make_argv,
+    make_job,
+    read_job_result,
+    run_job,
+    run_jobs,
+)
 from helpers.process_groups import reproducible_records
 
 from trainer.distributed.execution import NUM_WARMUP_CALLS
@@ -37,6 +46,39 @@ def run_with_a_failed_recording(jobs: list[dict[str, Any]]) -> int:
         return run_with_stand_in_graphs(jobs)
     fail_to_record("out of memory")
     return run_jobs(jobs)
+
+
+def run_without_memory_beside_graphs(jobs: list[dict[str, Any]]) -> int:
+    """The same, where an evaluation (rank 1) and eager micro-batches find no memory: alone, one that adds to others."""
+    from test_cuda_graphs import FakeCapturedGraph
+
+    from trainer.distributed import execution
+
+    execution.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
+    name, init = ("backward", "forward")[int(os.environ["RANK"])], execution.CUDAGraphRunner.__init__
+
+    def init_without_memory(self: Any, stepper: Any, **options: Any) -> None:
+        call = getattr(stepper, name)
+
+        def call_without_memory(*inputs: Any) -> Any:
+            is_adding = stepper.trainable_params[0].grad is not None
+            result = call(*inputs)
+            if self.has_recordings and (is_adding or os.environ["WORLD_SIZE"] == "2"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
+
+        init(self, stepper, **options)
+        setattr(stepper, name, call_without_memory)
+
+    execution.CUDAGraphRunner.__init__ = init_without_memory  # type: ignore[method-assign, assignment]
+    with joined_ranks() as context:
+        for job in jobs:
+            engine = run_job(context, job).engine
+            engine.fall_back(99)
+            reasons = [change["reason"] for change in engine.plan_changes]
+            assert len(reasons) == bool(job["execution"]), (os.environ["RANK"], reasons)
+            assert all(reason.endswith("no memory: CUDA out of memory") for reason in reasons), reasons
+    return 0
 
 
 def fail_to_record(reason: str) -> None:
@@ -99,6 +141,7 @@ PATHS = {
     "a recording that fails on one rank": FastPath(
         f"--mode lora {LONG}", GRAPHS, False, (2,), run_with_a_failed_recording
     ),
+    "no memory beside graphs": FastPath(f"--mode full {LONG}", GRAPHS, False, (1, 2), run_without_memory_beside_graphs),
 }
 CASES = [
     pytest.param(path, ranks, id=f"{name}, {ranks} rank{'s' * (ranks > 1)}")

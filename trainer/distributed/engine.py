@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainS
 from trainer.model import attention, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions, to_float32
 from trainer.model.loss import CausalLMLoss
+
+T = TypeVar("T")
 
 GRAPH_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it for CUDA graphs, so that shapes come again
 
@@ -151,14 +154,29 @@ class Engine:
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> Callable[[], StepResult]:
         self.fall_back(batch.step)
         self._launch_time = time.perf_counter()
-        loss_sums = []
-        for micro_batch in batch.micro_batches:
-            if self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
-                self.stepper.reduce_during_backward()
-            loss_sums.append(
-                self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
-            )
-        return self.launch_update(lr, loss_sums, should_stop=should_stop())
+
+        def compute_losses() -> list[Tensor]:
+            loss_sums = []
+            for micro_batch in batch.micro_batches:
+                if self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
+                    self.stepper.reduce_during_backward()
+                loss_sums.append(
+                    self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
+                )
+            return loss_sums
+
+        return self.launch_update(lr, self._call_beside_graphs(compute_losses), should_stop=should_stop())
+
+    def _call_beside_graphs(self, call: Callable[[], T]) -> T:
+        """What `call` returns; where it has no memory beside CUDA graphs they go, and it is called once more."""
+        try:
+            return call()
+        except torch.OutOfMemoryError as error:
+            if self._graphs is None or not self._graphs.has_recordings:
+                raise
+            reason = first_line(error)
+        self._graphs.drop_recordings(reason)  # now that the error holds no tensors of the call
+        return call()
 
     def fall_back(self, step: int) -> None:
         """Before a step: where recording a CUDA graph has failed, go on eagerly. Whether gradients are reduced during
@@ -249,7 +267,7 @@ class Engine:
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
         ids, labels = copy_to_device(micro_batch, self.dist_context.device)
-        return self.stepper.forward(ids, labels).double()
+        return self._call_beside_graphs(lambda: self.stepper.forward(ids, labels)).double()
 
     @torch.no_grad()
     def generate(
@@ -274,7 +292,8 @@ class Engine:
         with self.state.gathered_model():
             try:
                 for batch in batches[context.rank :: context.world_size]:
-                    completions = decode(
+                    decode_batch = partial(
+                        decode,
                         self.model.causal,
                         [prompts[i] for i in batch],
                         [limits[i] for i in batch],
@@ -282,6 +301,7 @@ class Engine:
                         autocast_dtype=self._autocast_dtype,
                         on_token=context.watchdog.heartbeat,
                     )
+                    completions = self._call_beside_graphs(decode_batch)
                     own.update(zip(batch, completions, strict=True))
             except RuntimeError as error:  # also of torch, where a device has no memory left
                 failure = f"{context.name_of(context.rank)}: {first_line(error)}"

@@ -279,6 +279,23 @@ class CUDAGraphRunner:
                 cause = cause.__context__
             self.capture_error = f"steps are not recorded as CUDA graphs: {first_line(cause)}"
 
+    @property
+    def has_recordings(self) -> bool:
+        return bool(self._captured)
+
+    def drop_recordings(self, reason: str) -> None:
+        """Give back what they hold, with the gradients; all is eager from there on. `reason`: an error of memory."""
+        self.capture_error = f"steps are no longer CUDA graphs, beside which there was no memory: {reason}"
+        device = self.trainable_params[0].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a replay of what is dropped may still be under way
+        self._captured.clear()
+        self._static_grads = None
+        for parameter in self.trainable_params:
+            parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _grads(self) -> Grads:
         return [parameter.grad for parameter in self.trainable_params]
 
