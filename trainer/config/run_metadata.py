@@ -1,7 +1,7 @@
 """run.json: its shape as pydantic models, and the one reader of it, which trusts nothing that it reads."""
 
+import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,8 +116,9 @@ class _RunMetadata(BaseModel):
 
 def read_run_metadata(path: Path) -> dict[str, Any]:
     """The content of a run.json; UserError, in one line that names file, key, value and what was expected."""
-    if not os.path.lexists(path):
-        raise UserError(f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>")
+    with contextlib.suppress(PermissionError):  # who reads it says so
+        if not (path.is_symlink() or path.exists()):
+            raise UserError(f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>")
     return check_run_metadata(read_json_object(path), source=str(path))
 
 

@@ -18,7 +18,7 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.tracking.wandb_logger import wandb_block
 
 ROOT = Path(__file__).parents[3]
-TRAIN_FLAGS = "--model --data --val-data --output-dir"
+TRAIN_FLAGS = "--model --data --val-data --test-data --retain-data --chat-template --ds-config --output-dir"
 NOBODY = "~no-such-user/x"
 
 
