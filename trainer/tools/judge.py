@@ -63,10 +63,11 @@ def judge(args: argparse.Namespace) -> int:
     """Score, compare, write and print; the exit code. UserError on a mistake, before any model is loaded."""
     margin = parse_margin(args.margin)
     files = refuse_foreign_answer(args.output_dir)
-    values = {"mode": "full", "model": args.base, "data": args.data, "val_data": args.data, "global_batch": 1}
+    values = {"mode": "full", "model": locate(args.base), "data": args.data, "global_batch": 1}
     values |= {field.name: value for field in dataclasses.fields(DataSettings) if (value := vars(args).get(field.name))}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     settings = parse_args([*flags, "--allow-leakage"]).settings
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, val_data=(settings.data.data,)))
     with tempfile.TemporaryDirectory(prefix="judge-") as folder:
         try:
             models = find_models(args, Path(folder))

@@ -239,7 +239,10 @@ def test_every_flag_that_an_answer_names_exists(monkeypatch):
 STRANGE = ("", "nan", "1e999", "-1", "\u00b2", "9" * 5000, "a\nb\0\ud800", "%(prog)s")
 
 
-@pytest.mark.parametrize("program", ["train", "bench", "cluster", "compare", "doctor", "export", "generate", "study"])
+PROGRAMS = ("train", "bench", "cluster", "compare", "doctor", "export", "generate", "judge", "study")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
     parsers = [cli.build_parser()]
     if program != "train":

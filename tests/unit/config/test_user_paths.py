@@ -73,6 +73,7 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     [
         ("train", "--mode full --dry-run --output-dir"),
         ("compare", "RUN --output-dir"),
+        ("judge", "A B --base C --data D --output-dir"),
         ("study", "--dry-run --output-dir"),
     ],
 )

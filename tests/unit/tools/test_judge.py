@@ -164,6 +164,8 @@ def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.Ca
         ([f"A={whole},", adapter], f"A={whole},: not here in full precision, nor on the Hub; expected"),
         ([whole, str(baseless)], f"{baseless}: adapter_config.json: base_model_name_or_path is None; expected"),
         ([whole, str(broken)], f"{broken}: the loss of "),
+        ([whole, adapter, "--data", "~no-such-user/x"], "--data ~no-such-user/x: expected a name, a file or a folder"),
+        ([whole, adapter, "--base", "~no-such-user/x"], "~no-such-user/x: there is no home folder of ~no-such-user"),
         ([whole, adapter, "--base", whole], f"{whole}: no usable tokenizer in the folder"),
     ):
         assert main([*flags, *argv]) == 2
