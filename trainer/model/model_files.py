@@ -22,6 +22,8 @@ MAX_COUNT = 2000  # layers or labels; each is Python objects, so that a damaged 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 MAX_BF16_TIES = 0.01  # of a base; more is said
 FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
+#: of files that older transformers wrote: GPT-2's fill value, and masks and fill values of GPT-Neo as published
+OBSOLETE_BUFFERS = ("attn.masked_bias", "attention.masked_bias", "attention.bias")
 #: what a configuration may name beside the model: other files, packed weights
 FOREIGN_KEYS = ("transformers_weights", "configuration_files", "quantization_config")
 
@@ -138,8 +140,8 @@ def check_loading_info(loading_info: Mapping[str, Any]) -> None:
         for name, stored, wanted in sorted(loading_info["mismatched_keys"])
     ]
     problems += [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
-    left_over = [name for name in sorted(loading_info["unexpected_keys"]) if not name.endswith("attn.masked_bias")]
-    problems += [f"{name} has no place" for name in left_over]  # older transformers stored a buffer of that name
+    left_over = [name for name in sorted(loading_info["unexpected_keys"]) if not name.endswith(OBSOLETE_BUFFERS)]
+    problems += [f"{name} has no place" for name in left_over]
     problems += map(str, loading_info["error_msgs"])
     if problems:
         raise UserError(f"the weights do not fit config.json: {list_some(problems, 3)}; copy the model again")

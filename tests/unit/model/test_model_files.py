@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_build import parse_settings
-from transformers import AutoModelForCausalLM, XLNetConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, XLNetConfig
 
 from trainer.config.errors import UserError
 from trainer.model.build import build_model
@@ -182,6 +182,17 @@ def test_gpt2_as_published_and_weights_in_several_files_load(folder):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="10KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     torch.testing.assert_close(build(folder).state_dict(), expected, rtol=0, atol=0)
+
+
+def test_gpt_neo_as_published_loads(tmp_path):
+    """Its file holds the causal masks and their fill values, of which transformers knows nothing any more."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_layers": 1, "max_position_embeddings": 32}
+    config = GPTNeoConfig(vocab_size=97, bos_token_id=0, eos_token_id=0, attention_types=[[["global"], 1]], **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    buffers = {"bias": torch.ones(1, 1, 32, 32).tril(), "masked_bias": torch.tensor(-1e9)}
+    tensors = {f"transformer.h.0.attn.attention.{name}": tensor for name, tensor in buffers.items()}
+    save_file(load_file(tmp_path / WEIGHTS) | tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    build(tmp_path)
 
 
 # --- configuration ---
