@@ -224,6 +224,7 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
     [
         ("--mode full --model ADAPTER", "holds an adapter, .*expected --mode lora .*RUN --merge"),
         ("--model ADAPTER --lora-rank 4 --adapter dora", "--lora-rank, --adapter: not with --model .*an adapter"),
+        ("--model PACKED", "was trained on its base in nf4; expected --quant nf4"),
         ("--model LOST", "its base nowhere, which its adapter_config.json names"),
         ("--model BROKEN", "adapter_model.safetensors: not a whole safetensors file"),
         ("--model OTHER", "does not fit its base: .*size mismatch"),
@@ -236,12 +237,14 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
 )
 def test_adapters_and_methods_that_cannot_be_are_one_line(flags, message, tiny_model, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, fan_in_fan_out=True))
-    paths = {name: tmp_path / name for name in ("ADAPTER", "LOST", "BROKEN", "OTHER")}
+    paths = {name: tmp_path / name for name in ("ADAPTER", "PACKED", "LOST", "BROKEN", "OTHER")}
     for name, path in paths.items():
         model.save_pretrained(path)
         config = json.loads((path / "adapter_config.json").read_text())
         config |= {"LOST": {"base_model_name_or_path": "nowhere"}, "OTHER": {"r": 3}}.get(name, {})
         (path / "adapter_config.json").write_text(json.dumps(config))
+    packing = {"quantization_config": {"bnb_4bit_quant_type": "nf4"}}
+    (paths["PACKED"] / "base_quantization.json").write_text(json.dumps(packing))
     (paths["BROKEN"] / "adapter_model.safetensors").write_bytes(b"x")
     for name in ("OFT", "VERA", "PROMPT"):
         paths[name] = tmp_path / name

@@ -198,6 +198,12 @@ def adopt_adapter(settings: Settings) -> Settings:
         )
     if problems := settings.shape_flag_problems(f"--model {name}, an adapter"):
         raise UserError(*problems)
+    if (folder / QUANTIZATION_FILE).exists() and not settings.lora.peft_config:  # else these are adopted already
+        packing = read_json_object(folder / QUANTIZATION_FILE, QUANTIZATION_FILE).get("quantization_config")
+        packing = packing if isinstance(packing, dict) else {}
+        quant = "int8" if packing.get("load_in_8bit") else packing.get("bnb_4bit_quant_type")
+        if quant != settings.model.quant:
+            raise UserError(f"--model {name}: was trained on its base in {quant}; expected --quant {quant}")
     config = read_json_object(folder / ADAPTER_CONFIG_FILE, f"--model {name}: {ADAPTER_CONFIG_FILE}")
     lora = dataclasses.replace(
         LoraSettings(plus_ratio=settings.lora.plus_ratio), peft_config=str(folder / ADAPTER_CONFIG_FILE)
