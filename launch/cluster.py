@@ -36,8 +36,8 @@ def sbatch_option(text: str) -> tuple[str, str]:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="cluster.py",
-        usage="cluster.py --slurm --nodes N --ranks-per-node N [its other flags] [flags of train.py]\n"
-        "       cluster.py --hosts NAME:RANKS,NAME:RANKS... [--folder DIR] [flags of train.py]",
+        usage="cluster.py --slurm --nodes N --ranks-per-node N [flags of train.py]\n"
+        "       cluster.py --hosts NAME:RANKS,... [--folder DIR] [flags of train.py]",
         description="Write a batch script for SLURM, or host list and command for `deepspeed --hostfile`, complete "
         "for the flags given, and print them; submits nothing. Takes every flag of train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",

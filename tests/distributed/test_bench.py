@@ -23,6 +23,9 @@ main = LAUNCH["main"]
         ("--modes ,", "--modes ',': expected some of full, lora"),
         ("memory --methods full,lara", "--methods lara: expected some of full, full-adamw8bit"),
         ("memory --out x", "--out x: unknown flag"),
+        ("--model missing", "--model missing: no such folder"),
+        ("memory --model missing", "--model missing: no such folder"),
+        ("--model demo-base --block-size 5000", "--block-size 5000: demo-base takes at most"),
     ],
 )
 def test_a_wrong_bench_argument_is_one_line(argv, message, capsys):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from trainer.config.errors import UserError, mask_credentials
 from trainer.config.files import expand_user_path, require_place_for_folder
-from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table, translate
+from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table, separate_values, translate
 
 TEXT_FLAGS = {"--prompt", "--completion", "--score"}  # what they hold is no name
 HELP_HINT = "(--help lists the flags)"
@@ -178,7 +178,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 parse(value)
         except argparse.ArgumentTypeError as error:
             return f"{shown}: did you mean {ours}? It takes {str(error).partition('expected ')[2]}"
-        return f"{shown}: did you mean {' '.join(translation.words).replace('=', ' ')}?"
+        return f"{shown}: did you mean {separate_values(*translation.words)}?"
 
 
 def _refuse_words(argv: Sequence[str]) -> None:

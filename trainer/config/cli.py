@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -82,7 +83,7 @@ def parse_args(
     translation = translate(expand_config(argv, parser), parser.flags(), num_ranks)
     parsed, problems = parser.parse_all(translation.words)
     problems, args = [*translation.problems, *problems], vars(parsed)
-    flags = [word.partition("=")[0].replace("_", "-") for word in argv]
+    flags = [_flag_in(word) for word in argv]
     for flag in ("--data", "--test-data"):  # of which the last one alone would count
         if (times := flags.count(flag)) > 1:
             remedy = "expected once, several with weights: --data A=0.7 B=0.3" if flag == "--data" else "expected once"
@@ -94,7 +95,7 @@ def parse_args(
             if (key := f"{name}.{field.name}") in args:
                 overrides[name][field.name] = args[key]
                 overridden_flags.append(flag_of(field))
-    if args["mode"] is None and not re.search("--mode[: ]", " ".join(problems)):
+    if args["mode"] is None and not re.search("--(mode|use_peft|check-run|upload)[: ]", " ".join(problems)):
         problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     commands = ("find_lr", "find_batch", "dry_run", "show_example", "resume")
     actions = [f"--{name.replace('_', '-')}" for name in commands if args[name]]
@@ -149,12 +150,13 @@ def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> lis
 
 def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     """The argument parser; a setting not given is absent from its result, so that presets can fill it."""
+    width = min(110, shutil.get_terminal_size().columns - 2)
     parser = ArgumentParser(
         companion=companion,
         prog="deepspeed launch/train.py",
-        usage="deepspeed launch/train.py --mode full|lora [--model MODEL] [--data DATA] [flags as below]",
+        usage="deepspeed launch/train.py --mode full|lora [--model M] [--data D] [flags]",
         description="Fine-tune GPT-2 or another causal language model: every weight (full) or LoRA adapters (lora).",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
     )
     add = parser.add_argument_group("run").add_argument
     config_help = "flags from a file, before all that are given: YAML with the flags' names, or a run's run.json"
@@ -201,6 +203,8 @@ def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
         help_text += f" (default: {field.default})"
     if typing.get_origin(kind) is Literal:
         options |= {"metavar": _choice_text(typing.get_args(kind)), "type": _value_type(field.type)}
+        if len(options["metavar"]) > 60:  # which no line of help would break
+            help_text, options["metavar"] = f"{help_text}: {', '.join(typing.get_args(kind))}", "NAME"
     elif field.metadata["is_repeated"]:
         options |= {"metavar": "NAME", "action": "extend", "type": _value_type(field.type, lambda text: (text,))}
     elif typing.get_origin(kind) is tuple:
@@ -231,6 +235,10 @@ def _value_type(annotation: Any, convert: Callable[[str], Any] = str) -> Callabl
     return parse
 
 
+def _flag_in(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
 def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     """`argv` behind the words of each --config FILE: of a flag that is given twice the last one counts. UserError, in
     one line that names the file, where it cannot be read."""
@@ -238,17 +246,20 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     finder.add_argument("--config", type=Path, action="append", default=[])
     fields = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
     repeated = {flag_of(field) for field in fields if field.metadata["is_repeated"]}
-    expanded = list[str]()
+    sources = list[Sequence[str]]()
     for path in finder.parse_known_args(argv)[0].config:
         if path.suffix != ".json":
-            expanded += _yaml_to_argv(path, parser.flags(), repeated)
+            sources.append(_yaml_to_argv(path, parser.flags(), repeated))
             continue
         if not path.exists():
             raise UserError(f"--config {path}: no such file; {CONFIG_EXPECTED}")
         settings = Settings.from_dict(read_run_metadata(path)["settings"])
-        expanded += to_argv(settings, {"output": {"output_dir": None}})  # not the run's folder, which is taken
-    replaced = repeated & {word.partition("=")[0] for word in argv}  # else the file's values would come beside these
-    return [*(word for word in expanded if word.partition("=")[0] not in replaced), *argv]
+        sources.append(to_argv(settings, {"output": {"output_dir": None}}))  # not the run's folder, which is taken
+    expanded = list[str]()
+    for words in (*sources, argv):
+        replaced = repeated & {_flag_in(word) for word in words}  # else the values before would come beside these
+        expanded = [*(word for word in expanded if _flag_in(word) not in replaced), *words]
+    return expanded
 
 
 def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], repeated_flags: Container[str]) -> list[str]:

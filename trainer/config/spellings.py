@@ -30,6 +30,11 @@ def read_table() -> dict[str, Any]:
     return table
 
 
+def separate_values(*words: str) -> str:
+    """Words like --flag=value as one types them, with a blank."""
+    return " ".join(word.replace("=", " ", 1) for word in words)
+
+
 @dataclass
 class Translation:
     """A command line in our flags, what the plan says of it, and what has no equivalent."""
@@ -64,7 +69,7 @@ class Translation:
             other, taken = self.put_words.setdefault(word.partition("=")[0], (key, word))
             if taken != word:
                 raise UserError(f"--{other} and --{key}: exclude one another; expected one of them")
-        self.notes.append(f"{said or key} is {' '.join(words).replace('=', ' ')} here")
+        self.notes.append(f"{said or key} is {separate_values(*words)} here")
 
 
 def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1) -> Translation:
@@ -103,6 +108,7 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
                     raise UserError(answer)
             elif part == "together":
                 if not is_given and table[part][key] == "VALUE":
+                    del result.given[key]
                     raise UserError("expected one argument")
             elif is_switch:
                 if is_given and value.lower() not in TRUE + FALSE + NONE:
@@ -127,7 +133,7 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
                     result.words.append(own)
                     if part == "same" or changed != value:
                         remark = table["same"].get(key, "").partition(" ")[2]
-                        said = f"{key} {value} is {own.replace('=', ' ')}" if changed != value else f"{key} is {ours}"
+                        said = f"{key} {value} is {separate_values(own)}" if changed != value else f"{key} is {ours}"
                         result.notes.append(f"{said} here{' ' * bool(remark)}{remark}")
         except UserError as error:
             result.problems.append(f"{name} {value}".rstrip() + f": {error}")

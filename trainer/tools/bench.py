@@ -80,6 +80,7 @@ def measure_steps(args: argparse.Namespace) -> int:
             if row["problem"]:  # it is not tried again
                 continue
             answers, _, reason = run_job(measure_program, {**shared, **row}, 1)
+            _refuse_flag(reason)
             row["results"] += answers
             row["problem"] = "" if answers else f"failed: {reason}"
             outcome = row["problem"] or f"{1000 * answers[0]['step_seconds']:.1f} ms/step"
@@ -91,6 +92,13 @@ def measure_steps(args: argparse.Namespace) -> int:
         print("{hardware}, {threads} threads".format(**results[0]), end="")
         print(f"; {packages}; {args.rounds} rounds of {args.steps} steps after {shared['warmup_steps']}")
     return int(any(row["problem"] for row in rows))
+
+
+def _refuse_flag(reason: str) -> None:
+    """UserError where a process failed by a flag that all rows share: each would say the same."""
+    problem = reason.partition("UserError: ")[2]
+    if problem.startswith(("--model ", "--block-size ")):
+        raise UserError(problem)
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -121,6 +129,7 @@ def measure_memory(args: argparse.Namespace, flags_of_methods: Mapping[str, str]
     results: list[dict[str, Any]] = []
     for method in args.methods:
         answers, _, reason = run_job(measure_method, {**vars(args), "flags": flags_of_methods[method]}, 1)
+        _refuse_flag(reason)
         results += answers
         cells = format_cells(answers[0]) if answers else ["-"] * (len(MEMORY_HEADINGS) - 2) + [f"failed: {reason}"]
         rows.append([method, *cells])
@@ -144,6 +153,7 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
 def measure_program(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict[str, Any]]:
     """The mean time of a step of the job's program, in seconds."""
     device, settings = dist_context.device, cli.parse_args(_to_argv(job)).settings
+    validate_early(settings, dist_context)
     vocab_size = load_config(settings.model).get_text_config().vocab_size
     rng, num_rows = np.random.default_rng(0), (job["warmup_steps"] + job["steps"]) * job["global_batch"]
     lengths = np.full(num_rows, job["block_size"])

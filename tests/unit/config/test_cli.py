@@ -124,11 +124,14 @@ def test_a_name_that_no_file_can_have_is_refused(flag):
     assert parse("--mode full --completion", "a" * 5000).settings.data.completion == "a" * 5000
 
 
-def test_help_shows_every_flag_with_the_presets_defaults(capsys):
+def test_help_shows_every_flag_with_the_presets_defaults_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         parse("--help")
     assert ended.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
     for part in (
         "LoRA (with --mode lora):",
         "demo 256, card 1024, gpt2 1024, finetune 0)",
@@ -191,11 +194,12 @@ max-steps:
 
 
 def test_flags_win_over_the_file_wherever_they_stand_and_the_last_of_two_files_over_the_first(write_config, tmp_path):
-    path, second = write_config("mode: full\nlr: 1e-4\nseed: 3"), tmp_path / "second.yaml"
-    second.write_text("lr: 2e-4\n")
-    for words in (f"--config {path} --lr 2e-4", f"--lr 2e-4 --config={path}", f"--config {path} --config {second}"):
-        train = parse(words).settings.train
-        assert (train.lr, train.seed) == (2e-4, 3)
+    path, second = write_config("mode: full\nlr: 1e-4\nseed: 3\nval_data: [a, b]"), tmp_path / "second.yaml"
+    second.write_text("lr: 2e-4\nval_data: c\n")
+    flags = "--lr 2e-4 --val_data c"
+    for words in (f"--config {path} {flags}", f"{flags} --config={path}", f"--config {path} --config {second}"):
+        settings = parse(words).settings
+        assert (settings.train.lr, settings.train.seed, settings.data.val_data) == (2e-4, 3, ("c",))
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,8 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--learning_rate --dataset_name", ["--dataset_name: expected one argument", "--lr: expected one argument"]),
         ("--data A=0.7 --data B=0.3", ["--data: stands there 2 times; expected once, several with w"]),
         ("--val_data=a/x.csv --val-data b/x.jsonl", ["--val-data b/x.jsonl: a second set named x"]),
+        ("--eval_strategy --save_steps", ["--eval_strategy: expected one argument", "--save_steps: expected one arg"]),
+        ("--dta a=0.5", ["--dta a=0.5: did you mean --data a=0.5?"]),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         (
             '--mode lora --peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',
