@@ -41,6 +41,7 @@ from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
 from trainer.config.files import folder_size
+from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training import checkpoint, run_plan
 from trainer.training.run_folder import find_resume_source, resolve_output_dir
@@ -238,6 +239,12 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     assert rates == pytest.approx([(LEARNING_RATE if step < 5 else 1e-4) * (1 - step / STEPS) for step in range(STEPS)])
     assert read_metadata(folder)["settings"] == read_metadata(finished_run)["settings"]
     assert read_metadata(folder)["resumed"]["changed"] == change
+
+    killed = shutil.copytree(folder, folder.parent / "killed", symlinks=True)  # before a checkpoint with the change
+    for checkpoint in [f for f in (killed / "checkpoints").iterdir() if f.name != "step-000005"]:
+        shutil.rmtree(checkpoint)
+    (check,) = (check for check in inspect_run(killed).uses if check.name == "resume")
+    assert "pass --allow-change lr,data" in check.message, "as --resume, which has no other proof of what was allowed"
 
     shutil.rmtree(folder / "checkpoints/step-000007")
     train(["--mode", "lora", "--resume"], out=folder, world_size=1)  # the newest, and the rate without saying it again

@@ -50,7 +50,7 @@ def name_val_sets(val_data: Sequence[str]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for text in val_data:
-        match = NAMED_PATH.fullmatch(text)
+        match = None if os.path.exists(text) else NAMED_PATH.fullmatch(text)  # as year=2025/events.csv
         stem = re.sub(r"(?<=.)\..*|[^\w-]+", "-", Path(text).name, flags=re.ASCII).strip("-")
         name, path = match.groups() if match else (stem or "data", text)
         if name in paths:

@@ -211,14 +211,14 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
 
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
     """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
-    settings = Settings.from_dict(metadata.get("resumed", metadata)["settings"]).fixed_on_resume()
-    saved = _saved_values(source)
+    resumed, saved = metadata.get("resumed", {"changed": {}, **metadata}), _saved_values(source)
+    settings = Settings.from_dict(resumed["settings"]).fixed_on_resume()
     current = _fixed_values(settings, saved["data"], saved["precision"])
-    changed = [
-        f"{name} is {value} and was {saved.get(name)}" for name, value in current.items() if value != saved.get(name)
-    ]
-    differences = ", ".join(changed)
-    return f"by run.json {differences} when {source.folder.name} was saved; restore it" if differences else ""
+    current |= {name: now for name, (_, now) in resumed["changed"].items() if name in saved}
+    changed = {name: value for name, value in current.items() if value != saved.get(name)}
+    differences = ", ".join(f"{name} is {value} and was {saved.get(name)}" for name, value in changed.items())
+    remedy = f"restore it, or pass --allow-change {','.join(changed)}"
+    return f"by run.json {differences} when {source.folder.name} was saved; {remedy}" if changed else ""
 
 
 def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:

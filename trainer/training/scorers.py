@@ -188,10 +188,10 @@ def json_value(text: str) -> str | None:
     number is written do not count; 1 and true differ."""
 
     def number(digits: str) -> float:
-        return float(digits) or 0.0  # without the sign of -0
+        return int(value) if (value := float(digits)).is_integer() else value
 
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_int=number, parse_float=number, parse_constant=int)  # which refuses NaN
+        value = json.loads(text, parse_float=number, parse_constant=int)  # which refuses NaN
         return json.dumps(value, sort_keys=True)
     return None
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
@@ -256,10 +257,11 @@ def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, nam
         assert find_source(tmp_path, flag).files == (tmp_path / name,)
 
 
-def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_notice(tmp_path):
+def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_notice(tmp_path, monkeypatch):
     for name in ("train.csv", "extra.csv", "validation.csv", "contest_latest.csv"):
         write_records(tmp_path / name, "text\nx\n")
-    other = write_records(tmp_path.parent / f"{tmp_path.name}-other.csv", "text\nx\n")
+    monkeypatch.chdir(tmp_path.parent)
+    other = write_records(Path(f"{tmp_path.name}=other.csv"), "text\nx\n")  # a path, and no name with a path
     splits, notices = find_files(tmp_path, val_data=(str(other), f"all={tmp_path}"))
     assert splits == {"train": ["train.csv"], "val": [other.name], "val-all": ["validation.csv"]}
     left_out = "contest_latest.csv, extra.csv left out, train.csv for training, validation.csv left out"
