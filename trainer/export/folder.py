@@ -171,11 +171,13 @@ def check_push(repo_id: str) -> None:
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or len(repo_id) > 96:
         raise UserError(f"--push {repo_id}: expected NAMESPACE/NAME of letters, digits and . _ -")
+    if huggingface_hub.get_token() is None:  # the hub's own line is longer than one
+        raise UserError(f"--push {repo_id}: not logged in; expected HF_TOKEN, or `hf auth login` before")
     try:
         huggingface_hub.HfApi().whoami()
-    except Exception as error:  # not logged in, HF_HUB_OFFLINE, of the hub, of httpx, of the network below it
+    except Exception as error:  # HF_HUB_OFFLINE, of the hub, of httpx, of the network below it
         reason = first_line(error.__cause__ or error)
-        raise UserError(f"--push {repo_id}: the hub refuses the login ({reason}); expected HF_TOKEN") from None
+        raise UserError(f"--push {repo_id}: the hub does not take the login ({reason})") from None
 
 
 def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:

@@ -36,8 +36,8 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
 
 
 def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
-    model_name = str(pair.full.runs[0].get("model.name"))
     run, judged, num_seeds = pair.full.runs[0], pair.judged, len(pair.pairs)
+    model_name = str(run.get("model.name"))
     scope = "methods" if num_seeds >= MIN_SEEDS else "provisional" if num_seeds > 1 else "these models"
     is_ranked = not pair.blockers
     has_score = judged is not None and judged is not pair.losses
