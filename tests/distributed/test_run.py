@@ -1,6 +1,5 @@
 """What a run leaves: one real run on two ranks, read back."""
 
-import gzip
 import json
 import math
 from itertools import pairwise
@@ -24,7 +23,7 @@ def finished_run(tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
     """A finished run: two epochs in steps of 4 examples over 2 ranks, with accumulation, evaluated within the epoch."""
     out = tmp_path_factory.mktemp("run") / "lora"
     text = "--mode lora --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2"
-    text += " --eval-every 3 --wandb offline --lr 1e-2 --report-to tensorboard --profile 2"
+    text += " --eval-every 3 --wandb offline --lr 1e-2"
     output = train(
         tiny_argv(tiny_model, data_files, text), out=out, world_size=2, env={"WANDB_MODE": "offline", **SECRETS}
     )
@@ -35,10 +34,9 @@ def finished_run(tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
 
 
 def test_no_key_or_token_of_the_environment_is_written_or_printed(finished_run):
-    """Also in the W&B and TensorBoard files, the profile and the model card."""
+    """Also in the W&B files and the model card."""
     contents = {path: path.read_bytes() for path in finished_run["out"].rglob("*") if path.is_file()}
     assert any(path.suffix == ".wandb" for path in contents)
-    assert len(list((finished_run["out"] / "tensorboard").iterdir())) == 1, "of one rank"
     for secret in SECRETS.values():
         assert [path for path, content in contents.items() if secret.encode() in content] == []
         assert secret not in finished_run["output"]
@@ -86,17 +84,10 @@ def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_mode
         assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
 
 
-def test_a_profile_has_its_trace_and_its_ten_largest_operations(finished_run):
-    trace = json.loads(gzip.decompress((finished_run["out"] / "profile" / "trace.json.gz").read_bytes()))
-    assert any("matmul" in event.get("name", "") or "addmm" in event.get("name", "") for event in trace["traceEvents"])
-    assert "Self CPU" in (finished_run["out"] / "profile" / "top.txt").read_text()
-    assert "profile of 2 steps in" in finished_run["output"]
-    assert finished_run["output"].count("validation loss") >= 7, "of one rank"
-
-
 def test_run_json_records_the_resolved_plan(finished_run):
     metadata = finished_run["about"]
     assert metadata["mode"] == "lora"
+    assert finished_run["output"].count("validation loss") >= 7, "of one rank"
     assert {"--data", "--lr", "--eval-every"} <= set(metadata["overridden"])
     resolved = metadata["resolved"]
     assert (resolved["ranks"], resolved["accumulation"], resolved["total_steps"]) == (2, 2, 14)

@@ -28,7 +28,6 @@ IGNORED_WARNINGS = (  # starts of messages, as patterns
     r"_check_is_size will be removed",  # torch, from within bitsandbytes
     r"Paged optimizers are not supported on CPU",  # bitsandbytes; the plan says so
     r"fan_in_fan_out is set to False but the target module is `Conv1D`",  # peft, which then sets it itself
-    r"Warning: Profiler clears events at the end of each cycle",  # torch 2.11; a run's profile is one cycle
     r"Using non-full backward hooks|.*backward hook.*will be missing some grad_input",  # torch, from DeepSpeed's hooks
 )
 

@@ -16,7 +16,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.console import LogLines, ProgressBar, printed_lines, show_lines, show_plan, show_summary
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
-from trainer.tracking.optional_loggers import OptionalLogger, ProfileLogger, TensorBoardLogger
+from trainer.tracking.optional_loggers import OptionalLogger
 from trainer.tracking.records import (
     METRICS_FILE,
     EvalRecord,
@@ -61,7 +61,7 @@ class Recorder:
         self._num_graph_checks = self._num_plan_changes = 0  # of the engine's, that were reported
 
     def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
-        schedule, output = self.plan.schedule, self.plan.settings.output
+        schedule = self.plan.schedule
         rows_file, evaluations = self.folder / METRICS_FILE, self.folder / EVAL_RECORDS_FOLDER
         show_plan(self.plan.sections(), self.plan.set_by_user())
         if is_resumed:
@@ -79,12 +79,6 @@ class Recorder:
             progress_bar,
             OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
-        if "tensorboard" in output.report_to:
-            resume_step = state.step if is_resumed else -1
-            start = partial(TensorBoardLogger, self.metadata, self.folder, resume_step=resume_step)
-            self.loggers.append(OptionalLogger("TensorBoard", start))
-        if output.profile:
-            self.loggers.append(OptionalLogger("--profile", partial(ProfileLogger, self.folder, output.profile)))
 
     def log(self, record: Record) -> None:
         for logger in self.loggers:
