@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
     num_ranks = sum(args.hosts.values()) or args.nodes * args.ranks_per_node
     cli_args = parse_args(run_argv, companion=parser, num_ranks=num_ranks)
     settings, folder = cli_args.settings, args.folder.absolute()
-    if cli_args.dry_run or cli_args.runs_finder:
-        raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
+    if cli_args.dry_run or cli_args.find_batch:
+        raise UserError("--dry-run, --show-example and --find-batch go with launch/train.py itself")
     if cli_args.resume not in (None, "auto", "latest"):
         raise UserError(f"--resume {cli_args.resume}: each start would go back there; expected --resume auto, or none")
     settings.train.batch(num_ranks)

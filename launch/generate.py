@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, number, whole_number
+from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.choices import SCORERS
 from trainer.config.errors import UserError
 from trainer.tools.program import prepare_libraries, program
@@ -29,9 +29,6 @@ def build_parser() -> ArgumentParser:
     add("--num", type=partial(whole_number, most=32), metavar="N", help="validation prompts to take (default: 4)")
     add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
-    add("--temperature", type=number(0, 100), default=0.0, metavar="X", help="0 is greedy (default), above it samples")
-    add("--top-p", type=number(0.001, 1), default=1.0, metavar="X", help="with --temperature (default: 1)")
-    add("--seed", type=partial(whole_number, least=0), default=42, metavar="N", help="with --temperature (default: 42)")
     score_help = f"mean score over the prompts that have a reference, the best one's of several; repeatable: {SCORERS}"
     add("--score", action="append", default=[], metavar="NAME", help=score_help)
     return parser

@@ -39,7 +39,6 @@ from trainer.model.flops import count_step_flops
 from trainer.model.lora import adopt_adapter
 from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
-from trainer.tools.find_lr import find_lr
 from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import show_plan
 from trainer.tracking.optional_loggers import check_loggers
@@ -143,7 +142,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         count_flops = partial(count_step_flops, lengths=data.train.lengths(), global_batch=settings.train.global_batch)
         plan = make_plan(settings, context, data, step_flops=context.on_rank_zero(lambda: count_flops(settings)))
     plan = replace(plan, spellings=args.notes)
-    if (args.dry_run or args.runs_finder) and context.rank == 0:
+    if (args.dry_run or args.find_batch) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
         in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []
         show_plan([*plan.sections(), *in_use], plan.set_by_user())
@@ -159,9 +158,6 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         if settings.data.packing and (problem := context.on_rank_zero(lambda: find_packing_problem(model.causal))):
             raise UserError(f"--packing: not for {type(model.causal).__name__}: {problem}; leave --packing out")
     plan = replace(plan, model_info={**plan.model_info, "fingerprint": fingerprint})
-    if args.find_lr is not None:
-        with context.watchdog.watch_for_hangs(settings.engine.hang_timeout):
-            return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
     lock = RunLock(Path(settings.run_folder))
     with watch_work():
         context.on_rank_zero(lock.acquire)

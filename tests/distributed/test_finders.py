@@ -1,9 +1,7 @@
-"""`--find-lr` and `--find-batch`: real steps that no run goes on from, and what is suggested after them."""
+"""`--find-batch`: real steps that no run goes on from, and what is suggested after them."""
 
 import json
-import math
 import os
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.engines import plan_run
-from helpers.launch_ranks import make_process, train
+from helpers.launch_ranks import make_process
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.config import cli
 from trainer.config.errors import TrainingError, UserError
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools import find_batch
-from trainer.tools.find_lr import has_diverged, suggest_lr
-from trainer.tools.trial_engine import FINDER_FILES, run_job
-from trainer.training.run_folder import is_unused
+from trainer.tools.trial_engine import run_job
 
 STEPS = 100
 LRS = np.geomspace(1e-7, 1.0, STEPS).tolist()
@@ -31,101 +26,6 @@ LRS = np.geomspace(1e-7, 1.0, STEPS).tolist()
 def make_argv(model: str, data_files: tuple[str, str], flags: str) -> list[str]:
     text = f"--objective completion --block-size 32 --save-every never --wandb disabled {flags}"
     return tiny_argv(model, data_files, text)
-
-
-# --- the curve of the learning rate ---
-
-
-@pytest.mark.parametrize("best", [1e-4, 1e-3, 1e-2])
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-def test_the_lr_suggestion_is_about_a_tenth_of_the_best_rate(best, noise):
-    """A made-up sweep: flat at 4, falling to 2 at the best rate, then rising steeply until it diverges."""
-    for seed in range(5):
-        rng, losses = random.Random(seed), []
-        while not (losses and has_diverged(losses, STEPS)):
-            decades = math.log10(LRS[len(losses)] / best)
-            level = 4.0 - 2.0 * math.exp(-(decades**2)) if decades < 0 else 2.0 + 3.0 * decades**2
-            losses.append(level + rng.gauss(0, noise))
-        lr, _, warning = suggest_lr(LRS, losses)
-        assert lr == pytest.approx(best / 10, rel=3.0), "the smoothed curve lags by half a decade"
-        assert best / 30 < lr < best, "and never is the rate at the lowest loss itself"
-        assert warning == ""
-        assert LRS[len(losses) - 1] < 100 * best, "it ends where it diverges"
-
-
-@pytest.mark.parametrize(
-    ("losses", "message"),
-    [
-        ([4.0 - 0.01 * n for n in range(STEPS)], "does not rise again"),
-        ([4.0 + 0.01 * (-1) ** n for n in range(STEPS)], "neither falls nor rises"),
-        ([4.0 + 0.2 * max(0, n - 12) for n in range(30)], "never falls before it rises: begin lower"),
-        ([4.0, math.nan], "diverges from the start"),
-    ],
-)
-def test_an_lr_range_that_is_too_small_is_named(losses, message):
-    lr, _, warning = suggest_lr(LRS, losses)
-    assert message in warning
-    assert (lr is None) == (message != "does not rise again")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_noise_alone_is_no_divergence_and_no_fall_and_a_loss_that_settles_below_its_start_is_a_fall(seed):
-    """The second as the demo's does: from 7 down to 4.5 at half the range, then up to 6 and no further."""
-    dice = random.Random(seed)
-    losses = [4.0 + dice.gauss(0, 0.5) for _ in range(STEPS)]
-    assert not any(has_diverged(losses[:n], STEPS) for n in range(1, STEPS + 1))
-    assert suggest_lr(LRS, losses)[0] is None
-    levels = [7.0] * 30 + [7.0 - 0.125 * n for n in range(20)] + [6.0] * 50
-    losses = [level + dice.gauss(0, 0.1) for level in levels]
-    assert not has_diverged(losses, STEPS)
-    lr, _, warning = suggest_lr(LRS, losses)
-    assert warning == ""
-    assert LRS[40] / 10 < lr < LRS[60] / 10
-
-
-def test_the_lr_range_has_a_default_by_mode_and_a_wrong_one_or_a_second_program_flag_is_refused():
-    full, lora = (cli.parse_args(["--mode", mode, "--find-lr"]).find_lr for mode in ("full", "lora"))
-    assert (lora.start, lora.end) == pytest.approx((10 * full.start, 10 * full.end))
-    for text in ("1", "1:0.1", "0:1", "a:b", "1e-5:1:3", "1:2:3:4", "1e-5:inf"):
-        with pytest.raises(UserError, match="--find-lr"):
-            cli.parse_args(["--mode", "full", "--find-lr", text])
-    for flag in ("--find-batch", "--dry-run", "--resume"):
-        with pytest.raises(UserError, match="one at a time"):
-            cli.parse_args(["--mode", "full", "--find-lr", flag])
-
-
-# --- the sweep on real ranks ---
-
-
-@pytest.mark.parametrize(
-    ("mode", "zero", "end"),
-    [
-        ("full", "zero3", "10"),
-        ("lora", "zero0", "1e30"),
-        *(pytest.param("lora", f"zero{n}", "10", marks=pytest.mark.sweep) for n in ("1", "2_offload", "3_offload")),
-    ],
-)
-def test_find_lr_ends_where_the_loss_diverges_alike_on_all_ranks_suggests_a_rate_and_trains_nothing(
-    mode, zero, end, tiny_model, data_files, tmp_path
-):
-    out = tmp_path / "run"
-    flags = f"--global-batch 6 --micro-batch 1 --lr 1e-2 --max-steps 7 --eval-every 3 --find-lr 1e-5:{end}:60"
-    argv = make_argv(tiny_model, data_files, f"--mode {mode} --ds-config {zero} {flags}")
-    output = train(argv, out=out, world_size=2)
-    content = json.loads((out / "find-lr.json").read_text())
-    assert sorted(path.name for path in out.iterdir()) == ["find-lr.json", "find-lr.png"]
-    assert (out / "find-lr.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert output.count("suggestion") == 1, "one rank speaks"
-    if end == "1e30":  # too few steps a decade
-        assert len(content["lr"]) == len(content["loss"]) < 60, "it ended where no number was left of the model"
-        assert "suggestion     none\nrange          the loss " in output
-    else:
-        assert f"suggestion     --lr {content['suggestion']:g} for --mode {mode} (a tenth of " in output
-        assert 1e-5 < content["suggestion"] < 10
-    assert is_unused(out, FINDER_FILES), "a run may begin in the folder that the test left"
-
-
-# --- micro-batches ---
 
 
 @pytest.fixture

@@ -96,12 +96,7 @@ def test_a_checkpoint_is_that_which_was_trained_whatever_run_json_says(runs, gen
         assert "base was changed since the run; restore it" in output
 
 
-def test_prompts_come_from_a_file_as_text_or_as_conversations_and_samples_depend_on_the_seed_only(
-    runs, generate, tmp_path
-):
-    sampled = (runs[0], "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 12, "--temperature", 2)
-    first, again, other = (generate(*sampled, "--seed", seed)[1] for seed in (1, 1, 2))
-    assert first == again != other
+def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "w5 w6", "reference": ["w1\u2028", "w2"]}\n{"prompt": "w9"}\n')  # one line of JSON
     code, message = generate(runs[1], "--prompts", file)

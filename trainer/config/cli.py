@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import math
 import re
 import shutil
 import sys
@@ -11,12 +10,12 @@ import typing
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from trainer.config.argument_parser import ArgumentParser, whole_number
-from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS, Mode, Preset
+from trainer.config.choices import MODES, PRESETS, Mode, Preset
 from trainer.config.errors import UserError
 from trainer.config.fields import Accepts, PeftConfig, UserPath, flag_of, unwrap, what_is_expected
 from trainer.config.files import read_text_file
@@ -28,28 +27,6 @@ CONFIG_EXPECTED = "expected lines like `lr: 1e-4`, or a run.json"
 ResumePoint = Annotated[str, Accepts("step-N, best, auto or latest", pattern="^(step-[0-9]+|best|auto|latest)$")]
 
 
-class LRRange(NamedTuple):
-    """The sweep of `--find-lr`."""
-
-    start: float
-    end: float
-    steps: int = 100
-
-    @classmethod
-    def parse(cls, text: str) -> "LRRange":
-        """From START:END[:STEPS], as the `type` of a flag."""
-        with contextlib.suppress(ValueError, TypeError):
-            start, end, *steps = text.split(":")
-            sweep = cls(float(start), float(end), *map(int, steps))
-            if 0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20:
-                return sweep
-        expected = "START:END or START:END:STEPS with 0 < START < END and 20 steps or more, for instance 1e-6:1"
-        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-
-
-DEFAULT_RANGE = LRRange(1e-7, 1.0)  # from far too low to far too high for full; LoRA's is ten times as high
-
-
 @dataclass(frozen=True, kw_only=True)
 class CliArgs:
     """What the user asked for: the settings of the run, and what to do with them."""
@@ -59,15 +36,9 @@ class CliArgs:
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
     show_example: int = 0  #: training examples whose tokens are printed, before the plan of a dry run
-    find_lr: LRRange | None = None  #: a range test instead of the run
     find_batch: bool = False  #: trials of micro-batches instead of the run
     verbose: bool = False  #: whether the libraries' own messages are shown
     notes: tuple[str, ...] = ()  #: what spellings of other programs were taken for
-
-    @property
-    def runs_finder(self) -> bool:
-        """Whether something is to be found rather than trained."""
-        return self.find_lr is not None or self.find_batch
 
 
 def parse_args(
@@ -97,16 +68,12 @@ def parse_args(
                 overridden_flags.append(flag_of(field))
     if args["mode"] is None and not re.search("--(mode|use_peft|check-run|upload)[: ]", " ".join(problems)):
         problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
-    commands = ("find_lr", "find_batch", "dry_run", "show_example", "resume")
-    actions = [f"--{name.replace('_', '-')}" for name in commands if args[name]]
-    if len(actions) > 1 and actions[0] in ("--find-lr", "--find-batch"):
-        problems.append(f"{actions[0]} and {actions[1]}: one at a time")
+    actions = [f"--{name.replace('_', '-')}" for name in ("dry_run", "show_example", "resume") if args[name]]
+    if args["find_batch"] and actions:
+        problems.append(f"--find-batch and {actions[0]}: one at a time")
     try:
-        mode = args["mode"] or "lora"  # which refuses least
-        settings = resolve(mode, args["preset"], overrides, tuple(overridden_flags))
-        find_lr = args["find_lr"]
-        if find_lr is DEFAULT_RANGE and mode == "lora":
-            find_lr = LRRange(DEFAULT_RANGE.start * LORA_LR_FACTOR, DEFAULT_RANGE.end * LORA_LR_FACTOR)
+        # --mode lora refuses least
+        settings = resolve(args["mode"] or "lora", args["preset"], overrides, tuple(overridden_flags))
     except UserError as error:
         problems += error.args
     if problems:
@@ -117,7 +84,6 @@ def parse_args(
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
         dry_run=args["dry_run"] or args["show_example"] > 0,
         show_example=args["show_example"],
-        find_lr=find_lr,
         find_batch=args["find_batch"],
         verbose=args["verbose"],
         notes=tuple(translation.notes),
@@ -165,7 +131,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     resume_help = "go on from the newest whole checkpoint or this one; auto: start a new run if there is none yet"
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
-    lr_help = "suggest a learning rate by a range test, train nothing (default: 1e-7:1, LoRA: 1e-6:10; 100 steps)"
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
     verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
     add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
@@ -176,7 +141,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
-    add("--find-lr", nargs="?", const=DEFAULT_RANGE, type=LRRange.parse, metavar="START:END[:STEPS]", help=lr_help)
     add("--find-batch", action="store_true", help=batch_help)
     add("--verbose", action="store_true", help=verbose_help)
     # the launcher passes it; LOCAL_RANK says the same

@@ -40,8 +40,8 @@ from trainer.config.files import data_name, name_val_sets, split_weights
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
-# for two CPU cores. `finetune` is a guess for any other model, until --find-lr or
-# study.py has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
+# for two CPU cores. `finetune` is a guess for any other model, until study.py
+# has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
 # parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
 EarlyStop = Annotated[
     str, Accepts("PATIENCE[:MIN_DELTA], for instance 3:0.01", pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$")

@@ -1,9 +1,8 @@
-"""Continuations of prompts by a causal LM, greedy or sampled."""
+"""Greedy continuations of prompts by a causal LM."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,35 +21,24 @@ class Completion(NamedTuple):
     is_near_tie: bool  #: whether two tokens were as likely up to rounding, so that another batch may choose the other
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn; the same seed draws the same texts from the same model and batch."""
-
-    temperature: float  #: divides the logits
-    top_p: float = 1.0  #: the likeliest tokens that together have this probability are drawn from
-    seed: int = 0
-
-
 def decode(
     causal: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     end_token_ids: Sequence[int],
     *,
-    sampling: Sampling | None = None,
     autocast_dtype: torch.dtype | None = None,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """At most `limits` token ids for each prompt, until one of `end_token_ids`.
 
-    One batch, padded on the left. Without `sampling` the likeliest token each time. `on_token` is called before each.
+    One batch, padded on the left. `on_token` is called before each token.
     """
     device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     config = GenerationConfig(
-        do_sample=sampling is not None,
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}),
+        do_sample=False,
         num_beams=1,
         max_new_tokens=min(limits),
         eos_token_id=list(end_token_ids),
@@ -70,9 +58,7 @@ def decode(
 
     generator: Any = causal
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
-    with autocast, torch.random.fork_rng(enabled=sampling is not None):
-        if sampling is not None:
-            torch.manual_seed(sampling.seed)
+    with autocast:
         # what `config` leaves open would be taken from the base's own: a repetition penalty is not greedy
         own_config, generator.generation_config = generator.generation_config, config
         try:
@@ -96,7 +82,6 @@ def decode(
             [[*prompts[i], *completions[i].ids] for i in longer],
             [limits[i] - min(limits) for i in longer],
             end_token_ids,
-            sampling=sampling,
             autocast_dtype=autocast_dtype,
             on_token=on_token,
         )

@@ -404,29 +404,3 @@ def format_power(value: float, position: float = 0) -> str:
     """`1e-4`, `2.5e-3` and `0`: one way for all rates."""
     mantissa, exponent = f"{value:.3e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def plot_lr_range_test(
-    path: Path,
-    mode: str,
-    name: str,
-    lrs: Sequence[float],
-    losses: Sequence[float],
-    smoothed_losses: Sequence[float],
-    suggested_lr: float | None,
-) -> None:
-    """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line."""
-    with styled_figure((1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1])) as figure:
-        axis = figure.subplots()
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(format_power)
-        axis.plot(lrs, losses, ".", color=TEXT_COLOUR, alpha=0.3, markersize=4)
-        axis.plot(lrs, smoothed_losses, "-", color=COLOURS[mode], linewidth=2)
-        if smoothed_losses:
-            axis.set_ylim(0.95 * min(*smoothed_losses, *losses), 1.5 * smoothed_losses[0])  # without what diverges
-        if suggested_lr is not None:
-            axis.axvline(suggested_lr, color=TEXT_COLOUR, linestyle="--", linewidth=1)
-            axis.text(suggested_lr, 0.02, f" {suggested_lr:g}", transform=axis.get_xaxis_transform(), va="bottom")
-        title = f"Learning-rate range test: {name}"
-        axis.set(title=title, xlabel="learning rate", ylabel="train loss (nats per token)")
-        write_atomically(path, render(figure, "png"))

@@ -17,7 +17,7 @@ from trainer.data.chat import ChatTemplate, Conversation, end_token_ids, from_me
 from trainer.data.prepare import prepare
 from trainer.data.readers import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode, find_model, load_tokenizer
-from trainer.distributed.decoding import Completion, Sampling, decode
+from trainer.distributed.decoding import Completion, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_lines
@@ -156,16 +156,14 @@ class _Completer:
         return self.make_prompt(str(checked[-1]["content"]), references, checked)
 
     def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
-        args, length, sampling = self.args, self.args.max_new_tokens, None
+        length = self.args.max_new_tokens
         if length is None:
             length = completion_length(prompts, None) if any(prompt.references for prompt in prompts) else 64
         if self.max_positions is not None:
             length = max(1, min(length, self.max_positions - max(len(prompt.ids) for prompt in prompts)))
-        if args.temperature:
-            sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
         ends = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
         completions: list[Completion] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            completions += decode(causal, batch, [length] * len(batch), ends, sampling=sampling)
+            completions += decode(causal, batch, [length] * len(batch), ends)
         return [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]

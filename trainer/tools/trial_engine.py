@@ -1,4 +1,4 @@
-"""A few steps beside a run: what `--find-lr`, `--find-batch`, `doctor.py` and bench share."""
+"""A few steps beside a run: what `--find-batch`, `doctor.py` and bench share."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from trainer.tools.processes import failure_reason, start_process
 from trainer.tracking.optional_loggers import check_loggers
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 
-FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
+FINDER_FILES = ("find-batch.json", "prove.json")  # a run may begin beside them
 
 
 Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]

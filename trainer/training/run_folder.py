@@ -51,7 +51,7 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
     if args.resume is None:
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
-        writes_run = not (args.runs_finder or args.dry_run)  # finders only put their own files there
+        writes_run = not (args.find_batch or args.dry_run)  # finders only put their own files there
         if writes_run and (problem := describe_use(folder, ignored_files)):
             raise UserError(problem)
         return settings, None

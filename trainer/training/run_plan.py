@@ -388,10 +388,8 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     """What the settings mean for this model and its data, where that is worth a line."""
     notes, model, flags, preset = [], settings.model.model, settings.overridden, settings.preset
     if preset in ("gpt2", "finetune", "demo") and model != DEMO_MODEL and "--lr" not in flags:
-        advice = (
-            "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
-        )
-        notes.append(f"learning rate {settings.train.lr:g}: of --preset {preset}, a guess for your data; {advice}")
+        advice = f"of --preset {preset}, a guess for your data; launch/study.py compares several"
+        notes.append(f"learning rate {settings.train.lr:g}: {advice}")
     if model == DEMO_MODEL and settings.data.data != DEMO_DATA and "--model" not in flags:
         notes.append(f"--preset demo trains {DEMO_MODEL}, the embedded toy, on your data; expected --model gpt2")
     if settings.mode == "full" and settings.train.weight_decay:

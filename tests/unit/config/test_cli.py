@@ -18,7 +18,7 @@ from trainer.training.run_plan import collect_notes
 
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
-    "--mode --preset --config --resume --allow-change --dry-run --show-example --find-lr --find-batch --local_rank "
+    "--mode --preset --config --resume --allow-change --dry-run --show-example --find-batch --local_rank "
     "--local-rank --verbose --help"
 )
 
@@ -106,7 +106,7 @@ def test_commands_are_read_and_the_launchers_rank_changes_nothing():
         ("--mode full --preset gpt3", "--preset gpt3: expected demo, card, gpt2 or finetune"),
         ("--mode full --preset finetune", "--preset finetune without --model: expected --model"),
         ("--mode full --lr fast", "--lr fast: expected a number above 0"),
-        ("--mode full --find-lr --resume", "--find-lr and --resume: one at a time"),
+        ("--mode full --find-batch --resume", "--find-batch and --resume: one at a time"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, message):

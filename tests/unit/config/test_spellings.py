@@ -164,7 +164,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ),
         ("--lr 0 --epochs 0 --block-size 1 --lrr 3", ["--lr 0: ", "--epochs 0: ", "--lrr 3: did", "--block-size 1: "]),
         ("--quant nf4 --min-lr 1", ["--min-lr 1.0: expected at most", "--quant nf4: a quantised weight"]),
-        ("--show-example x --find-lr 1:0", ["--show-example x: expected a whole", "--find-lr 1:0: expected START:END"]),
+        ("--show-example x --lr 0", ["--show-example x: expected a whole", "--lr 0: "]),
         ("--learning_rate 1e-4 stray {mr}", ["stray {mr}: expected a flag (--help lists the flags); quote a text"]),
         ("--lr_scheduler_type cosine_with_restarts", ["--schedule cosine_with_restarts: expected linear, cosine"]),
         ("--lr_scheduler_type constant --warmup_steps 5", ["--lr_scheduler_type constant: has no warm-up in transf"]),
@@ -215,9 +215,7 @@ def test_no_suggestion_leads_to_another_refusal():
         for line in lines:
             if suggestion := re.search(r"did you mean (--\S+(?: \S+)*)\?$", line):
                 words = suggestion[1].split()
-                if (
-                    len(words) > 1 or not FLAGS[words[0]] or words[0] in ("--resume", "--find-lr")
-                ):  # else it lacks a value
+                if len(words) > 1 or not FLAGS[words[0]] or words[0] == "--resume":  # else it lacks a value
                     parse(f"--mode=lora --model=m {needs.get(words[0], '')} {suggestion[1]}")
 
 

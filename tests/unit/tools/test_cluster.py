@@ -146,7 +146,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         ([*SLURM_FLAGS, "--sbatch", "comment=a b"], ["--sbatch comment=a b", "without blanks"]),
         ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
         ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
-        ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
+        ([*SSH_FLAGS, "--find-batch"], ["--find-batch", "launch/train.py itself"]),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, message, tmp_path, capsys):

@@ -29,7 +29,7 @@ NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the
 OWN_FLAGS = dict.fromkeys(("--mode", "--adapter", "--quant"), "--methods")
 OWN_FLAGS |= {"--lora-rank": "--lora-ranks", "--ranks": "--lora-ranks", "--seed": "--seeds"}
 OWN_FLAGS |= {"--lr": "--max-lr METHOD=LR, or none: it is searched"} | dict.fromkeys(
-    ("--output-dir", "--run-name", "--export", "--resume", "--dry-run", "--find-lr", "--find-batch", "--base-from"),
+    ("--output-dir", "--run-name", "--export", "--resume", "--dry-run", "--find-batch", "--base-from"),
     "other flags of launch/train.py",
 )
 
