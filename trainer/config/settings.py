@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from trainer.config import choices
 from trainer.config.batch_config import BatchConfig
@@ -73,8 +73,8 @@ class ModelSettings:
         "hub id or folder, or demo-base, the built-in toy", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2"
     )
     init: choices.Init = option("start from its weights, or from random ones", "pretrained")
-    quant: Literal["nf4", "fp4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
-    quant_double: Switch = option("with nf4 and fp4: hold their scales in 8 bits too", False)
+    quant: Literal["nf4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
+    quant_double: Switch = option("with nf4: hold its scales in 8 bits too", False)
     dropout: ShareOrZero | None = option("every dropout of the model; GPT-2 has three (default: the model's own)", None)
 
 
@@ -91,7 +91,6 @@ class LoraSettings:
     adapter: choices.Adapter = option(
         "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"
     )
-    plus_ratio: PositiveFloat = option("LoRA+: B's learning rate over all others'", 1.0, flag="--lora-plus-ratio")
     modules_to_save: tuple[Literal["wte", "lm_head", "layernorm", "bias"], ...] = option(
         "weights of the base to train as well, separated by commas: wte, lm_head, layernorm, bias", ()
     )
@@ -186,7 +185,6 @@ class TrainSettings:
     min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
     weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
     max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
-    label_smoothing: ShareOrZero = option("share of each label spread over the vocabulary, in training only", 0.0)
     seed: Seed = option("seed of initial weights, data order and dropout", 42)
     optim: choices.Optimizer = option(
         "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
@@ -303,13 +301,12 @@ class Settings:
         is_full, is_fp16 = self.mode == "full", precision == "fp16"
         packed = None if is_full else quant
         to_save, for_adapters = ",".join(lora.modules_to_save), "is about adapters; expected --mode lora"
-        is_4_bit, warmup_steps, warmup_ratio = quant in ("nf4", "fp4"), train.warmup_steps, train.warmup_ratio
+        warmup_steps, warmup_ratio = train.warmup_steps, train.warmup_ratio
         is_never, blocker = self.output.eval_every == "never", self.graph_blocker
-        has_no_b = not is_full and lora.plus_ratio != 1 and lora.kind not in get_args(choices.Adapter)
         is_8_bit, is_constant = train.optim in choices.EIGHT_BIT_OPTIMIZERS, train.schedule == "constant"
         shape_flags = self.shape_flag_problems("--peft-config") if "--peft-config" in self.overridden else []
         _refuse(
-            (self.model.quant_double and not is_4_bit, "--quant-double: expected with --quant nf4 or fp4"),
+            (self.model.quant_double and quant != "nf4", "--quant-double: expected with --quant nf4"),
             (warmup_steps and warmup_ratio, f"--warmup-ratio {warmup_ratio}: not with --warmup-steps {warmup_steps}"),
             (train.min_lr > train.lr, f"--min-lr {train.min_lr}: expected at most --lr {train.lr:g}"),
             (train.min_lr and is_constant, f"--min-lr {train.min_lr}: not with --schedule constant"),
@@ -317,21 +314,19 @@ class Settings:
             (blocker and self.engine.execution == "graphs", f"--execution graphs: not with {blocker}; expected auto"),
             (is_8_bit and is_fp16, f"--optim {train.optim}: not with --precision fp16, which needs ZeRO 1 or more"),
             *((True, problem) for problem in shape_flags),
-            (has_no_b, f"--lora-plus-ratio {lora.plus_ratio:g}: {lora.kind} has no B; leave it out"),
             (is_full and quant, f"--quant {quant}: a quantised weight has no gradient; expected --mode lora"),
             (is_full and lora.adapter != "lora", f"--adapter {lora.adapter}: {for_adapters}"),
-            (is_full and lora.plus_ratio != 1, f"--lora-plus-ratio {lora.plus_ratio}: {for_adapters}"),
             (is_full and lora.peft_config, f"--peft-config: {for_adapters}"),
             (is_full and to_save, f"--modules-to-save {to_save}: {for_adapters}"),
             (packed and lora.adapter == "pissa", f"--quant {quant}: rounds off what --adapter pissa changes"),
-            (packed == "int8" and lora.adapter == "dora", "--quant int8: not with --adapter dora; expected nf4 or fp4"),
+            (packed == "int8" and lora.adapter == "dora", "--quant int8: not with --adapter dora; expected nf4"),
             (packed and "bias" in lora.modules_to_save, f"--modules-to-save bias: not with --quant {quant}"),
             (packed and is_fp16, f"--precision fp16: not with --quant {quant}; expected bf16 or fp32"),
         )
 
     def shape_flag_problems(self, source: str) -> list[str]:
         """A line where flags give a shape to adapters that `source` has given one."""
-        flags = {flag_of(field) for field in dataclasses.fields(LoraSettings)} - {"--peft-config", "--lora-plus-ratio"}
+        flags = {flag_of(field) for field in dataclasses.fields(LoraSettings)} - {"--peft-config"}
         given = [flag for flag in self.overridden if flag in flags]
         return [f"{', '.join(given)}: not with {source}, which says what is trained; leave it out"] if given else []
 

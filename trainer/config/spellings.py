@@ -217,8 +217,8 @@ def _take_precision(result: Translation) -> None:
 
 def _take_quant(result: Translation) -> None:
     kind = result.given.get("bnb_4bit_quant_type", "nf4")
-    if kind not in ("nf4", "fp4"):
-        raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4 or fp4")
+    if kind != "nf4":
+        raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4")
     for name, quant in (("load_in_4bit", kind), ("load_in_8bit", "int8")):
         if result.is_on(name):
             result.put(name, f"--quant={quant}")

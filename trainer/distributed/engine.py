@@ -78,15 +78,11 @@ class Engine:
         quantization.set_compute_dtype(model.module, self._autocast_dtype or torch.float32)
         if plan.frozen_dtype == "bfloat16":  # before a GPU has to hold them in float32
             cast_frozen_weights(model)
-        self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype, train_settings.label_smoothing)
+        self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        adamw = optimizer.build_optimizer(
-            self.trainable_params,
-            train_settings,
-            get_lr_multiplier=model.get_lr_multiplier,
-            embeddings=model.embedding_weights,
-        )
+        params, embeddings = self.trainable_params.values(), model.embedding_weights
+        adamw = optimizer.build_optimizer(params, train_settings, embeddings=embeddings)
         self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
@@ -216,7 +212,7 @@ class Engine:
         weights untouched, here or there, unless fp16 may skip. `loss_sums`: of `forward_backward`."""
         context, launch_time = self.dist_context, self._launch_time
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+            group["lr"] = lr
         # One row a rank, [ranks, micro-batches + 1]: its sums, and whether it wants to stop. `tensor` would wait.
         stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=context.device)
         rows = own_row = torch.stack([*loss_sums, stop_flag])

@@ -36,10 +36,6 @@ class TrainableModel:
     metadata: dict[str, Any]  #: the `model` block of run.json
     initial_adapter: dict[str, Tensor] = field(default_factory=dict)  #: of pissa: the adapters before the first step
     quant_settings: ModelSettings | None = None  #: the settings by which its base was quantised
-    loraplus_lr_ratio: float = 1.0  #: LoRA+: rate of the B matrices over that of all else
-
-    def get_lr_multiplier(self, name: str) -> float:
-        return self.loraplus_lr_ratio if ".lora_B." in name else 1.0
 
     @property
     def embedding_weights(self) -> list[nn.Parameter]:
@@ -133,7 +129,6 @@ def build_model(
         metadata=metadata,
         initial_adapter=initial_adapter,
         quant_settings=settings.model if quant else None,
-        loraplus_lr_ratio=settings.lora.plus_ratio,
     )
 
 

@@ -205,9 +205,7 @@ def adopt_adapter(settings: Settings) -> Settings:
         if quant != settings.model.quant:
             raise UserError(f"--model {name}: was trained on its base in {quant}; expected --quant {quant}")
     config = read_json_object(folder / ADAPTER_CONFIG_FILE, f"--model {name}: {ADAPTER_CONFIG_FILE}")
-    lora = dataclasses.replace(
-        LoraSettings(plus_ratio=settings.lora.plus_ratio), peft_config=str(folder / ADAPTER_CONFIG_FILE)
-    )
+    lora = LoraSettings(peft_config=str(folder / ADAPTER_CONFIG_FILE))
     if lora.kind == "lora":
         kind: choices.Adapter = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
         shape = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "dropout": config.get("lora_dropout")}

@@ -2,7 +2,7 @@
 door to bitsandbytes, which holds moments as 8-bit codes with a float32 scale for each 256 (arXiv 2110.02861).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,28 +16,17 @@ _BNB_STATE_KEYS = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "a
 
 
 def build_optimizer(
-    trainable_params: Mapping[str, nn.Parameter],
-    settings: TrainSettings,
-    *,
-    get_lr_multiplier: Callable[[str], float],
-    embeddings: Iterable[nn.Parameter],
+    params: Iterable[nn.Parameter], settings: TrainSettings, *, embeddings: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer, with a group for each multiple of the learning rate (`lr_ratio`), alike on every rank.
-
-    `embeddings`: weights whose moments stay in 32 bits under the 8-bit forms.
-    """
-    params_by_ratio: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trainable_params.items():
-        params_by_ratio.setdefault(get_lr_multiplier(name), []).append(parameter)
-    groups = [{"params": ps, "lr": settings.lr * ratio, "lr_ratio": ratio} for ratio, ps in params_by_ratio.items()]
+    """The optimizer of `params`. `embeddings`: weights whose moments stay in 32 bits under the 8-bit forms."""
     betas, eps = (settings.beta1, settings.beta2), settings.epsilon
     adamw_kwargs: Any = {"lr": settings.lr, "betas": betas, "eps": eps, "weight_decay": settings.weight_decay}
     if settings.optim not in EIGHT_BIT_OPTIMIZERS:
-        return torch.optim.AdamW(groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
+        return torch.optim.AdamW(params, **adamw_kwargs, fused=settings.optim == "adamw_fused")
     import bitsandbytes as bnb  # takes seconds: only where it is needed
 
     optimizer_class = bnb.optim.PagedAdamW8bit if settings.optim == "paged_adamw8bit" else bnb.optim.AdamW8bit
-    optimizer = optimizer_class(groups, **adamw_kwargs)
+    optimizer = optimizer_class(params, **adamw_kwargs)
     fp32_state_ids = {id(parameter) for parameter in embeddings}
     for group_index, group in enumerate(optimizer.param_groups):
         for param_index, parameter in enumerate(group["params"]):

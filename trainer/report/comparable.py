@@ -51,14 +51,12 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "settings.lora.rank": "rank {}".format,
     "settings.lora.alpha": "alpha {:g}".format,
     "settings.lora.dropout": "LoRA dropout {:g}".format,
-    "settings.lora.plus_ratio": "LoRA+ {:g}".format,
     "settings.lora.target_modules": lambda value: f"on {'+'.join(value) or 'all'}",
     "settings.lora.modules_to_save": lambda value: f"and {'+'.join(value)}" if value else "adapters only",
     "settings.train.schedule": str,
     "resolved.warmup_steps": "{} warm-up steps".format,
     "settings.train.weight_decay": "weight decay {:g}".format,
     "settings.train.max_grad_norm": "clipping {:g}".format,
-    "settings.train.label_smoothing": "label smoothing {:g}".format,
     "resolved.dropout": "dropout {}".format,
     "resolved.micro_batch": "micro-batch {}".format,
     "settings.train.global_batch": "batch {}".format,
@@ -129,7 +127,6 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "clipping": str(train.get("max_grad_norm")),
         "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
         "dropout": run.get("resolved.dropout"),
-        "label smoothing": train.get("label_smoothing"),
     }
 
 

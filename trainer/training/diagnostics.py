@@ -223,7 +223,7 @@ class DiagnosticsMonitor:
         if not self.train_loss_means:
             return
         first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
-        start = max(first.loss, self.losses[0])  # of the training loss, which label smoothing raises
+        start = max(first.loss, self.losses[0])  # of the training loss
 
         # The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell by
         # two standard errors, from the stretch before the lowest evaluation to the last one. The first is the

@@ -25,7 +25,7 @@ COMMANDS = (
 # Each other flag, with a value that no preset has; a switch has none.
 SETTINGS = """
 --model=m --init=random --quant=nf4 --quant-double --dropout=0.3
---lora-rank=4 --lora-alpha=3 --lora-dropout=0.5 --lora-target-modules=a,b --lora-plus-ratio=16 --adapter=dora
+--lora-rank=4 --lora-alpha=3 --lora-dropout=0.5 --lora-target-modules=a,b --adapter=dora
 --modules-to-save=wte,bias
 --data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
 --max-samples=9 --allow-leakage
@@ -33,7 +33,7 @@ SETTINGS = """
 --block-size=77 --packing --no-shuffle
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
 --warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2:0.1
---label-smoothing=0.1 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
+--adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
 --wandb-group=g --wandb-tags=t,u --report-to=wandb --export=best --num-samples=5 --score=f1

@@ -61,7 +61,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         ("settings.train.unknown", 1, "settings.train.unknown is 1; expected no setting of this name"),
         ("settings.data.data", "a\0b", 'settings.data.data is "a\\u0000b"; expected a name'),
         ("settings.mode", "full", "mode is lora; expected that of settings, full"),
-        ("settings.model.quant_double", True, "settings: --quant-double: expected with --quant nf4 or fp4"),
+        ("settings.model.quant_double", True, "settings: --quant-double: expected with --quant nf4"),
         ("execution", [], "execution is []; expected a list of at least one"),
         ("execution", [{}], "execution.0.path is missing; expected what a run writes"),
         ("run_id", "../x", 'run_id is "../x"; expected 1 to 64 letters, digits, _ and -'),

@@ -69,7 +69,7 @@ def test_every_field_of_transformers_trl_and_peft_is_known_once_and_its_default_
         ("--target_modules q_proj v_proj --lr 1", "--lora-target-modules q_proj,v_proj --lr 1", ""),
         ("--use_dora True --use_rslora false", "--adapter dora", "use_dora is --adapter dora here"),
         ("--init_lora_weights pissa", "--adapter pissa", ""),
-        ("--load_in_4bit --bnb_4bit_quant_type fp4", "--quant fp4", "load_in_4bit is --quant fp4 here"),
+        ("--load_in_4bit --bnb_4bit_quant_type nf4", "--quant nf4", "load_in_4bit is --quant nf4 here"),
         ("--bf16 --fp16 False --packing true", "--precision bf16 --packing", "bf16 true is --precision bf16 here"),
         ("--bf16 false", "--precision fp32", "bf16 false is --precision fp32 here"),
         ("--torch_dtype bfloat16", "--precision bf16", "(weights that are trained stay in float32)"),

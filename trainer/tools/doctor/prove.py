@@ -180,7 +180,8 @@ def _run_plain(
     module = model.module.to(device).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": train.lr * model.get_lr_multiplier(name)} for name, p in params.items()],
+        params.values(),
+        lr=train.lr,
         betas=(train.beta1, train.beta2),
         eps=train.epsilon,
         weight_decay=train.weight_decay,
@@ -189,7 +190,7 @@ def _run_plain(
     losses, norms, seconds = [], [], []
     for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
         start_time = time.perf_counter()
-        losses.append(_plain_backward(module, batch, train.label_smoothing, uses_bf16=job["precision"] == "bf16"))
+        losses.append(_plain_backward(module, batch, uses_bf16=job["precision"] == "bf16"))
         for name, p in params.items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             root_mean_square = gradient.square().mean().sqrt()
@@ -207,7 +208,7 @@ def _run_plain(
     return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
 
 
-def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, uses_bf16: bool) -> float:
+def _plain_backward(module: Any, batch: GlobalBatch, *, uses_bf16: bool) -> float:
     total, device = 0.0, module.device
     for micro_batch in batch.micro_batches:
         arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
@@ -222,7 +223,6 @@ def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, 
             labels[:, 1:].flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
-            label_smoothing=label_smoothing,
         )
         (nll / batch.num_target_tokens).backward()
         total += nll.item()
