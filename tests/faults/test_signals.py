@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -74,7 +75,8 @@ def simulate_lost_launcher(rank: int, gone: Path) -> None:
     """A launcher that is gone when the file is there; only rank 1 looks in time."""
     from trainer.distributed import watch
 
-    watch.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    watch.find_launchers = lambda environ: [SimpleNamespace(pid=12345)]
+    watch._is_gone = lambda launcher: gone.exists()
     if rank == 0:
         watch.TICK_SECONDS = 300.0
 

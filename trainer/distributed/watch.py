@@ -12,7 +12,6 @@ import math
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -30,7 +29,6 @@ PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when anoth
 EXIT_SECONDS = 15.0  # that a rank of a failed run gets to end by itself
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
 MIN_CPU_SHARE = 0.02  # of one processor, for a rank that works; polling a lock takes under 0.005
-TCP_INFO_RECEIVED = slice(128, 136)  # tcpi_bytes_received of linux/tcp.h
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
@@ -86,15 +84,15 @@ class SignalHandler:
     def check_launcher(self) -> bool:
         """Whether the launcher is found to be gone, for the first time: the run is then asked to end, and told why."""
         with self._lock:
-            lost_pid = next((pid for pid, is_attached in self._launchers if not is_attached()), None)
-            if self._is_launcher_lost or lost_pid is None:
+            lost = next(filter(_is_gone, self._launchers), None)
+            if self._is_launcher_lost or lost is None:
                 return False
             self._is_launcher_lost = True
             if self.signal_number:  # one that went to all of them
                 return False
             self.signal_number, self._signal_time = signal.SIGTERM, time.monotonic()
             if reporting_rank(os.environ) == 0:
-                print_error(f"the launcher (process {lost_pid}) is gone; this run ends after the current step")
+                print_error(f"the launcher (process {lost.pid}) is gone; this run ends after the current step")
             return True
 
     def _watch(self, reader: int) -> None:
@@ -117,41 +115,21 @@ class SignalHandler:
                 os._exit(128 + self.signal_number)
 
 
-def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]]:
-    """(process id, whether it still is above this process) of the launchers that started this rank: torchrun alone, or
-    `deepspeed` and its second launcher, which outlives it."""
-    launchers: list[tuple[int, Callable[[], bool]]] = []
-    pid = os.getpid()
-    for _ in range(1 if "TORCHELASTIC_RUN_ID" in environ else 2 if "CROSS_SIZE" in environ else 0):
-        child, pid = pid, _parent_of(pid)
-        launchers.append((pid, partial(_is_attached, child, pid, _is_adopted(child, pid))))
-    return launchers
+def find_launchers(environ: Mapping[str, str]) -> list[psutil.Process]:
+    """Of those that started this rank: torchrun alone, or `deepspeed` and its second launcher, which outlives it."""
+    num_launchers = 1 if "TORCHELASTIC_RUN_ID" in environ else 2 if "CROSS_SIZE" in environ else 0
+    return psutil.Process().parents()[:num_launchers]
 
 
-def _is_attached(pid: int, launcher_pid: int, is_adopted: bool) -> bool:
-    return not is_adopted and _parent_of(pid) == launcher_pid
-
-
-def _is_adopted(pid: int, parent_pid: int) -> bool:
-    """Whether the process that started `pid` is gone, and `parent_pid` is the one that takes in orphans: init or a
-    service manager, of another session. Of a session's leader, as sshd and torchrun start them, only this can be said:
-    process 1 is its launcher where it runs the same Python, as in a container.
-    """
+def _is_gone(launcher: psutil.Process) -> bool:
+    """Also one that was gone when this process began: process 1 has its place then, which is the launcher itself where
+    it runs the same Python, as in a container."""
     try:
-        session = os.getsid(pid)
-        if session != pid:
-            return parent_pid == 0 or os.getsid(parent_pid) != session
-        return parent_pid == 1 and not os.path.samefile("/proc/1/exe", "/proc/self/exe")
-    except OSError:  # it ended in between, or another user's
+        if launcher.pid == 1:
+            return not os.path.samefile("/proc/1/exe", "/proc/self/exe")
+        return not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):  # it ended in between, or process 1 is another user's
         return True
-
-
-def _parent_of(pid: int) -> int:
-    """The process id of a process's parent; -1 where there is no such process."""
-    try:
-        return int(psutil.Process(pid).ppid())
-    except (psutil.Error, ValueError):
-        return -1
 
 
 class Watchdog:
@@ -178,7 +156,6 @@ class Watchdog:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         if store is not None:
-            self._publish()
             self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)]
             for thread in self._threads:
                 thread.start()
@@ -213,14 +190,11 @@ class Watchdog:
         if self._store is None:
             yield
             return
-        meter, has_ended = WorkMeter(count_bytes) if self._states else None, threading.Event()
+        meter, has_ended = WorkMeter(count_bytes), threading.Event()
 
         def follow() -> None:
-            nonlocal meter
             while not has_ended.wait(TICK_SECONDS):
-                if meter is None:  # until all ranks have come: that they connect here is no work
-                    meter = WorkMeter(count_bytes) if self._states else None
-                elif meter.has_moved(TICK_SECONDS):
+                if meter.has_moved(TICK_SECONDS):
                     self.heartbeat()
 
         threading.Thread(target=follow, daemon=True).start()
@@ -269,13 +243,9 @@ class Watchdog:
     def close(self, *, has_failed: bool = False) -> None:
         """This rank leaves. Rank 0 takes the store with it: where the run has failed, once the others know."""
         if has_failed and self._store is not None:
-            # Gloo may wait without end for a peer that is gone when it is taken down.
-            timer = threading.Timer(EXIT_SECONDS, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
-            # The same by a thread that is not Python's, for gloo may wait with Python's lock held.
+            # Gloo may wait without end for a peer that is gone, with Python's lock held: a thread that is not Python's.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            faulthandler.dump_traceback_later(EXIT_SECONDS + TICK_SECONDS, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=nowhere)
             time.sleep(2 * TICK_SECONDS if self.rank == 0 else 0)
         self._closed.set()
         for thread in self._threads:
@@ -293,23 +263,20 @@ class Watchdog:
         elapsed_seconds = time.monotonic() - self._last_tick_time
         return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
 
-    def _publish(self) -> None:
-        location, is_waiting = _main_thread_location()
-        state = {
-            "ticks": self._ticks,
-            "heartbeats": self._heartbeats,  # in an evaluation a rank with more rows has more than others
-            "step": self._step,
-            "location": location,
-            "is_waiting": is_waiting,  # in a collective
-        }
-        self._store.set(f"rank/{self.rank}", json.dumps(state))
-
     def _exchange(self) -> None:
         """Tell the others how this rank stands, and hear how they do."""
         keys = [f"rank/{rank}" for rank in range(self.world_size)]
         try:
             while not self._closed.wait(TICK_SECONDS if self._states else 0):
-                self._publish()
+                location, is_waiting = _main_thread_location()
+                state = {
+                    "ticks": self._ticks,
+                    "heartbeats": self._heartbeats,  # in an evaluation a rank with more rows has more than others
+                    "step": self._step,
+                    "location": location,
+                    "is_waiting": is_waiting,  # in a collective
+                }
+                self._store.set(keys[self.rank], json.dumps(state))
                 states = [json.loads(row) for row in self._store.multi_get(keys)]  # at first: waits for the last rank
                 for rank, (state, previous) in enumerate(zip(states, self._states or states, strict=True)):
                     if state["ticks"] != previous["ticks"]:
@@ -413,18 +380,18 @@ def _main_thread_location() -> tuple[str, bool]:
 
 
 class WorkMeter:
-    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads, writes or
-    receives. What waits for a lock, a server or a disk that does not answer does none of these.
+    """Whether this process moves while a library works for it and no loop of ours does: it computes, reads or writes.
+    What waits for a lock, a server or a disk that does not answer does none of these.
 
-    Looks at the main thread and at threads, connections and processes begun since the meter was made: those before talk
-    with other ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
+    Looks at the main thread and at threads and processes begun since the meter was made: those before talk with other
+    ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
     """
 
     def __init__(self, count_bytes: Callable[[], int] = lambda: 0) -> None:
         self._process, self._count_bytes = psutil.Process(), count_bytes
         self._ignored_threads = {thread.id for thread in self._process.threads()} - {self._process.pid}
-        self._ignored_files, self._ignored_children = self._open_files(), self._children()
-        self._previous: tuple[float, set[str], int, int] = 0.0, set(), 0, 0
+        self._ignored_children = self._children()
+        self._previous: tuple[float, set[str], int] = 0.0, set(), 0
 
     def has_moved(self, seconds: float) -> bool:
         """Whether anything moved in the `seconds` since the last call, which another thread than the main one makes."""
@@ -442,8 +409,8 @@ class WorkMeter:
                 children |= set(map(int, text.split()))
         return children
 
-    def _measure(self) -> tuple[float, set[str], int, int]:
-        """(processor seconds, what each thread and process has read and written, bytes received, `count_bytes`)."""
+    def _measure(self) -> tuple[float, set[str], int]:
+        """(processor seconds, what each thread and process has read and written, `count_bytes`)."""
         ignored_threads = self._ignored_threads | {threading.get_native_id()}
         threads = [thread for thread in self._process.threads() if thread.id not in ignored_threads]
         cpu_seconds = sum(thread.user_time + thread.system_time for thread in threads)
@@ -456,23 +423,4 @@ class WorkMeter:
         for folder in folders:
             with contextlib.suppress(OSError):  # it has ended, or the kernel does not count this
                 transfers.add(Path(f"/proc/{folder}/io").read_text(encoding="ascii"))
-        return cpu_seconds, transfers, self._count_received_bytes(), self._count_bytes()
-
-    def _open_files(self) -> dict[str, int]:
-        """By what they are: the next connection has the number of one that is closed."""
-        files = dict[str, int]()
-        for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile, as the one that lists them
-                files[os.readlink(f"/proc/self/fd/{number}")] = int(number)
-        return files
-
-    def _count_received_bytes(self) -> int:
-        """`io` counts those of read() alone, as Python's TLS has it; of others what is written, in chunks."""
-        getsockopt, num_bytes = ctypes.CDLL(None).getsockopt, 0
-        info = ctypes.create_string_buffer(TCP_INFO_RECEIVED.stop)
-        for name, number in self._open_files().items():
-            size = ctypes.byref(ctypes.c_uint(len(info)))
-            is_tcp = getsockopt(number, socket.IPPROTO_TCP, socket.TCP_INFO, info, size) == 0
-            if is_tcp and name not in self._ignored_files:
-                num_bytes += int.from_bytes(info.raw[TCP_INFO_RECEIVED], sys.byteorder)
-        return num_bytes
+        return cpu_seconds, transfers, self._count_bytes()

@@ -99,17 +99,9 @@ ctypes.PyDLL(None).sleep(60)
 SECONDS = 1.0
 
 
-def trickle(server: socket.socket) -> None:
-    with server.accept()[0] as connection:
-        for _ in range(20):
-            connection.send(b"x")
-            time.sleep(SECONDS / 10)
-
-
-def receive(port: int) -> None:
+def wait_for_an_answer(port: int) -> None:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
-        while connection.recv(1):
-            pass
+        connection.recv(1)
 
 
 def hash_for(seconds: float) -> None:
@@ -120,10 +112,8 @@ def hash_for(seconds: float) -> None:
 
 def begin(work: str, server: socket.socket, folder: Path) -> None:
     """Start work that takes a thread or process of its own, as libraries do; a meter was made before it."""
-    if work in ("a download of a few bytes", "a server that is silent"):
-        if work == "a download of a few bytes":
-            threading.Thread(target=trickle, args=(server,)).start()
-        threading.Thread(target=receive, args=(server.getsockname()[1],), daemon=True).start()
+    if work == "a server that is silent":
+        threading.Thread(target=wait_for_an_answer, args=(server.getsockname()[1],), daemon=True).start()
     elif work == "a computation":
         threading.Thread(target=hash_for, args=(SECONDS,), daemon=True).start()
     elif work == "a file written slowly":
@@ -140,7 +130,6 @@ def begin(work: str, server: socket.socket, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("work", "moves"),
     [
-        ("a download of a few bytes", True),
         ("a computation", True),
         ("a file written slowly", True),
         ("a download by another process", True),
