@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +13,6 @@ from trainer.config.errors import UserError
 from trainer.config.files import parse_json, read_text_file
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
-
-_ALLOWED_KEYS = ("zero_optimization", "communication_data_type")
-_IGNORED_KEYS = ("steps_per_print", "wall_clock_breakdown")  # what DeepSpeed would print
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,7 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
             known = ", ".join(DS_CONFIG_NAMES)
             raise UserError(f"--ds-config {name}: no such file; pass {known} or a path to a JSON file")
     try:
-        content = _without_auto(parse_json(read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed")))
+        content = parse_json(read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed"))
     except ValueError as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     if mistake := _find_mistake(content):
@@ -61,43 +57,22 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     return DeepSpeedFile(name=name if name in DS_CONFIG_NAMES else path.stem, content=content, reason=reason)
 
 
-def _without_auto(content: Any) -> Any:
-    """A file for transformers without what is "auto" there: it comes from the flags here, or is left to DeepSpeed."""
-
-    def is_auto(key: str, value: Any) -> bool:
-        block = value if isinstance(value, dict) else {}
-        values = [v for path, v in _walk_keys(block) if path.startswith("params.")]
-        is_adamw = key == "optimizer" and block.get("type") == "AdamW" and all(v == "auto" for v in values)
-        return value == "auto" or block.get("enabled") == "auto" or is_adamw
-
-    if not (isinstance(content, dict) and isinstance(content.get("zero_optimization"), dict)):
-        return content
-    zero = {key: value for key, value in content["zero_optimization"].items() if value != "auto" or key == "stage"}
-    rest = {key: value for key, value in content.items() if not is_auto(key, value) and key not in _IGNORED_KEYS}
-    return rest | {"zero_optimization": zero}
-
-
 def _find_mistake(content: Any) -> str:
     """What is wrong with a file's content; empty where nothing is."""
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
         return "expected an object with the key zero_optimization"
-    for key_path, value in _walk_keys(content):
-        if value == "auto":
-            return f'{key_path} is "auto"; give a value, nothing here fills it in'
     zero = content["zero_optimization"]
-    for key in content:
-        if key not in _ALLOWED_KEYS:
-            known = " and ".join(_ALLOWED_KEYS)
-            return f"unknown key {key}; known are {known}; batch, optimizer, precision and clipping come from the flags"
-    if (data_type := content.get("communication_data_type")) not in (None, "fp16", "bf16", "fp32"):
-        return f"communication_data_type {json.dumps(data_type)}: expected fp16, bf16 or fp32"
+    if others := [key for key in content if key != "zero_optimization"]:
+        return f"unknown key {others[0]}; batch, optimizer, precision and clipping come from the flags"
+    if automatic := [key for key, value in zero.items() if value == "auto"]:
+        return f'zero_optimization.{automatic[0]} is "auto"; give a value, nothing here fills it in'
     stage = zero.get("stage", 0)
     if stage not in range(4):
         return f"zero_optimization.stage {stage}: expected 0, 1, 2 or 3"
     if zero.get("round_robin_gradients"):
         return "zero_optimization.round_robin_gradients: a checkpoint would hold the values of other parameters"
-    if argument := next((key for key in ("self", "strict") if key in zero), None):  # of the constructor below
-        return f"unknown key zero_optimization.{argument}"
+    if arguments := {"self", "strict"} & set(zero):  # of the constructor below
+        return f"unknown key zero_optimization.{min(arguments)}"
     try:
         import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**zero)
     except ValueError as error:  # pydantic's
@@ -107,8 +82,6 @@ def _find_mistake(content: Any) -> str:
             return f"unknown key {key_path}, or a second name for a key that is set already"
         value = "" if isinstance(details["input"], dict) else f" {json.dumps(details['input'])}"
         return f"{key_path}{value}: {details['msg'][:1].lower()}{details['msg'][1:]}"
-    if stage == 0 and data_type:
-        return "communication_data_type is without effect under stage 0; take it out, or use stage 1"
     for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = _offload_device(content, key)
         if device not in ("none", "cpu"):
@@ -118,13 +91,6 @@ def _find_mistake(content: Any) -> str:
     if zero.get("overlap_comm") and stage < 2:
         return f"zero_optimization.overlap_comm true needs stage 2 or 3, not {stage}; take it out"
     return ""
-
-
-def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path of a key, its value) at every depth."""
-    for key, child in value.items() if isinstance(value, dict) else ():
-        yield prefix + key, child
-        yield from _walk_keys(child, f"{prefix}{key}.")
 
 
 def build_deepspeed_config(

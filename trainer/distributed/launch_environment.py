@@ -117,13 +117,6 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
                     f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
                     f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
                 )
-        # PyTorchJob, whose WORLD_SIZE counts pods: with several GPUs in each, others would wait for more processes.
-        num_processes = environ.get("PET_NPROC_PER_NODE", "")
-        if world_size > 1 and "LOCAL_RANK" not in environ and num_processes not in ("", "0", "1", "auto"):
-            raise UserError(
-                f"PET_NPROC_PER_NODE={num_processes}, but this is the only process of its node; start it as "
-                "`torchrun launch/train.py ...`"
-            )
     return LaunchEnvironment(
         rank=rank,
         world_size=world_size,
