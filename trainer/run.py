@@ -185,7 +185,7 @@ def build_engine(
     checkpoint.load_optimizer(source, engine)
     state = source.train_state
     if source.metadata["data"] != plan.data_info["fingerprint"]:  # losses on other data are not compared with its own
-        state = replace(state, best=None, best_for_patience=None, evals_without_improvement=0)
+        state = replace(state, best=None, evals_without_improvement=0)
     return engine, state
 
 

@@ -86,8 +86,6 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
     [
         ("1", [3, 2, 2.5, 9, 9], 3),
         ("2", [3, 2, 2.5, 1.9, 1.95, 1.94, 9], 6),  # 1.94 is under its neighbour, not under the lowest
-        ("2:0.5", [3, 2.8, 2.6, 9], 3),  # each falls, but not by more than 0.5 below the mark of 3
-        ("2:0.5", [3, 2.8, 2.4, 2.3, 2.2, 9], 5),  # the mark moves to 2.4 only
     ],
 )
 def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(run_losses, rule, losses, evaluations):
@@ -96,10 +94,9 @@ def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(run_l
     assert [row.step for row in records if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
     assert [type(row) for row in records[-3:]] == [EvalRecord, EpochRecord, EventRecord]
     event = records[-1]
-    assert (event.event, event.step, event.facts["stale"]) == ("early_stop", last, int(rule[0]))
+    assert (event.event, event.step) == ("early_stop", last)
     assert event.facts["best"]["loss"] == min(losses[:evaluations])
-    count = "1 evaluation" if rule == "1" else f"{rule[0]} evaluations in a row"
-    assert f"stopped early after step {last} of 20: {count} did not lower" in event.message
+    assert f"stopped early after step {last} of 20: no lower validation loss than " in event.message
     assert [at.step for at in saved] == [last], "the last state is saved, as at any end"
 
 
@@ -175,18 +172,6 @@ def test_a_run_resumed_at_its_early_stop_ends_there(overfitted_run, tmp_path):
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        *((f"--early-stop={rule}", "--early-stop .*: expected PATIENCE") for rule in ["0", "x", "2:-1", "2:nan"]),
-        ("--early-stop 2 --eval-every never", "--early-stop 2: not with --eval-every never"),
-    ],
-)
-def test_an_invalid_early_stop_rule_and_one_without_evaluations_are_refused(flags, message):
-    with pytest.raises(UserError, match=message):
-        cli.parse_args(["--mode", "full", *flags.split()])
 
 
 def test_dropout_goes_where_the_models_config_has_it_or_is_refused_and_the_plan_says_so(argv, data_dir, tmp_path):

@@ -57,14 +57,12 @@ def test_the_plan_marks_the_lines_that_follow_from_a_flag(argv):
     plan = plan_run([*argv, "--test-fraction", "0.2", "--score", "f1"], simulated_context(1), on_meta=True).plan
     unmarked = {name for name, _ in plan.summary_lines()} - plan.set_by_user()
     assert unmarked == {
-        *("run", "you set (*)", "trainable", "example", "padding", "precision", "ZeRO file", "execution", "output")
+        *("run", "you set (*)", "trainable", "example", "precision", "ZeRO file", "execution", "output")
     }
 
 
-def test_the_plan_says_the_padding(argv):
-    single = dict(plan_run(argv, simulated_context(1), on_meta=True).plan.summary_lines())
+def test_the_plan_says_that_rows_are_packed(argv):
     lines = dict(plan_run([*argv, "--packing"], simulated_context(1), on_meta=True).plan.summary_lines())
     assert lines["batch"].endswith("packed into rows of at most 32 tokens")
-    assert float(lines["padding"].partition("%")[0]) < float(single["padding"].partition("%")[0])
     with pytest.raises(UserError, match="--packing: blocks are full already; expected --objective completion, or chat"):
         plan_run([*argv, "--packing", "--objective", "blocks"], simulated_context(1), on_meta=True)

@@ -43,9 +43,6 @@ from trainer.config.files import data_name, name_val_sets, split_weights
 # for two CPU cores. `finetune` is a guess for any other model, until study.py
 # has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
 # parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
-EarlyStop = Annotated[
-    str, Accepts("PATIENCE[:MIN_DELTA], for instance 3:0.01", pattern=r"^[1-9][0-9]*(:[0-9]+\.?[0-9]*(e-?[0-9]+)?)?$")
-]
 RunName = Annotated[
     str,
     Accepts("up to 128 letters, digits, . _ + -, not only dots", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128),
@@ -177,10 +174,7 @@ class TrainSettings:
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
     warmup_ratio: ShareOrZero = option("warm-up as a share of all steps, rounded up", 0.0, finetune=0.03)
     schedule: choices.Schedule = option(
-        "after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine over "
-        "the last tenth of the steps",
-        "linear",
-        finetune="cosine",
+        "after the warm-up: linear or half a cosine to --min-lr, or constant", "linear", finetune="cosine"
     )
     min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
     weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
@@ -189,9 +183,7 @@ class TrainSettings:
     optim: choices.Optimizer = option(
         "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
     )
-    early_stop: EarlyStop | None = option(
-        "PATIENCE[:MIN_DELTA]: end after so many evaluations in a row without a loss lower by so many nats", None
-    )
+    early_stop: PositiveInt | None = option("end after so many evaluations in a row without a lower loss", None)
     beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
     beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
     epsilon: PositiveFloat = option("AdamW's addend of the denominator", 1e-8, flag="--adam-epsilon")
@@ -199,16 +191,6 @@ class TrainSettings:
     def num_warmup_steps(self, total_steps: int) -> int:
         """Steps of the warm-up of a run of so many, as transformers counts a share of them."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
-
-    @property
-    def patience(self) -> int | None:
-        """Evaluations in a row without a lower loss after which the run ends; None: it goes on to its last step."""
-        return int(self.early_stop.partition(":")[0]) if self.early_stop else None
-
-    @property
-    def min_delta(self) -> float:
-        """By how much a validation loss must lie below the lowest before it, in nats, to count as lower."""
-        return float((self.early_stop or "").partition(":")[2] or 0)
 
     def batch(self, world_size: int) -> BatchConfig:
         """How the global batch is divided over the ranks; UserError where it does not divide."""

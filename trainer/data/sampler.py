@@ -149,15 +149,6 @@ def _first_fit(lengths: Int64, width: int) -> list[list[int]]:
     return rows
 
 
-def padding_share(batches: "TrainBatches", num_steps: int) -> float:
-    """The share of padding among the positions that this rank computes in the first `num_steps` steps."""
-    num_positions = num_tokens = 0
-    for batch in batches(0, num_steps):
-        num_positions += sum(micro_batch.input_ids.size for micro_batch in batch.micro_batches)
-        num_tokens += sum(micro_batch.tokens for micro_batch in batch.micro_batches)
-    return 1 - num_tokens / num_positions
-
-
 def step_batches(
     dataset: TokenDataset, order: Int64, step_in_epoch: int, batch: BatchConfig, rank: int
 ) -> list[MicroBatch]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
     from trainer.distributed.engine import Engine
     from trainer.distributed.process_group import DistContext
 
-FORMAT_VERSION = 3  # 2: without the settings, precision and device of the run
+FORMAT_VERSION = 4
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 TensorLayout = tuple[tuple[int, ...], torch.dtype | str]  #: shape and type, one that is none of ours by its name
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
@@ -62,7 +62,7 @@ class _EvaluationsDigest(BaseModel):
 
 
 class _StateJson(BaseModel):
-    format: Literal[3]
+    format: Literal[4]
     run_id: RunId
     mode: Mode
     base: Text | None

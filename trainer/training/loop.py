@@ -129,7 +129,7 @@ def _run_due_actions(
                 yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
                 raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
         axes = schedule.record_axes(state) | {"time": stopwatch()}
-        state = state.after_evaluation(results[""].loss, epoch=axes["epoch"], min_delta=settings.min_delta)
+        state = state.after_evaluation(results[""].loss, epoch=axes["epoch"])
         for val_set, evaluation in results.items():
             values: dict[str, Any] = {**axes, "loss": evaluation.loss, "perplexity": perplexity(evaluation.loss)}
             values |= {"eval_tokens": evaluation.num_target_tokens, "bits_per_byte": evaluation.bits_per_byte}
@@ -148,12 +148,8 @@ def _run_due_actions(
 
     if is_early_stop:
         assert state.best is not None, "evaluated"
-        stale = state.evals_without_improvement
-        facts: dict[str, Any] = {"patience": settings.patience, "min_delta": settings.min_delta, "stale": stale}
-        facts["best"] = vars(state.best)
-        evaluations = "1 evaluation" if stale == 1 else f"{stale} evaluations in a row"
-        margin = f" by more than {settings.min_delta:g}" if settings.min_delta else ""
-        message = f"stopped early after step {step} of {schedule.total_steps}: {evaluations} did not lower the "
-        message += f"validation loss{margin} (best {state.best.loss:.4f} at step {state.best.step})"
+        message = f"stopped early after step {step} of {schedule.total_steps}: no lower validation loss than "
+        message += f"{state.best.loss:.4f} of step {state.best.step} since (--early-stop {settings.early_stop})"
+        facts = {"patience": settings.early_stop, "best": vars(state.best)}
         yield EventRecord(event="early_stop", step=step, message=message, time=stopwatch(), facts=facts)
     return replace(state, eval_pending=False)

@@ -25,7 +25,6 @@ from trainer.config.settings import Settings
 from trainer.config.text import join_words, shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
-from trainer.data.sampler import padding_share
 from trainer.data.tokenizer import resolve_model_path
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
@@ -56,7 +55,6 @@ FLAGS_OF_LINES = {
     "format": "--format --prompt --completion --chat-template",
     "objective": "--objective --prompt --completion",
     "batch": "--global-batch --micro-batch --packing",
-    "padding": "--packing",
     "steps": "--epochs --max-steps --global-batch",
     "learning rate": "--lr --schedule --warmup- --min-lr",
     "scores": "--score",
@@ -67,7 +65,6 @@ FLAGS_OF_LINES = {
 }
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 WARNING = "warning: "  # how a note begins that a user must not miss
-NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,6 @@ class RunPlan:
     execution: ExecutionPlan
     model_info: dict[str, Any]
     data_info: dict[str, Any]
-    padding: float  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
     #: of a rank under a ZeRO file; with another `row_length` or `micro_batch_size` where these are passed
     estimate_memory: Callable[..., MemoryEstimate]
@@ -151,7 +147,6 @@ class RunPlan:
             data.append(("mixture", f"{text}: {passes:.3g} passes over them an epoch"))
         training = [
             ("batch", str(schedule.batch)),
-            ("padding", f"{self.padding:.1%} of the positions"),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
         ]
@@ -364,9 +359,6 @@ def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDatas
         model_info={**model_info, "config": config_digest(load_config(replace(settings.model, dropout=None)))},
         data_info=data.metadata,
         dropout=dropout,
-        padding=padding_share(
-            schedule.batches(data.train, dist_context.rank), min(NUM_STEPS_COUNTED, schedule.steps_per_epoch)
-        ),
         estimate_memory=estimate_memory,
     )
 

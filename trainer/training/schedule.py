@@ -14,8 +14,6 @@ from trainer.data.sampler import GlobalBatch, TrainBatches
 if TYPE_CHECKING:
     from trainer.distributed.engine import StepResult
 
-WSD_DECAY_SHARE = 0.1  # of the steps after the warm-up; MiniCPM (arXiv 2404.06395) finds a tenth enough
-
 
 @dataclass(frozen=True, kw_only=True)
 class BestCheckpoint:
@@ -41,8 +39,7 @@ class TrainState:
     val_loss: Float | None = None  #: of the newest evaluation
     val_step: Int = -1  #: the step of that evaluation
     best: BestCheckpoint | None = None
-    best_for_patience: Float | None = None  #: validation loss to beat, by --early-stop's MIN_DELTA
-    evals_without_improvement: NonNegativeInt = 0  #: evaluations in a row that did not
+    evals_without_improvement: NonNegativeInt = 0  #: evaluations in a row since the best one
     stop_requested: bool = False  #: a rank wants the run to stop; of this process only, not kept
 
     def after(self, batch: GlobalBatch, result: "StepResult", elapsed_seconds: float) -> "TrainState":
@@ -59,20 +56,12 @@ class TrainState:
             stop_requested=self.stop_requested or result.stop_requested,
         )
 
-    def after_evaluation(self, loss: float, *, epoch: float, min_delta: float) -> "TrainState":
-        """The state with one more validation loss; `min_delta`: nats by which it must fall to count as lower."""
-        best = self.best
+    def after_evaluation(self, loss: float, *, epoch: float) -> "TrainState":
+        """The state with one more validation loss."""
+        best, num_stale = self.best, self.evals_without_improvement + 1
         if best is None or loss < best.loss:
-            best = BestCheckpoint(step=self.step, epoch=epoch, loss=loss)
-        has_improved = self.best_for_patience is None or loss < self.best_for_patience - min_delta
-        return replace(
-            self,
-            val_loss=loss,
-            val_step=self.step,
-            best=best,
-            best_for_patience=loss if has_improved else self.best_for_patience,
-            evals_without_improvement=0 if has_improved else self.evals_without_improvement + 1,
-        )
+            best, num_stale = BestCheckpoint(step=self.step, epoch=epoch, loss=loss), 0
+        return replace(self, val_loss=loss, val_step=self.step, best=best, evals_without_improvement=num_stale)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "stop_requested"}
@@ -91,26 +80,21 @@ class TrainSchedule:
     def lr(self, step: int) -> float:
         """The rate of the update number `step` (counted from 0), a function of the step alone.
 
-        The formulas of transformers' `get_linear_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`,
-        `get_constant_schedule_with_warmup` and `get_wsd_schedule` (linear warm-up, cosine decay): the first update
-        without warm-up has the full rate, and the rate after the last one would be --min-lr.
+        The formulas of transformers' `get_linear_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`
+        and `get_constant_schedule_with_warmup`: the first update without warm-up has the full rate, and the rate after
+        the last one would be --min-lr.
         """
         train, warmup_steps, total_steps = self.settings.train, self.num_warmup_steps, self.total_steps
-        decay_start = warmup_steps
-        if train.schedule == "wsd":
-            decay_start = total_steps - math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
         if step < warmup_steps:
-            factor = step / warmup_steps
-            if train.schedule != "wsd":  # only its warm-up begins at --min-lr
-                return train.lr * factor
-        elif train.schedule == "constant" or step < decay_start:
+            return train.lr * (step / warmup_steps)
+        if train.schedule == "constant":
             return train.lr
-        elif step >= total_steps:
+        if step >= total_steps:
             return train.min_lr
-        elif train.schedule == "linear":
-            factor = (total_steps - step) / (total_steps - decay_start)
+        if train.schedule == "linear":
+            factor = (total_steps - step) / (total_steps - warmup_steps)
         else:
-            factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
+            factor = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / (total_steps - warmup_steps))))
         min_ratio = train.min_lr / train.lr
         return train.lr * (factor * (1.0 - min_ratio) + min_ratio)
 
@@ -148,7 +132,7 @@ class TrainSchedule:
         return state.stop_requested or is_best or self.is_done(state) or is_asked_for
 
     def is_stopped_early(self, state: TrainState) -> bool:
-        patience = self.settings.train.patience
+        patience = self.settings.train.early_stop
         return patience is not None and state.evals_without_improvement >= patience
 
     def is_done(self, state: TrainState) -> bool:
@@ -172,10 +156,5 @@ class TrainSchedule:
 
 
 def describe_schedule(schedule: Schedule, *, min_lr: float, warmup_steps: int) -> str:
-    shape = {
-        "linear": f"linear to {min_lr:g}",
-        "cosine": f"half a cosine to {min_lr:g}",
-        "constant": "constant",
-        "wsd": f"constant, in the last tenth a cosine to {min_lr:g}",
-    }[schedule]
-    return f"{shape}, {f'{warmup_steps:,} warm-up steps' if warmup_steps else 'no warm-up'}"
+    shape = schedule if schedule == "constant" else f"{schedule} to {min_lr:g}"
+    return f"{shape}, {warmup_steps:,} warm-up steps"

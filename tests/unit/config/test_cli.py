@@ -32,7 +32,7 @@ SETTINGS = """
 --prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
 --block-size=77 --packing --no-shuffle
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
---warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2:0.1
+--warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2
 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
