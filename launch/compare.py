@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, number, output_folder, user_path
+from trainer.config.argument_parser import ArgumentParser, output_folder, user_path
 from trainer.tools.program import program
 
 
@@ -13,18 +12,15 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another, and with the card where that makes sense; "
-        "writes report.html, report.md, curves.png, curves.svg and answer.json.",
-        epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
-        "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
+        "writes report.html, curves.png, curves.svg and answer.json.",
+        epilog="Exit code: 0 done, 2 a mistake in what was asked, 3 refused: not to be ranked.",
     )
     add = parser.add_argument
-    runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B; an output "
-    runs_help += "folder or W&B run of Hugging Face's Trainer is plotted, never ranked"
+    runs_help = "a run folder; an output folder of Hugging Face's Trainer is plotted, never ranked"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
     margin_help += "2%%); of a score points of 100 (default: 2pt)"
     decide_help = "loss, or score:NAME of a run's --score NAME, such as score:exact (default: loss)"
-    check_help = "'val_loss<=1.0048@epoch 2', for every run, or `card`: each epoch at or under the card's; repeatable"
-    tolerance_help = "widens the limit of each check, in its unit (default: 0)"
+    report_help = "save the comparison as a W&B Report (again: update it), with the card as a run where it is shown"
     output_help = "where the report goes (default: comparison)"
     add("runs", nargs="*", type=user_path, metavar="RUN", help=runs_help)
     add("--output-dir", type=output_folder, default="comparison", metavar="DIR", help=output_help)
@@ -32,11 +28,7 @@ def build_parser() -> ArgumentParser:
     add("--card", action="store_true", help=card_help)
     add("--margin", metavar="X", help=margin_help)
     add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
-    add("--check", action="append", default=[], metavar="CONDITION", help=check_help)
-    add("--tolerance", type=number(0), default=0.0, metavar="X", help=tolerance_help)
-    add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")
-    add("--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network")
-    add("--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project")
+    add("--wandb-report", metavar="ENTITY/PROJECT", help=report_help)
     return parser
 
 

@@ -35,7 +35,6 @@ from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
 from trainer.model.build import TrainableModel, get_max_positions, load_config
-from trainer.model.flops import count_step_flops
 from trainer.model.lora import adopt_adapter
 from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
@@ -139,8 +138,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         fingerprints = {"the data": data.metadata["fingerprint"][:12]}
         fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
         refuse_differences(context, fingerprints)
-        count_flops = partial(count_step_flops, lengths=data.train.lengths(), global_batch=settings.train.global_batch)
-        plan = make_plan(settings, context, data, step_flops=context.on_rank_zero(lambda: count_flops(settings)))
+        plan = make_plan(settings, context, data)
     plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.find_batch) and context.rank == 0:
         use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)

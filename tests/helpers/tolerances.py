@@ -20,5 +20,3 @@ INT8_TOLERANCE = 1e-4
 TRAINER_LOSS_TOLERANCE, TRAINER_NORM_TOLERANCE, TRAINER_EVAL_TOLERANCE = 1e-5, 1e-4, 1e-6
 #: memory by count against the growth of a real process, whose allocator rounds up and keeps pages
 MEMORY_TOLERANCE = 0.2
-#: operations by formula, matrix products only, against torch's count
-FLOPS_TOLERANCE = 0.02

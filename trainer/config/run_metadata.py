@@ -52,7 +52,6 @@ class _ModelBlock(BaseModel):
     share: Float
     fingerprint: Text
     lora_targets: list[Text]
-    step_flops: Float | None = None
 
 
 class _ResolvedBlock(BaseModel):

@@ -10,7 +10,7 @@ from trainer.report.interval import MIN_SEEDS
 from trainer.report.judge import FullVsLora
 from trainer.report.sentence import Verdict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def to_answer(verdict: Verdict) -> dict[str, Any]:
@@ -29,7 +29,6 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
             for r in verdict.ranks
         ],
         "smallest_good_enough_rank": next((r.rank for r in verdict.ranks if r.is_good_enough), None),
-        "views": [asdict(view) | {"favours": view.favours} for view in verdict.views],
         "not_counted": verdict.num_not_counted,
         **({"study": dict(verdict.study.facts)} if verdict.study else {}),
     }

@@ -189,14 +189,6 @@ def mcnemar_p(num_worse: int, num_better: int) -> float:
     return min(1.0, 2 * float(bdtr(min(num_worse, num_better), total, 0.5))) if total else 1.0
 
 
-def seeds_interval(differences: Sequence[float]) -> PairedInterval:
-    """The interval of paired differences of whole losses, one a seed, of two or more."""
-    values = np.asarray(differences, dtype=np.float64)
-    variance = float(values.var(ddof=1))
-    squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1, unit_freedom=1)
-    return replace(squares.interval(float(values.mean())), num_units=0, effective_units=0.0)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of several claims, raised so that all hold together (Holm, Scand. J. Stat. 6, 1979)."""
     order = np.argsort(p_values)

@@ -46,7 +46,6 @@ from trainer.report.run_data import (
     match_records,
     read_records,
 )
-from trainer.report.views import View
 
 NUM_LEFT_OUT = 5  # records without which LoRA must still be good enough
 NEAR_ZERO = 5  # points of 100
@@ -158,7 +157,6 @@ class StudyContext:
     choice: str  #: the end of the sentence
     lines: tuple[str, ...]  #: for people: rule, searches, timing
     rate_curves: tuple[RateCurve, ...]  #: of its searches, the whole runs last
-    views: tuple[View, ...]  #: both modes at equal cost, on the searches' curves
     step_time: CostRatio  #: of a step of each mode, timed in alternation
     memory: CostRatio  #: their peak memory, from the same runs
     rule: Mapping[str, Any]  #: the content of its rule.json

@@ -1,4 +1,4 @@
-"""A comparison written down: its tables, report.html and report.md for people, answer.json for machines, the curves."""
+"""A comparison written down: its tables, report.html for people, answer.json for machines, the curves."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ JUDGEMENTS = {
     "cannot tell": ("unsure", "?", "Cannot tell yet"),
     "not ranked": ("unsure", "–", "No answer"),
 }
-FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json")
+FILES = ("report.html", "curves.png", "curves.svg", "answer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,6 @@ def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "answer.json", json_text(to_answer(comparison.verdict)))
         plots.save_figure([*comparison.groups, *comparison.plotted_only], comparison.with_reference, output_dir)
-        write_atomically(output_dir / "report.md", render_markdown(comparison))
         write_atomically(output_dir / "report.html", render_html(comparison))
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot write there ({error.strerror or error})") from error
@@ -163,19 +162,8 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def render_markdown(comparison: Comparison) -> str:
-    """report.md, which renders on GitHub; the picture lies beside it."""
-    (_, verdict), *sections = markdown_sections(comparison)
-    picture = "![Validation loss, train loss, learning rate, gradient norm and speed](curves.png)"
-    parts = [f"# {comparison.question}", verdict, *[picture] * (not comparison.runs[0].is_judged)]
-    parts += [f"## {title}\n\n{text}" for title, text in sections]
-    shared = comparison.settings[1]
-    parts += [f"<details><summary>{shared.title} ({len(shared.rows)})</summary>", _markdown_section(shared)]
-    return "\n\n".join([*parts, "</details>"]) + "\n"
-
-
 def markdown_sections(comparison: Comparison) -> list[tuple[str, str]]:
-    """(title, text) of the report's sections, the verdict first; every text of a run is escaped."""
+    """(title, Markdown) of the sections of a W&B Report, the verdict first; every text of a run is escaped."""
     verdict, differing = comparison.verdict, comparison.settings[0]
     texts = [f"**{escape_markdown(verdict.sentence)}**", escape_markdown(verdict.next_step)]
     texts += map(_markdown_list, (map(str, verdict.headlines), verdict.details))

@@ -11,7 +11,6 @@ from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
 from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets
 from trainer.report.run_data import LOSS, SPLIT_NAMES, UNIT
-from trainer.report.views import View, describe_views
 
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
@@ -60,7 +59,6 @@ class Verdict:
     headlines: tuple[Headline, ...] = ()
     details: tuple[str, ...] = ()
     comparisons: tuple[FullVsLora, ...] = ()
-    views: tuple[View, ...] = ()  #: both modes at equal cost, of a study
     ranks: tuple[RankResult, ...] = ()  #: of several that were compared, which are good enough
     num_not_counted: int = 0
     study: StudyContext | None = None  #: where the settings were chosen by one
@@ -90,8 +88,6 @@ def build_verdict(
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
     if study is None:  # whose own lines say it
         details += dict.fromkeys(line for members, _, _ in sets for line in _describe_costs(members[0]))
-    views = study.views if study else ()  # why there are no seconds is said of time already
-    details += describe_views([view for view in views if view.resource != "seconds" or not view.reason])
     ranks = judge_ranks(comparisons)
     details += describe_ranks(ranks)
     details += [*describe_lengths(study, ranks), *study.lines] if study else ()
@@ -107,7 +103,6 @@ def build_verdict(
         headlines=_build_headlines(comparisons[0]) if comparisons else (),
         details=tuple(details),
         comparisons=tuple(comparisons),
-        views=views,
         ranks=tuple(ranks),
         num_not_counted=num_left_out,
         study=study,

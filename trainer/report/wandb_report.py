@@ -3,17 +3,17 @@
 import contextlib
 import io
 import os
+import tempfile
 from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.config.files import data_name
 from trainer.config.text import shorten
-from trainer.data.dataset import resolve_cache_dir
 from trainer.report.page import Comparison, markdown_sections
 from trainer.report.plots import COLOURS, LOSS_LABEL
 from trainer.tracking.wandb_keys import reference_row
-from trainer.tracking.wandb_logger import define_metrics, is_logged_in, prepare_environment, wandb_mode
+from trainer.tracking.wandb_logger import define_metrics, is_logged_in
 
 REFERENCE_RUN_ID = f"reference-{reference.NAME}"
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
@@ -42,20 +42,14 @@ def parse_target(text: str) -> tuple[str, str]:
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled", "dryrun"):
         problem = f"WANDB_MODE is {mode}; unset it"
     if problem:
-        raise UserError(f"--wandb-report: {problem}, or use --wandb-report-json FILE")
+        raise UserError(f"--wandb-report: {problem}")
     return entity, project
-
-
-def to_spec_json(comparison: Comparison) -> str:
-    """The report as the JSON that W&B keeps of it, made without any network: its run set names no project."""
-    spec = _build_report(comparison, {})._to_model().spec
-    return str(spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)) + "\n"
 
 
 def save_report(comparison: Comparison, entity: str, project: str) -> str:
     """Save the report and return its address; one saved before under the same project and title is updated.
 
-    UserError where W&B does not take it.
+    The card is logged there first, where it is shown. UserError where W&B does not take it.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -66,6 +60,8 @@ def save_report(comparison: Comparison, entity: str, project: str) -> str:
             api = wandb.Api()
             if project not in (existing_project.name for existing_project in api.projects(entity)):
                 api.create_project(project, entity)  # a run set asks the server for it
+            if comparison.with_reference:
+                _log_reference(api, entity, project)
             report = _build_report(comparison, {"entity": entity, "project": project})
             reports = api.reports(f"{entity}/{project}")
             report.id = next((str(other.id) for other in reports if other.display_name == report.title), "")
@@ -77,7 +73,7 @@ def save_report(comparison: Comparison, entity: str, project: str) -> str:
 
 
 def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
-    """The text of report.md, and the curves of the runs as W&B knows them; `place`: their entity and project.
+    """Verdict and tables, and the curves of the runs as W&B knows them; `place`: entity and project.
 
     The panels show both modes of the project, new runs too; of a study those that it answers from. The title is the
     same each time the same data are compared.
@@ -137,28 +133,13 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
 # --- the card as a run ---
 
 
-def log_reference(target: str) -> str:
-    """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
-
-    It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
-    or on the server, is left as it is: `wandb sync` from two places would double its rows.
-    """
-    entity, _, project = target.rpartition("/")
-    log_dir = resolve_cache_dir() / "card" / target.replace("/", "-")
-    existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
-    if existing_runs:
-        return f"the card is already logged for {target}: {existing_runs[0]}"
-    mode = wandb_mode(None)
-    if mode == "disabled":
-        raise UserError("--log-card: WANDB_MODE is disabled; unset it or set it to offline")
-    log_dir.mkdir(parents=True, exist_ok=True)
-    prepare_environment(log_dir, mode)
+def _log_reference(api: Any, entity: str, project: str) -> None:
+    """Log the card as a run of this project, once: one that is there is left as it is."""
     import wandb
 
-    if mode == "online":
-        with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
-            wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
-            return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
+    with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
+        api.run(f"{entity}/{project}/{REFERENCE_RUN_ID}")
+        return
     quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True)
     config = {
         **reference.SETTINGS,
@@ -169,28 +150,23 @@ def log_reference(target: str) -> str:
         "from_its_program": list(reference.PROGRAM_DEFAULTS),
         "unknown": list(reference.UNKNOWN_DATA),
     }
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            run = wandb.init(
-                entity=entity or None,
-                project=project,
-                dir=str(log_dir),
-                mode="online" if mode == "online" else "offline",
-                id=REFERENCE_RUN_ID,
-                name=f"card {reference.NAME}",
-                job_type="reference",
-                tags=["card", "gpt2"],
-                config=config,
-                reinit="create_new",
-                settings=wandb.Settings(
-                    console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet
-                ),
-            )
-            define_metrics(run)
-            for row in reference.CURVE:
-                run.log(reference_row(row), step=row.step)
-            run.finish(exit_code=0)
-    except Exception as error:
-        raise UserError(f"--log-card {target}: W&B did not take it ({shorten(str(error), 200)})") from error
-    where = f"in {target}" if mode == "online" else f"offline, send it with `wandb sync {run.settings.sync_dir}`"
-    return f"the card is logged {where}"
+    with tempfile.TemporaryDirectory(prefix="card-") as folder:
+        run = wandb.init(
+            entity=entity,
+            project=project,
+            dir=folder,
+            mode="online",
+            id=REFERENCE_RUN_ID,
+            name=f"card {reference.NAME}",
+            job_type="reference",
+            tags=["card", "gpt2"],
+            config=config,
+            reinit="create_new",
+            settings=wandb.Settings(
+                console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet
+            ),
+        )
+        define_metrics(run)
+        for row in reference.CURVE:
+            run.log(reference_row(row), step=row.step)
+        run.finish(exit_code=0)

@@ -283,9 +283,9 @@ def _needs_whole_weights(settings: Settings) -> bool:
     return settings.model.quant == "int8" or bool(settings.model.quant and settings.lora.adapter == "dora")
 
 
-def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDataset, **model_facts: Any) -> RunPlan:
-    """The plan of a run, from its settings, its data, its model without weights, and further facts of the model."""
-    model_config, model_info = load_config(settings.model), build_model(settings, on_meta=True).metadata | model_facts
+def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDataset) -> RunPlan:
+    """The plan of a run, from its settings, its data and its model without weights."""
+    model_config, model_info = load_config(settings.model), build_model(settings, on_meta=True).metadata
     objective, block_size = data.metadata["objective"], settings.data.block_size or data.metadata["block_size"]
     settings = replace(settings, data=replace(settings.data, objective=objective, block_size=block_size))
     vocab_size = data.metadata["vocabulary"]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from trainer.report.answer_file import to_answer
 from trainer.report.load import load_runs
-from trainer.report.page import compare, json_text, render_markdown
+from trainer.report.page import compare, json_text, markdown_sections
 from trainer.report.run_data import read_folder
 from trainer.tracking.records import EventRecord, StepRecord, to_line
 
@@ -97,7 +97,7 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read_and_told_ap
     texts = (
         f"same run id as {good.name} (full0042)",
         "no metrics: cannot read metrics.jsonl",
-        "holds neither run.json and metrics.jsonl nor a W&B run",
+        "holds neither run.json and metrics.jsonl nor a trainer_state.json",
     )
     assert [text in problem.text for problem, text in zip(problems, texts, strict=True)] == [True] * 3
 
@@ -165,7 +165,7 @@ def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_i
         assert len(runs) == 2 or any(problem.is_excluded for problem in problems)
         assert all("\n" not in str(problem) for problem in problems)
         comparison = compare(runs, problems)
-        assert render_markdown(comparison)
+        assert markdown_sections(comparison)
         assert json_text(to_answer(comparison.verdict))
 
     places = [st.sampled_from(list(list_places(content))) for content in (METADATA, ROWS)]
@@ -176,5 +176,5 @@ def test_the_samples_of_a_whole_run_are_shown(tmp_path):
     runs, problems = load_runs([write_edited(tmp_path / "samples")])
     assert runs[0].scores == {"f1": 0.5}
     comparison = compare(runs, problems)
-    assert "- a\n  - **reference**: c\n  - **LoRA**: b\n" in render_markdown(comparison)
+    assert "- a\n  - **reference**: c\n  - **LoRA**: b\n" in dict(markdown_sections(comparison))["Samples"]
     assert "f1, test records" in comparison.by_run[0].headings

@@ -18,7 +18,7 @@ from trainer.config.text import escape_markdown
 from trainer.report import plots
 from trainer.report.answer_file import to_answer
 from trainer.report.load import load_runs
-from trainer.report.page import Comparison, compare, render_html, render_markdown, write_report
+from trainer.report.page import Comparison, compare, markdown_sections, render_html, write_report
 from trainer.report.run_data import read_folder
 from trainer.tracking.records import EventRecord, to_line
 
@@ -37,6 +37,11 @@ def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool =
 def write_texts(comparison: Comparison, folder: Path) -> dict[str, str]:
     paths = write_report(comparison, folder)
     return {path.name: path.read_text("latin-1" if path.suffix == ".png" else "utf-8") for path in paths}
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """What a W&B Report holds."""
+    return "\n".join(text for _, text in markdown_sections(comparison))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,7 @@ def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_plots")
 def test_every_report_format_has_the_card_full_lora_and_their_difference(card_like: Comparison, tmp_path: Path) -> None:
     table, files = card_like.by_epoch, write_texts(card_like, tmp_path / "out")
+    markdown = to_markdown(card_like)
     columns = dict(zip(table.headings, zip(*table.rows, strict=True), strict=True))
     assert list(columns)[:6] == ["epoch", "step", "card", "full", "LoRA", "LoRA − full"]
     assert columns["epoch"] == ("0", "1", "2", "3"), "one row an epoch"
@@ -73,12 +79,12 @@ def test_every_report_format_has_the_card_full_lora_and_their_difference(card_li
     assert columns["LoRA − full"] == ("+0.0000",) * 4
     for text in itertools.chain(*table.rows):
         assert f">{text}<" in files["report.html"]
-        assert f" {escape_markdown(text)} " in files["report.md"]
-    for name in ("report.html", "report.md"):
-        assert "The same in all: validation loss before training 4.0000, " in files[name], "a note without rows"
+        assert f" {escape_markdown(text)} " in markdown
+    for page in (files["report.html"], markdown):
+        assert "The same in all: validation loss before training 4.0000, " in page, "a note without rows"
     costs = dict(zip(card_like.by_run[1].headings, zip(*card_like.by_run[1].rows, strict=True), strict=True))
     assert costs["trainable parameters"] == ("124,439,808", "1,179,648")
-    assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json"]
+    assert list(files) == ["report.html", "curves.png", "curves.svg", "answer.json"]
 
 
 @pytest.mark.usefixtures("few_plots")
@@ -91,10 +97,10 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
     assert (answer["answer"], answer["comparisons"]) == ("not ranked", [])
     assert not any("−" in heading for heading in comparison.by_epoch.headings), "no difference"
     differences = {f"{abs(a - b):.4f}" for a in (4.0, 3.0, 2.5, 2.25) for b in (1.2262, 1.0048, 0.9414)}
-    for name in ("answer.json", "report.md", "report.html", "curves.svg"):
+    for name in ("answer.json", "report.html", "curves.svg"):
         assert not differences & set(re.findall(r"(?<!\d)\d\.\d{4}", files[name])), name
         assert not re.search(r"of (full|its|the)[^<]{0,20} improvement|x its time", files[name]), name
-    page = files["report.md"]
+    page = files["report.html"]
     assert "not comparable with one another (other data)" in page
     assert "unknown of the card" in page.lower()
     assert "0123456789ab…" in page
@@ -135,9 +141,10 @@ def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     comparison = make_comparison(tmp_path, make_metadata("full", name=name), make_metadata("lora"), other_data)
     files = write_texts(comparison, tmp_path / "out")
     check_page(files["report.html"])
-    assert not re.search("(?<!\\\\)<script", files["report.md"] + files["curves.svg"]), "not escaped"
+    markdown = to_markdown(comparison)
+    assert not re.search("(?<!\\\\)<script", markdown + files["curves.svg"]), "not escaped"
     assert not any(re.search("[\x1b\u202e]", files[file]) for file in files if file != "curves.png")
-    lines = files["report.md"].split("## Settings")[1].split("##")[0].strip().splitlines()
+    lines = dict(markdown_sections(comparison))["Settings"].strip().splitlines()
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
     assert len(columns) == 1, "a name added a column"
 
@@ -165,7 +172,7 @@ def test_the_first_screen_has_question_verdict_losses_next_step_and_pictures_and
     assert [text for is_open, text in summaries if not is_open] == ["What it", "The runs", "What may", "The same"]
     assert "<title>full, n = 3: " in html, "the value of a point under the pointer"
     assert len(html.encode()) < 300_000
-    markdown = render_markdown(comparison)
+    markdown = to_markdown(comparison)
     assert not re.search(r"1\.2262|\bcard\b", markdown + html.split("</style>")[1]), "nobody asked for the card"
     phone = html.split("@media (max-width: 40rem)")[1].split("@media")[0]
     assert ".epochs tr > :nth-child(2) { display: none; }" in phone
@@ -187,7 +194,7 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
         event = EventRecord(event="samples", step=30, message="", time=1.0, facts=facts)
         path.write_text(path.read_text() + to_line(event) + "\n")
     comparison = compare([read_folder(Path(run.source)) for run in runs], with_reference=False)
-    html, markdown = render_html(comparison), render_markdown(comparison)
+    html, markdown = render_html(comparison), to_markdown(comparison)
     assert '<pre class="prompt">Name\n&lt;two&gt;</pre>' in html
     names = re.findall(r"<dt class=.*?>(.*?)</dt><dd><pre>([^<]*)</pre>", html)
     base = ("base (demo-base)", "(nothing)")
@@ -196,8 +203,8 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
     assert to_answer(comparison.verdict)["model"]["name"] == "demo-base"
     for text_of_page in (html, markdown):
         assert "/home/me" not in text_of_page
-        assert "for x.csv=0.7 z.csv=0.3 on demo-base?" in text_of_page
         assert "&#39;step&#39;" not in text_of_page
+    assert "for x.csv=0.7 z.csv=0.3 on demo-base?" in html
 
 
 # --- plots ---

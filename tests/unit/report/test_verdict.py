@@ -49,7 +49,7 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
     columns = ["model.name", "data.source", "scope", "num_seeds", "records", "answer", "base_loss", "lora.loss"]
     columns += ["model.fingerprint", "data.fingerprint", "effective_records", "margin.value", "excess.high"]
     assert table[columns].notna().sum(axis=1).tolist() == [13, 8], "one row a study, nothing where it is not ranked"
-    assert table["schema_version"].unique().tolist() == [2]
+    assert table["schema_version"].unique().tolist() == [3]
 
 
 def worse(**options: Any) -> dict[str, Any]:

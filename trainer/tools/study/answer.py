@@ -1,12 +1,11 @@
 """The answer of a study: its fresh runs compared on the test split by its rule, as launch/compare.py compares any.
 
 What a study adds: which comparison is the primary one, that only test records may judge, that all runs must have been
-computed alike, and what the claim is conditional on. Beside it stand the searches, as loss against rate and against
-cost: those settings were chosen by what the curves show, so nothing there is a claim with the answer's level.
+computed alike, and what the claim is conditional on. Beside it stand the searches, as loss against rate: those
+settings were chosen by what the curves show, so nothing there is a claim with the answer's level.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +21,9 @@ from trainer.report.interval import LEVEL, MIN_UNITS
 from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_groups
 from trainer.report.page import Comparison, compare
 from trainer.report.run_data import RunData, read_folder
-from trainer.report.views import View, build_views
 from trainer.tools.study.power import choice_noise, excess_by_length
 from trainer.tools.study.rule import RULE_FILE, Rule
-from trainer.tools.study.search import Candidate, MethodSearch, Results, StudyState, TrialSpec
+from trainer.tools.study.search import Candidate, Results, StudyState, TrialSpec
 from trainer.tools.study.timing import Timing
 from trainer.tools.study.trials import run_folder
 
@@ -114,7 +112,6 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         choice=f"rates chosen by validation loss ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
         rate_curves=rate_curves(state, results),
-        views=study_views(study_folder, rule, state, results, timing),
         step_time=timing.cost,
         memory=timing.memory,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
@@ -137,34 +134,6 @@ def rate_curves(state: StudyState, results: Results) -> tuple[RateCurve, ...]:
             mode = "full" if search.method == "full" else "lora"
             curves.append(RateCurve(mode=mode, losses=losses, num_steps=num_steps))
     return tuple(curves)
-
-
-def study_views(folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> tuple[View, ...]:
-    """Full against LoRA at equal tokens, FLOPs, seconds and peak memory, one curve for each search seed.
-
-    A curve has a point for each rung: the run with the lowest validation loss over the rates, a whole run of its own
-    length. Its time and memory are those of the timed runs, taken in alternation and of equal length.
-    """
-
-    def curve(search: MethodSearch, seed: int) -> pd.DataFrame:
-        specs = [spec for spec in search.trials if spec.seed == seed]
-        step_seconds, points = step_costs.get(search.method), []
-        for num_steps in rule.rungs:
-            of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]
-            run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
-            end = {name: float(values[-1]) for name, values in run.evals.items()}
-            step_flops = run.get("model.step_flops")
-            flops = None if step_flops is None else step_flops * end["step"]
-            seconds = None if step_seconds is None else step_seconds * end["step"]
-            memory = None if timing.reason else timing.peak_memory_bytes[search.method]
-            point = {"loss": end["loss"], "tokens": end["tokens"], "flops": flops, "seconds": seconds}
-            points.append(point | {"peak_memory_bytes": memory})
-        return pd.DataFrame(points)
-
-    cost = timing.cost
-    step_costs = {} if cost.reason else {"full": cost.full, "lora": cost.lora}
-    full, lora = ([curve(o, seed) for seed in rule.search_seeds] for o in list(state.outcomes.values())[:2])
-    return build_views(full, lora, no_seconds=cost.reason)
 
 
 def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:
