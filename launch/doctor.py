@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
     if args.prove and args.gpu_memory is not None:
         raise UserError("--prove with --gpu-memory: a proof runs here; expected one of them")
-    prepare_libraries(verbose=cli_args.verbose)
+    prepare_libraries()
     from trainer.tools.doctor.doctor import run_doctor
 
     return run_doctor(

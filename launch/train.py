@@ -23,7 +23,7 @@ def main() -> int:
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
         if reporting_rank(os.environ) == 0:
             print("Loading PyTorch, transformers and DeepSpeed ...", flush=True)
-        prepare_libraries(verbose=cli_args.verbose)
+        prepare_libraries()
         from trainer.run import run
 
         return run(cli_args, signal_handler)

@@ -85,8 +85,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     request = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
-    del request["--settings"], request["--verbose"]
-    given = args.settings
+    given = request.pop("--settings")
     watch_work = partial(context.watchdog.watch_work, given.engine.hang_timeout)
     with watch_work():
         refuse_differences(context, program_facts(context, given.as_dict(), request))

@@ -5,6 +5,8 @@ is the installed one with its defaults. Without dropout the two are one computat
 it they draw other masks.
 """
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from helpers.tolerances import TRAINER_EVAL_TOLERANCE, TRAINER_LOSS_TOLERANCE, T
 
 from trainer.config import reference
 from trainer.data.dataset import load
+from trainer.data.sampler import epoch_order
 
 STEPS = 60  # five epochs and a half of 21 blocks, 2 a step: the last step of each epoch has one
 CARD = reference.SETTINGS
@@ -23,7 +26,7 @@ CARD = reference.SETTINGS
 
 def card_argv(model: str, data_files: tuple[str, str], *extra_flags: str) -> list[str]:
     """Flags of the card preset on the tiny model and data."""
-    text = f"--mode full --preset card --block-size 16 --no-shuffle --max-steps {STEPS} --save-every never"
+    text = f"--mode full --preset card --block-size 16 --max-steps {STEPS} --save-every never"
     return tiny_argv(model, data_files, text, *extra_flags)
 
 
@@ -32,9 +35,22 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    class InOrder(Trainer):
+    prepared = load(data)
+
+    class OurOrder(torch.utils.data.Sampler):
+        def __init__(self) -> None:
+            self.epochs = itertools.count()
+
+        def __len__(self) -> int:
+            return len(prepared.train)
+
+        def __iter__(self) -> Iterator[int]:
+            options = {"seed": CARD["seed"], "global_batch": CARD["global_batch"], "group_by_length": False}
+            yield from epoch_order(prepared.train, epoch=next(self.epochs), **options).tolist()
+
+    class InOurOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return OurOrder()
 
     def blocks(rows: Any) -> list[dict[str, Any]]:
         ids = [torch.from_numpy(rows.row(i)) for i in range(len(rows))]
@@ -65,9 +81,8 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
             disable_tqdm=True,
             **{**numbers, **overrides},
         )
-    prepared = load(data)
     torch.set_num_threads(1)  # the model is so small that a second one only waits
-    trainer = InOrder(
+    trainer = InOurOrder(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=arguments,
         train_dataset=blocks(prepared.train),

@@ -77,7 +77,7 @@ def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_mode
     settings = Settings.from_dict(finished_run["about"]["settings"])
     data = load(prepare(settings.data, model=tiny_model, global_batch=4).folder)
     for number, row in enumerate(finished_run["epoch"]):
-        order = epoch_order(data.train, seed=42, epoch=number, global_batch=4, shuffle=True, group_by_length=True)
+        order = epoch_order(data.train, seed=42, epoch=number, global_batch=4, group_by_length=True)
         counted = [step_counts(data.train, order, place, 4)[1] for place in range(7)]
         losses = [step["loss"] for step in finished_run["step"][7 * number : 7 * number + 7]]
         mean = sum(loss * n for loss, n in zip(losses, counted, strict=True)) / sum(counted)

@@ -221,7 +221,6 @@ def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str,
             seed=train_settings.seed,
             epoch=epoch,
             global_batch=train_settings.global_batch,
-            shuffle=settings.data.shuffle,
             group_by_length=settings.data.objective == "completion",
         )
         first = step_in_epoch * train_settings.global_batch

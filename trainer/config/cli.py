@@ -37,7 +37,6 @@ class CliArgs:
     dry_run: bool
     show_example: int = 0  #: training examples whose tokens are printed, before the plan of a dry run
     find_batch: bool = False  #: trials of micro-batches instead of the run
-    verbose: bool = False  #: whether the libraries' own messages are shown
     notes: tuple[str, ...] = ()  #: what spellings of other programs were taken for
 
 
@@ -85,7 +84,6 @@ def parse_args(
         dry_run=args["dry_run"] or args["show_example"] > 0,
         show_example=args["show_example"],
         find_batch=args["find_batch"],
-        verbose=args["verbose"],
         notes=tuple(translation.notes),
     )
 
@@ -132,7 +130,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
-    verbose_help = "also show the messages of DeepSpeed, transformers and others (for the launcher's own: deepspeed -q)"
     add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     add("--config", metavar="FILE", help=config_help)
     add("--preset", type=_value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
@@ -142,7 +139,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     add("--show-example", type=whole_number, default=0, metavar="N", help=example_help)
     add("--find-batch", action="store_true", help=batch_help)
-    add("--verbose", action="store_true", help=verbose_help)
     # the launcher passes it; LOCAL_RANK says the same
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     for name, group in GROUPS.items():

@@ -14,8 +14,8 @@ from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
 from trainer.config.text import flatten, shorten
 
-# 4: no wandb_group, W&B keys val/*, score_samples; 3: no allow_leakage; 2: evaluation records in one file
-SCHEMA_VERSION = 5
+# 5: label_smoothing and other settings; 4: no wandb_group; 3: no allow_leakage; 2: evaluation records in one file
+SCHEMA_VERSION = 6
 
 
 class SplitBlock(BaseModel):

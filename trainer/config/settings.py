@@ -36,7 +36,7 @@ from trainer.config.fields import (
     option,
     settings_class,
 )
-from trainer.config.files import data_name, name_val_sets, split_weights
+from trainer.config.files import data_name, name_val_sets
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
@@ -143,13 +143,11 @@ class DataSettings:
         "tokens of a row at most; 0: by the data", demo=256, card=1024, gpt2=1024, finetune=0
     )
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
-    shuffle: Switch = option("take the examples in the order of the data", True, flag="--no-shuffle")
 
     def __post_init__(self) -> None:
         most, test_fraction = 1 - (0 if self.val_data else self.val_fraction), f"--test-fraction {self.test_fraction:g}"
         name_val_sets(self.val_data)  # refuses two of one name
         _refuse(
-            (len(split_weights(self.data)) > 1 and not self.shuffle, f"--no-shuffle: not with the mixture {self.data}"),
             (self.block_size == 1, "--block-size 1: expected 2 tokens or more, or 0: from the data"),
             (self.test_fraction >= most, f"{test_fraction}: expected a share under {most:g}, beside validation"),
             (self.test_data and self.test_fraction, f"{test_fraction} and --test-data: expected one of them"),

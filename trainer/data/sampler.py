@@ -48,17 +48,13 @@ def _permutation(n: int, *key: int) -> Int64:
     return np.argsort(np.asarray(stream, dtype=np.uint64), kind="stable").astype(np.int64)
 
 
-def epoch_order(
-    dataset: TokenDataset, *, seed: int, epoch: int, global_batch: int, shuffle: bool, group_by_length: bool
-) -> Int64:
+def epoch_order(dataset: TokenDataset, *, seed: int, epoch: int, global_batch: int, group_by_length: bool) -> Int64:
     """The order of the examples in epoch number `epoch` (from 0), int64 [n]; each stands in it once, but in a mixture.
 
     group_by_length: within windows of 64 global batches rows are sorted by length, so that a batch holds little
     padding, and whole batches are shuffled; a ragged batch stays last.
     """
     n = len(dataset)
-    if not shuffle:
-        return np.arange(n, dtype=np.int64)
     order = _permutation(n, seed, epoch)
     if dataset.mixture:
         order = _draw_mixture(dataset.mixture, seed=seed, epoch=epoch)[order]
@@ -178,7 +174,6 @@ class TrainBatches:
     batch_config: BatchConfig
     seed: int
     rank: int
-    shuffle: bool
     by_length: bool  #: bring rows of like length together, see `epoch_order`
     _orders: dict[int, Int64] = field(default_factory=dict, init=False)  # {epoch: its order} of the epoch drawn last
 
@@ -188,9 +183,8 @@ class TrainBatches:
         for step in range(start_step, stop_step):
             epoch, step_in_epoch = divmod(step, math.ceil(len(dataset) / global_batch))
             if epoch not in self._orders:
-                options = {"shuffle": self.shuffle, "group_by_length": self.by_length}
-                order = epoch_order(dataset, seed=self.seed, epoch=epoch, global_batch=global_batch, **options)
-                self._orders = {epoch: order}
+                options = {"seed": self.seed, "global_batch": global_batch, "group_by_length": self.by_length}
+                self._orders = {epoch: epoch_order(dataset, epoch=epoch, **options)}
             order = self._orders[epoch]
             num_tokens, num_target_tokens = step_counts(dataset, order, step_in_epoch, global_batch)
             yield GlobalBatch(

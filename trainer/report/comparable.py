@@ -110,7 +110,6 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
     seed, init = run.get("settings.train.seed"), run.get("settings.model.init")
     ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
     tokens = max((end for end in ends if end == end), default=None)
-    order = f"seed {seed}" if run.get("settings.data.shuffle") is not False else "as in the data"
     train = run.get("settings.train") or {}
     optimizer = str(train.get("optim")).removesuffix("_fused")
     return {
@@ -119,7 +118,7 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "base weights": f"random, seed {seed}" if init == "random" else run.get("model.fingerprint"),
         "tokens seen": None if tokens is None else f"{tokens:,.0f}",
         "batch": run.get("resolved.global_batch"),
-        "data order": order + (", packed" if run.get("settings.data.packing") else ""),
+        "data order": f"seed {seed}" + (", packed" if run.get("settings.data.packing") else ""),
         "precision": run.get("resolved.precision"),
         "schedule": f"{train.get('schedule')} to {train.get('min_lr')}",
         "warm-up": f"{run.get('resolved.warmup_steps')} steps",

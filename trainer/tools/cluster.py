@@ -123,7 +123,7 @@ def ssh_files(
 
     if len(ranks_of_hosts) > 1:  # deepspeed passes flags on unquoted and changes blanks, pdsh changes any %;
         command = [quote(word) for word in command]  # the ranks of one host are started without pdsh
-    hosts, quiet = shlex.join(ranks_of_hosts), "" if "--verbose" in command else " --quiet"
+    hosts = shlex.join(ranks_of_hosts)
     max_seconds = _straggler_seconds(settings)
     names = forwarded_names(environ)
     exports = [MARK, setup + PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
@@ -150,7 +150,7 @@ signal_ranks() {{  # deepspeed itself reaches none where a script is sourced bef
     done
 }}
 set -m  # a signal comes to this script alone
-deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={next(iter(ranks_of_hosts))} \\
+deepspeed --quiet --hostfile={hostfile} --venv_script={environment} --master_addr={next(iter(ranks_of_hosts))} \\
     --master_port=$port {shlex.join(command)} </dev/null &
 launcher=$!
 trap "pgrep -P $launcher >/dev/null && signal_ranks TERM || kill $launcher" INT TERM

@@ -27,8 +27,7 @@ def program(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     return run
 
 
-def prepare_libraries(*, verbose: bool = False) -> None:
+def prepare_libraries() -> None:
     """Set what torch, transformers and others read of the environment; call it before they are imported."""
-    if not verbose:
-        silence_libraries()
+    silence_libraries()
     set_library_environment()

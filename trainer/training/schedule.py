@@ -108,7 +108,6 @@ class TrainSchedule:
             batch_config=self.batch,
             seed=self.settings.train.seed,
             rank=rank,
-            shuffle=self.settings.data.shuffle,
             by_length=self.settings.data.objective == "completion" and not self.settings.data.packing,
         )
 

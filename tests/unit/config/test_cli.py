@@ -19,7 +19,7 @@ from trainer.training.run_plan import collect_notes
 # The names are a contract with the user; these are no settings.
 COMMANDS = (
     "--mode --preset --config --resume --allow-change --dry-run --show-example --find-batch --local_rank "
-    "--local-rank --verbose --help"
+    "--local-rank --help"
 )
 
 # Each other flag, with a value that no preset has; a switch has none.
@@ -30,7 +30,7 @@ SETTINGS = """
 --data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
 --max-samples=9 --allow-leakage
 --prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
---block-size=77 --packing --no-shuffle
+--block-size=77 --packing
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
 --warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2
 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
@@ -183,13 +183,13 @@ global_batch: 16    # with - or _
 prompt: "{a}"
 completion: "{b}"
 lora-target-modules: [c_attn, c_fc]
-no-shuffle: true
+packing: true
 quant-double: false
 max-steps:
 """
     )
     flags = "--mode lora --lr 1e-4 --global-batch 16 --prompt {a} --completion {b}"
-    flags += " --lora-target-modules c_attn,c_fc --no-shuffle"
+    flags += " --lora-target-modules c_attn,c_fc --packing"
     assert parse("--config", path) == parse(flags)
 
 
@@ -215,7 +215,7 @@ def test_flags_win_over_the_file_wherever_they_stand_and_the_last_of_two_files_o
         ("lr: 1\nlr: 2", ", line 2: lr stands there twice"),
         ("mode: full\nseed: !!python/object/apply:os.getpid []", None),  # no tag is looked at
         ("mode: full\nlr: fast", None),
-        ("mode: full\nno-shuffle: 3", None),
+        ("mode: full\npacking: 3", None),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_that_names_it(write_config, text, answer):
@@ -237,7 +237,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
 
 
 def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
-    words = "--mode lora --model org/m --lr 3e-4 --no-shuffle --lora-target-modules a,b --completion={y}=--"
+    words = "--mode lora --model org/m --lr 3e-4 --packing --lora-target-modules a,b --completion={y}=--"
     first = parse(words, "--output-dir", "a b", "--prompt=-{x}").settings
     metadata = make_metadata("lora") | {"settings": first.as_dict(), "preset": first.preset}
     (tmp_path / "run.json").write_text(json.dumps(metadata))
@@ -248,7 +248,7 @@ def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
 
 
 YAML_PARTS = st.sampled_from(
-    ["mode: full", "lr:", "no-shuffle", ": ", "\n", "- ", "{", "}", "[", "]", "&a", "*a", "!!int", "'"]
+    ["mode: full", "lr:", "packing", ": ", "\n", "- ", "{", "}", "[", "]", "&a", "*a", "!!int", "'"]
 )
 
 

@@ -140,8 +140,8 @@ def test_a_run_is_named_by_mode_and_data_and_lies_under_runs_unless_told_otherwi
 
 @pytest.mark.parametrize("mode", MODES)
 def test_settings_come_back_from_json_as_they_were_and_are_frozen(mode):
-    overrides = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
-    settings = resolve(mode, "card", overrides, ("--lr", "--no-shuffle"))
+    overrides = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"packing": True}}
+    settings = resolve(mode, "card", overrides, ("--lr", "--packing"))
     assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.train.lr = 1.0  # type: ignore[misc]

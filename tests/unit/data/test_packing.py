@@ -134,7 +134,7 @@ def test_packing_changes_rows_and_padding_and_neither_examples_nor_counts():
     plain_config = BatchConfig(micro_batch_size=8, gradient_accumulation_steps=1, world_size=1)
     packed_config = BatchConfig(micro_batch_size=8, gradient_accumulation_steps=1, world_size=1, packed_width=WIDTH)
     plain, packed = (
-        TrainBatches(dataset=dataset, batch_config=config, seed=1, rank=0, shuffle=True, by_length=False)
+        TrainBatches(dataset=dataset, batch_config=config, seed=1, rank=0, by_length=False)
         for config in (plain_config, packed_config)
     )
     sizes = [0, 0]

@@ -222,8 +222,6 @@ def test_a_mixture_keeps_its_parts_apart_and_is_other_data_under_other_weights(t
     for data, expected in (*wrong, (f"{a} {b}", "or several with weights: A=0.7 B=0.3")):
         with pytest.raises(UserError, match=expected):
             prepare_file(data, **options)
-    with pytest.raises(UserError, match="--no-shuffle: not with the mixture"):
-        prepare_file(f"{a}=1 {b}=1", shuffle=False, **options)
 
 
 def test_a_test_split_is_taken_from_the_training_records_only(pairs_csv, prepare_file):

@@ -35,7 +35,7 @@ def make_batch(micro, accumulation, ranks):
 
 
 def make_order(dataset, **overrides):
-    options = {"seed": 1, "epoch": 0, "global_batch": 4, "shuffle": True, "group_by_length": False, **overrides}
+    options = {"seed": 1, "epoch": 0, "global_batch": 4, "group_by_length": False, **overrides}
     return epoch_order(dataset, **options)
 
 
@@ -59,7 +59,7 @@ def test_an_epoch_of_a_mixture_has_each_share_and_later_epochs_the_rest(by_lengt
         part = counts[start : start + size]
         assert (part.min(), part.max() - part.min() <= 1) == (least, True), "no row again before all have come"
     assert (orders[0] != make_order(rows, seed=2, group_by_length=by_length)).any()
-    options = {"dataset": rows, "seed": 1, "rank": 0, "shuffle": True, "by_length": by_length}
+    options = {"dataset": rows, "seed": 1, "rank": 0, "by_length": by_length}
     through = TrainBatches(batch_config=make_batch(4, 1, 1), **options)(0, 80)
     resumed = TrainBatches(batch_config=make_batch(1, 2, 2), **options)(37, 80)
     assert [b.example_ids for b in through][37:] == [b.example_ids for b in resumed]
@@ -75,8 +75,6 @@ def test_the_epoch_order_depends_on_seed_and_epoch_and_nothing_else():
     assert make_order(make_dataset([4] * 8)).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
     grouped = make_order(make_dataset([5, 3, 9, 4, 7, 2, 8, 6, 3]), global_batch=2, group_by_length=True)
     assert grouped.tolist() == [6, 2, 8, 0, 7, 4, 5, 1, 3]
-    for by_length in (False, True):
-        assert make_order(rows, shuffle=False, group_by_length=by_length).tolist() == list(range(50))
 
 
 def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
@@ -101,7 +99,7 @@ def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
 @pytest.mark.parametrize(("n", "by_length"), [(12, True), (13, False), (5, False)])
 def test_the_ranks_share_out_every_step_of_every_epoch_exactly(n, by_length, ranks, micro, accumulation):
     rows, batch = make_dataset([3 + i % 4 for i in range(n)]), make_batch(micro, accumulation, ranks)
-    options = {"dataset": rows, "batch_config": batch, "seed": 1, "shuffle": True, "by_length": by_length}
+    options = {"dataset": rows, "batch_config": batch, "seed": 1, "by_length": by_length}
     num_steps = -(-n // 6)
     shares = [list(TrainBatches(**options, rank=rank)(0, 2 * num_steps)) for rank in range(ranks)]
     for epoch in (0, 1):
