@@ -183,8 +183,8 @@ class TrainBatches:
         for step in range(start_step, stop_step):
             epoch, step_in_epoch = divmod(step, math.ceil(len(dataset) / global_batch))
             if epoch not in self._orders:
-                options = {"seed": self.seed, "global_batch": global_batch, "group_by_length": self.by_length}
-                self._orders = {epoch: epoch_order(dataset, epoch=epoch, **options)}
+                sizes = {"epoch": epoch, "global_batch": global_batch}
+                self._orders = {epoch: epoch_order(dataset, seed=self.seed, group_by_length=self.by_length, **sizes)}
             order = self._orders[epoch]
             num_tokens, num_target_tokens = step_counts(dataset, order, step_in_epoch, global_batch)
             yield GlobalBatch(
