@@ -12,6 +12,10 @@ from trainer.config.choices import MODES
 from trainer.config.errors import UserError
 from trainer.tools.program import program
 
+DESCRIPTIONS = {
+    "steps": "Time optimizer steps of several programs in alternation, on one GPU or CPU rank.",
+    "memory": "Train a few steps with each method; prints its memory, checkpoint size and speed.",
+}
 #: A plain PyTorch loop (the model's own loss, clip, fused AdamW), and Hugging Face's Trainer with its defaults.
 PEERS = ("plain", "hf")
 #: What makes our steps faster, and `--without` turns off.
@@ -34,41 +38,30 @@ def names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
     """The `type` of a flag that takes some of these names, separated by commas."""
 
     def parse(text: str) -> list[str]:
-        values = [name.strip() for name in text.split(",") if name.strip()] or [repr(text)]
-        for name in values:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name}: expected some of {', '.join(allowed)}")
-        return values
+        if not set(text.split(",")) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"{text}: expected some of {', '.join(allowed)}")
+        return text.split(",")
 
     return parse
 
 
 def build_parser(name: str) -> ArgumentParser:
-    if name == "memory":
-        description = "Train a few steps with each method; prints its memory, checkpoint size, speed and loss."
-        parser = ArgumentParser(prog="bench.py memory", description=f"{description} The other: bench.py steps.")
-        add = parser.add_argument
-        add("--model", help="folder of a causal LM with its weights, in place of --shape")
-        add("--shape", choices=("tiny", "gpt2", "gpt2-xl"), default="tiny", help="a random GPT-2 (default: tiny)")
-        add("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
-        add("--steps", type=whole_number, default=5, metavar="N", help="optimizer steps (default: 5)")
-        add("--micro-batch", type=whole_number, default=2, metavar="N", help="rows of a step (default: 2)")
-        add("--block-size", type=whole_number, default=64, metavar="N", help="tokens of a row (default: 64)")
-        add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
-        return parser
-    description = "Time optimizer steps of several programs in alternation, on one GPU or CPU rank."
-    parser = ArgumentParser(prog="bench.py steps", description=f"{description} The other: bench.py memory.")
+    other = next(other for other in DESCRIPTIONS if other != name)
+    parser = ArgumentParser(prog=f"bench.py {name}", description=f"{DESCRIPTIONS[name]} The other: bench.py {other}.")
     add = parser.add_argument
-    against_help = "other programs at equal settings: plain (a PyTorch loop), hf (Trainer) (default: none)"
-    without_help = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
-    add("--modes", type=names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
-    add("--against", type=names(PEERS), default=[], metavar="NAMES", help=against_help)
-    add("--without", type=names(FAST_PATHS), default=[], metavar="NAMES", help=without_help)
     add("--global-batch", type=whole_number, default=2, metavar="N", help="examples of a step (default: 2)")
     add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--steps", type=whole_number, default=20, metavar="N", help="timed steps of a program in a round (default: 20)")
+    add("--steps", type=whole_number, default=20, metavar="N", help="timed steps of a program or method (default: 20)")
+    if name == "memory":
+        add("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
+        return parser
+    against_help = "other programs at equal settings: plain (a PyTorch loop), hf (Trainer) (default: none)"
+    without_help = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
+    add("--modes", type=names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
+    add("--against", type=names(PEERS), default=[], metavar="NAMES", help=against_help)
+    add("--without", type=names(FAST_PATHS), default=[], metavar="NAMES", help=without_help)
     add("--rounds", type=whole_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
     return parser
 
@@ -76,7 +69,7 @@ def build_parser(name: str) -> ArgumentParser:
 @program
 def main(argv: Sequence[str]) -> int:
     name, *flags = argv if argv and not argv[0].startswith("-") else ("steps", *argv)
-    if name not in ("steps", "memory"):
+    if name not in DESCRIPTIONS:
         raise UserError(f"{name}: expected steps or memory")
     args = build_parser(name).parse_args(flags)
     from trainer.tools import bench
