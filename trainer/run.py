@@ -127,8 +127,6 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
     if args.show_example and context.rank == 0:
-        if data.metadata["tokenizer"] is None:
-            raise UserError("--show-example: the data are token ids; expected data with text")
         tokenizer = load_tokenizer(settings.model.model)
         for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
             print(line)

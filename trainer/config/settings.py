@@ -105,7 +105,7 @@ class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
     data: UserPath = option(
-        "CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo; several "
+        "CSV, TSV, JSONL, Parquet, Arrow, text, folder, glob, hub id (ID:CONFIG) or acled-demo; several "
         "with weights, as in A=0.7 B=0.3: an epoch has as many examples as all of them, 70 percent of them from A",
         DEMO_DATA,
     )
@@ -126,8 +126,8 @@ class DataSettings:
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
     completion: Text | None = option("template of the text to train on, for instance '{ref}'", None)
-    format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled", "input_ids"] | None = (
-        option("what the columns mean (default: recognised from their names, see --dry-run)", None)
+    format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled"] | None = option(
+        "what the columns mean (default: recognised from their names, see --dry-run)", None
     )
     chat_template: UserPath | None = option("Jinja file that writes conversations (default: the model's own)", None)
     objective: choices.Objective | None = option(

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.config.files import new_folder, path_from_environment, read_json_object, require_utf8_path
+from trainer.config.files import new_folder, open_plain_file, path_from_environment, read_json_object, require_utf8_path
 from trainer.config.settings import DataSettings
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.formats import Example, content_hash
-from trainer.data.readers import open_bytes
 from trainer.data.tokenizer import Row, TokenIds, count_target_bytes, mark_targets
 
 if TYPE_CHECKING:
@@ -110,9 +109,8 @@ class PreparedDataset:
 
         id: 16 hex digits, a hash of the record's text, of the token ids where rows are blocks; occurrence: equal rows
         before it; group: hash of what keeps rows together (--split-by, else the prompt), None where a row is a unit by
-        itself; targets: target tokens; bytes: UTF-8 bytes of their text, 0 where there is no tokenizer; is_seen:
-        whether it is a record that was seen before (`trainer.data.unseen`), or a block with part of one. ValueError
-        where the folder is not whole.
+        itself; targets: target tokens; bytes: UTF-8 bytes of their text; is_seen: whether it is a record that was seen
+        before (`trainer.data.unseen`), or a block with part of one. ValueError where the folder is not whole.
         """
         import pandas as pd
 
@@ -189,9 +187,9 @@ def _write_error(folder: Path, error: OSError) -> UserError:
 
 
 def sha256(file: Path) -> str:
-    """The hash of what a file holds, decompressed, in hex."""
-    with open_bytes(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    """The hash of a plain file's content, in hex; OSError for anything else, a pipe at once."""
+    with open_plain_file(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _content_checksum(content: dict[str, Any]) -> str:
@@ -228,7 +226,7 @@ def load_or_build(
     was_there = folder.exists()
     try:
         for name, expected in read_manifest(folder)["sha256"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != expected:  # a pipe would be waited for
+            if sha256(folder / name) != expected:
                 raise ValueError(f"{folder / name} is not what was written there")
         return load(folder, source=source)
     except (OSError, ValueError) as error:
@@ -310,13 +308,13 @@ class SplitWriter:
                 self._add_problem("unusable", f"{example.where}: {problem}")
                 return
         self.counts["records"] += 1
-        if self.split == "val" and example.ids is None:
+        if self.split == "val":
             self._keep_text(row)
         if len(row.ids) > self.block_size and not self.is_blocks:
             self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
             if self.chat is None:
                 return
-        if self.split == "train" and self.tokenizer is not None and not self.example:
+        if self.split == "train" and not self.example:
             self.example = mark_targets(self.tokenizer, ids, is_target)
         if self.is_blocks:
             self._add_blocks(ids, is_seen)

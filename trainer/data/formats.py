@@ -8,10 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from reprlib import repr as shorten
 from typing import NamedTuple
-
-import numpy as np
 
 from trainer.config.choices import Objective
 from trainer.config.errors import UserError
@@ -22,13 +19,11 @@ from trainer.data.readers import (
     RecordError,
     is_missing,
     list_columns,
-    require,
     require_text,
     to_text,
     value_text,
 )
 
-MAX_TOKEN_ID = 2**31 - 1
 BLOCKS_OR_ROWS: tuple[Objective, ...] = ("blocks", "completion")
 #: Stanford Alpaca's own two prompts (tatsu-lab/stanford_alpaca, train.py), with and without an input.
 ALPACA_WITH_INPUT = (
@@ -44,23 +39,20 @@ ALPACA_WITHOUT_INPUT = (
 
 @dataclass(kw_only=True)
 class Example:
-    """One record as text, as ids or as a conversation; a text without a prompt is all completion."""
+    """One record as text or as a conversation; a text without a prompt is all completion."""
 
     prompt: str = ""
     completion: str = ""
-    ids: list[int] | None = None
     conversation: Conversation | None = None
     group: str | None = None  #: what stays in one split and is one unit of an interval, None: the record by itself
     where: str = ""  #: its file and place, for a user
     split: str = ""
 
-    def split_key(self) -> str | bytes:
+    def split_key(self) -> str:
         return self.group if self.group is not None else self.content(separator="")
 
-    def content(self, separator: str = "\0") -> str | bytes:
+    def content(self, separator: str = "\0") -> str:
         """What makes a record equal to another."""
-        if self.ids is not None:
-            return np.asarray(self.ids, dtype="<u4").tobytes()
         if self.conversation is not None:
             return json.dumps(self.conversation.messages, sort_keys=True)
         return f"{self.prompt}{separator}{self.completion}"
@@ -115,16 +107,6 @@ def _render_pair(record: Record) -> Example:
     return _pair(require_text(record, "prompt"), require_text(record, "completion"))
 
 
-def _render_token_ids(record: Record) -> Example:
-    ids = require(record, "input_ids")
-    if not isinstance(ids, list) or not ids:
-        raise RecordError(f"column 'input_ids' holds {shorten(ids)}, expected a list of whole numbers")
-    for value in ids:
-        if type(value) is not int or not 0 <= value <= MAX_TOKEN_ID:
-            raise RecordError(f"column 'input_ids' holds {shorten(value)}, expected whole numbers from 0")
-    return Example(ids=ids)
-
-
 def _render_text(record: Record) -> Example:
     """A text as it is; an empty one is blank, in a CSV file too, where it cannot be told from null."""
     is_blank = "text" in record and is_missing(record["text"])
@@ -136,7 +118,6 @@ PAIR_COLUMNS = ("prompt", "completion")
 ROWS: tuple[Objective, ...] = ("completion",)
 ROWS_OR_BLOCKS: tuple[Objective, ...] = ("completion", "blocks")
 FORMATS = (
-    RecordFormat("input_ids", _render_token_ids, "token ids as they are", ("input_ids",), ("blocks",), ("input_ids",)),
     RecordFormat("messages", _chat(from_messages), CHAT, ("messages",), ROWS, is_chat=True),
     RecordFormat("conversations", _chat(from_sharegpt), f"ShareGPT's {CHAT}", ("conversations",), ROWS, is_chat=True),
     RecordFormat("prompt-completion", _chat(from_prompt_completion), CHAT, PAIR_COLUMNS, ROWS, is_chat=True),
@@ -174,8 +155,8 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
         needs = next(known.needs for known in FORMATS if known.name == settings.format) or (NOTES, "an event's columns")
         raise UserError(f"--format {settings.format}: {where} has no column {' and '.join(needs)}: {remedy}")
     raise UserError(
-        f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
-        f"`output` or `input_ids`, no ACLED export (and `chosen` and `rejected` are not trained on): {remedy}"
+        f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, or `instruction` and "
+        f"`output`, no ACLED export (and `chosen` and `rejected` are not trained on): {remedy}"
     )
 
 

@@ -1,9 +1,9 @@
-"""The door to `datasets`: data sets of the hub, saved ones, and whether the hub answers."""
+"""The door to `datasets`: data sets and models of the hub, and whether the hub answers."""
 
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,9 @@ def _find_cached(repo_id: str, name: str, revision: str | None = None) -> Path |
     return Path(file) if isinstance(file, str) else None
 
 
-def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mapping[str, Any]:
-    """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither.
+def download_dataset(flag: str, repo_id: str, config_name: str | None) -> dict[str, list[Path]]:
+    """{split: its Arrow files} of a data set of the hub, or of a local copy where it cannot be reached. UserError where
+    there is neither.
 
     `config_name`: which of the repository's configurations (subsets); None where it has one alone, or names a default.
     """
@@ -116,8 +117,8 @@ def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mappin
     if not is_online:
         go_offline()
     try:
-        loaded: Mapping[str, Any] = import_datasets().load_dataset(repo_id, config_name)
-        return loaded
+        splits = import_datasets().load_dataset(repo_id, config_name, keep_in_memory=False)
+        return {name: sorted(Path(file["filename"]) for file in split.cache_files) for name, split in splits.items()}
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         reason = "the hub cannot be reached, and there is no local copy of a data set of that name"
         if is_online:
@@ -127,14 +128,3 @@ def load_hub_dataset(flag: str, repo_id: str, config_name: str | None) -> Mappin
             f"{flag} {repo_id}: no such file or folder here, and {reason}; give {flag} a file, a folder, acled-demo, "
             f"or the id of a data set that can be read, with its configuration as {repo_id}:NAME"
         ) from None
-
-
-def load_saved_dataset(folder: Path, flag: str) -> Mapping[str, Any]:
-    """{split: data set} of what `save_to_disk` wrote, "" for one without splits; UserError where it is not whole."""
-    try:
-        loaded = import_datasets().load_from_disk(str(folder))
-    except Exception as error:  # damaged files raise many kinds, from several packages
-        raise UserError(
-            f"{flag} {folder}: not a whole saved data set, or an empty one ({first_line(error)}); save it again"
-        ) from None
-    return loaded if isinstance(loaded, dict) else {"": loaded}

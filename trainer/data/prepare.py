@@ -20,7 +20,7 @@ from trainer.data import dataset as store
 from trainer.data.chat import ChatTemplate, MaskError, load_template
 from trainer.data.dataset import SPLITS, PreparedDataset, SplitWriter
 from trainer.data.formats import Example, choose_format, content_hash
-from trainer.data.readers import RecordError, list_columns, read_error, value_text
+from trainer.data.readers import RecordError, list_columns, value_text
 from trainer.data.sources import Source, find_sources
 from trainer.data.tokenizer import Row, encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.unseen import SeenRecords, name_records
@@ -47,7 +47,7 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
         except (RecordError, RecursionError) as error:
             problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
             raise UserError(f"{source.flag} {where}: {problem}") from None
-        if example.ids is None and example.conversation is None and not example.completion.strip():
+        if example.conversation is None and not example.completion.strip():
             yield None
             continue
         example.where, example.split = where, source.split
@@ -59,7 +59,7 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
             return
 
 
-def split_of(key: str | bytes, val_fraction: float, test_fraction: float = 0.0) -> str:
+def split_of(key: str, val_fraction: float, test_fraction: float = 0.0) -> str:
     """Which split a record belongs to: validation is the lower end of the hashes and the test the upper one, so
     neither moves where the other grows."""
     share = content_hash(key) / 2**64
@@ -91,7 +91,7 @@ def prepare(
         record_format = other.record_format
         is_apart = (first.name, first.is_chat) != (record_format.name, record_format.is_chat)
         if other.split == "retain":
-            is_apart &= "input_ids" in (first.name, record_format.name) or record_format.is_chat > first.is_chat
+            is_apart = record_format.is_chat and not first.is_chat
         elif first.is_chat and record_format.is_chat:
             is_apart = False
         if is_apart:
@@ -100,7 +100,7 @@ def prepare(
                 f"{record_format.name} ({record_format.meaning}); give both in one format"
             )
     settings = replace(settings, objective=settings.objective or first.objectives[0])
-    tokenizer = None if first.name == "input_ids" else load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     is_templated = first.is_chat or settings.chat_template is not None  # refused where it cannot be read, though unused
     template = load_template(tokenizer, settings.chat_template, model) if is_templated else ""
     chat = ChatTemplate(tokenizer, template) if first.is_chat else None
@@ -116,8 +116,8 @@ def prepare(
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
         key = {  # contents and settings: names and places of files do not decide which rows there are
             "version": store.FORMAT_VERSION,
-            "sources": [source.identity() for source in sources],
-            "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+            "sources": [[s.split, s.record_format.name, s.hashes, None, s.notices, s.share] for s in sources],
+            "tokenizer": tokenizer_fingerprint(tokenizer),
             "fractions": fractions,
             "chat_template": chat.template if chat is not None else None,
             **{name: getattr(settings, name) for name in KEY_SETTINGS},
@@ -156,8 +156,8 @@ def _hash_files(source: Source) -> tuple[str, ...]:
         source.heartbeat()
         try:
             hashes.append(store.sha256(file))
-        except Exception as error:  # of a decompressor too
-            raise read_error(file, source.where(file), error) from None
+        except OSError as error:
+            raise UserError(f"{source.where(file)}: cannot be read ({error.strerror})") from None
     return tuple(hashes)
 
 
@@ -185,15 +185,13 @@ def block_size_for(lengths: Sequence[int], objective: Objective | None, max_posi
 # --- the first reading: every record is checked before one is tokenised ---
 
 
-def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], dict[str, list[bool]], int]:
+def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], dict[str, list[bool]]]:
     """Render and compare all records, so that a mistake in the last row is found before the first one is tokenised.
 
-    Returns (what run.json says of them, {evaluation split: whether each of its records was seen before}, the largest
-    token id of records that are ids).
+    Returns (what run.json says of them, {evaluation split: whether each of its records was seen before}).
     """
     seen = SeenRecords(settings.split_by, [*SPLITS, *name_val_sets(settings.val_data)])
     notices: list[str] = []
-    max_token_id = 0
     for source in sources:
         num_records = num_blank = num_unseparated = 0
         for example in iter_examples(source):
@@ -202,8 +200,6 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
                 continue
             num_records += 1
             seen.add(example)
-            if example.ids is not None:
-                max_token_id = max(max_token_id, *example.ids)
             if example.prompt and not (example.prompt[-1].isspace() or example.completion[:1].isspace()):
                 num_unseparated += 1
         if not num_records:
@@ -231,7 +227,7 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
         is_many = number >= WARN_SHARED_FRACTION * num_records
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
     facts = {"num_seen": num_seen, "repeated_in_train": seen.num_repeated, "notices": notices}
-    return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}, max_token_id
+    return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}
 
 
 # --- the second reading: tokenise and write ---
@@ -246,8 +242,8 @@ def write_rows(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
-    checked, is_seen, max_token_id = check_records(settings, sources)
-    vocabulary = vocabulary_size(tokenizer) if tokenizer is not None else 1 + max_token_id
+    checked, is_seen = check_records(settings, sources)
+    vocabulary = vocabulary_size(tokenizer)
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
     splits = dict.fromkeys([*SPLITS, *name_val_sets(settings.val_data)])
@@ -288,7 +284,7 @@ def write_rows(
         **{f"{split}_fingerprint": fingerprints[split] if split in used else None for split in SPLITS},
         "split": f"hash {settings.val_fraction:g}" if sources[0].fractions[0] else "given",
         "split_by": settings.split_by,
-        "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocabulary": vocabulary,
         "objective": settings.objective,
         "block_size": settings.block_size,
@@ -308,7 +304,7 @@ def _iter_batches(source: Source, log: Callable[[str], None] = lambda line: None
         if example is None:
             continue
         batch.append(example)
-        num_characters += len(example.prompt) + len(example.completion) + 4 * len(example.ids or ())
+        num_characters += len(example.prompt) + len(example.completion)
         if len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
             yield batch
             num_tokenized += len(batch)
@@ -323,18 +319,15 @@ def _iter_batches(source: Source, log: Callable[[str], None] = lambda line: None
 def _encode_batch(
     batch: list[Example], tokenizer: Any, chat: ChatTemplate | None, is_joined: bool, max_tokens: int
 ) -> Iterator[Row | MaskError]:
-    """Each record as tokens: a pair with its end, encoded apart unless `is_joined`, so that the boundary is exact; ids
-    that came as ids have their end already."""
+    """Each record as tokens: a pair with its end, encoded apart unless `is_joined`, so that the boundary is exact."""
     pairs = [
         ("", example.prompt + example.completion) if is_joined else (example.prompt, example.completion)
         for example in batch
-        if example.ids is None and example.conversation is None
+        if example.conversation is None
     ]
     encoded = iter(encode(tokenizer, [text for pair in pairs for text in pair]) if pairs else ())
     for example in batch:
-        if example.ids is not None:
-            yield Row(np.asarray(example.ids, dtype=np.uint32), np.ones(len(example.ids), dtype=bool), "", "")
-        elif example.conversation is not None and chat is not None:
+        if example.conversation is not None and chat is not None:
             try:
                 yield chat.encode(example.conversation, max_tokens)
             except MaskError as error:

@@ -8,13 +8,12 @@ import codecs
 import csv
 import datetime
 import decimal
-import io
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import open_plain_file, parse_json
@@ -30,34 +29,13 @@ KIND_BY_SUFFIX = {
     ".arrow": "Arrow",
     **dict.fromkeys((".txt", ".text"), "text"),
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of the kinds that are text
 MAX_LINE_BYTES = 16 * 2**20  # a line is read as a whole, so this bounds memory
 BATCH_RECORDS = 1000  # records of an Arrow table that are Python objects at a time
 
 
 def file_kind(file: Path) -> str | None:
-    """The kind of a file by its ending, None where it is not known; only text may be compressed."""
-    if file.suffix.lower() in COMPRESSIONS:
-        kind = KIND_BY_SUFFIX.get(file.with_suffix("").suffix.lower())
-        return None if kind in ("Parquet", "Arrow") else kind
+    """The kind of a file by its ending, None where it is not known."""
     return KIND_BY_SUFFIX.get(file.suffix.lower())
-
-
-def open_bytes(file: Path) -> BinaryIO:
-    """The bytes of a file, decompressed where its name says that it is compressed."""
-    if (compression := COMPRESSIONS.get(file.suffix.lower())) is None:
-        return open_plain_file(file)
-    import pyarrow
-
-    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(open_plain_file(file), compression=compression)))
-
-
-def read_error(file: Path, where: str, error: Exception) -> UserError:
-    """What a library says of a file that it cannot read or decompress, in one line with the remedy."""
-    if isinstance(error, OSError) and error.errno:
-        return UserError(f"{where}: cannot be read ({error.strerror})")
-    kind = file.suffix if file.suffix.lower() in COMPRESSIONS else file_kind(file)
-    return UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again")
 
 
 def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> Iterator[PlacedRecord]:
@@ -67,10 +45,10 @@ def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> I
         if kind in ("Parquet", "Arrow"):
             yield from _read_arrow(file, str(kind), where, columns)
             return
-        with open_bytes(file) as stream:
+        with open_plain_file(file) as stream:
             if kind == "JSON":
-                with open_bytes(file) as beginning:
-                    is_list = beginning.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+                is_list = stream.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+                stream.seek(0)
                 yield from _read_json(stream, where, is_list=is_list)
             elif kind == "text":
                 for number, line in enumerate(_iter_lines(stream, where), start=1):
@@ -80,7 +58,9 @@ def read_file(file: Path, where: str, columns: Sequence[str] | None = None) -> I
     except UserError:
         raise
     except Exception as error:  # Arrow raises many kinds, OverflowError for a date beyond Python's years
-        raise read_error(file, where, error) from error
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again") from error
 
 
 def _decode(content: bytes, where: str, line: int = 1) -> str:
@@ -173,11 +153,6 @@ def _read_arrow(file: Path, kind: str, where: str, columns: Sequence[str] | None
             batches = reader = pyarrow.ipc.open_stream(pyarrow.OSFile(str(file)))
         names = reader.schema.names
     _refuse_doubled_columns(names, where)
-    yield from iter_batches(batches, columns)
-
-
-def iter_batches(batches: Iterable[Any], columns: Sequence[str] | None = None) -> Iterator[PlacedRecord]:
-    """The rows of Arrow's tables or batches, with these `columns` only, as Python objects."""
     number = 0
     for batch in batches:
         if columns is not None:

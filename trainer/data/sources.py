@@ -1,4 +1,4 @@
-"""What `--data` and its relatives name (files, folders, data sets of the hub or saved ones, the demo) -> records."""
+"""What `--data` and its relatives name (files, folders, data sets of the hub, the demo) -> records."""
 
 import glob
 import os
@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL
 from trainer.config.errors import UserError
@@ -14,17 +13,14 @@ from trainer.config.files import name_val_sets, split_weights
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub
 from trainer.data.formats import FORMATS, RecordFormat
-from trainer.data.readers import BATCH_RECORDS, Record, file_kind, iter_batches, read_file
+from trainer.data.readers import Record, file_kind, read_file
 
 #: The embedded events, and text that the embedded base was not trained on.
 DEMO_FILES = {
     DEMO_DATA: Path(__file__).parent / "demo" / "acled-demo.csv",
     DEMO_MODEL: Path(__file__).parent / "demo" / "retained.jsonl",
 }
-ACCEPTED_FILES = (
-    "a CSV, TSV, JSONL, Parquet, Arrow or text file "
-    "(.csv .tsv .jsonl .json .parquet .arrow .txt; text also .gz or .zst)"
-)
+ACCEPTED_FILES = "a CSV, TSV, JSONL, Parquet, Arrow or text file (.csv .tsv .jsonl .json .parquet .arrow .txt)"
 HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.+-]+))?")  # NAMESPACE/NAME or NAME, and :CONFIGURATION
 #: The words that the hub's layout knows.
 SPLIT_BY_WORD = {
@@ -43,12 +39,12 @@ SPLITS_BY_FLAG = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Records of one split, in files of one kind or in a data set of `datasets`."""
+    """Records of one split, in files of one kind."""
 
     flag: str
     spec: str
-    files: tuple[Path, ...] = ()
-    dataset: Any = None
+    files: tuple[Path, ...]
+    names_files: bool = True  #: whether its files are known to the user: not those of the demo and of the hub
     split: str = "train"  #: "train", "val", "val-NAME", "test" or "retain"
     notices: tuple[str, ...] = ()  #: which files became what, and what was left out
     heartbeat: Callable[[], None] = lambda: None  #: called at each record, as the ranks that wait need to know
@@ -60,14 +56,11 @@ class Source:
     max_records: int = -1  #: that are read, all where it is negative
     fractions: tuple[float, float] = (0.0, 0.0)  #: of validation and test that are split off the training source
 
-    def identity(self) -> list[Any]:
-        """What decides its records, of any value that JSON can hold."""
-        contents = [self.hashes, getattr(self.dataset, "_fingerprint", None)]
-        return [self.split, self.record_format.name, *contents, self.notices, self.share]
-
     def locate(self, file: Path | None = None) -> str:
         """A file of it, or all of it, as a user would look it up."""
-        return str(self.spec if file is None or file in DEMO_FILES.values() else file)
+        if file is None or (not self.names_files and len(self.files) == 1):
+            return self.spec
+        return str(file) if self.names_files else f"{self.spec}, {file.name}"
 
     def where(self, file: Path | None = None) -> str:
         return f"{self.flag} {self.locate(file)}"
@@ -77,12 +70,6 @@ class Source:
 
         UserError names file and place of what cannot be read.
         """
-        if self.dataset is not None:
-            batches = self.dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS)
-            for place, record in iter_batches(batches, columns):
-                self.heartbeat()
-                yield f"{self.locate()}, {place}", record
-            return
         for file in self.files:
             for place, record in read_file(file, self.where(file), columns):
                 self.heartbeat()
@@ -91,7 +78,7 @@ class Source:
     def first_record(self) -> Record:
         for _, record in self.records():
             return record
-        raise UserError(f"{self.where(next(iter(self.files), None))}: holds no record; expected at least one")
+        raise UserError(f"{self.where(self.files[0])}: holds no record; expected at least one")
 
 
 def find_sources(settings: DataSettings) -> list[Source]:
@@ -131,7 +118,7 @@ def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
 
 
 def _describe(source: Source, split: str) -> str:
-    if source.dataset is not None:
+    if not source.names_files:
         return f"split {split}"
     root = Path(source.spec)
     names = [str(file.relative_to(root) if root.is_dir() else file) for file in source.files[:3]]
@@ -142,10 +129,9 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source} of what a flag names; "" for what is named for no split."""
     path = Path(spec)
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
-        return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],))}
-    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if is_saved or not (path.exists() or glob.has_magic(spec)):
-        return _load_dataset(spec, flag, is_saved)
+        return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],), names_files=False)}
+    if not (path.exists() or glob.has_magic(spec)):
+        return _find_hub_splits(spec, flag)
     root = path
     if path.is_dir():
         paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
@@ -176,25 +162,17 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     return splits
 
 
-def _load_dataset(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
+def _find_hub_splits(spec: str, flag: str) -> dict[str, Source]:
     hub_id = HUB_ID.fullmatch(spec)
-    if is_saved:
-        loaded = hf_hub.load_saved_dataset(Path(spec), flag)
-    elif hub_id is not None and file_kind(Path(spec)) is None:
-        loaded = hf_hub.load_hub_dataset(flag, *hub_id.groups())
-    else:
+    if hub_id is None or file_kind(Path(spec)) is not None:
         raise UserError(
             f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, a hub id, or "
             "several with weights: A=0.7 B=0.3"
         )
+    splits = hf_hub.download_dataset(flag, *hub_id.groups())
     return {
-        SPLIT_BY_WORD.get(name, name): Source(
-            flag=flag,
-            spec=spec,
-            dataset=dataset,
-            files=tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files})),
-        )
-        for name, dataset in loaded.items()
+        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)
+        for name, files in splits.items()
     }
 
 

@@ -149,9 +149,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
 
 
 def count_target_bytes(tokenizer: Any, dataset: "TokenDataset") -> list[int]:
-    """UTF-8 bytes of the targets of each row; the token that ends a text has none; all are 0 without a tokenizer."""
-    if tokenizer is None:
-        return [0] * len(dataset)
+    """UTF-8 bytes of the targets of each row; the token that ends a text has none."""
     bytes_by_id = _byte_level_lengths(tokenizer)
     counts = []
     for i in range(len(dataset)):

@@ -1,7 +1,7 @@
 """Which evaluation records are not new: equal to earlier records, near copies of one, or with the prompt of one.
 
 Blanks, case and invisible characters do not tell two apart. A near copy shares 0.8 or more of its shingles of 13 tokens
-(words, punctuation marks, single Chinese and Japanese characters, or token ids) with one earlier record. Shingles that
+(words, punctuation marks, single Chinese and Japanese characters) with one earlier record. Shingles that
 a tenth of the training records have are a template's, not a record's, and do not count; nor do system messages.
 """
 
@@ -114,13 +114,11 @@ def _number(split: str) -> int:
 
 
 def _content_hash(example: Example) -> int:
-    return content_hash(example.content() if example.ids is not None else normalise(example.text()))
+    return content_hash(normalise(example.text()))
 
 
 def _hash_tokens(example: Example) -> Hashes:
-    """A hash of each token of its text, or its ids; uint64 [tokens]."""
-    if example.ids is not None:
-        return np.asarray(example.ids, dtype=np.uint64)
+    """A hash of each token of its text, uint64 [tokens]."""
     tokens = TOKEN.findall(normalise(example.text(with_system=False)))
     return np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens)).view(np.uint64)
 

@@ -122,8 +122,7 @@ def export_checkpoint(
             save_plain_model(folder, module, state_dict, dtype)
         else:
             save_adapter(folder, model, state_dict, base, dtype)
-        if data_info["tokenizer"] is not None:
-            save_tokenizer(folder, settings.model.model, data_info.get("chat_template"), module.generation_config)
+        save_tokenizer(folder, settings.model.model, data_info.get("chat_template"), module.generation_config)
         del model, module, state_dict  # their memory is for the one that is loaded now
         result = verify.verify_folder(
             folder,

@@ -77,9 +77,8 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
     reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
     for name, path in COMPARABILITY_KEYS.items():
         values = a.get(path), b.get(path)
-        if values[0] != values[1]:  # rows that came as token ids have no tokenizer
-            unequal = "one came as token ids" if None in values else " against ".join(map(_shorten, values))
-            reasons.append(f"other {name} ({unequal})")
+        if values[0] != values[1]:
+            reasons.append(f"other {name} ({' against '.join(map(_shorten, values))})")
     return reasons
 
 

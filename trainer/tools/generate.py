@@ -39,8 +39,6 @@ def generate(args: argparse.Namespace) -> int:
     fingerprints = set()
     for folder, metadata, name in zip(args.runs, all_metadata, names, strict=True):
         data, base, settings = metadata["data"], metadata["model"], Settings.from_dict(metadata["settings"])
-        if data["tokenizer"] is None:
-            raise UserError(f"{folder}: trained on token ids; expected a run on text")
         if any(data.get(key) != all_metadata[0]["data"].get(key) for key in ("tokenizer", "chat_template")):
             raise UserError(
                 f"{folder}: has another tokenizer or chat template than {args.runs[0]}; expected runs with the same"

@@ -74,7 +74,7 @@ class GenerationEvaluator:
         self.base_completions: list[str] = []  #: of the model before the first step, where they are known
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
-        if not settings.output.num_samples or data.metadata["tokenizer"] is None:
+        if not settings.output.num_samples:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
         self.end_token_ids = end_token_ids(self.tokenizer, data.metadata.get("chat_template"))
@@ -166,9 +166,7 @@ def check_test_records(settings: Settings, data: PreparedDataset) -> None:
     output, form = settings.output, data.metadata["form"]
     if not output.score or output.export == "none":  # then no test record is looked at
         return
-    if data.metadata["tokenizer"] is None:
-        problem = "the data are token ids; expected records of text"
-    elif not len(data.test):
+    if not len(data.test):
         problem = "there are no test records; expected --test-data, or --test-fraction 0.1"
     elif data.metadata["objective"] == "blocks":
         problem = "the test records are joined into blocks; expected --objective completion"

@@ -176,6 +176,6 @@ class Recorder:
         commands = [f"python launch/export.py {folder} --push NAMESPACE/NAME"]
         if (other / METRICS_FILE).exists():
             commands.insert(0, f"python launch/compare.py {runs}")
-        elif self.plan.data_info["tokenizer"] is not None:
+        else:
             commands.insert(0, f"python launch/generate.py {folder}")
         return [*lines, ("next", "\n".join(commands))]

@@ -123,7 +123,7 @@ class RunPlan:
         lr_shape = describe_schedule(
             settings.train.schedule, min_lr=settings.train.min_lr, warmup_steps=schedule.num_warmup_steps
         )
-        example, words = data_info["example"], to_argv(settings, {})[4:]  # behind mode and preset
+        words = to_argv(settings, {})[4:]  # behind mode and preset
         run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
@@ -139,7 +139,7 @@ class RunPlan:
             ("validation", describe_split("val")),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("objective", OBJECTIVES[data_info["objective"]]),
-            ("example", f"{example} (⟦ ⟧ around target tokens)" if example else "token ids"),
+            ("example", f"{data_info['example']} (⟦ ⟧ around target tokens)"),
         ]
         for part in data_info["mixture"]:
             passes = part["share"] * train["examples"] / part["examples"]

@@ -13,12 +13,10 @@ from trainer.data.formats import FORMATS
 from trainer.data.prepare import check_records, iter_examples, open_source
 from trainer.data.sources import find_sources
 
-NAMES = st.sampled_from(
-    ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.csv.gz", "a.txt.zst"]
-)
+NAMES = st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow"])
 #: Bytes that mean something to one of the readers, in any order, among any others.
 WORDS = [*b'\\u \\ud800 messages "text" 1e999 NaN null PAR1 ARROW1'.split(), b"9" * 5000, b"[" * 3000]
-CHARACTERS = [b"\r\n", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x1b]0;x\x07", *(bytes([c]) for c in b'",\t\n\r{}[]:\xff\0')]
+CHARACTERS = [b"\r\n", b"\xef\xbb\xbf", b"\x1b]0;x\x07", *(bytes([c]) for c in b'",\t\n\r{}[]:\xff\0')]
 BYTES = st.lists(st.sampled_from([*WORDS, *CHARACTERS]) | st.binary(max_size=6), max_size=24).map(b"".join)
 KEYS = ["role", "content", "from", "value", "tool_calls"]
 OTHER_COLUMNS = ["input", "notes", "event_date", "fatalities", "tools", "system"]
@@ -46,7 +44,7 @@ def read_or_refuse(name, content, options):
         try:
             sources = [open_source(source, settings, (0.1, 0.0)) for source in find_sources(settings)]
             check_records(settings, sources)
-            assert all(example is None or example.content() or example.ids for example in iter_examples(sources[0]))
+            assert all(example is None or example.content() for example in iter_examples(sources[0]))
         except UserError as error:
             refusal = str(error)
         assert "\n" not in refusal

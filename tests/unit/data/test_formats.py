@@ -1,4 +1,4 @@
-"""One record becomes prompt and completion: templates, ACLED exports of every kind, a text column, token ids."""
+"""One record becomes prompt and completion: templates, ACLED exports of every kind, a text column."""
 
 import datetime
 import subprocess
@@ -122,11 +122,10 @@ def test_spellings_of_a_field_become_one_and_an_unknown_one_stays_as_it_is(field
     assert format_field(field, value) == expected
 
 
-def test_templates_go_before_token_ids_before_acled_before_text():
-    record = {"input_ids": [1], "text": "a", **NEW_EXPORT}
+def test_templates_go_before_acled_before_text():
+    record = {"text": "a", **NEW_EXPORT}
     assert choose(record, completion="{notes}").name == "template"
-    assert choose(record).name == "input_ids"
-    assert choose({"text": "a", **NEW_EXPORT}).name == "acled"
+    assert choose(record).name == "acled"
     assert render({"text": " a\n", "other": 1}) == ("", " a\n")
     by_template = choose(record, prompt="{text}", completion="{notes}")  # as the same data in named columns
     assert by_template.objectives[0] == choose({"prompt": "a", "completion": "b"}).objectives[0] == "completion"
@@ -147,7 +146,7 @@ def test_templates_go_before_token_ids_before_acled_before_text():
         ("mr", {"completion": "done"}, r"--completion 'done': has no \{column\}; expected one of mr"),
         ("mr ref", {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
         ("prompt chosen rejected", {}, r"`chosen` and `rejected` are not trained on"),
-        ("input_ids", {"objective": "completion"}, "--objective completion needs .*--completion"),
+        ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),
         ("messages", {"objective": "blocks"}, "--objective blocks needs another format than messages"),
         ("mr ref", {"format": "alpaca"}, "--format alpaca: d.csv has no column instruction and output"),
     ],
@@ -162,7 +161,6 @@ def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(column
     [
         ({"prompt": "a", "completion": " b", "label": False}, "'label' says whether the completion is wanted"),
         ({**NEW_EXPORT, "notes": None}, "column 'notes' is null or empty"),
-        *(({"input_ids": ids}, "column 'input_ids'") for ids in ("1 2", [], [1, None], [-1], [True], [2**31])),
     ],
 )
 def test_a_record_that_its_format_cannot_use_is_refused_by_its_column(record, problem):

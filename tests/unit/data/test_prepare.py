@@ -80,23 +80,6 @@ def test_every_format_gives_the_same_tokens(tmp_path, prepare_file):
     assert len({fact["fingerprint"] for fact in facts}) == 1
 
 
-def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tmp_path, prepare_file):
-    rows = [{"input_ids": list(range(i, i + 16)), "labels": [-100] * 16} for i in range(60)]
-    prepared, same = (
-        prepare_file(write_records(tmp_path / name, rows), model="nobody-has-this", block_size=16)
-        for name in ("a.jsonl", "a.parquet")
-    )
-    assert (prepared.metadata["tokenizer"], prepared.metadata["vocabulary"]) == (None, 75)
-    both = [side.row(i).tolist() for side in (prepared.train, prepared.val) for i in range(len(side))]
-    assert sorted(both) == [row["input_ids"] for row in rows]  # no end-of-text token is put between them
-    assert same.metadata["fingerprint"] == prepared.metadata["fingerprint"]
-    for largest, dtype in ((65_535, np.uint16), (65_536, np.uint32)):
-        rows = [{"input_ids": [i, largest]} for i in range(60)]
-        train = prepare_file(write_records(tmp_path / "b.jsonl", rows), block_size=2).train
-        assert train.ids.dtype == dtype
-        assert train.row(0)[1] == largest
-
-
 # --- what leaves no row ---
 
 

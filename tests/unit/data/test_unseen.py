@@ -46,10 +46,6 @@ def chats(pairs, last="Yes.", system=LONG):
     ]
 
 
-def ids(pairs):
-    return [{"input_ids": [int(word) for word in pair["completion"].split()]} for pair in pairs]
-
-
 NEW_PROMPTS = edit(TRAIN, "prompt", "x{}".format)
 COPIES, PROMPTS = "equal to training records", "with the prompt of training records"
 NEAR, NEW = "near copies of training records", ""
@@ -88,7 +84,6 @@ NEAR, NEW = "near copies of training records", ""
         ({"train": chats(TRAIN), "test": chats(OTHERS)}, NEW),
         ({"train": chats(TRAIN), "test": chats(TRAIN, last="No.")}, NEAR),
         ({"train": chats(TRAIN), "test": chats(edit(TRAIN, "completion", str), last=LONG)}, PROMPTS),
-        ({"train": ids(TRAIN), "test": ids(edit(TRAIN, "completion", "7 {}".format))}, NEAR),
         (
             {
                 "train": [
