@@ -5,27 +5,25 @@ Blanks, case and invisible characters do not tell two apart. A near copy shares 
 a tenth of the training records have are a template's, not a record's, and do not count; nor do system messages.
 """
 
+import math
 import re
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.text import list_some
-from trainer.data.dataset import SPLITS, Int64
+from trainer.data.dataset import SPLITS
 from trainer.data.formats import Example, content_hash
 
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 EARLIER_SPLITS = {"val": ("train",), "test": ("train", "val"), "retain": ("train", "val", "test")}
 SHINGLE_TOKENS, NEAR_COPY_SHARE = 13, 0.8
 TEMPLATE_SHARE, MIN_TEMPLATE_RECORDS = 0.1, 10  # of the distinct training records that have a shingle
-BATCH_RECORDS = 500  # whose shingles are looked up at a time
 MAX_PLACES = 10  # that a message names
-TABLE_BITS = 22  # of a shingle's hash, by which most are known to be of no evaluation record
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
 TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 #: Powers of an odd number, by which the hashes of a shingle's tokens are added up modulo 2^64.
@@ -132,17 +130,9 @@ def _iter_distinct(examples: Iterable[Example]) -> Iterator[tuple[int, str, Hash
             yield _number(example.split), example.where, _hash_tokens(example)
 
 
-def _shingles(records: Sequence[Hashes]) -> tuple[Int64, Hashes]:
-    """(number of the record, hash) of each shingle of the records, in order."""
-    owners = np.repeat(np.arange(len(records)), [len(tokens) for tokens in records])
-    num_windows = len(owners) - SHINGLE_TOKENS + 1
-    if num_windows <= 0:
-        return owners[:0], np.empty(0, dtype=np.uint64)
-    tokens, hashes = np.concatenate(records), np.zeros(num_windows, dtype=np.uint64)
-    for j, factor in enumerate(FACTORS):
-        hashes += tokens[j : j + num_windows] * factor
-    is_whole = owners[:num_windows] == owners[SHINGLE_TOKENS - 1 :]
-    return owners[:num_windows][is_whole], hashes[is_whole]
+def _shingles(tokens: Hashes) -> list[int]:
+    """The hashes of all runs of SHINGLE_TOKENS tokens."""
+    return np.correlate(tokens, FACTORS, "valid").tolist() if len(tokens) >= SHINGLE_TOKENS else []
 
 
 def find_near_copies(
@@ -153,58 +143,30 @@ def find_near_copies(
     `records`: (number of the split, tokens); `candidates` have a place, too. A shingle that more than `max_records`
     candidates of the training data (split 0) have does not count.
     """
-    owners, hashes = _shingles([tokens for _, tokens in records])
-    shingles, ids = np.unique(hashes, return_inverse=True)
-    if not len(shingles):
+    shingles_by_record = [set(_shingles(tokens)) for _, tokens in records]
+    known = set().union(*shingles_by_record)
+    if not known:
         return {}
-    splits, size = np.asarray([split for split, _ in records]), len(shingles)
-    is_known, shift = np.zeros(2**TABLE_BITS, dtype=bool), np.uint64(64 - TABLE_BITS)
-    is_known[shingles >> shift] = True
-    num_train, num_all = np.zeros((2, size), dtype=np.int64)  # candidates that have each shingle
-    found: list[tuple[Int64, list[str], Int64]] = []  # splits and places of candidates, and candidate * size + shingle
-    candidates = iter(candidates)
-    while batch := list(islice(candidates, BATCH_RECORDS)):
-        batch_splits = np.asarray([split for split, _, _ in batch])
-        candidate, hashes = _shingles([tokens for _, _, tokens in batch])
-        candidate, hashes = candidate[is_known[hashes >> shift]], hashes[is_known[hashes >> shift]]
-        shingle = np.minimum(np.searchsorted(shingles, hashes), size - 1)
-        is_same = shingles[shingle] == hashes
-        keys = np.unique(candidate[is_same] * size + shingle[is_same])
-        candidate, shingle = np.divmod(keys, size)
-        num_all += np.bincount(shingle, minlength=size)
-        num_train += np.bincount(shingle[batch_splits[candidate] == 0], minlength=size)
-        found.append((batch_splits, [place for _, place, _ in batch], keys[num_train[shingle] <= max_records]))
+    num_train, num_all = Counter[int](), Counter[int]()  # candidates that have each shingle
+    found: list[tuple[int, str, Hashes]] = []  # split, place and known shingles of candidates
+    for split, place, tokens in candidates:
+        if shared := known.intersection(_shingles(tokens)):
+            num_all.update(shared)
+            num_train.update(shared if split == 0 else ())
+            rare = [shingle for shingle in shared if num_train[shingle] <= max_records]
+            found.append((split, place, np.array(rare, dtype=np.uint64)))  # a fifth of the memory of a set
 
-    owners, ids = np.divmod(np.unique(owners * size + ids), size)
-    owners, ids = owners[num_train[ids] <= max_records], ids[num_train[ids] <= max_records]
-    rarest_first = np.lexsort((num_all[ids], owners))
-    owners, ids = owners[rarest_first], ids[rarest_first]
-    num_ids = np.bincount(owners, minlength=len(records))
-    first_id = np.cumsum(num_ids) - num_ids
     # Who shares so many of a record's shingles has at least one of the others and one more: the rarest are looked up.
-    least_shared = np.ceil(NEAR_COPY_SHARE * num_ids - 1e-9).astype(np.int64)
-    is_rare = np.arange(len(ids)) - first_id[owners] <= (num_ids - least_shared)[owners]
-    rare_owners, rare_ids = owners[is_rare], ids[is_rare]
-    by_id = np.argsort(rare_ids, kind="stable")
-    num_owners = np.bincount(rare_ids, minlength=size)
-    first_owner, owners_by_id = np.cumsum(num_owners) - num_owners, rare_owners[by_id]
+    least_shared, records_by_shingle = [], dict[int, list[int]]()
+    for number, shingles in enumerate(shingles_by_record):
+        shingles -= {shingle for shingle in shingles if num_train[shingle] > max_records}
+        least_shared.append(math.ceil(NEAR_COPY_SHARE * len(shingles) - 1e-9))
+        for shingle in sorted(shingles, key=num_all.__getitem__)[: len(shingles) - least_shared[-1] + 1]:
+            records_by_shingle.setdefault(shingle, []).append(number)
     near_copies: dict[int, tuple[int, str]] = {}
-    for batch_splits, places, keys in found:
-        candidate, shingle = np.divmod(keys, size)
-        which, positions = _ranges(first_owner[shingle], num_owners[shingle])
-        pairs = np.unique(candidate[which] * len(records) + owners_by_id[positions])
-        candidate, record = np.divmod(pairs, len(records))
-        is_earlier = batch_splits[candidate] < splits[record]
-        candidate, record = candidate[is_earlier], record[is_earlier]
-        which, positions = _ranges(first_id[record], num_ids[record])
-        is_shared = np.isin(candidate[which] * size + ids[positions], keys)
-        is_near = np.bincount(which[is_shared], minlength=len(record)) >= least_shared[record]
-        for place, number in zip(candidate[is_near].tolist(), record[is_near].tolist(), strict=True):
-            near_copies.setdefault(number, (int(batch_splits[place]), places[place]))
+    for split, place, shared_shingles in found:
+        shared = set(shared_shingles.tolist())
+        for number in {number for shingle in shared for number in records_by_shingle.get(shingle, ())}:
+            if split < records[number][0] and len(shingles_by_record[number] & shared) >= least_shared[number]:
+                near_copies.setdefault(number, (split, place))
     return near_copies
-
-
-def _ranges(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
-    """(which range, number) of all numbers start, start + 1, ... of ranges of such lengths."""
-    which = np.repeat(np.arange(len(starts)), lengths)
-    return which, np.arange(len(which)) - (np.cumsum(lengths) - lengths - starts)[which]
