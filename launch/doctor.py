@@ -17,7 +17,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
-        "       doctor.py --check-run RUN [--move-aside] [--json]\n"
+        "       doctor.py --check-run RUN\n"
         "       doctor.py --upload RUN",
         description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
         "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
@@ -28,17 +28,12 @@ def build_parser() -> ArgumentParser:
     memory_help = "plan for GPUs with so much memory, which this machine need not have"
     prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
     prove_help += "PyTorch loop on this machine; writes prove.json to the run folder"
-    limit_help = "give the rehearsal or the proof up after so long (default: 600)"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
     add("--gpu-memory", type=number(0.1, 1e6), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
-    add("--json", action="store_true", help="print one JSON object instead")
-    add("--no-rehearsal", action="store_true", help="leave out the rehearsal")
-    add("--limit", type=number(1), default=600.0, metavar="SECONDS", help=limit_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
-    add("--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged")
     return parser
 
 
@@ -52,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         prepare_libraries()
         from trainer.tools.doctor.run_checks import run_check
 
-        return run_check(args.check_run, as_json=args.json, should_move=args.move_aside)
+        return run_check(args.check_run)
     if args.upload is not None:
         from trainer.tracking.wandb_logger import upload_run
 
@@ -64,14 +59,8 @@ def main(argv: Sequence[str]) -> int:
     prepare_libraries()
     from trainer.tools.doctor.doctor import run_doctor
 
-    return run_doctor(
-        cli_args,
-        world_size=args.ranks,
-        gpu_memory_bytes=None if args.gpu_memory is None else int(args.gpu_memory * 2**30),
-        as_json=args.json,
-        limit_seconds=None if args.no_rehearsal and not args.prove else args.limit,
-        proves=args.prove,
-    )
+    gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
+    return run_doctor(cli_args, world_size=args.ranks, gpu_memory_bytes=gpu_memory_bytes, proves=args.prove)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ from helpers.process_groups import (
     run_to_error,
 )
 
-from trainer.tools.doctor.run_checks import inspect_run, move_aside
-
 
 def copy_until_step_4(finished_run: Path, out: Path) -> Path:
     """A copy of the run as it was after step 4."""
@@ -114,12 +112,12 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     evaluations, damaged = out / "eval_records", "step-000000-val.parquet"
     (evaluations / damaged).write_bytes((evaluations / damaged).read_bytes()[:-20])
     changed = run_to_error([*argv, "--resume"], out=out)
-    move_aside(out, inspect_run(out).damaged)
+    (evaluations / damaged).rename(tmp_path / "damaged")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     gone = run_to_error([*argv, "--resume"], out=out)
     unreadable = f"{evaluations}: {damaged}: not whole records of an evaluation"
     missing = f"{evaluations} is not as it was when step-000004 was saved: it has 1 evaluations where 2 were written"
-    for line, reason, remedy in ((changed, unreadable, "--move-aside"), (gone, missing, "--allow-change records")):
+    for line, reason, remedy in ((changed, unreadable, "move it out"), (gone, missing, "--allow-change records")):
         assert reason in line
         assert remedy in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

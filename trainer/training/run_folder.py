@@ -155,8 +155,7 @@ def refuse_unreadable(path: Path) -> None:
     except (OSError, ValueError) as error:
         problem = str(error).removeprefix(str(path)).lstrip(":, ")
     if problem:
-        remedy = f"restore it, or have `python launch/doctor.py --check-run {path.parent} --move-aside` put it aside"
-        raise UserError(f"--resume: {path}: {problem}; {remedy}")
+        raise UserError(f"--resume: {path}: {problem}; restore it, or move it out of the folder")
 
 
 def find_resume_source(folder: Path, which: str, *, base: str, allows_records: bool) -> tuple[Checkpoint | None, str]:

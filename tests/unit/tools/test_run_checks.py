@@ -160,24 +160,6 @@ def test_damage_is_named_with_what_is_still_possible(run, damage, name, message,
     assert (use == resume) if resume.startswith("from ") else (resume in use)
 
 
-def test_what_is_damaged_is_moved_aside_and_never_deleted(run):
-    truncate_state(run)
-    break_row(run)
-    (run / ".model.77.tmp").mkdir()
-    content = (run / "metrics.jsonl").read_bytes()
-    state = (run / "checkpoints/step-000006/state.safetensors").read_bytes()
-    assert run_check(run, should_move=True) == 1
-    assert (run / "damaged/metrics.jsonl.1").read_bytes() == content
-    assert (run / "damaged/step-000006.1/state.safetensors").read_bytes() == state
-    assert (run / "damaged/model.77.tmp.1").is_dir()
-    assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 7
-    assert uses(run)["resume"] == "from step-000003"
-    assert errors(run) == {}
-    break_row(run)
-    run_check(run, should_move=True)
-    assert (run / "damaged/metrics.jsonl.2").exists(), "what was moved before stays"
-
-
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--check-run .*missing: no such folder"):
         inspect_run(tmp_path / "missing")
@@ -189,7 +171,7 @@ DAMAGE = st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size
 
 @many_inputs(50)
 def test_no_damage_to_any_file_ends_in_a_traceback_or_loses_a_byte(whole_run, tmp_path, num_inputs, capsys):
-    """Also what reads the checkpoints alone; whatever stood in a file still stands in one after it was moved aside."""
+    """Also what reads the checkpoints alone."""
     files = sorted(path.relative_to(whole_run) for path in whole_run.rglob("*") if path.is_file())
 
     def check(damages):
@@ -202,7 +184,7 @@ def test_no_damage_to_any_file_ends_in_a_traceback_or_loses_a_byte(whole_run, tm
         contents = {path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with contextlib.suppress(UserError):
             checkpoint.resolve_checkpoint(folder / "checkpoints", "latest")
-        run_check(folder, as_json=True, should_move=True)
+        run_check(folder)
         assert contents <= {path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         capsys.readouterr()
         shutil.rmtree(folder)

@@ -1,6 +1,5 @@
-"""`launch/doctor.py`: all checks in order, printed or as JSON, then the run itself in small, or the proof."""
+"""`launch/doctor.py`: all checks in order, then the run itself in small, or the proof."""
 
-import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,18 @@ from trainer.config.errors import UserError
 from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.report.run_data import read_folder
-from trainer.tools.doctor import checks
-from trainer.tools.doctor.checks import ERROR, LEVELS, OK, WARNING, Check, format_bytes, judge
+from trainer.tools.doctor.checks import (
+    ERROR,
+    LEVELS,
+    OK,
+    WARNING,
+    Check,
+    build_memory_table,
+    check_gpus,
+    check_memory,
+    format_bytes,
+    judge,
+)
 from trainer.tools.doctor.prove import prove
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
 from trainer.tools.trial_engine import FINDER_FILES, plan_run
@@ -26,38 +35,28 @@ from trainer.training.run_plan import RunPlan
 
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 NUM_STEPS = 2  # of a rehearsal before the checkpoint and after it, beside those before CUDA graphs are recorded
-STOP_SECONDS = 10  # that a run gets to end its ranks
 CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
 
 
 def run_doctor(
-    cli_args: CliArgs,
-    *,
-    world_size: int | None,
-    gpu_memory_bytes: int | None = None,
-    as_json: bool,
-    limit_seconds: float | None,
-    proves: bool = False,
+    cli_args: CliArgs, *, world_size: int | None, gpu_memory_bytes: int | None = None, proves: bool = False
 ) -> int:
     """All sections; 0, or 1 where there was an error.
 
-    `world_size`: ranks that the run will have (None: one for each GPU of this machine); `limit_seconds`: of the
-    rehearsal (None: there is none). `proves`: in the place of the rehearsal every ZeRO stage and way to run steps is
-    held against a plain loop.
+    `world_size`: ranks that the run will have (None: one for each GPU of this machine). `proves`: in the place of the
+    rehearsal every ZeRO stage and way to run steps is held against a plain loop.
 
     For GPUs that are planned for and not here, what this machine has is not looked at.
     """
     dist_context = simulated_context(world_size or max(1, torch.cuda.device_count()), gpu_memory_bytes=gpu_memory_bytes)
-    console = None if as_json else make_console()
-    all_checks: list[dict[str, str]] = []
+    console, counts = make_console(), dict.fromkeys(LEVELS, 0)
 
     def print_line(line: str) -> None:
-        if console is not None:
-            console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
-    def add(title: str, check: Check) -> None:
-        all_checks.append({"section": title, **check._asdict()})
+    def add(check: Check) -> None:
+        counts[check.level] += 1
         colour = COLOURS[check.level]
         print_line(f"  [{colour}]{check.level:<8}[/{colour}] {check.name:<13} {escape(check.message)}")
         if check.remedy:
@@ -67,37 +66,29 @@ def run_doctor(
         print_line(f"\n[bold]{title}[/bold]")
         try:
             for check in results:
-                add(title, check)
+                add(check)
         except UserError as error:
             message, _, remedy = str(error).partition("; ")
-            add(title, Check(ERROR, title, message, remedy))
+            add(Check(ERROR, title, message, remedy))
 
     run: dict[str, Any] = {}  # plan and data, once the settings have passed
-    memory_table: list[dict[str, Any]] = []
     if gpu_memory_bytes is None:
-        add_section("environment", checks.check_environment(dist_context.world_size))
+        add_section("environment", [check_gpus(dist_context.world_size)])
     add_section("run", _resolve_run(cli_args, dist_context, run))
     if run:
         plan, data = run["plan"], run["data"]
-        add_section("data", checks.check_data(data))
-        memory_table = checks.build_memory_table(plan, int(data.train.lengths().max()))
-        add_section("memory, counted", checks.check_memory(plan, memory_table))
+        memory_table = build_memory_table(plan, int(data.train.lengths().max()))
+        add_section("memory, counted", [check_memory(plan, memory_table)])
         print_line("\n  per rank       " + " ".join(f"{name:>11}" for name in MEMORY_COLUMNS))
         for row in memory_table:
             cells = " ".join(f"{format_bytes(row[name]):>11}" for name in MEMORY_COLUMNS)
             notes = f"  {format_bytes(row['host'])} of the host's" if row["host"] else ""
             notes += "  does not fit" * (not row["fits"]) + "  <- chosen" * row["chosen"]
             print_line(f"  {row['ds_config']:<14} {cells}{notes}")
-        if limit_seconds is not None and gpu_memory_bytes is None:
-            if proves:
-                add_section(f"proof in {plan.precision}", prove(plan, data, limit_seconds))
-            elif next(row for row in memory_table if row["chosen"])["fits"]:
-                add_section("rehearsal", rehearse(cli_args, plan, limit_seconds))
-    counts = {level: sum(check["level"] == level for check in all_checks) for level in LEVELS}
-    if as_json:
-        summary = dict(run["plan"].summary_lines()) if run else None
-        content = {"format": 2, "plan": summary, "checks": all_checks, "memory": memory_table}
-        print(json.dumps({**content, **counts}, indent=1))
+        if proves:
+            add_section(f"proof in {plan.precision}", prove(plan, data))
+        elif gpu_memory_bytes is None and next(row for row in memory_table if row["chosen"])["fits"]:
+            add_section("rehearsal", rehearse(cli_args, plan))
     print_line("\n{ok} ok, {warning} warnings, {error} errors".format(**counts))
     return int(counts[ERROR] > 0)
 
@@ -113,10 +104,10 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
         yield Check(WARNING if name == "warning" else OK, name, text)
 
 
-def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float) -> Iterator[Check]:
+def rehearse(cli_args: CliArgs, plan: RunPlan) -> Iterator[Check]:
     """launch/train.py twice with the user's flags, on the disk of the run folder: a few steps, saved half way, then
     resumed from there, which must give the same losses."""
-    context, deadline = plan.dist_context, time.monotonic() + limit_seconds
+    context = plan.dist_context
     save_step = NUM_STEPS + (NUM_WARMUP_CALLS + 1 if plan.execution.cuda_graphs else 0)
     slot = Slot(gpus=(), num_threads=context.num_threads, num_cpu_ranks=context.world_size)
     if context.device.type == "cuda":
@@ -130,17 +121,10 @@ def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float) -> Iterator
         for name, more in (("rehearsal", []), ("resume", ["--resume", f"step-{save_step}"])):
             start_time = time.monotonic()
             process = start_run(slot, [*argv, *more], Path(temp))
-            process.join(max(1.0, deadline - start_time))
-            exit_code, seconds = process.exitcode, time.monotonic() - start_time
-            for stop in (process.terminate, process.kill):  # asked first, so that a launcher takes its ranks with it
-                stop()
-                process.join(STOP_SECONDS)
-            if exit_code is None:
-                remedy = "allow more time with --limit SECONDS, or leave it out with --no-rehearsal"
-                yield Check(WARNING, name, f"given up after {limit_seconds:.0f} s", remedy)
-                return
-            if exit_code:
-                reason = failure_reason(Path(temp, "log"), exit_code)
+            process.join()
+            seconds = time.monotonic() - start_time
+            if process.exitcode:
+                reason = failure_reason(Path(temp, "log"), process.exitcode)
                 yield Check(ERROR, name, f"failed: {reason}", "the run itself would fail like this")
                 return
             run = read_folder(Path(temp, "run"))

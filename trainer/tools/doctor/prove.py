@@ -44,14 +44,13 @@ PLAIN = "plain PyTorch"
 Row = dict[str, Any]
 
 
-def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterator[Check]:
-    """One check a row, as it is done, and the table in the run folder; `limit_seconds`: for all of them."""
+def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
+    """One check a row, as it is done, and the table in the run folder."""
     precision, context = plan.precision, plan.dist_context
     if precision not in WEIGHT_BOUNDS:
         raise UserError(
             f"--precision {precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
         )
-    deadline = time.monotonic() + limit_seconds
     num_first_steps = 0 if context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
     num_steps = min(num_first_steps + NUM_STEPS, plan.schedule.total_steps)
     settings, rows = proof_settings(plan.settings).as_dict(), []
@@ -60,9 +59,9 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
         def run(row: Row) -> Row:
             job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
             job |= {"reference": f"{scratch}/reference.pt", **row}
-            timeout_seconds = max(0.0, deadline - time.monotonic())
-            answers, exit_codes, reason = run_job(measure_row, job, row["world_size"], timeout_seconds=timeout_seconds)
-            problem = reason if exit_codes else "given up: the time is over (--limit SECONDS)"
+            timeout = plan.settings.engine.hang_timeout
+            answers, exit_codes, reason = run_job(measure_row, job, row["world_size"], timeout_seconds=timeout)
+            problem = reason if exit_codes else f"took over {timeout:g} s (--hang-timeout)"
             return row | (answers[0] if answers else {"problem": problem})
 
         reference = run({"ds_config": PLAIN, "world_size": 1, "execution": "eager"})
