@@ -122,7 +122,7 @@ import logging, os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from helpers.fake_runs import make_metadata, make_records
-from trainer.tracking import optional_loggers, wandb_logger
+from trainer.tracking import wandb_logger
 
 wandb_logger.INIT_TIMEOUT_SECONDS = wandb_logger.FINISH_TIMEOUT_SECONDS = 3
 
@@ -140,7 +140,7 @@ run = make_metadata("lora", wandb__mode=mode)
 records = make_records(run)
 previous = [record for record in records if record.step <= first] if first else None
 start = lambda: wandb_logger.start_wandb(run, Path("run"), previous_records=previous)
-sink = optional_loggers.OptionalLogger("W&B", start)
+sink = wandb_logger.OptionalLogger(start)
 for record in records:
     if first <= record.step <= last and not (first and record.step == first):
         sink.log(record)
@@ -369,15 +369,13 @@ def silent_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_a_wandb_server_that_never_answers_makes_the_run_offline(tmp_path: Path, silent_port: int) -> None:
+def test_a_wandb_server_that_never_answers_costs_a_line_and_little_time(tmp_path: Path, silent_port: int) -> None:
     began = time.monotonic()
     url = f"http://127.0.0.1:{silent_port}"
     exit_code, output = run_child(tmp_path, "online", WANDB_BASE_URL=url, WANDB_API_KEY=API_KEY)
     assert time.monotonic() - began < 45
-    assert (exit_code, output.count("\n")) == (0, 2)
-    assert "going on offline" in output
-    (file,) = run_files(tmp_path)
-    assert_history(read_history(file), RECORDS)
+    assert (exit_code, output.count("\n"), output.count("W&B failed (")) == (0, 1, 1)
+    assert "metrics.jsonl has every row, and launch/doctor.py --upload sends them later" in output
 
 
 @pytest.mark.slow
@@ -392,7 +390,7 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
             assert process.poll() is None
     out, err = process.communicate("go\n", timeout=60)  # the server is gone now
     assert (process.returncode, err) == (0, "")
-    assert "the server did not take everything in time; send the rest with `wandb sync run/wandb/run-" in out
+    assert out.count("W&B failed (") == 1
     (file,) = tmp_path.glob("run/wandb/run-*/run-*.wandb")
     assert_history(read_history(file), RECORDS)
 

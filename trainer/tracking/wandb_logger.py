@@ -26,7 +26,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.console import printed_lines
-from trainer.tracking.records import METRICS_FILE, EventRecord, Record, read_records
+from trainer.tracking.records import METRICS_FILE, EventRecord, Record, RecordLogger, read_records
 from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_keys import AXES, METRICS, wandb_config, wandb_row, wandb_summary
 
@@ -75,6 +75,12 @@ def wandb_mode(flag: str | None) -> str:
     names = (os.environ.get("WANDB_MODE", ""), _settings_entry("mode"), "online")
     mode = next(WANDB_MODES[name.lower()] for name in names if name.lower() in WANDB_MODES)
     return "offline" if mode == "online" and not is_logged_in() else mode
+
+
+def check_wandb(output: OutputSettings) -> None:
+    """UserError where W&B cannot be logged to as was asked for."""
+    wandb_mode(output.wandb)
+    should_send_model()
 
 
 def should_send_model() -> bool:
@@ -136,9 +142,8 @@ def start_wandb(
 ) -> "WandbLogger | None":
     """The logger of the run that `metadata` (run.json) describes, in the mode that it names; None where disabled.
 
-    A server that does not answer makes the run an offline one; any other trouble is raised, whatever it is. W&B's
-    variables count, except where a flag says otherwise. `previous_records`: of a run that is resumed; those that W&B
-    does not have are logged first.
+    Any trouble is raised, whatever it is. W&B's variables count, except where a flag says otherwise.
+    `previous_records`: of a run that is resumed; those that W&B does not have are logged first.
     """
     mode, run_id, is_resumed = metadata["wandb"]["mode"], metadata["run_id"], previous_records is not None
     if mode == "disabled":
@@ -147,15 +152,11 @@ def start_wandb(
         logger.warning(f"W&B: WANDB_RUN_ID {ignored} is ignored: --resume continues {run_id}")
     try:
         run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
-    except Exception as error:
-        if mode != "online" or isinstance(error, ImportError):
-            raise
-        logger.warning(f"W&B: no connection ({first_line(error)}); going on offline")
-        _teardown()  # the failed start still holds the id
-        mode = "offline"
-        run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
-    place = run.url if mode == "online" else f"offline, send it later with {_sync_command(run)}"
-    logger.info(f"W&B: {place}")
+    except Exception:
+        _teardown()
+        raise
+    offline = f"offline, send it later with `wandb sync {os.path.relpath(run.settings.sync_dir)}`"
+    logger.info(f"W&B: {run.url if mode == 'online' else offline}")
     last_step = run.step - 1  # of the server
     if mode == "offline" and is_resumed:
         last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), run_id)
@@ -235,6 +236,34 @@ def define_metrics(run: Any) -> None:
         run.define_metric(pattern, step_metric=next(iter(AXES)), summary=summary)
 
 
+class OptionalLogger:
+    """The logger that `start` makes (None: nothing to do). Its first failure is one line: it gets no more records, and
+    the exit code 1 at the end of the run."""
+
+    def __init__(self, start: Callable[[], RecordLogger | None]) -> None:
+        self._has_failed = False
+        self._logger: RecordLogger | None = self._attempt(start)
+
+    def log(self, record: Record) -> None:
+        if (active := self._logger) is not None and not self._has_failed:
+            self._attempt(lambda: active.log(record))
+
+    def close(self, exit_code: int) -> None:
+        """A second call does nothing."""
+        closing, self._logger = self._logger, None
+        if closing is not None:
+            self._attempt(lambda: closing.close(1 if self._has_failed else exit_code))
+
+    def _attempt(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # whatever happens in there, it must not cost the run
+            if not self._has_failed:
+                self._has_failed = True
+                sending = "metrics.jsonl has every row, and launch/doctor.py --upload sends them later"
+                logger.warning(f"W&B failed ({first_line(error)}); going on without it: {sending}")
+
+
 class WandbLogger:
     """Hands records to a wandb run, and raises what goes wrong with their numbers.
 
@@ -269,9 +298,6 @@ class WandbLogger:
         try:
             self._run.finish(exit_code=exit_code)
             _check_upload(self._run)
-        except TimeoutError:
-            command = _sync_command(self._run)
-            logger.warning(f"W&B: the server did not take everything in time; send the rest with {command}")
         except Exception:
             _teardown()
             raise
@@ -321,48 +347,14 @@ def _teardown() -> None:
         wandb.teardown()
 
 
-def _sync_command(run: Any) -> str:
-    return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
-
-
-# --- reading back ---
-
-
 def _last_step(folder: Path, run_id: str) -> int:
     """The last step that earlier processes logged under this id, read from their files; -1 without any."""
+    from wandb.util import get_core_path
+
     last_step = -1
-    for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
-        # Of a foreign file what could be read counts.
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            for record in WandbFile(path):
-                last_step = max(last_step, record.get("history", {}).get("item", {}).get("_step", -1))
+    inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--summary", "--run-file"]
+    for path in filter(Path.is_file, folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
+        process = subprocess.run([*inspect, path, path.parent], capture_output=True, timeout=READ_TIMEOUT_SECONDS)
+        if process.returncode == 0 and (step := json.loads(process.stdout)["step"]) is not None:
+            last_step = max(last_step, step)
     return last_step
-
-
-class WandbFile:
-    """The records of a file, in the order of writing; each iteration reads it once, and in bounded memory.
-
-    An iteration ends in a ValueError where it is no such file, or a record is not JSON.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.is_truncated = False  #: after an iteration: whether the file ends within a record
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
-        command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(self.path)]
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen([*command, str(self.path.parent)], stdout=output, stderr=errors)
-            try:
-                exit_code = process.wait(READ_TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                exit_code = process.wait()
-            output.seek(0)
-            yield from map(json.loads, output)
-            errors.seek(0)
-            message = errors.read(4096).decode(errors="replace")
-        self.is_truncated = "incomplete" in message
-        if exit_code:
-            raise ValueError(f"{self.path.name} is not a W&B run file ({shorten(message, 120)})")

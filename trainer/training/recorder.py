@@ -16,7 +16,6 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.console import LogLines, ProgressBar, printed_lines, show_lines, show_plan, show_summary
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
-from trainer.tracking.optional_loggers import OptionalLogger
 from trainer.tracking.records import (
     METRICS_FILE,
     EvalRecord,
@@ -27,7 +26,7 @@ from trainer.tracking.records import (
     read_records,
     rewind,
 )
-from trainer.tracking.wandb_logger import start_wandb
+from trainer.tracking.wandb_logger import OptionalLogger, start_wandb
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.diagnostics import DiagnosticsMonitor
 from trainer.training.generation import GenerationEvaluator
@@ -77,7 +76,7 @@ class Recorder:
             self._evaluations,  # before the line that says so
             self._rows,
             progress_bar,
-            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
+            OptionalLogger(partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
 
     def log(self, record: Record) -> None:

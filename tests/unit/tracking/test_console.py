@@ -166,7 +166,7 @@ def test_a_warning_is_yellow_on_a_terminal_only_in_the_plan_and_above_the_bar(ca
 def test_silencing_drops_the_known_noise_and_keeps_the_rest_and_tracking_imports_neither_torch_nor_wandb():
     code = """
 import logging, os, sys, warnings
-from trainer.tracking import console, eval_records, optional_loggers, records, wandb_logger
+from trainer.tracking import console, eval_records, records, wandb_logger
 assert not {"torch", "wandb"} & set(sys.modules)
 os.environ["TRANSFORMERS_VERBOSITY"] = "info"
 from trainer.tracking.silence import silence_libraries
