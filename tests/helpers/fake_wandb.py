@@ -64,9 +64,9 @@ class FakeRun:
             for name, definition in zip(names, definitions, strict=True)
         }
 
-    def to_graphql(self, *, page: Json | None = None) -> Json:
-        """The run as answers name it; with `page`, the variables of a request, also what wandb.Api().run() reads."""
-        bucket = {
+    def to_graphql(self) -> Json:
+        """The run as answers name it."""
+        return {
             "id": f"id-{self.name}",
             "name": self.name,
             "displayName": self.fields.get("displayName") or self.name,
@@ -81,26 +81,6 @@ class FakeRun:
             "logLineCount": 0,
             "project": project_response(self.entity, self.project),
             **dict.fromkeys(("description", "sweepName")),
-        }
-        if page is None:
-            return bucket
-        steps = range(page.get("minStep", 0), page.get("maxStep", 2**62))
-        last_step = max((row["_step"] for row in self.history), default=-1)
-        rows = [json.dumps(row) for row in self.history if row["_step"] in steps]
-        return bucket | {
-            "group": self.fields.get("groupName"),
-            "jobType": self.fields.get("jobType"),
-            "projectId": "1",
-            "state": {None: "running", 0: "finished"}.get(self.exit_code, "failed"),
-            "user": {"name": ENTITY, "username": ENTITY},
-            "readOnly": False,
-            "createdAt": TIMESTAMP,
-            "heartbeatAt": TIMESTAMP,
-            "systemMetrics": "{}",
-            "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
-            "history": rows[: page.get("pageSize")],
-            "parquetHistory": {"parquetUrls": [], "liveData": self.history},
-            **dict.fromkeys(("commit", "notes")),
         }
 
 
@@ -297,10 +277,12 @@ def save_alert(server: FakeWandb, variables: Json) -> Json:
 
 
 def read_run(server: FakeWandb, variables: Json) -> Json:
-    """A run as wandb.Api().run() reads it, whole or a page of its rows."""
-    run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
+    """Whether there is a run, as wandb.Api().run() asks."""
+    run = server.runs.get(variables["name"])
+    more = {"createdAt": TIMESTAMP, "heartbeatAt": TIMESTAMP, "projectId": "1", "state": "finished", "readOnly": False}
+    more |= {"user": {"name": ENTITY, "username": ENTITY}, "systemMetrics": "{}"}
     is_there = run is not None and run.project == variables["project"]
-    return {"project": {"run": run.to_graphql(page=variables) if run and is_there else None}}
+    return {"project": {"run": run.to_graphql() | more if run and is_there else None}}
 
 
 OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
@@ -321,9 +303,8 @@ OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     "CommitArtifact": commit_artifact,
     "ArtifactType": lambda server, variables: {"project": {"artifact": None}},
     "NotifyScriptableRunAlert": save_alert,
-    # runs read back
-    **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), read_run),
-    # reports
+    # reports, and whether the card is there
+    "Run": read_run,
     "ProjectInternalId": get_project,
     "CreateProject": create_project,
     "upsertView": save_view,

@@ -1,4 +1,4 @@
-"""What is called how on Weights & Biases and TensorBoard: the one place that knows; needs neither of them, nor torch.
+"""What is called how on Weights & Biases: the one place that knows; needs neither it nor torch.
 
 The names are those of Hugging Face's Trainer, so that its runs and ours share their panels. Every row carries all x
 axes (`AXES`): runs with different batches line up by epoch, examples or tokens.
@@ -9,35 +9,31 @@ from typing import Any
 
 from trainer.config.reference import ReferenceRow
 from trainer.config.text import flatten
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, OtherEvalRecord, Record, StepRecord
+from trainer.tracking.records import EpochRecord, EventRecord, OtherEvalRecord, Record, StepRecord
 
 #: x axis -> field of the record; the first one is that of W&B's panels, as the Trainer has it
 AXES = {"train/global_step": "step", "train/epoch": "epoch", "examples": "samples", "tokens": "tokens"}
 #: pattern -> what the summary keeps
 METRICS = {"train/*": None, "eval/*": "min,last", "eval_*": "min,last", "sample/*": None}
-COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
-    StepRecord: {
-        **{"train/loss": "loss", "train/learning_rate": "lr", "train/grad_norm": "grad_norm"},
-        "train/tokens_per_second": "tokens_per_second",
-    },
-    EvalRecord: {f"eval/{name}": name for name in ("loss", "perplexity", "bits_per_byte")},
-    EpochRecord: {"train/loss_epoch": "train_loss"},
+STEP_COLUMNS = {
+    **{"train/loss": "loss", "train/learning_rate": "lr", "train/grad_norm": "grad_norm"},
+    "train/tokens_per_second": "tokens_per_second",
 }
-SCORE_KEY = "test/score_"  # and the scorer's name: of the summary, the mean over the test (or retain/...) records
-RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-data before training and after
 
 
 def wandb_row(record: Record) -> dict[str, float]:
     """The history row of a record, without its step; {} for an event, which goes to the summary instead, but for the
     axes of samples."""
     if isinstance(record, EventRecord):
-        if record.event != "samples":
-            return {}
         facts = {"step": record.step, **record.facts}
-        return {axis: facts[name] for axis, name in AXES.items()}
-    columns = COLUMNS[EvalRecord if isinstance(record, OtherEvalRecord) else type(record)]
-    if isinstance(record, OtherEvalRecord):
-        columns = {name.replace("eval/", f"eval_{record.val_set}/"): field for name, field in columns.items()}
+        return {axis: facts[name] for axis, name in AXES.items()} if record.event == "samples" else {}
+    if isinstance(record, StepRecord):
+        columns = STEP_COLUMNS
+    elif isinstance(record, EpochRecord):
+        columns = {"train/loss_epoch": "train_loss"}
+    else:
+        group = f"eval_{record.val_set}" if isinstance(record, OtherEvalRecord) else "eval"
+        columns = {f"{group}/{name}": name for name in ("loss", "perplexity", "bits_per_byte")}
     values = {name: getattr(record, field) for name, field in (AXES | columns).items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -63,19 +59,18 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
     if record.event == "test_evaluation" and record.step:
         return {"test/loss": record.facts["loss"], "test/bits_per_byte": record.facts["bits_per_byte"]}
     if record.event in ("test_scores", "retain_scores"):
-        key = SCORE_KEY.replace("test", record.event.removesuffix("_scores"))
-        return {f"{key}{name}": score for name, score in record.facts["scores"].items()}
+        split = record.event.removesuffix("_scores")
+        return {f"{split}/score_{name}": score for name, score in record.facts["scores"].items()}
     if record.event == "retain_evaluation":
-        return {RETAIN_KEYS[record.step > 0]: record.facts["loss"]}
+        return {"retain/loss" if record.step else "retain/loss_before": record.facts["loss"]}
     return {f"event/{record.event}": record.message} if record.message else {}
 
 
 def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
 
-    `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep
-    the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the precision)
-    replaces what was asked for.
+    Settings keep the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the
+    precision) replaces what was asked for.
     """
     settings, model, data = metadata["settings"], metadata["model"], metadata["data"]
     config = {name: metadata[name] for name in ("mode", "preset", "overridden", "deepspeed", "versions", "hardware")}
@@ -97,5 +92,4 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "trainable_parameters": model["trainable"],
         "trainable_share": model["share"],
         "git_commit": (metadata.get("git") or {}).get("commit"),
-        "run": dict(metadata),
     }

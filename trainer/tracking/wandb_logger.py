@@ -1,11 +1,7 @@
-"""One run on Weights & Biases: never a prompt, never a hang.
-
-What W&B's variables and files say of a run is read here too, and a .wandb file is read back.
-"""
+"""One run on Weights & Biases, and what W&B's variables and files say of it: never a prompt, never a hang."""
 
 import configparser
 import contextlib
-import importlib.util
 import json
 import logging
 import netrc
@@ -13,8 +9,7 @@ import os
 import secrets
 import string
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +19,6 @@ from trainer.config.fields import RunId, WandbProject, check_value
 from trainer.config.files import data_name, path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
-from trainer.config.text import shorten
 from trainer.tracking.console import printed_lines
 from trainer.tracking.records import METRICS_FILE, EventRecord, Record, RecordLogger, read_records
 from trainer.tracking.run_lock import RunLock
@@ -32,18 +26,15 @@ from trainer.tracking.wandb_keys import AXES, METRICS, wandb_config, wandb_row, 
 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
-FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; doctor.py --upload sends the rest
 MODEL_TIMEOUT_SECONDS = 3600.0  # the same where the model is sent too
-READ_TIMEOUT_SECONDS = 600.0  # reading one .wandb file back may take this long
+READ_TIMEOUT_SECONDS = 600.0  # reading one .wandb file may take this long
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new names of the server
 DEFAULT_PROJECT = "gpt2-full-vs-lora"
 TAG_LENGTH = 64  # a longer tag makes wandb.init raise
 #: W&B's variables that name one run: a program that starts many must not hand them on.
 RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-
-
-# --- what the user's variables and files say ---
 
 
 def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
@@ -112,9 +103,6 @@ def _settings_entry(name: str) -> str:
     with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # what was read before that counts
         parser.read([config_dir / "settings", Path("wandb") / "settings"])
     return parser.get("default", name, fallback="")
-
-
-# --- a run ---
 
 
 def prepare_environment(folder: Path, mode: str) -> None:
