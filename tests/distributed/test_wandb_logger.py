@@ -225,7 +225,7 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
     exit_code, output = run_child(tmp_path, "offline", first_step=80, **variables)
     assert exit_code == 0
     assert "W&B: WANDB_RUN_ID other is ignored: --resume continues " in output
-    assert not (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert [file.parts[-4] for file in run_files(tmp_path)] == ["elsewhere"]
     with FakeWandb() as server:
         sync_offline_runs(server, tmp_path)
     run = server.runs[METADATA["run_id"]]
