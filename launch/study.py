@@ -1,7 +1,7 @@
 """Was LoRA good enough for your data? `python launch/study.py --data records.csv --max-steps 200`.
 
-Searches the learning rate of every method alike, judges the best settings on test records with fresh seeds, and prints
-one sentence with its interval. All other flags go to launch/train.py. Started again, it goes on where it was; `--join
+Searches the rates of full and LoRA alike, judges the best ones on test records with fresh seeds, and prints one
+sentence with its interval. All other flags go to launch/train.py. Started again, it goes on where it was; `--join
 FOLDER` adds workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 an answer is refused, 130 interrupted.
 """
 
@@ -24,10 +24,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     per_trial = partial(whole_number, least=0)
-    methods_help = "full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)"
     ranks_help = "LoRA ranks to judge, each at its own best rate (default: 8)"
     seeds_help = "of the answer's runs (default: 101,102,103)"
-    search_help = "of the search's runs, none of --seeds (default: 1)"
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
     margin_help += "2%%); of a score points of 100 (default: 2pt)"
@@ -36,10 +34,8 @@ def build_parser() -> ArgumentParser:
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
     add("--gpus-per-trial", type=per_trial, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")
-    add("--methods", default="full,lora", metavar="NAMES", help=methods_help)
     add("--lora-ranks", type=whole_numbers, default=(8,), metavar="N,N", help=ranks_help)
     add("--seeds", type=whole_numbers, default=(101, 102, 103), metavar="N,N", help=seeds_help)
-    add("--search-seeds", type=whole_numbers, default=(1,), metavar="N,N", help=search_help)
     add("--max-lr", action="append", default=[], metavar="METHOD=LR", help=max_lr_help)
     add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
     add("--margin", metavar="X", help=margin_help)

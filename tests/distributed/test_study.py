@@ -261,12 +261,10 @@ def test_each_worker_has_its_own_gpus(monkeypatch):
     ("argv", "message"),
     [
         (["--workers", "0"], "--workers 0: expected a whole number from 1"),
-        (["--methods", "full,lara"], "--methods lara: expected some of full, lora"),
-        (["--methods", "full,dora"], "--methods full,dora: expected lora among them"),
         (["--lr", "1e-3"], "--lr=1e-3: the study sets it for each of its runs; expected --max-lr METHOD=LR, or none"),
         (["--margin", "0.02"], "--margin 0.02: expected a number above 0 and its unit, such as 2%"),
         (["--seeds", "1,x"], "--seeds x: expected a whole number from 1"),
-        (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds; the answer needs seeds of its own"),
+        (["--seeds", "1,2,3"], "--seeds 1: the search has it; the answer needs seeds of its own"),
         (["--seeds", "7,7"], "--seeds 7,7: expected one or more values, each only once"),
         (["--wandb-report", "alone"], "--wandb-report alone: expected ENTITY/PROJECT"),
         (["--join", "nowhere"], "nowhere: no study there"),
@@ -418,7 +416,7 @@ def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, c
 @pytest.mark.parametrize(
     ("argv", "is_eager"),
     [
-        (("--methods", "full,lora,lora-nf4"), True),
+        (("--quant", "nf4"), True),
         (("--execution", "auto", "--activation-checkpointing"), False),
         (("--activation-checkpointing",), True),
     ],

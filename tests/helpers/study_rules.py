@@ -15,10 +15,8 @@ from trainer.tools.study.search import Candidate, TrialSpec
 def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
     """Full against LoRA of rank 8 with three fresh seeds."""
     values: dict[str, Any] = {
-        "methods": ("full", "lora"),
         "lora_ranks": (8,),
         "rungs": plan_rungs(total_steps),
-        "search_seeds": (1,),
         "answer_seeds": (101, 102, 103),
         "margin": Margin(),
         "train_argv": (),

@@ -264,7 +264,7 @@ def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
     ("program", "argv", "answer"),
     [
         ("train", "--mode full --lrate 1e-4", "--lrate 1e-4: unknown flag"),
-        ("study", "--method lora", "--method lora: did you mean --methods lora?"),
+        ("study", "--seed 3", "--seed=3: the study sets it for each of its runs; expected --seeds"),
         ("doctor", "--mode full --rank 2", "--rank 2: did you mean --ranks 2?"),
         ("generate", "RUN --num 0", "--num 0: expected a whole number from 1 to 32"),
         ("doctor", "--mode full --gpu-memory nan", "--gpu-memory nan: expected a number from 0.1 to 1e+06"),

@@ -41,10 +41,12 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[Candidat
         runs.setdefault(spec.candidate, []).append(_read_run(study_folder, spec))
     groups = {}
     for candidate, members in runs.items():
-        kind = "" if candidate.method == "lora" else f"{candidate.method}, "
-        label = "full" if candidate.method == "full" else f"LoRA ({kind}rank {candidate.lora_rank})"
-        if candidate.method == "lora" and (config := members[0].get("settings.lora.peft_config")):
-            label = f"LoRA's place: {json.loads(config)['peft_type']}, --peft-config"
+        label, get = "full", members[0].get
+        if candidate.method == "lora":
+            kind = "" if get("settings.lora.adapter") in ("lora", None) else f"{get('settings.lora.adapter')}, "
+            label = f"LoRA ({kind}rank {candidate.lora_rank})"
+            if config := get("settings.lora.peft_config"):
+                label = f"LoRA's place: {json.loads(config)['peft_type']}, --peft-config"
         groups[candidate] = SeedGroup(label, members[0].mode, tuple(members))
     return groups
 

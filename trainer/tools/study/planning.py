@@ -26,8 +26,7 @@ from trainer.tracking.eval_records import score_name
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
 #: Flags of launch/train.py that the study sets for each of its runs, and what there is in their place.
-OWN_FLAGS = dict.fromkeys(("--mode", "--adapter", "--quant"), "--methods")
-OWN_FLAGS |= {"--lora-rank": "--lora-ranks", "--ranks": "--lora-ranks", "--seed": "--seeds"}
+OWN_FLAGS = {"--mode": "none: both modes are run", "--lora-rank": "--lora-ranks", "--seed": "--seeds"}
 OWN_FLAGS |= {"--lr": "--max-lr METHOD=LR, or none: it is searched"} | dict.fromkeys(
     ("--output-dir", "--run-name", "--export", "--resume", "--dry-run", "--find-batch", "--base-from"),
     "other flags of launch/train.py",
@@ -53,7 +52,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
             "--warmup-ratio, which is the same for all"
         )
-    methods, margin = tuple(args.methods.split(",")), parse_margin(args.margin, args.decide_by)
+    margin = parse_margin(args.margin, args.decide_by)
     scorer = margin.measure.partition(":")[2]
     if scorer and score_name(scorer) not in map(score_name, settings.output.score):
         raise UserError(f"--decide-by {margin.measure}: the runs do not have it; add --score {scorer}")
@@ -61,27 +60,24 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     max_steps_parser.add_argument("--max-steps")
     own_argv = max_steps_parser.parse_known_args(train_argv)[1]  # each run has its own --max-steps
     # One execution for all runs: methods that were executed differently would differ in more than what is studied.
-    has_quant = any("--quant" in METHODS.get(method, ()) for method in methods)
-    if "--execution" not in names and (has_quant or "--activation-checkpointing" in names):  # which have no CUDA graphs
+    if "--execution" not in names and {"--quant", "--activation-checkpointing"} & set(names):  # without CUDA graphs
         own_argv += ["--execution", "eager"]
     if settings.lora.peft_config:  # its content, which no trial may find changed
         own_argv.append(f"--peft-config={settings.lora.peft_config}")
-        if len(args.lora_ranks) > 1 or set(methods) != {"full", "lora"}:
-            raise UserError("--peft-config: takes lora's place; expected --methods full,lora and no --lora-ranks")
+        if len(args.lora_ranks) > 1:
+            raise UserError("--peft-config: takes LoRA's place; expected no --lora-ranks")
     rule = Rule(  # without what the data decide: a mistake is found before they are read
-        methods=methods,
         lora_ranks=args.lora_ranks,
         total_steps=1,
         rungs=(1,),
-        search_seeds=args.search_seeds,
         answer_seeds=args.seeds,
         max_lrs=dict(map(parse_max_lr, args.max_lr)),
         margin=margin,
         train_argv=tuple(own_argv),
         data="",
     )
-    print(f"reading the data and loading {', '.join(methods)}", flush=True)
-    for method in methods:  # each is loaded: what cannot be is found before the first trial
+    print("reading the data and loading full, lora", flush=True)
+    for method in METHODS:  # each is loaded: what cannot be is found before the first trial
         with tempfile.TemporaryDirectory(prefix="study-") as temp:
             argv = [*run_argv(method, train_argv), "--output-dir", f"{temp}/run"]
             plan_args, env = (slots[0], argv, Path(temp, "plan.json")), run_environ(slots[0])
@@ -96,7 +92,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     if warning:
         print(f"warning: {warning}", flush=True)
     seconds = 0.0
-    for method in methods:
+    for method in METHODS:
         num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
         print(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps", flush=True)
         if args.dry_run:

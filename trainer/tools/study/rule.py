@@ -14,16 +14,7 @@ from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
 SCHEMA_VERSION: Final = 2  # of rule.json and of the trials by it
-METHODS = {
-    "full": ("--mode", "full"),
-    "lora": ("--mode", "lora"),
-    "dora": ("--mode", "lora", "--adapter", "dora"),
-    "rslora": ("--mode", "lora", "--adapter", "rslora"),
-    "pissa": ("--mode", "lora", "--adapter", "pissa"),
-    "lora-nf4": ("--mode", "lora", "--quant", "nf4"),
-    "lora-int8": ("--mode", "lora", "--quant", "int8"),
-}
-PRIMARY = ("full", "lora")  # the comparison that the answer is about; all others are exploratory
+METHODS = ("full", "lora")
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
 MIN_MAX_LR = 1e-5  # a lower --max-lr leaves no grid
@@ -35,11 +26,11 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    methods: tuple[str, ...]
+    methods: tuple[Literal["full"], Literal["lora"]] = ("full", "lora")
     lora_ranks: tuple[PositiveInt, ...]
     total_steps: PositiveInt  #: optimizer steps of a run of full length
     rungs: tuple[int, ...]  #: steps of the runs of each rung, the last one the full length
-    search_seeds: tuple[NonNegativeInt, ...]
+    search_seeds: tuple[NonNegativeInt, ...] = (1,)
     answer_seeds: tuple[NonNegativeInt, ...]  #: of the runs that the answer is drawn from; no search seed
     max_lrs: dict[str, float] = {}  #: of a method: the highest rate that may be tried
     margin: Margin
@@ -48,21 +39,11 @@ class Rule(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> "Rule":
-        for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
-        if missing := [method for method in PRIMARY if method not in self.methods]:
-            raise UserError(f"--methods {','.join(self.methods)}: expected {missing[0]} among them")
-        for flag, values in (
-            ("--methods", self.methods),
-            ("--lora-ranks", self.lora_ranks),
-            ("--search-seeds", self.search_seeds),
-            ("--seeds", self.answer_seeds),
-        ):
+        for flag, values in (("--lora-ranks", self.lora_ranks), ("--seeds", self.answer_seeds)):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one or more values, each only once")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
-            raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
+            raise UserError(f"--seeds {min(shared)}: the search has it; the answer needs seeds of its own")
         for method, lr in self.max_lrs.items():
             if method not in self.methods or not MIN_MAX_LR <= lr < 1000:
                 raise UserError(
@@ -74,14 +55,10 @@ class Rule(BaseModel):
         return self
 
     @property
-    def contestants(self) -> dict[str, tuple[str, int | None]]:
-        """(method, LoRA rank) of all that are searched, by name; the rank is part of it where there are several."""
-        contestants: dict[str, tuple[str, int | None]] = {}
-        for method in self.methods:
-            for rank in self.lora_ranks if method != "full" else (None,):
-                suffix = f"-r{rank}" if rank is not None and len(self.lora_ranks) > 1 else ""
-                contestants[method + suffix] = method, rank
-        return contestants
+    def contestants(self) -> dict[str, int | None]:
+        """{name: LoRA rank} of all that are searched; full has none, and one rank alone is not in the name."""
+        has_several = len(self.lora_ranks) > 1
+        return {"full": None} | {"lora" + f"-r{rank}" * has_several: rank for rank in self.lora_ranks}
 
     @property
     def choice_seeds(self) -> tuple[int, ...]:

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.tools.study.rule import PRIMARY, RUNG_FACTOR, Rule
+from trainer.tools.study.rule import RUNG_FACTOR, Rule
 
-RATE_DECADES = {"full": (-6, -2)}  # powers of ten that the grid of rates spans
-ADAPTER_RATE_DECADES = (-5, -1)
+RATE_DECADES = {"full": (-6, -2), "lora": (-5, -1)}  # powers of ten that the grid of rates spans
 EXTENSION_DECADES = 2  # by how much a grid may be extended on either side
 RATES_PER_DECADE = 4
 FIRST_RUNG_STRIDE = 2  # its leader's neighbours fill in what it passes over
@@ -68,8 +67,9 @@ class MethodSearch:
 
     def __init__(self, rule: Rule, contestant: str, results: Results) -> None:
         self.rule, self.name, self._results = rule, contestant, results
-        self.method, lora_rank = rule.contestants[contestant]
-        low, high = RATE_DECADES.get(self.method, ADAPTER_RATE_DECADES)
+        lora_rank = rule.contestants[contestant]
+        self.method = "full" if lora_rank is None else "lora"
+        low, high = RATE_DECADES[self.method]
         cap = rule.max_lrs.get(self.method)
         #: the highest place that the user allows; none where the study may try what it likes
         self.highest = None if cap is None else math.floor(math.log10(cap) * RATES_PER_DECADE + 0.01)
@@ -196,8 +196,8 @@ def study_state(rule: Rule, results: Results) -> StudyState:
     """What comes next: the searches of all contestants side by side, then the answer's runs."""
     searches = [MethodSearch(rule, name, results) for name in rule.contestants]
     outcomes = {search.name: search for search in searches if not search.missing}
-    by_method = {method: [search for search in searches if search.method == method] for method in PRIMARY}
-    for members in by_method.values():
+    by_method = searches[:1], searches[1:]
+    for members in by_method:
         if all(search.problem for search in members):
             return StudyState(needed=(), outcomes=outcomes, refusal=members[0].problem)
     if len(outcomes) < len(searches):
@@ -207,7 +207,7 @@ def study_state(rule: Rule, results: Results) -> StudyState:
             waiting += [(num_results + n, spec) for n, spec in enumerate(search.missing)]
         needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
         return StudyState(needed=needed, outcomes=outcomes)
-    primary = [min(members, key=lambda search: (bool(search.problem), search.loss)) for members in by_method.values()]
+    primary = [min(members, key=lambda search: (bool(search.problem), search.loss)) for members in by_method]
     outcomes = {search.name: search for search in (*primary, *searches)}
     judged = [outcome for outcome in outcomes.values() if outcome.winner is not None and not outcome.problem]
     answers = [outcome.answer_specs() for outcome in judged]

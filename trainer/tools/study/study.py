@@ -20,7 +20,7 @@ from trainer.report.wandb_report import save_report
 from trainer.tools.processes import Slot, make_slots
 from trainer.tools.study import answer
 from trainer.tools.study.power import describe_power, read_search_losses
-from trainer.tools.study.rule import PRIMARY, Rule, read_rule
+from trainer.tools.study.rule import METHODS, Rule, read_rule
 from trainer.tools.study.search import expected_trials, study_state
 from trainer.tools.study.timing import time_finalists
 from trainer.tools.study.trials import RunningTrial, finish_trial, read_results, read_trials, start_trial
@@ -139,7 +139,7 @@ def run_study(args: argparse.Namespace) -> int:
             raise answer.AnswerRefusedError(f"refused to rank: {state.refusal}")
         answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
         winners = [outcome.winner for outcome in state.outcomes.values() if outcome.winner is not None]
-        finalists = dict(zip(PRIMARY, winners, strict=False))
+        finalists = dict(zip(METHODS, winners, strict=False))
         print("timing the finalists in alternation", flush=True)
         with _refuse_full_disk(study.folder):
             timing = time_finalists(study.folder, study.rule, finalists, slots[0], should_stop)

@@ -17,7 +17,7 @@ from trainer.config.files import write_atomically
 from trainer.report.judge import CostRatio
 from trainer.report.run_data import read_folder
 from trainer.tools.processes import Slot, acquire_when_free, failure_reason, start_run
-from trainer.tools.study.rule import PRIMARY, Rule
+from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate
 from trainer.tools.study.trials import method_argv
 
@@ -53,7 +53,7 @@ class Timing(BaseModel):
         """LoRA's time of a step beside full's; no ratio where none was taken, or on a machine that did other work."""
         if self.reason:
             return CostRatio(ratio=None, reason=self.reason, full=None, lora=None, is_of_a_step=True)
-        (full, lora), (low, *_, high) = map(self._mean_seconds, PRIMARY), self.ratios
+        (full, lora), (low, *_, high) = map(self._mean_seconds, METHODS), self.ratios
         reason = ""
         if high > MAX_SPREAD * low:
             reason = (
@@ -66,7 +66,7 @@ class Timing(BaseModel):
     @property
     def memory(self) -> CostRatio:
         """LoRA's peak memory beside full's, other work or not: that takes none of a process's own."""
-        full, lora = (self.peak_memory_bytes.get(method) for method in PRIMARY)
+        full, lora = (self.peak_memory_bytes.get(method) for method in METHODS)
         return CostRatio(ratio=lora / full if full and lora else None, reason=self.reason, full=full, lora=lora)
 
     def describe(self) -> str:
@@ -90,10 +90,10 @@ def time_finalists(
     try:
         if (timing := read_timing(study_folder)) is not None:
             return timing
-        step_seconds: dict[str, list[list[float]]] = {method: [] for method in PRIMARY}
-        peaks = dict.fromkeys(PRIMARY, 0)
+        step_seconds: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+        peaks = dict.fromkeys(METHODS, 0)
         machine = reason = ""
-        for method in (*PRIMARY, *PRIMARY[::-1]) * (NUM_ROUNDS // 2):  # so that a drift of the machine cancels
+        for method in (*METHODS, *METHODS[::-1]) * (NUM_ROUNDS // 2):  # so that a drift of the machine cancels
             shutil.rmtree(folder / method, ignore_errors=True)
             argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
             argv += ["--wandb", "disabled", "--base-from", str(study_folder / "runs")]
@@ -113,7 +113,7 @@ def time_finalists(
             machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
         timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine, reason=reason)
         write_atomically(study_folder / TIMING_FILE, timing.model_dump_json(indent=1) + "\n")
-        for method in PRIMARY:
+        for method in METHODS:
             shutil.rmtree(folder / method, ignore_errors=True)
         return timing
     finally:

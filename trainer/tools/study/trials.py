@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.config.errors import UserError
 from trainer.config.files import read_json_object, write_atomically
 from trainer.tools.processes import Slot, failure_reason, start_run
-from trainer.tools.study.rule import METHODS, Rule
+from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 from trainer.tracking.run_lock import FolderInUseError, RunLock
@@ -28,14 +28,15 @@ from trainer.tracking.run_lock import FolderInUseError, RunLock
 TRIAL_FILE = "trial.json"
 #: What a run of a study has unless the flags that are passed on say otherwise.
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
+ADAPTER_FLAGS = ("--peft-config", "--adapter", "--quant")
 MAX_FAILURES = 3  # a trial that failed so often, or whose workers died, is not tried again
 STOP_EXIT_CODES = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
 
 
 def run_argv(method: str, train_argv: Sequence[str]) -> list[str]:
-    """The flags of launch/train.py for a run of a method; full has no adapters, and so no --peft-config."""
-    words = [word for word in train_argv if method != "full" or not word.startswith("--peft-config")]
-    return [*METHODS[method], *DEFAULT_ARGV, *words]
+    """The flags of launch/train.py for a run of a method; full has none that are about adapters."""
+    words = [word for word in train_argv if method != "full" or word.partition("=")[0] not in ADAPTER_FLAGS]
+    return ["--mode", method, *DEFAULT_ARGV, *words]
 
 
 def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
