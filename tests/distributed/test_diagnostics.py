@@ -134,10 +134,9 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         "overfitting",
         "--dropout 0.2",
         memorizing_run(),
-        {"settings__train__early_stop": "3", "resolved__dropout": 0.1},
+        {"settings__train__early_stop": 3, "resolved__dropout": 0.1},
     ),
     "data": ("waiting_for_data", "TRAINER_CACHE", slow_run(), {}, ("data", 0.3)),
-    "logging": ("slow_logging", "--wandb offline", slow_run(), {"wandb__mode": "online"}, ("logging", 0.3)),
     "evaluation": (
         "much_evaluation",
         "--eval-every epoch",

@@ -25,13 +25,14 @@ JUMP_STEPS, MIN_JUMP, JUMP_STD_ERRORS = 5, 0.2, 4.0
 MIN_RISE, RISE_STD_ERRORS = 0.1, 6.0
 GENERALISATION_LOSS, FALL_STD_ERRORS = 0.01, 2.0
 MIN_RUN_SECONDS = 60.0  # a shorter run need not be faster
-MAX_DATA_SHARE, MAX_LOGGING_SHARE, MAX_EVALUATION_SHARE = 0.2, 0.1, 0.4
+MAX_DATA_SHARE, MAX_EVALUATION_SHARE = 0.2, 0.4
 #: every code and what it means for the user
 TOPICS = {
     "flat_loss": "not learning",
     "diverging": "diverging",
     "overfitting": "overfitting",
-    **dict.fromkeys(("waiting_for_data", "slow_logging", "much_evaluation"), "too slow"),
+    "waiting_for_data": "too slow",
+    "much_evaluation": "too slow",
 }
 
 
@@ -95,10 +96,8 @@ class DiagnosticsMonitor:
 
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata`: the content of the run's run.json."""
-        settings = metadata.get("resumed", metadata)["settings"]
-        self.metadata, self.train_settings = metadata, settings["train"]
-        self.lr, self.eval_every = settings["train"]["lr"], settings["output"]["eval_every"]
-        self.precision = metadata["resolved"]["precision"]
+        self.metadata, self.settings = metadata, metadata.get("resumed", metadata)["settings"]
+        self.lr = self.settings["train"]["lr"]
         self.reported_codes: set[str] = set()
         self.changed_data: Any = None  # by the newest resume
         self._forget_losses()
@@ -114,10 +113,11 @@ class DiagnosticsMonitor:
         self.num_steps_at_eval = 0
         self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
 
-    def _note_resume(self, changed: Mapping[str, Any]) -> None:
+    def _note_resume(self, changed: Any) -> None:
         """`changed`: of the resume; losses on other data are not compared with those to come."""
-        if changed.get("data") != self.changed_data:
-            self.changed_data = changed.get("data")
+        changed_data = changed.get("data") if isinstance(changed, dict) else None
+        if changed_data != self.changed_data:
+            self.changed_data = changed_data
             self._forget_losses()
 
     def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
@@ -128,7 +128,7 @@ class DiagnosticsMonitor:
                 self.reported_codes.add(str(record.facts.get("code")))
             for diagnostic in self._apply_rules(record):
                 first_of_code.setdefault(diagnostic.code, diagnostic)
-        self._note_resume(self.metadata.get("resumed", {}).get("changed", {}))
+        self._note_resume(self.metadata.get("resumed", {}).get("changed"))
         return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
@@ -153,15 +153,16 @@ class DiagnosticsMonitor:
             yield from self._check_step(record)
         elif isinstance(record, EvalRecord):
             yield from self._check_evaluation(record)
-        elif isinstance(record, EventRecord) and record.event == "resumed":
-            changed = record.facts.get("changed")
-            self._note_resume(changed if isinstance(changed, dict) else {})
-        elif isinstance(record, EventRecord) and record.event == "not_finite":
-            for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
-            yield self._diverging(record.message.split(";", 1)[0], for_precision=for_precision)
+        elif not isinstance(record, EventRecord):
+            return
+        elif record.event == "resumed":
+            self._note_resume(record.facts.get("changed"))
+        elif record.event == "not_finite":
+            yield self._diverging(record.message.split(";", 1)[0])
 
-    def _diverging(self, seen: str, *, for_precision: str = "", lr_divisor: float = 3) -> Diagnostic:
-        cause = f"the learning rate {self.lr:g} is too high{for_precision}"
+    def _diverging(self, seen: str, *, lr_divisor: float = 3) -> Diagnostic:
+        precision = self.metadata["resolved"]["precision"]
+        cause = f"the learning rate {self.lr:g} is too high for {precision}"
         return Diagnostic("diverging", seen, cause, f"--lr {self.lr / lr_divisor:.1g}")
 
     def _check_step(self, record: StepRecord) -> Iterator[Diagnostic]:
@@ -240,26 +241,22 @@ class DiagnosticsMonitor:
             seen += f"{best.step}): {best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: "
             seen += f"{before.value:.4f} -> {train_loss.value:.4f}"
             remedy = f"--early-stop {max(1, num_later - 1)} --export best"
-            if self.train_settings.get("early_stop"):
+            if self.settings["train"]["early_stop"]:
                 remedy = f"--dropout {min(0.5, self.metadata['resolved']['dropout'] + 0.1):.2g}"
             yield Diagnostic("overfitting", seen, "the model learns the training rows by heart", remedy)
 
     def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
         if elapsed_seconds < MIN_RUN_SECONDS:
             return
-        slow_disk, save_locally = "the disk of the run folder is slow", "--output-dir FOLDER on a local disk"
-        if self.metadata["wandb"]["mode"] == "online":
-            slow_disk, save_locally = "the W&B server answers slowly", "--wandb offline"
-        frequent = f"they are frequent (--eval-every {self.eval_every}) or their batches small"
-        rarer = "--eval-every epoch"
-        if self.eval_every == "epoch":
-            rarer = f"--eval-batch {2 * self.train_settings['eval_batch']}"
+        eval_every, rarer = self.settings["output"]["eval_every"], "--eval-every epoch"
+        frequent = f"they are frequent (--eval-every {eval_every}) or their batches small"
+        if eval_every == "epoch":
+            rarer = f"--eval-batch {2 * self.settings['train']['eval_batch']}"
         waiting, disk = "the prepared data are read from a slow disk", "TRAINER_CACHE=FOLDER on a local disk"
         # one evaluation is that of the last step, which every run has
         max_evaluation = MAX_EVALUATION_SHARE if self._num_evaluations > 1 else math.inf
         for code, category, max_share, spent, cause, remedy in (
             ("waiting_for_data", "data", MAX_DATA_SHARE, "by waiting for training rows", waiting, disk),
-            ("slow_logging", "logging", MAX_LOGGING_SHARE, "by writing records", slow_disk, save_locally),
             ("much_evaluation", "evaluation", max_evaluation, "into evaluations and their samples", frequent, rarer),
         ):
             share = self._seconds[category] / elapsed_seconds

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import time
 from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -112,9 +111,7 @@ class Recorder:
             except StopIteration as end:
                 state: TrainState = end.value
                 return state
-            start_time = time.perf_counter()
             self.log(record)
-            self.diagnostics.add_time("logging", time.perf_counter() - start_time)
             for event in self._events_after(record):
                 self.log(event)
 
