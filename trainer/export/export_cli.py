@@ -38,7 +38,7 @@ from trainer.export.model_card import read_license, render_model_card
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tracking.records import read_records
-from trainer.training.checkpoint import Checkpoint, hold_checkpoint, load_weights
+from trainer.training.checkpoint import Checkpoint, load_weights, resolve_checkpoint
 
 
 def run_export_command(*, push: str | None, private: bool, **options: Any) -> int:
@@ -83,7 +83,7 @@ def export_checkpoint(
     sentence = read_json_object(answer, f"--answer {answer}").get("sentence") if answer else ""
     if not isinstance(sentence, str):
         raise UserError(f"--answer {answer}: its sentence is {sentence!r:.40}; expected answer.json of a study")
-    source = hold_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
+    source = resolve_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
     settings = trained_settings(metadata, source)
     is_adapter = settings.mode == "lora" and not merge
     if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":

@@ -21,7 +21,7 @@ from trainer.distributed.decoding import Completion, decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_lines
-from trainer.training.checkpoint import hold_checkpoint
+from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
 from trainer.training.scorers import ScoredText, ScorerError, check_references, check_scorers, score_texts
 
@@ -47,7 +47,7 @@ def generate(args: argparse.Namespace) -> int:
             fingerprints.add(base["fingerprint"])
             label = f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"
             loaders[label] = partial(_load_base, folder, settings, base["fingerprint"])
-        checkpoint = hold_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
+        checkpoint = resolve_checkpoint(folder / "checkpoints", args.checkpoint, flag="--checkpoint")
         settings = trained_settings(metadata, checkpoint)
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)

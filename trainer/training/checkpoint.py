@@ -19,16 +19,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.config.choices import Mode, Precision
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.fields import Float, NonNegativeInt, RunId, Text
 from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
 from trainer.model import optimizer
 from trainer.tracking.run_lock import LOCK_FILE
@@ -51,33 +49,6 @@ _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 # --- which checkpoints there are -------------------------------------------------------------------------------------
 
 
-class _RowsDigest(BaseModel):
-    num_rows: NonNegativeInt
-    sha256: Text
-
-
-class _EvaluationsDigest(BaseModel):
-    num_evaluations: NonNegativeInt
-    sha256: Text
-
-
-class _StateJson(BaseModel):
-    format: Literal[4]
-    run_id: RunId
-    mode: Mode
-    base: Text | None
-    data: Text
-    fixed: dict[str, Any]  #: the settings that may not change when the run is resumed
-    precision: Precision
-    device: Text
-    bytes: NonNegativeInt
-    sha256: Text
-    loss_scale: dict[Literal["cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"], Float] | None = None
-    progress: TrainState
-    records: _RowsDigest
-    evaluations: _EvaluationsDigest
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint on disk whose state.json is as it was written; `find_damage` reads the tensors too."""
@@ -85,7 +56,6 @@ class Checkpoint:
     folder: Path
     metadata: dict[str, Any]
     skipped_reasons: tuple[str, ...] = ()  #: why newer ones were not taken
-    held_file: Path | None = None  #: its tensors, to be read though the folder be gone
 
     @property
     def step(self) -> int:
@@ -124,11 +94,10 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those under `folder` with a whole state.json, oldest first. Half-written ones have other names."""
     checkpoints = []
     for step, path in _numbered_folders(folder):
-        with contextlib.suppress(UserError, ValidationError, RecursionError):
+        with contextlib.suppress(UserError, KeyError, RecursionError):
             metadata = read_json_object(path / METADATA_FILE)
-            progress = _StateJson.model_validate(metadata).progress
-            is_whole = metadata.get("self") == _metadata_digest(metadata) and progress.as_dict() == metadata["progress"]
-            if is_whole and progress.step == step:
+            is_whole = metadata["self"] == _metadata_digest(metadata) and metadata["format"] == FORMAT_VERSION
+            if is_whole and metadata["progress"]["step"] == step:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
     return checkpoints
 
@@ -176,19 +145,6 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     if damage := selected.find_damage():
         raise UserError(f"{damage}; pass {flag} step-N to take another of {available}")
     return selected
-
-
-def hold_checkpoint(folder: Path, which: str, *, flag: str) -> Checkpoint:
-    """`resolve_checkpoint` beside a run that may remove what it finds: chosen again, then held open by this process."""
-    while True:
-        paths = _numbered_folders(folder)
-        try:
-            checkpoint = resolve_checkpoint(folder, which, flag=flag)
-            descriptor = os.open(checkpoint.folder / STATE_FILE, os.O_RDONLY)
-            return replace(checkpoint, held_file=Path(f"/proc/self/fd/{descriptor}"))
-        except (UserError, FileNotFoundError):
-            if _numbered_folders(folder) == paths:
-                raise
 
 
 def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -366,7 +322,7 @@ def _open_tensors(
     Each rank opens the file where its host sees the lock that rank 0 holds in the run folder. To other hosts rank 0
     sends one tensor at a time: what may lie under that name on their disks is not looked at.
     """
-    path = checkpoint.held_file or checkpoint.folder / STATE_FILE
+    path = checkpoint.folder / STATE_FILE
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
 
     def read_layout() -> dict[str, TensorLayout]:
@@ -374,7 +330,7 @@ def _open_tensors(
             with safe_open(path, framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
                 return {n: (tuple(p.get_shape()), dtypes.get(p.get_dtype(), p.get_dtype())) for n, p in parts.items()}
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:  # a run beside this program may have removed it
             raise UserError(f"checkpoint {checkpoint.folder}: {STATE_FILE} cannot be read ({error})") from None
 
     if context is None or context.num_nodes == 1:

@@ -1,10 +1,8 @@
 """Which checkpoints are kept; one whose content was edited, with every checksum made right again, is refused in one
 line."""
 
-import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -21,13 +19,9 @@ from torch import Tensor, nn
 from trainer.config.errors import TrainingError, UserError
 from trainer.training.checkpoint import (
     _metadata_digest,
-    best_checkpoint,
-    list_checkpoints,
     load_weights,
     resolve_checkpoint,
 )
-
-VALUES: list[Any] = ["x", None, True, -1, 0.5, 2**70, math.nan, [], {}, [1], {"x": 1}]
 
 
 @pytest.fixture
@@ -63,36 +57,6 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, monkeypatch):
 def write_state_json(folder: Path, metadata: dict[str, Any]) -> None:
     """With its own checksum made right, so that only the content lies."""
     (folder / "state.json").write_text(json.dumps({**metadata, "self": _metadata_digest(metadata)}))
-
-
-def leaves(content: dict[str, Any], *path: str) -> list[tuple[str, ...]]:
-    found = []
-    for key, value in content.items():
-        found += [(*path, key), *(leaves(value, *path, key) if isinstance(value, dict) else [])]
-    return found
-
-
-def test_no_edit_of_state_json_ends_in_a_traceback(folder):
-    whole = json.loads((folder / "state.json").read_text())
-    num_refused = 0
-    for path in leaves(whole):
-        for value in (*VALUES, "missing"):
-            metadata = json.loads(json.dumps(whole))
-            block = metadata
-            for key in path[:-1]:
-                block = block[key]
-            block[path[-1]] = value
-            if value == "missing":
-                del block[path[-1]]
-            write_state_json(folder, metadata)
-            best_checkpoint(list_checkpoints(folder.parent))
-            with contextlib.suppress(UserError):
-                assert resolve_checkpoint(folder.parent, "latest").train_state.step == 3
-                continue
-            num_refused += 1
-    assert num_refused > 200, "most of these values are of another type"
-    write_state_json(folder, whole)
-    assert resolve_checkpoint(folder.parent, "latest").val_loss == 1.5
 
 
 def rename(tensors: dict[str, Tensor]) -> None:
