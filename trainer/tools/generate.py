@@ -23,7 +23,7 @@ from trainer.model.build import TrainableModel, build_model, get_max_positions, 
 from trainer.tracking.console import show_lines
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
-from trainer.training.scorers import ScoredText, ScorerError, check_references, check_scorers, score_texts
+from trainer.training.scorers import ScorerError, check_references, check_scorers, score_texts
 
 BATCH_SIZE = 16  # prompts in one batch
 DEFAULT_NUM_PROMPTS = 4
@@ -54,7 +54,7 @@ def generate(args: argparse.Namespace) -> int:
     completer = _Completer(args, all_metadata[0])
     prompts = completer.read_prompts()
     pairs = [(i, reference) for i, prompt in enumerate(prompts) for reference in prompt.references]
-    check_references(args.score, [ScoredText("", text, prompts[i].text) for i, text in pairs], "prompt")
+    check_references(args.score, [text for _, text in pairs], "prompt")
     texts = {label: completer.complete(load().causal, prompts) for label, load in loaders.items()}
     for i, prompt in enumerate(prompts):
         lines = [("prompt", prompt.text)]
@@ -66,7 +66,7 @@ def generate(args: argparse.Namespace) -> int:
         for name in args.score:
             best: dict[int, float] = {}  # of each prompt, over its references
             try:
-                scores = score_texts(name, [ScoredText(completions[i], text, prompts[i].text) for i, text in pairs])
+                scores = score_texts(name, [completions[i] for i, _ in pairs], [text for _, text in pairs])
             except ScorerError as error:
                 raise UserError(f"--score {name}: it {error}") from None
             for (i, _), score in zip(pairs, scores, strict=True):

@@ -4,7 +4,7 @@ all test records, and of retained ones that are prompts with references, to be s
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, score_name, write_evaluation
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.training.scorers import ScoredText, ScorerError, check_references, score_texts
+from trainer.training.scorers import ScorerError, check_references, score_texts
 
 ScoredSplit = Literal["test", "retain"]
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
@@ -149,16 +149,13 @@ def split_rows(dataset: TokenDataset, end_ids: Sequence[int], block_size: int) -
 
 def _load_rows(
     settings: Settings, data: PreparedDataset, split: ScoredSplit
-) -> tuple[Any, tuple[int, ...], list[PromptRow], Callable[[Sequence[str]], list[ScoredText]]]:
-    """(the tokenizer, the tokens at which a text ends, the records, a function from the text generated for each to what
-    a scorer gets)."""
+) -> tuple[Any, tuple[int, ...], list[PromptRow], list[str | None]]:
+    """(the tokenizer, the tokens at which a text ends, the records, their references as text)."""
     tokenizer = load_tokenizer(settings.model.model)
     end_ids = end_token_ids(tokenizer, data.metadata.get("chat_template"))
     rows = split_rows(getattr(data, split), end_ids, data.metadata["block_size"])
-    prompts = tokenizer.batch_decode([row.prompt for row in rows])
     decoded = tokenizer.batch_decode([row.reference for row in rows], skip_special_tokens=True)
-    references = [text if row.is_whole else None for row, text in zip(rows, decoded, strict=True)]
-    return tokenizer, end_ids, rows, lambda texts: list(map(ScoredText, texts, references, prompts))
+    return tokenizer, end_ids, rows, [text if row.is_whole else None for row, text in zip(rows, decoded, strict=True)]
 
 
 def check_test_records(settings: Settings, data: PreparedDataset) -> None:
@@ -173,8 +170,7 @@ def check_test_records(settings: Settings, data: PreparedDataset) -> None:
     elif form == "template" and settings.data.prompt is None:
         problem = "the records have no prompts; expected --prompt beside --completion"
     else:
-        _, _, rows, make_items = _load_rows(settings, data, "test")
-        check_references(output.score, make_items([""] * len(rows)), "test record")
+        check_references(output.score, _load_rows(settings, data, "test")[-1], "test record")
         return
     raise UserError(f"--score {output.score[0]}: {problem}")
 
@@ -196,7 +192,7 @@ def score_records(
     the records; `now`: seconds since the run began.
     """
     start_time, context = time.perf_counter(), engine.dist_context
-    tokenizer, end_ids, rows, make_items = _load_rows(settings, data, split)
+    tokenizer, end_ids, rows, references = _load_rows(settings, data, split)
     event, records = f"{split}_scores", f"the {SPLIT_NAMES[split]} records"
     max_positions = get_max_positions(engine.model.causal.config)
     limit = settings.output.score_tokens or EXTRA_COMPLETION_TOKENS + max(len(row.reference) for row in rows)
@@ -215,10 +211,10 @@ def score_records(
     texts = [texts_by_prompt[row.prompt] for row in rows]
 
     def score() -> tuple[dict[str, list[float | None]], dict[str, str]]:
-        items, scores, failures = make_items(texts), {}, {}
+        scores, failures = dict[str, list[float | None]](), dict[str, str]()
         for scorer in settings.output.score:
             try:
-                values = score_texts(scorer, items, on_wait=context.watchdog.heartbeat)
+                values = score_texts(scorer, texts, references, on_wait=context.watchdog.heartbeat)
                 if all(value is None for value in values):
                     raise ScorerError("finds nothing to compare with in the references")
                 scores[scorer] = values

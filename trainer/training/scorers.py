@@ -6,7 +6,6 @@ nothing with the run, and ends with it. `python -m trainer.training.scorers FILE
 
 import contextlib
 import importlib.util
-import inspect
 import json
 import multiprocessing
 import os
@@ -20,10 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.config import choices
 from trainer.config.errors import UserError, first_line
@@ -41,14 +40,6 @@ _NUMBER = re.compile(
 )
 
 
-class ScoredText(NamedTuple):
-    """A text to score, what it is compared with (None: nothing), and the prompt that it was made from."""
-
-    text: str
-    reference: str | None
-    prompt: str
-
-
 class ScorerError(Exception):
     """Why a scorer gives no scores, in half a sentence."""
 
@@ -57,38 +48,32 @@ def check_scorers(names: Sequence[str]) -> None:
     """UserError in one line where a scorer of --score cannot be used here; loads what the user named."""
     from trainer.tracking.eval_records import score_name  # with pandas, for which a scorer's process need not wait
 
-    columns = dict[str, str]()
+    columns = [score_name(name) for name in names]
     for name in names:
         try:
             choices.check_scorer(name)
         except ValueError:
             raise UserError(f"--score {name}: expected {choices.SCORERS}") from None
-        if (other := columns.setdefault(score_name(name), name)) != name or names.count(name) > 1:
-            column = f"score_{score_name(name)}, as has --score {other}"
-            raise UserError(
-                f"--score {name}: has the column {column}; expected each once, with other letters or digits"
-            )
+        if columns.count(column := score_name(name)) > 1:
+            raise UserError(f"--score {name}: of several with the column score_{column}; expected each once")
         if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
         if ":" in name:
             try:
-                score_texts(name, ())
+                score_texts(name, (), ())
             except ScorerError as error:
                 raise UserError(f"--score {name}: {error}") from None
 
 
-def check_references(names: Sequence[str], texts: Sequence[ScoredText], source: str) -> None:
-    """UserError where a scorer finds no reference in the records of `source`, or fails on the first reference itself.
-
-    The texts of `texts` do not matter.
-    """
+def check_references(names: Sequence[str], references: Sequence[str | None], source: str) -> None:
+    """UserError where a scorer finds no reference in the records of `source`, or fails on the first one itself."""
     for name in names:
-        found = [item._replace(text=str(item.reference)) for item in texts if has_reference(name, item.reference)]
+        found = [str(reference) for reference in references if has_reference(name, reference)][:1]
         if not found:
             raise UserError(f"--score {name}: no {source} has {NEEDS.get(name, 'a text')} to compare with")
         if ":" in name:  # what comes with this program needs no trial
             try:
-                score_texts(name, found[:1])
+                score_texts(name, found, found)
             except ScorerError as error:
                 raise UserError(f"--score {name}: {error}, where text and reference are equal") from None
 
@@ -100,9 +85,9 @@ def has_reference(name: str, reference: str | None) -> bool:
 
 
 def score_texts(
-    name: str, texts: Sequence[ScoredText], *, on_wait: Callable[[], None] = lambda: None
+    name: str, texts: Sequence[str], references: Sequence[str | None], *, on_wait: Callable[[], None] = lambda: None
 ) -> list[float | None]:
-    """The score of each text by one scorer, from 0 to 1; None where the reference holds nothing to compare.
+    """The score of each text by one scorer, from 0 to 1; None where its reference holds nothing to compare.
 
     ScorerError where the scorer fails, takes more than TEXT_SECONDS for a text, or returns no such number. `on_wait` is
     called once a second, and for each text.
@@ -110,11 +95,11 @@ def score_texts(
     scores: list[float | None] = []
     with _started(on_wait) as ask:
         ask([name], START_SECONDS)
-        for number, item in enumerate(texts, start=1):
+        for number, (text, reference) in enumerate(zip(texts, references, strict=True), start=1):
             score = None
-            if has_reference(name, item.reference):
+            if has_reference(name, reference):
                 try:
-                    score = ask(item, TEXT_SECONDS)
+                    score = ask([text, reference], TEXT_SECONDS)
                 except ScorerError as error:
                     raise ScorerError(f"{error} (text {number} of {len(texts)})") from None
             scores.append(score)
@@ -238,7 +223,7 @@ def score_text(name: str, text: str, reference: str) -> float:
 # --- the process of one scorer ---
 
 
-def _regex_scorer(pattern: str) -> Callable[[str, str, str], float]:
+def _regex_scorer(pattern: str) -> Callable[[str, str], float]:
     """What the pattern finds first (its first group, if it has one) in the text and in the reference; a reference in
     which it finds nothing is taken whole."""
     try:
@@ -250,39 +235,35 @@ def _regex_scorer(pattern: str) -> Callable[[str, str, str], float]:
         match = compiled.search(text)
         return None if match is None else match[min(1, compiled.groups)]
 
-    def score(text: str, reference: str, prompt: str) -> float:
+    def score(text: str, reference: str) -> float:
         found, expected = find(text), find(reference)
         return float(found is not None and found.strip() == (reference if expected is None else expected).strip())
 
     return score
 
 
-def load_scorer(name: str) -> Callable[[str, str, str], Any]:
-    """The function (text, reference, prompt) of a scorer; of FILE.py:function a user's, called with text and reference,
-    and with `prompt=` where it takes that."""
+def load_scorer(name: str) -> Callable[[str, str], Any]:
+    """The function (text, reference) of a scorer; of FILE.py:function a user's."""
     if name.startswith("regex:"):
         return _regex_scorer(name.removeprefix("regex:"))
     if not (file := choices.scorer_file(name)):
-        return lambda text, reference, prompt: score_text(name, text, reference)
+        return partial(score_text, name)
     path, function_name = Path(file).absolute(), name.rpartition(":")[2]
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("scorer", path)
-    assert spec is not None, "a file of Python"
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None, "a file of Python"  # noqa: PT018
     module = sys.modules["scorer"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    if not callable(function := getattr(module, function_name, None)):
         raise ScorerError(f"{path} has no function {function_name}")
-    takes_prompt = "prompt" in inspect.signature(function).parameters
-    return lambda text, reference, prompt: function(text, reference, **({"prompt": prompt} if takes_prompt else {}))
+    return function
 
 
 def main() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the run ends
-    scorer: Callable[[str, str, str], Any] | None = None
+    scorer: Callable[[str, str], Any] | None = None
     with Connection(int(sys.argv[1])) as connection, contextlib.suppress(EOFError):
         while True:
             message = json.loads(connection.recv_bytes())

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.training import scorers
-from trainer.training.scorers import ScoredText, ScorerError, check_references, check_scorers, score_texts
+from trainer.training.scorers import ScorerError, check_references, check_scorers, score_texts
 
 SQL = "SELECT a FROM t"
 
@@ -50,7 +50,7 @@ def test_a_score_is_the_one_that_was_counted_by_hand(name, text, reference, expe
     """In this process; that of a scorer calls the same function."""
     score = None
     if scorers.has_reference(name, reference):
-        score = scorers.load_scorer(name)(text, reference, "")
+        score = scorers.load_scorer(name)(text, reference)
     assert score == (None if expected is None else pytest.approx(expected))
 
 
@@ -59,7 +59,6 @@ import os, subprocess, sys, time
 from decimal import Decimal
 print("a word on stdout")
 def good(text, reference): return Decimal(len(text)) / 10
-def asks(text, reference, prompt): return prompt == "p"
 def hangs_with_children(text, reference): subprocess.run(["sleep", "617"])
 def raises(text, reference): raise KeyError("no\\nkey")
 def leaves(text, reference): sys.exit(0)
@@ -74,12 +73,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "mine.py"
 
 
-def test_a_python_scorer_gets_text_reference_and_prompt(file, monkeypatch):
-    items = [ScoredText("abc", "r", "p"), ScoredText("", None, "p"), ScoredText("abcdefgh", "r", "q")]
-    assert score_texts(f"{file}:good", items) == [0.3, None, 0.8]
+def test_a_python_scorer_gets_text_and_reference(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     (file.parent / "json.py").write_text("raise SystemExit('a file of the folder took the place of a library')")
-    assert score_texts("mine.py:asks", items) == [1.0, None, 0.0]
+    assert score_texts("mine.py:good", ["abc", "", "abcdefgh"], ["r", None, "r"]) == [0.3, None, 0.8]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +96,9 @@ def test_a_python_scorer_gets_text_reference_and_prompt(file, monkeypatch):
 def test_a_scorer_that_fails_hangs_or_returns_no_number_gives_a_reason(file, monkeypatch, function, text, reason):
     monkeypatch.setattr(scorers, "TEXT_SECONDS", 0.5)
     waits: list[float] = []
-    items = [ScoredText("x", None, ""), ScoredText(text, "r", "")]
     name = function if function.startswith("regex:") else f"{file}:{function}"
     with pytest.raises(ScorerError) as caught:
-        score_texts(name, items, on_wait=lambda: waits.append(time.monotonic()))
+        score_texts(name, ["x", text], [None, "r"], on_wait=lambda: waits.append(time.monotonic()))
     assert reason in str(caught.value)
     assert waits, "the watchdog hears of it"
     deadline = time.monotonic() + 5
@@ -116,9 +112,9 @@ def test_a_scorer_that_fails_hangs_or_returns_no_number_gives_a_reason(file, mon
         (["acc"], "--score acc: expected exact, contains, numeric"),
         (
             ["exact", "f1", "exact"],
-            "--score exact: has the column score_exact, as has --score exact; expected each once",
+            "--score exact: of several with the column score_exact; expected each once",
         ),
-        (["regex:a+", "regex:a*"], "--score regex:a*: has the column score_regex_a_, as has --score regex:a+"),
+        (["regex:a+", "regex:a*"], "--score regex:a+: of several with the column score_regex_a_"),
         (["regex:("], "--score regex:(: is no regular expression of Python's re (missing )"),
         (["none.py:f"], "--score none.py:f: failed with FileNotFoundError"),
         (["FILE:other"], "FILE has no function other"),
@@ -139,12 +135,12 @@ def test_a_scorer_that_cannot_be_used_is_one_line_before_anything_slow(file, mon
 
 
 def test_records_in_which_a_scorer_finds_nothing_to_compare_are_refused(file):
-    items = [ScoredText("", "no number", ""), ScoredText("", None, "")]
-    check_references(["exact", f"{file}:good"], items, "test record")
+    references = ["no number", None]
+    check_references(["exact", f"{file}:good"], references, "test record")
     for name, message in (
         ("numeric", "--score numeric: no test record has a number to compare with"),
         (f"{file}:raises", "failed with KeyError: 'no\\nkey' (text 1 of 1), where text and reference are equal"),
     ):
         with pytest.raises(UserError) as caught:
-            check_references(["exact", name], items, "test record")
+            check_references(["exact", name], references, "test record")
         assert message in str(caught.value)
