@@ -38,7 +38,6 @@ from trainer.model.build import TrainableModel, get_max_positions, load_config
 from trainer.model.lora import adopt_adapter
 from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
-from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import show_plan
 from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_logger import check_wandb
@@ -92,7 +91,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         args = replace(args, settings=context.on_rank_zero(lambda: adopt_adapter(given)))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
-        settings, previous = run_folder.resolve_output_dir(args, FINDER_FILES)
+        settings, previous = run_folder.resolve_output_dir(args)
         for scorer in settings.output.score:  # code runs only where the user has named it
             if scorer_file(scorer) and scorer not in args.settings.output.score:
                 raise UserError(f"--score {scorer}: is code that run.json names; give the flag again, or another one")
@@ -138,7 +137,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         plan = make_plan(settings, context, data)
     plan = replace(plan, spellings=args.notes)
     if (args.dry_run or args.find_batch) and context.rank == 0:
-        use = run_folder.describe_use(Path(settings.run_folder), FINDER_FILES)
+        use = run_folder.describe_use(Path(settings.run_folder))
         in_use = [("", [("note", use)])] if use and args.dry_run and not args.resume else []
         show_plan([*plan.sections(), *in_use], plan.set_by_user())
     if args.dry_run:
@@ -159,7 +158,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     try:
         with watch_work():
             # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
-            _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
+            _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args))
             plan = replace(plan, host_lines=tuple(run_folder.describe_hosts(settings, context)))
         return _train_and_export(args, plan, data, model, previous, signal_handler)
     finally:

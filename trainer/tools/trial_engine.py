@@ -28,9 +28,6 @@ from trainer.tools.processes import failure_reason, start_process
 from trainer.tracking.wandb_logger import check_wandb
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 
-FINDER_FILES = ("find-batch.json", "prove.json")  # a run may begin beside them
-
-
 Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]
 
 

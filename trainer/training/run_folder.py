@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,12 @@ from trainer.training.run_plan import RunPlan
 METADATA_FILE = "run.json"
 MAX_CLOCK_SECONDS = 5.0  # by which clocks may differ; a busy host may be late itself
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
+#: files beside which a run may begin: of a start that was killed, and what --find-batch and doctor --prove leave
+NO_RUN = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp|find-batch\.json|prove\.json")
 
 
-def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings of the run and, where one is resumed, its run.json; UserError where the folder is not as asked.
-
-    `ignored_files`: what may lie in the folder of a new run.
-    """
+def resolve_output_dir(args: CliArgs) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings of the run and, where one is resumed, its run.json; UserError where the folder is not as asked."""
     settings = args.settings
     folder = Path(settings.run_folder)
     require_utf8_path(folder, f"--output-dir {folder}")
@@ -52,10 +51,10 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
         writes_run = not (args.find_batch or args.dry_run)  # finders only put their own files there
-        if writes_run and (problem := describe_use(folder, ignored_files)):
+        if writes_run and (problem := describe_use(folder)):
             raise UserError(problem)
         return settings, None
-    if args.resume == "auto" and is_unused(folder, ignored_files):
+    if args.resume == "auto" and not describe_use(folder):
         return settings, None
     if not (folder / METADATA_FILE).exists():
         raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
@@ -68,21 +67,13 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
     return saved.resumed_with(settings), previous
 
 
-def describe_use(folder: Path, ignored_files: Collection[str] = ()) -> str:
-    """What stands in the way of a new run in a folder, and what to do; empty where nothing does."""
-    if is_unused(folder, ignored_files):
-        return ""
+def describe_use(folder: Path) -> str:
+    """What stands in the way of a new run in a folder, and what to do; empty where nothing of a run is there."""
     if (folder / METADATA_FILE).exists():
         return f"{folder} already holds a run; add --resume to continue it, or --run-name for a new one"
-    return f"{folder} is not empty; expected another --output-dir"
-
-
-def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
-    """Whether nothing of a run stands in the folder: it is missing, empty, or holds the leftovers of a killed start."""
-    if not folder.is_dir():
-        return not folder.exists()
-    leftover = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp")
-    return all(path.name in ignored_files or leftover.fullmatch(path.name) for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    is_free = all(map(NO_RUN.fullmatch, names)) and (folder.is_dir() or not folder.exists())
+    return "" if is_free else f"{folder} is not empty; expected another --output-dir"
 
 
 def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
@@ -146,6 +137,7 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def refuse_unreadable(path: Path) -> None:
+    """UserError where the rows or the evaluations cannot be read whole."""
     problem = ""
     try:
         if path.name == EVAL_RECORDS_FOLDER:
@@ -210,9 +202,8 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
 
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
     """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
-    resumed, saved = metadata.get("resumed", {"changed": {}, **metadata}), _saved_values(source)
-    settings = Settings.from_dict(resumed["settings"]).fixed_on_resume()
-    current = _fixed_values(settings, saved["data"], saved["precision"])
+    resumed, saved = metadata.get("resumed", {"changed": {}, **metadata}), _fixed_facts(source.metadata)
+    current = _fixed_facts({**source.metadata, "fixed": Settings.from_dict(resumed["settings"]).fixed_on_resume()})
     current |= {name: now for name, (_, now) in resumed["changed"].items() if name in saved}
     changed = {name: value for name, value in current.items() if value != saved.get(name)}
     differences = ", ".join(f"{name} is {value} and was {saved.get(name)}" for name, value in changed.items())
@@ -220,14 +211,10 @@ def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str
     return f"by run.json {differences} when {source.folder.name} was saved; {remedy}" if changed else ""
 
 
-def _fixed_values(settings: Mapping[str, Any], data: str, precision: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps({**settings, "data": data, "precision": precision}))
-    return values  # as JSON gives them back
-
-
-def _saved_values(source: Checkpoint) -> dict[str, Any]:
-    metadata = source.metadata
-    return {**metadata["fixed"], "data": metadata["data"], "precision": metadata["precision"]}
+def _fixed_facts(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change on resume, by a `RunPlan.checkpoint_identity`, as JSON gives it back."""
+    facts = {**identity["fixed"], "data": identity["data"], "precision": identity["precision"]}
+    return dict(json.loads(json.dumps(facts)))
 
 
 def _allowed_changes(
@@ -238,14 +225,15 @@ def _allowed_changes(
     UserError for the first difference from the checkpoint, without one from the run's beginning, that is not allowed:
     run.json may have been edited since it was saved.
     """
-    current = _fixed_values(plan.fixed_on_resume(), plan.data_info["fingerprint"], plan.precision)
+    current = _fixed_facts(plan.checkpoint_identity(previous["run_id"]))
     for name in allowed_names:
         if name not in (*current, "records"):
             raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
     settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
     settings["model_config"] = previous["model"].get("config")
-    initial = _fixed_values(settings, previous["data"]["fingerprint"], previous["resolved"]["precision"])
-    saved = initial if source is None else _saved_values(source)
+    data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
+    initial = _fixed_facts({"fixed": settings, "data": data, "precision": precision})
+    saved = initial if source is None else _fixed_facts(source.metadata)
     changed = {name: saved.get(name) for name, value in current.items() if value != saved.get(name)}
     if refused := [name for name in changed if name not in allowed_names]:
         raise UserError(

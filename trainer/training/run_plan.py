@@ -207,13 +207,10 @@ class RunPlan:
             "mode": self.settings.mode,
             "base": self.model_info["fingerprint"],
             "data": self.data_info["fingerprint"],
-            "fixed": self.fixed_on_resume(),
+            "fixed": {**self.settings.fixed_on_resume(), "model_config": self.model_info["config"]},
             "precision": self.precision,
             "device": self.dist_context.device.type,
         }
-
-    def fixed_on_resume(self) -> dict[str, Any]:
-        return {**self.settings.fixed_on_resume(), "model_config": self.model_info["config"]}
 
     def resolved(self) -> dict[str, Any]:
         dist_context, schedule, settings = self.dist_context, self.schedule, self.settings

@@ -18,8 +18,9 @@ def test_that_rows_were_once_changed_is_told_after_every_later_resume():
     settings, changed = Settings.from_dict(previous["settings"]), {"records": ["as written", "a row was changed"]}
     previous["resumed"] = {"settings": previous["settings"], "changed": changed}
     fixed = {**settings.fixed_on_resume(), "model_config": None}
-    data, precision = {"fingerprint": previous["data"]["fingerprint"]}, previous["resolved"]["precision"]
-    plan: Any = SimpleNamespace(fixed_on_resume=lambda: fixed, data_info=data, precision=precision)
+    data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
+    identity = {"fixed": fixed, "data": data, "precision": precision}
+    plan: Any = SimpleNamespace(checkpoint_identity=lambda run_id: identity)
     assert _allowed_changes(previous, plan, None, ()) == changed
 
 

@@ -28,9 +28,9 @@ from trainer.tools.doctor.checks import (
 )
 from trainer.tools.doctor.prove import prove
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
-from trainer.tools.trial_engine import FINDER_FILES, plan_run
+from trainer.tools.trial_engine import plan_run
 from trainer.tracking.console import make_console
-from trainer.training.run_folder import is_unused
+from trainer.training.run_folder import describe_use
 from trainer.training.run_plan import RunPlan
 
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
@@ -96,7 +96,7 @@ def run_doctor(
 def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, Any]) -> Iterator[Check]:
     """The plan of the run, as train.py would make it, and its data; they are left in `run`."""
     folder = Path(cli_args.settings.run_folder)
-    is_used = cli_args.resume is None and not is_unused(folder, FINDER_FILES)
+    is_used = cli_args.resume is None and bool(describe_use(folder))
     message = f"{folder}{' is not empty' * is_used}"
     yield judge(is_used, ERROR, "run folder", message, "another --output-dir, or --resume to go on with that run")
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
