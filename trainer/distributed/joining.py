@@ -4,6 +4,7 @@ torch's own `env://` waits for late ranks without naming them, and for ever wher
 """
 
 import ipaddress
+import itertools
 import json
 import os
 import socket
@@ -39,14 +40,15 @@ def meet(
     here = {**here, "host": host, "identity": f"{host}/{boot_id}", "board": 0}
     if launch.world_size == 1:
         return dist.HashStore(), None, [{**here, "address": "127.0.0.1"}], ""
-    rank, within = launch.rank, f"within {timeout_seconds:g} s (--hang-timeout)"
-    place = f"{launch.master_addr}:{launch.master_port}"
-    store = _open_store(launch, timeout_seconds)
+    rank, store = launch.rank, _open_store(launch, timeout_seconds)
     own_address, board = _gloo_address(os.environ) or _local_address(launch.master_addr), None
     if rank == 0:  # torchrun's store may go before the ranks do
         board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
         here["board"] = board.port
-    listener = _listen(launch.world_size)
+    has_both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if has_both else socket.AF_INET
+    # With a place for each rank in its queue, as nobody accepts.
+    listener = socket.create_server(("", 0), family=family, backlog=launch.world_size, dualstack_ipv6=has_both)
     here |= {"address": own_address, "port": listener.getsockname()[1], "process": uuid.uuid4().hex}
     keys = [f"rank/{other}" for other in range(launch.world_size)]
     own_value = json.dumps(here)
@@ -61,7 +63,10 @@ def meet(
             present = [0]
         missing_ranks = [other for other in range(launch.world_size) if other not in present]
         missing = describe_ranks(missing_ranks, hosts_of_ranks(os.environ, launch.world_size))
-        message = f"of {launch.world_size} ranks these did not join {place} {within}: {missing}"
+        message = (
+            f"of {launch.world_size} ranks these did not join {launch.master_addr}:{launch.master_port} within "
+            f"{timeout_seconds:g} s (--hang-timeout): {missing}"
+        )
         give_up(TrainingError(message), is_reporting_rank=rank == min(present))
 
     addresses = [launch.master_addr if _is_loopback(other["address"]) else other["address"] for other in ranks]
@@ -107,14 +112,13 @@ def _try_connections(
         store.set(f"connected/{rank}", "")
         all_keys = [f"connected/{other}" for other in range(len(ranks))]
         store.wait(all_keys, timedelta(seconds=timeout_seconds + ANSWER_SECONDS))
-    except dist.DistError:
-        give_up(TrainingError(""), is_reporting_rank=False)
+    except dist.DistError:  # another rank says why
+        raise SystemExit(TrainingError.exit_code) from None
 
 
 def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     """The store of this run: on rank 0, or torchrun's where it keeps one."""
     host, address = socket.gethostname(), (launch.master_addr, launch.master_port or 0)
-    place = f"{address[0]}:{address[1]}"
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         try:  # it listens everywhere; to itself it talks over the loopback, whatever MASTER_ADDR says here
@@ -125,12 +129,11 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     else:
         # Ranks that have not met cannot agree on one that speaks: the last is on another host than rank 0, if any is.
         is_speaker = launch.rank == launch.world_size - 1
-        if problem := _connection_problem(
-            address, timeout_seconds
-        ):  # torch's own store says so with a traceback of C++
+        problem = _connection_problem(address, timeout_seconds)
+        if problem:  # torch's own store says so with a traceback of C++
             message = (
-                f"rank {launch.rank} on {host} cannot reach rank 0 at {place} within {timeout_seconds:g} s "
-                f"(--hang-timeout): {problem}; has it started? Check MASTER_ADDR and the port"
+                f"rank {launch.rank} on {host} cannot reach rank 0 at {address[0]}:{address[1]} within "
+                f"{timeout_seconds:g} s (--hang-timeout): {problem}; has it started? Check MASTER_ADDR and the port"
             )
             give_up(TrainingError(message), is_reporting_rank=is_speaker)
         # In a thread: torch waits for ever for the answer of another program that listens there.
@@ -161,12 +164,8 @@ def refuse_unequal_hosts(hosts: Sequence[str], ranks: Sequence[Mapping[str, Any]
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
     """`1, 4-7`, and the hosts of these ranks where `hosts` has one for each rank of the run."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
+    groups = itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])  # of consecutive ranks
+    parts = [[rank for _, rank in group] for _, group in groups]
     texts = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
     names = list(dict.fromkeys(hosts[rank] for rank in ranks if rank < len(hosts)))
     return list_some(texts, MAX_HOSTS_SHOWN) + (f" (on {list_some(names, MAX_HOSTS_SHOWN)})" if names else "")
@@ -189,13 +188,6 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _listen(num_connections: int) -> socket.socket:
-    """At a port of the system's choice, for so many connections that nobody accepts; by default 128 are taken."""
-    has_both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if has_both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=num_connections, dualstack_ipv6=has_both)
-
-
 def _gloo_address(environ: Mapping[str, str]) -> str:
     """The address of the interface that the user chose for gloo, which need not be that towards rank 0; else empty."""
     entries = psutil.net_if_addrs().get(environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0], [])
@@ -215,8 +207,8 @@ def _local_address(host: str) -> str:
 
 
 def _refuse_other_run(launch: LaunchEnvironment, reason: str, *, is_reporting_rank: bool = True) -> NoReturn:
-    message = f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port} is not this "
-    error = TrainingError(f"{message}run's rank 0 ({reason}); {PORT_HINT}")
+    place = f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port}"
+    error = TrainingError(f"{place} is not this run's rank 0 ({reason}); {PORT_HINT}")
     give_up(error, is_reporting_rank=is_reporting_rank)
 
 

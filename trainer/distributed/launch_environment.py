@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from trainer.config.errors import UserError
 
-MAX_NODES = 100_000  # of a range in a list of hosts; more is a mistake that would fill the memory
 DEFAULT_PORT = 29500  # of torchrun and `deepspeed` too
 #: SLURM jobs that share a host get different ports, by their number; from 32768 on Linux hands ports out by itself.
 _JOB_PORTS = range(15000, 32000)
@@ -42,10 +41,8 @@ _LAUNCHERS = (
     _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
     _Launcher("deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_SIZE"),
     _Launcher("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    *(
-        _Launcher(name, f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK", f"{prefix}_LOCAL_SIZE")
-        for name, prefix in (("Open MPI", "OMPI_COMM_WORLD"), ("MVAPICH2", "MV2_COMM_WORLD"))
-    ),
+    _Launcher("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    _Launcher("MVAPICH2", *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
     _Launcher("Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
     _Launcher("PMI", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
     _Launcher("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
@@ -69,12 +66,9 @@ FORWARDED_PREFIXES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"),
 )
 _LAUNCHER_PREFIXES = (
-    *("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "PALS_", "MV2_", "FLUX_"),
-    *("SLURM_", "PET_", "SKYPILOT_"),
-)
-_LAUNCHER_NAMES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
-    *("GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "PALS_", "MV2_", "FLUX_", "SLURM_", "PET_", "SKYPILOT_"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK"),
+    *("ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
 )
 
 
@@ -109,14 +103,13 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
         )
     if launcher.name == "environment":  # a script may have given the tasks of a launcher RANK and WORLD_SIZE
         for outer in _LAUNCHERS[3:]:
-            if not {outer.rank, outer.world_size} <= set(environ):
-                continue
-            task, num_tasks = _number(environ, outer.rank), _number(environ, outer.world_size)
-            if world_size < num_tasks or (world_size == num_tasks and rank != task):
-                raise UserError(
-                    f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
-                    f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
-                )
+            if {outer.rank, outer.world_size} <= set(environ):
+                task, num_tasks = _number(environ, outer.rank), _number(environ, outer.world_size)
+                if world_size < num_tasks or (world_size == num_tasks and rank != task):
+                    raise UserError(
+                        f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
+                        f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
+                    )
     return LaunchEnvironment(
         rank=rank,
         world_size=world_size,
@@ -142,8 +135,7 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is not a rank: without the variables of launchers and schedulers."""
-    names = [name for name in environ if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)]
-    return {name: environ[name] for name in names}
+    return {name: value for name, value in environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
@@ -156,7 +148,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
             for first, _, last in ends:
                 is_number = (first + last).isdecimal() and len(first + last) < 30
                 numbers = range(int(first), int(last or first) + 1) if is_number else range(0)
-                ranges += [f"{number:0{len(first)}d}" for number in numbers[:MAX_NODES]] or [first]
+                ranges += [f"{number:0{len(first)}d}" for number in numbers] or [first]
         hosts += ["".join(words) for words in itertools.product(*pieces)]
     return hosts
 

@@ -60,7 +60,6 @@ class DistContext:
     watchdog: Watchdog  #: what the ranks know of one another while they wait
     network: str = ""  #: the interface and address over which this rank talks to other hosts
     devices: tuple[Mapping[str, Any], ...]  #: what each rank computes on: `name`, `memory` in bytes, `bf16`
-    planned_gpu_bytes: int | None = None  #: memory of the GPU that is planned for, where none is here
 
     @property
     def num_nodes(self) -> int:
@@ -82,8 +81,8 @@ class DistContext:
 
         A CPU rank has its share of its host's.
         """
-        if self.planned_gpu_bytes or (self.device.type != "cuda" and self.world_size == 1):
-            return self.planned_gpu_bytes
+        if self.device.type != "cuda" and self.world_size == 1:
+            return None
         shares = [1 if self.device.type == "cuda" else self.hosts.count(host) for host in self.hosts]
         return min(int(device["memory"]) // share for device, share in zip(self.devices, shares, strict=True))
 
@@ -93,13 +92,9 @@ class DistContext:
 
     def available_bytes(self) -> float:
         """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
-        if self.planned_gpu_bytes is None and self.device.type != "cuda":
+        if self.device.type != "cuda":
             return self.free_host_bytes()
         return float(self.least_memory_bytes() or 0)
-
-    def supports_bf16(self) -> bool:
-        """Whether the devices of all ranks compute in bf16 themselves; a GPU that is only planned for is taken to."""
-        return self.planned_gpu_bytes is not None or all(device["bf16"] for device in self.devices)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
@@ -157,11 +152,11 @@ class DistContext:
         for rank, host in enumerate(self.hosts):
             ranks.setdefault(host, []).append(rank)
         texts = [f"{host}: rank{'s' * (len(ranks[host]) > 1)} {describe_ranks(ranks[host])}" for host in ranks]
-        if (num_more := len(texts) - MAX_HOSTS_SHOWN) > 0:
-            texts[MAX_HOSTS_SHOWN - 1 : -1] = [f"{num_more} more hosts"]
-        hosts_text = "; ".join(texts)
+        shown = texts[:MAX_HOSTS_SHOWN] + [f"{len(texts) - MAX_HOSTS_SHOWN} more hosts"] * (
+            len(texts) > MAX_HOSTS_SHOWN
+        )
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return f"{hosts_text}; {backend}" + f" over {self.network}" * bool(self.network)
+        return "; ".join([*shown, backend + f" over {self.network}" * bool(self.network)])
 
 
 def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:
@@ -258,16 +253,20 @@ def simulated_context(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     hosts = (socket.gethostname(),) * world_size
+    if gpu_memory_bytes is not None:
+        name = f"GPU of {gpu_memory_bytes / 2**30:g} GiB"
+        device_facts = {"id": "", "name": name, "memory": gpu_memory_bytes, "bf16": True}
+    else:
+        device_facts = machine.list_devices(on_gpu=torch.cuda.is_available() and on_gpu)[0]
     return DistContext(
         rank=0,
         world_size=world_size,
         hosts=hosts,
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        devices=tuple(machine.list_devices(on_gpu=torch.cuda.is_available() and on_gpu)[:1]) * world_size,
+        devices=(device_facts,) * world_size,
         num_threads=machine.threads_per_rank(world_size),
         cpu_group=None,
         watchdog=Watchdog(0, hosts, None),
-        planned_gpu_bytes=gpu_memory_bytes,
     )
 
 
@@ -300,10 +299,9 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
             values = (f"{value} on {context.name_of(rank)}" for rank, value in (known[0], other))
             differences.append(f"{name} is {' and '.join(values)}")
     if differences:
-        shown = differences[:MAX_DIFFERENCES_SHOWN]
-        if num_more := len(differences) - len(shown):
-            shown.append(f"and {num_more} more")
-        raise UserError(f"{'; '.join(shown)}: all ranks must have the same")
+        more = [f"and {len(differences) - MAX_DIFFERENCES_SHOWN} more"] * (len(differences) > MAX_DIFFERENCES_SHOWN)
+        shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN] + more)
+        raise UserError(f"{shown}: all ranks must have the same")
 
 
 def program_facts(context: DistContext, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:

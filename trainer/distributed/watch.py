@@ -187,9 +187,6 @@ class Watchdog:
     def watch_work(self, hang_timeout_seconds: float, count_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
         """The same around work that is a library's, before and after the steps: a rank also moves while it computes,
         reads or writes (`WorkMeter`). One collective in which all ranks are may take longer."""
-        if self._store is None:
-            yield
-            return
         meter, has_ended = WorkMeter(count_bytes), threading.Event()
 
         def follow() -> None:
@@ -197,7 +194,8 @@ class Watchdog:
                 if meter.has_moved(TICK_SECONDS):
                     self.heartbeat()
 
-        threading.Thread(target=follow, daemon=True).start()
+        if self._store is not None:
+            threading.Thread(target=follow, daemon=True).start()
         self._counts_work = True
         try:
             with self.watch_for_hangs(hang_timeout_seconds):
@@ -325,29 +323,24 @@ class Watchdog:
         ranks, states = range(self.world_size), self._states
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
         silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]
-        if is_store_frozen := self.rank in silent_ranks:  # it does not even give back what this rank has said
+        if self.rank in silent_ranks:  # the store of a frozen rank 0 does not even give back what this rank has said
             silent_ranks = [0]
-        hung_ranks = silent_ranks
-        if not hung_ranks and self._counts_work and all(state["is_waiting"] for state in states):
+        if not silent_ranks and self._counts_work and all(state["is_waiting"] for state in states):
             return False
+        hung_ranks = silent_ranks
         if not hung_ranks:  # those a step behind the others; where all are in one step, those outside of a collective
             first_step = min(state["step"] for state in states)
             hung_ranks = [rank for rank in ranks if states[rank]["step"] == first_step]
             if len(hung_ranks) == self.world_size:
                 hung_ranks = [rank for rank in ranks if not states[rank]["is_waiting"]] or hung_ranks
-        waiting_ranks = [rank for rank in ranks if rank not in hung_ranks]
-        if self.rank == min(waiting_ranks or hung_ranks) and not self._was_frozen():
+        if self.rank == min(set(ranks) - set(hung_ranks) or hung_ranks) and not self._was_frozen():
             call_with_timeout(2.0, self._announce_failure)
             problem = "does not answer" if silent_ranks else "hangs at {location}"
             message = ", ".join(f"{self._names[rank]} {problem.format(**states[rank])}" for rank in hung_ranks)
-            if waiting_ranks and not is_store_frozen:
-                names = f"rank{'s' * (len(waiting_ranks) > 1)} {', '.join(map(str, waiting_ranks))}"
-                message += f"; {names} waiting at {states[waiting_ranks[0]]['location']}"
             if self._stacks_path is not None:
                 message += f"; the stacks are in {self._stacks_path.parent}"
-            seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
             hint = f"; {RESUME_HINT}" * (not self._counts_work)
-            print_error(f"no rank made progress for {seconds}: {message}{hint}")
+            print_error(f"no rank made progress for {self._hang_timeout_seconds:g} s (--hang-timeout): {message}{hint}")
         time.sleep(3 * TICK_SECONDS)
         return True
 

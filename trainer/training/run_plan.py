@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from trainer.config import reference
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
@@ -150,8 +149,9 @@ class RunPlan:
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
         ]
+        device = self.dist_context.devices[self.dist_context.rank]
         machine = [
-            ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
+            ("precision", f"{self.precision} on {self.dist_context.world_size} x {device['name']}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self.execution.describe()),
             ("output", f"{settings.run_folder}"),
@@ -297,9 +297,8 @@ def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDatas
             raise UserError("--packing: blocks are full already; expected --objective completion, or chat")
         batch = replace(batch, packed_width=block_size)
     # What depends on the machine is chosen by rank 0, from the least of all devices.
-    precision = dist_context.on_rank_zero(
-        lambda: settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
-    )
+    least = "bf16" if all(device["bf16"] for device in dist_context.devices) else "fp32"
+    precision = dist_context.on_rank_zero(lambda: settings.engine.precision or least)
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
 
     estimate_memory = partial(
@@ -399,13 +398,6 @@ def package_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
 
 
-def device_name(dist_context: DistContext) -> str:
-    """What a GPU calls itself, the size of one that is only planned for, or CPU."""
-    if dist_context.planned_gpu_bytes is not None:
-        return f"GPU of {dist_context.planned_gpu_bytes / 2**30:g} GiB"
-    return torch.cuda.get_device_name(dist_context.device) if dist_context.device.type == "cuda" else "CPU"
-
-
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
     options: Any = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10, "text": True}
@@ -422,7 +414,7 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
+        "gpu": dist_context.devices[dist_context.rank]["name"] if is_gpu else None,
         "gpus": dist_context.world_size if is_gpu else 0,
     }
 
