@@ -20,7 +20,7 @@ from trainer.config.errors import TrainingError, first_line
 from trainer.config.settings import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.decoding import Completion, decode
-from trainer.distributed.execution import NUM_WARMUP_CALLS, CUDAGraphRunner, ExecutionPlan, cast_frozen_weights
+from trainer.distributed.execution import CUDAGraphRunner, ExecutionPlan, cast_frozen_weights
 from trainer.distributed.machine import peak_memory_bytes, tune_malloc
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.state_dict import EngineState
@@ -250,11 +250,6 @@ class Engine:
 
         return wait
 
-    @property
-    def num_warmup_steps(self) -> int:
-        """Steps after which the following ones take as long as all later ones."""
-        return NUM_WARMUP_CALLS + 2 if self.plan.cuda_graphs else 1
-
     # --- evaluation and generation ---
 
     @torch.no_grad()
@@ -297,8 +292,7 @@ class Engine:
                         autocast_dtype=self._autocast_dtype,
                         on_token=context.watchdog.heartbeat,
                     )
-                    completions = self._call_beside_graphs(decode_batch)
-                    own.update(zip(batch, completions, strict=True))
+                    own.update(zip(batch, self._call_beside_graphs(decode_batch), strict=True))
             except RuntimeError as error:  # also of torch, where a device has no memory left
                 failure = f"{context.name_of(context.rank)}: {first_line(error)}"
         of_ranks = context.all_gather_object((own, failure))

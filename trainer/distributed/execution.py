@@ -29,9 +29,6 @@ MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the 
 # in any order (atomics): float32 rounds sums of some thousand terms to about 1e-6; of bf16 the outputs differ by one of
 # 2**-8, and the gradients' elements from those of fp32 by 4e-3 to 7e-3 (seen on a CPU, GPT-2 of 2 to 12 layers).
 MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-3}
-# Of the whole gradient; a smaller one may be nothing but rounding, as that of OPT's key bias, which is 0 by its formula
-# (1e-8 of the whole in bf16): its norm alone is compared.
-MIN_COMPARED_SHARE = 1e-4
 
 Grads = Sequence[Tensor | None]
 
@@ -114,12 +111,8 @@ def make_execution_plan(
 
 
 def cast_frozen_weights(model: TrainableModel) -> list[nn.Module]:
-    """Round every frozen float32 weight that only goes into products to bfloat16; returns the layers that have them.
-
-    Autocast would make such a copy of each in every forward, and keep it. The numbers are the same to the bit: a
-    product under autocast rounds its weight first, and so does this, once. The float32 values are gone: a run is
-    exported from its checkpoint and the base as it was before training.
-    """
+    """Round every frozen float32 weight that only goes into products to bfloat16, as autocast would in every forward;
+    returns the layers that have them. A run is exported from its checkpoint and the base as it was before training."""
     layers = [layer for layer in find_frozen_layers(model) if layer.weight.dtype == torch.float32]
     for layer in layers:
         layer.weight.data = layer.weight.detach().to(torch.bfloat16)
@@ -142,36 +135,27 @@ def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
 
 
 def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, other_grads: Grads) -> float:
-    """The largest of three: of the losses, of a gradient's norm over that of all, and of the gradients' elements over
-    their size; NaN where one is, infinity where the other has not the same gradients.
-
-    Of the elements each side rounds its own: what counts is how far both are from their middle. Waits for the device.
-    """
+    """The larger of two: of the losses, and of the gradients as one vector, from the middle of both, as each side rounds;
+    NaN where one is, infinity where the other has not the same gradients. Waits for the device."""
     if [gradient is None for gradient in grads] != [gradient is None for gradient in other_grads]:
         return float("inf")
     losses, others = row_losses.double().sum(), other_losses.double().sum()
-    differences = [(losses - others).abs() / losses.abs().clamp(min=1e-30)]
     pairs = [(a, b) for a, b in zip(grads, other_grads, strict=True) if a is not None and b is not None]
-    if pairs:
-        norms, other_norms, distances = (
-            torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
-            for tensors in ((a for a, _ in pairs), (b for _, b in pairs), (a - b for a, b in pairs))
-        )
-        norm = torch.linalg.vector_norm(norms).clamp(min=1e-30)
-        is_compared = norms >= MIN_COMPARED_SHARE * norm
-        element_differences = (distances / norms)[is_compared] / 2  # none of rows that count nothing: all is 0
-        mean_square = element_differences.square().sum() / is_compared.sum().clamp(min=1)
-        differences += [(norms - other_norms).abs().max() / norm, mean_square.sqrt()]
+    norms = [torch.linalg.vector_norm(a, dtype=torch.float64) for a, _ in pairs]
+    distances = [torch.linalg.vector_norm(a - b, dtype=torch.float64) for a, b in pairs]
+    differences = [(losses - others).abs() / losses.abs().clamp(min=1e-30)]
+    if pairs:  # of rows that count nothing all gradients are 0
+        norm, distance = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (norms, distances))
+        differences.append(distance / norm.clamp(min=1e-30) / 2)
     return float(torch.stack(differences).max())
 
 
 class CUDAGraphRunner:
     """Forward and backward of a micro-batch as one CUDA graph: recorded once for each shape, verified, then replayed.
 
-    At small batches a GPU waits for Python. A replay launches all kernels of a step at once, the same on the same
-    addresses; dropout draws from the seed that the generator has then. Before a recording is used it is replayed on the
-    rows at hand and compared with the eager call just made. `capture_error` is one line where that fails; from then on
-    all is eager.
+    At small batches a GPU waits for Python; a replay launches all kernels of a step at once. Before a recording is used
+    it is replayed on the rows at hand, with the same dropout masks, and compared with the eager call just made.
+    `capture_error` is one line where that fails; from then on all is eager.
 
     `torch.cuda.make_graphed_callables` does not do: its gradients leave the graph through one AccumulateGrad a weight,
     an eager kernel each for the second micro-batch and for the flat buffers that several ranks reduce; and after a
@@ -200,9 +184,12 @@ class CUDAGraphRunner:
         if graph := self._find(kind, ids):
             self._use_static_grads()
             return graph.replay(ids, labels, loss_weight)
-        if not self._should_capture(kind, ids):
-            return self.stepper.backward(ids, labels, loss_weight)
-        return self._record(kind, ids, labels, loss_weight)
+        shape = tuple(ids.shape)
+        count = self._call_counts[kind, shape] = self._call_counts.get((kind, shape), 0) + 1
+        is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
+        if is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS:
+            return self._record(kind, ids, labels, loss_weight)
+        return self.stepper.backward(ids, labels, loss_weight)
 
     def _record(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """The eager call, and a recording of it that is kept where its replay gives the same."""
@@ -249,13 +236,6 @@ class CUDAGraphRunner:
     def _find(self, kind: str, ids: Tensor) -> "CapturedGraph | None":
         """A recording of this shape; none after a failure, which gave the generator a state that no recording knows."""
         return None if self.capture_error else self._captured.get((kind, tuple(ids.shape)))
-
-    def _should_capture(self, kind: str, ids: Tensor) -> bool:
-        """Whether a shape's kernels are warm and there is room for one more recording."""
-        shape = tuple(ids.shape)
-        count = self._call_counts[kind, shape] = self._call_counts.get((kind, shape), 0) + 1
-        is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
-        return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
 
     def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
         loss_sum, row_losses = self.stepper.loss_module(ids, labels)
@@ -347,12 +327,9 @@ class CapturedGraph:
 
 @contextmanager
 def _restored_on_failure(device: torch.device, pool: Any) -> Iterator[None]:
-    """Generator, current stream and allocator as they were, where a capture fails.
-
-    An invalidated capture leaves torch's default generator "capturing" and the side stream current: the next dropout
-    would raise. Another state object of the same seed and offset is not capturing. It also leaves the allocator giving
-    to the pool: what the capture had taken would be held for good, and no cached memory released when it runs out.
-    """
+    """Generator, current stream and allocator as they were, where a capture fails: it leaves torch's default generator
+    "capturing" and the side stream current, so that the next dropout would raise (another state object of the same seed
+    and offset is not capturing), and the allocator giving to the pool, whose memory would be held for good."""
     if device.type != "cuda":
         with torch.random.fork_rng(devices=[]):
             yield

@@ -20,6 +20,7 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, TokenDataset, load
 from trainer.data.sampler import GlobalBatch, step_batches, step_counts
 from trainer.distributed.engine import Engine
+from trainer.distributed.execution import NUM_WARMUP_CALLS
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.process_group import DistContext
 from trainer.tools.trial_engine import run_job, start_trial, write_result
@@ -164,7 +165,8 @@ def time_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig, num_mic
         num_target_tokens=num_target_tokens,
     )
     times = []
-    for _ in range(engine.num_warmup_steps + NUM_TIMED_STEPS):
+    num_warmup_steps = NUM_WARMUP_CALLS + 2 if engine.plan.cuda_graphs else 1
+    for _ in range(num_warmup_steps + NUM_TIMED_STEPS):
         start_time = time.perf_counter()
         list(engine.run([step_batch], lambda _: 0.0))
         if engine.dist_context.device.type == "cuda":
