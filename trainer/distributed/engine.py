@@ -168,7 +168,7 @@ class Engine:
         try:
             return call()
         except torch.OutOfMemoryError as error:
-            if self._graphs is None or not self._graphs.has_recordings:
+            if self._graphs is None or not self._graphs.captured:
                 raise
             reason = first_line(error)
         self._graphs.drop_recordings(reason)  # now that the error holds no tensors of the call

@@ -125,18 +125,16 @@ def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
     layers: list[Any] = list(model.module.modules())
     excluded = {layer.base_layer for layer in layers if len(getattr(layer, "lora_magnitude_vector", None) or ())}
     excluded.add(model.causal.get_output_embeddings())
-    kinds = (Conv1D, nn.Linear)
-    return [
-        layer for layer in layers if type(layer) in kinds and layer not in excluded and not layer.weight.requires_grad
-    ]
+    products = [layer for layer in layers if type(layer) in (Conv1D, nn.Linear) and layer not in excluded]
+    return [layer for layer in products if not layer.weight.requires_grad]
 
 
 # --- CUDA graphs ---
 
 
 def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, other_grads: Grads) -> float:
-    """The larger of two: of the losses, and of the gradients as one vector, from the middle of both, as each side rounds;
-    NaN where one is, infinity where the other has not the same gradients. Waits for the device."""
+    """The larger of two: of the losses, and of the gradients as one vector, from their middle, as each side rounds; NaN
+    where one is, infinity where the other has not the same gradients. Waits for the device."""
     if [gradient is None for gradient in grads] != [gradient is None for gradient in other_grads]:
         return float("inf")
     losses, others = row_losses.double().sum(), other_losses.double().sum()
@@ -169,7 +167,7 @@ class CUDAGraphRunner:
         self.max_difference = MAX_DIFFERENCE[precision]
         self.capture_error = ""
         self._call_counts: dict[Any, int] = {}
-        self._captured: dict[Any, CapturedGraph] = {}
+        self.captured: dict[Any, CapturedGraph] = {}  #: by kind and shape
         self._pool: Any = None
         # All shapes write their gradients to the same addresses: of several ranks to the flat buffer that is reduced,
         # else to those of the first recording.
@@ -186,8 +184,8 @@ class CUDAGraphRunner:
             return graph.replay(ids, labels, loss_weight)
         shape = tuple(ids.shape)
         count = self._call_counts[kind, shape] = self._call_counts.get((kind, shape), 0) + 1
-        is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
-        if is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS:
+        is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self.captured)
+        if is_warm and not self.capture_error and len(self.captured) < MAX_GRAPHS:
             return self._record(kind, ids, labels, loss_weight)
         return self.stepper.backward(ids, labels, loss_weight)
 
@@ -225,7 +223,7 @@ class CUDAGraphRunner:
                         f"{self.max_difference:.0e} is rounding"
                     )
                 self.checks.append(f"{label} recorded, checked to {difference:.0e}")
-                self._captured[kind, tuple(ids.shape)], self._pool = graph, pool
+                self.captured[kind, tuple(ids.shape)], self._pool = graph, pool
         if self._find(kind, ids):
             self._use_static_grads()
         elif overwritten is not None and self._static_grads is not None:  # what the eager call left
@@ -235,7 +233,7 @@ class CUDAGraphRunner:
 
     def _find(self, kind: str, ids: Tensor) -> "CapturedGraph | None":
         """A recording of this shape; none after a failure, which gave the generator a state that no recording knows."""
-        return None if self.capture_error else self._captured.get((kind, tuple(ids.shape)))
+        return None if self.capture_error else self.captured.get((kind, tuple(ids.shape)))
 
     def _forward_backward(self, overwrite: bool, ids: Tensor, labels: Tensor, loss_weight: Tensor) -> Tensor:
         loss_sum, row_losses = self.stepper.loss_module(ids, labels)
@@ -259,17 +257,13 @@ class CUDAGraphRunner:
                 cause = cause.__context__
             self.capture_error = f"steps are not recorded as CUDA graphs: {first_line(cause)}"
 
-    @property
-    def has_recordings(self) -> bool:
-        return bool(self._captured)
-
     def drop_recordings(self, reason: str) -> None:
         """Give back what they hold, with the gradients; all is eager from there on. `reason`: an error of memory."""
         self.capture_error = f"steps are no longer CUDA graphs, beside which there was no memory: {reason}"
         device = self.trainable_params[0].device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a replay of what is dropped may still be under way
-        self._captured.clear()
+        self.captured.clear()
         self._static_grads = None
         for parameter in self.trainable_params:
             parameter.grad = None
