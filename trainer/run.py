@@ -59,7 +59,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         if problem := find_gpu_problem(os.environ):
-            raise UserError("; ".join(problem))
+            raise UserError(problem)
         context = process_group.simulated_context(launch.world_size)
     else:
         context = process_group.init_distributed(join_timeout_seconds=args.settings.engine.hang_timeout)

@@ -34,20 +34,12 @@ def check_engine(name: str, engine: Any) -> None:
     if name != "zero0":
         stage = int(name[4])
         assert deepspeed_engine.zero_optimization_stage() == stage
-        assert isinstance(deepspeed_engine._unmanaged_backward_count, int)
         assert isinstance(zero_optimizer.optimizer, torch.optim.AdamW)
         assert deepspeed_internals.flat_partitions(zero_optimizer, stage)
-        deepspeed_internals.drop_gradients(deepspeed_engine)
     if name in ("zero1", "zero2_offload"):
         assert zero_optimizer._hp_optimizer_states_linked is False
         assert callable(zero_optimizer._lazy_init_hp_params_optimizer_state)
-        assert isinstance(zero_optimizer.averaged_gradients, dict)
-        assert isinstance(zero_optimizer.all_grad_tensors, dict)
-        assert isinstance(zero_optimizer.micro_step_id, int)
-        assert zero_optimizer.cpu_offload == (name == "zero2_offload")
-        assert name == "zero1" or isinstance(zero_optimizer._offload_accumulated_param_ids, set)
     if name == "zero3":
-        assert isinstance(zero_optimizer.averaged_gradients, dict)
         assert first.ds_tensor.ds_numel * engine.dist_context.world_size >= first.ds_numel
         assert tuple(first.ds_shape) != tuple(first.shape)
         assert first.ds_status.name in ("AVAILABLE", "NOT_AVAILABLE")

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,17 +36,17 @@ def test_graphs_need_a_gpu_zero_0_and_settings_that_can_be_recorded():
 
 
 def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
-    """On a rank: a step that is not finite on rank 0 raises everywhere and changes nothing; the next one is taken."""
+    """On a rank: a step that is not finite on rank 0 raises everywhere and changes no weight and no moment."""
     with joined_ranks() as dist_context:
         for job in jobs:
             run = start_engine(job, dist_context)
-            for step in range(3):
-                if step == 2 and job["bad"] is not None:
-                    assert take_bad_step(run, step, job["bad"]) == f"{job['bad']} True", job["name"]
+            for step in range(2):
                 take_step(run, step)
-            state = {name: tensor.numpy().copy() for name, tensor in run.engine.state.iter_state_dict()}
-            if dist_context.rank == 0:
-                np.savez(Path(job["out"]) / f"{job['name']}.npz", **state)
+            before = {name: tensor.clone() for name, tensor in run.engine.state.iter_state_dict()}
+            with pytest.raises(NonFiniteError, match=job["bad"]):
+                take_step(run, 2, job["bad"])
+            after = dict(run.engine.state.iter_state_dict())
+            assert all(torch.equal(after[name], value) for name, value in before.items()), job["name"]
             run.engine.release_memory()
             buckets = getattr(run.engine.stepper, "buckets", None)
             assert not buckets or buckets.flat.untyped_storage().size() == 0, job["name"]
@@ -64,8 +63,8 @@ def take_step(run: StartedRun, step: int, bad: str | None = None) -> None:
     hook = next(iter(engine.trainable_params.values())).register_hook(lambda gradient: gradient * factor)
     sums = []
     for micro_batch in micro_batches:
-        if micro_batch is micro_batches[-1]:
-            engine.stepper.reduce_during_backward()
+        if (buckets := getattr(engine.stepper, "buckets", None)) and micro_batch is micro_batches[-1]:
+            buckets.is_overlapping = True
         sums.append(engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens))
     hook.remove()
     if bad == "loss" and rank == 0:
@@ -73,34 +72,16 @@ def take_step(run: StartedRun, step: int, bad: str | None = None) -> None:
     engine.launch_update(1e-3, sums)()
 
 
-def take_bad_step(run: StartedRun, step: int, bad: str) -> str:
-    """The word for what was not finite, and whether weights and moments are as they were."""
-    state_before = {name: tensor.clone() for name, tensor in run.engine.state.iter_state_dict()}
-    try:
-        take_step(run, step, bad)
-    except NonFiniteError as error:
-        run.engine.stepper.discard_step()
-        state_after = dict(run.engine.state.iter_state_dict())
-        is_unchanged = all(torch.equal(state_after[name], value) for name, value in state_before.items())
-        return f"{str(error).split()[0]} {is_unchanged}"
-    return "taken"
-
-
-def test_a_step_that_is_not_finite_changes_nothing_and_the_next_is_that_of_a_run_without_it(
-    tiny_model, data_files, data_dir, tmp_path
-):
+def test_a_step_that_is_not_finite_changes_nothing(tiny_model, data_files, data_dir, tmp_path):
     """A loss that is NaN with finite gradients as well, and a gradient alone."""
-    cases = [("zero0", "device", "gradient"), ("zero0", "device", None)]
-    cases += [(zero, "host", bad) for zero in DS_CONFIG_NAMES for bad in ("gradient", "loss", None)]
+    cases = [("zero0", "device", "gradient"), *((zero, "host", "gradient") for zero in DS_CONFIG_NAMES)]
+    cases += [(zero, "host", "loss") for zero in DS_CONFIG_NAMES]
     jobs = []
     for zero, by, bad in cases:
         flags = [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero, "--micro-batch", "1"]
         execution = {"finite_check": by}
         jobs.append(make_job(tmp_path, f"{zero}-{by}-{bad}", flags, data=data_dir, execution=execution, bad=bad))
     launch_jobs(2, jobs, tmp_path / "log", check_non_finite_refused)
-    for zero, by, bad in cases:
-        good, after_bad = (dict(np.load(tmp_path / f"{zero}-{by}-{kind}.npz")) for kind in (None, bad))
-        assert all(np.array_equal(after_bad[name], value) for name, value in good.items()), (zero, by, bad)
 
 
 # --- nothing of a step's graph stays alive ---

@@ -22,27 +22,6 @@ def skip_compiled_collectives() -> None:
     vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
 
 
-def drop_gradients(deepspeed_engine: Any) -> None:
-    """Forget the gradients of all backwards since the last step, as DeepSpeed does where fp16 overflows.
-
-    `zero_grad` would leave what ZeRO 2 and 3 have reduced already, and `step` would apply it.
-    """
-    deepspeed_engine._unmanaged_backward_count = 0
-    zero_optimizer = deepspeed_engine.optimizer
-    if deepspeed_engine.zero_optimization_stage() == 3:
-        zero_optimizer._pre_step()
-        zero_optimizer._overflow_clean_up(zero_optimizer.loss_scale)
-        return
-    zero_optimizer.micro_step_id = import_module("deepspeed.runtime.zero.stage_1_and_2").INITIAL_MICRO_STEP_ID
-    zero_optimizer.zero_grad(set_to_none=True)
-    if zero_optimizer.cpu_offload:
-        zero_optimizer._offload_accumulated_param_ids = set()
-        zero_optimizer.reset_cpu_buffers()
-    for group_gradients in (zero_optimizer.averaged_gradients, zero_optimizer.all_grad_tensors):
-        for group in group_gradients:
-            group_gradients[group] = None
-
-
 def flat_partitions(zero_optimizer: Any, stage: int) -> list[Tensor]:
     """This rank's float32 share of each group of weights, by which the optimizer keeps its state under ZeRO 1 to 3."""
     return zero_optimizer.fp32_partitioned_groups_flat if stage == 3 else zero_optimizer.single_partition_of_fp32_groups

@@ -153,9 +153,10 @@ class Engine:
 
         def compute_losses() -> list[Tensor]:
             loss_sums = []
+            buckets = self.stepper.buckets if isinstance(self.stepper, PlainStepper) else None
             for micro_batch in batch.micro_batches:
-                if self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
-                    self.stepper.reduce_during_backward()
+                if buckets and self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
+                    buckets.is_overlapping = True
                 loss_sums.append(
                     self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
                 )
@@ -258,7 +259,7 @@ class Engine:
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
         ids, labels = copy_to_device(micro_batch, self.dist_context.device)
-        return self._call_beside_graphs(lambda: self.stepper.forward(ids, labels)).double()
+        return self._call_beside_graphs(lambda: self.deepspeed_engine(ids, labels)[1]).double()
 
     @torch.no_grad()
     def generate(

@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from trainer.config.errors import TrainingError, UserError, first_line, report_error
 from trainer.config.text import list_some
-from trainer.distributed import machine
 from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_ranks
 from trainer.distributed.watch import call_with_timeout
 
@@ -153,13 +152,6 @@ def refuse_unequal_hosts(hosts: Sequence[str], ranks: Sequence[Mapping[str, Any]
     if len(set(kinds)) > 1:
         with_gpu, without = where[kinds.index("cuda")], where[kinds.index("cpu")]
         raise UserError(f"there is a GPU on {with_gpu} and none on {without}: all ranks must have one, or none")
-    for place, host, said in zip(where, hosts, ranks, strict=True):
-        needed, free = machine.SHM_BYTES_PER_RANK * hosts.count(host), said["shared_memory"]
-        if kinds[0] == "cuda" and hosts.count(host) > 1 and free is not None and free < needed:
-            raise UserError(
-                f"{machine.SHARED_MEMORY} of {place} has {free / 2**20:.0f} MiB free, and NCCL takes "
-                f"{needed / 2**20:.0f} for {hosts.count(host)} GPUs; {machine.SHM_REMEDY}"
-            )
 
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:

@@ -18,25 +18,24 @@ from trainer.config.errors import UserError
 #: One of these sets is there where a GPU was given to this host or container; the second under WSL2.
 GPU_FILES = (("/dev/nvidiactl",), ("/dev/dxg", "/usr/lib/wsl/lib/libcuda.so.1"))
 SHARED_MEMORY = Path("/dev/shm")  # through which NCCL's ranks of one host talk
-SHM_BYTES_PER_RANK = 40 * 2**20  # of it; a container has 64 MiB unless it is asked for more
-SHM_REMEDY = "start the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
+SHM_MIB_PER_GPU = 40  # of it; a container has 64 unless it is asked for more
 
 
-def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """(what keeps torch from using a GPU of this host, the remedy); None where it can, where there is none, or where
-    CUDA_VISIBLE_DEVICES= (empty) asks for the CPU."""
+def find_gpu_problem(environ: Mapping[str, str]) -> str:
+    """What keeps torch from using a GPU of this host, with the remedy; empty where nothing does, where there is none,
+    or where CUDA_VISIBLE_DEVICES= (empty) asks for the CPU."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
-        return None
+        return ""
     on_cpu = "set CUDA_VISIBLE_DEVICES= to train on the CPU"
     if not torch.cuda.is_available():
         if not any(all(Path(name).exists() for name in names) for names in GPU_FILES):
-            return None
+            return ""
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         shown = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
         return (
-            f"torch {torch.__version__}, {built}, cannot use the GPU of this host{shown}",
-            f"update the driver or install the torch build that it takes (nvidia-smi names its CUDA), or {on_cpu}",
+            f"torch {torch.__version__}, {built}, cannot use the GPU of this host{shown}; update the driver or "
+            f"install the torch build that it takes (nvidia-smi names its CUDA), or {on_cpu}"
         )
     kernels = [] if torch.version.hip else torch.cuda.get_arch_list()  # AMD's have names of another form
     for number in range(torch.cuda.device_count()):
@@ -44,10 +43,10 @@ def find_gpu_problem(environ: Mapping[str, str]) -> tuple[str, str] | None:
         if kernels and not any(_runs(kernel, capability) for kernel in kernels):
             name = f"{torch.cuda.get_device_name(number)} (sm_{capability[0]}{capability[1]})"
             return (
-                f"torch {torch.__version__} has no kernels for GPU {number}, {name}, only {' '.join(kernels)}",
-                f"install an older or newer torch build that has, or {on_cpu}",
+                f"torch {torch.__version__} has no kernels for GPU {number}, {name}, only {' '.join(kernels)}; install "
+                f"an older or newer torch build that has, or {on_cpu}"
             )
-    return None
+    return ""
 
 
 def _runs(kernel: str, capability: tuple[int, int]) -> bool:
@@ -69,6 +68,15 @@ def find_host_problem(environ: Mapping[str, str], *, on_gpu: bool, world_size: i
         if hard != resource.RLIM_INFINITY and hard < needed:
             return f"at most {hard} files may be open here, and {world_size} ranks need {needed}; raise ulimit -Hn"
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    num_gpus = min(world_size, torch.cuda.device_count()) if on_gpu else 0
+    if num_gpus > 1 and environ.get("NCCL_SHM_DISABLE") != "1" and SHARED_MEMORY.is_dir():
+        free_mib = shutil.disk_usage(SHARED_MEMORY).free / 2**20
+        needed_mib = num_gpus * SHM_MIB_PER_GPU
+        if free_mib < needed_mib:
+            return (
+                f"{SHARED_MEMORY} has {free_mib:.0f} MiB free, and NCCL takes {needed_mib} for {num_gpus} GPUs; start "
+                "the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
+            )
     return ""
 
 
@@ -97,13 +105,6 @@ def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str,
         taken.add((host, gpus[index]["id"]))
         indices.append(index)
     return indices
-
-
-def free_shared_memory(environ: Mapping[str, str]) -> int | None:
-    """Bytes of /dev/shm that NCCL may use; None where it needs none of it."""
-    if environ.get("NCCL_SHM_DISABLE") == "1" or not SHARED_MEMORY.is_dir():
-        return None
-    return shutil.disk_usage(SHARED_MEMORY).free
 
 
 def threads_per_rank(local_world_size: int) -> int:

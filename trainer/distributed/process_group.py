@@ -167,13 +167,11 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     """
     launch = read_launch_environment(os.environ)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    gpu_problem = machine.find_gpu_problem(os.environ) if device is None else None
-    problem = "; ".join(gpu_problem or ())
+    problem = machine.find_gpu_problem(os.environ) if device is None else ""
     here = {
         "problem": problem or machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=launch.world_size),
         "kind": "cuda" if on_gpu else "cpu",
         "devices": [] if problem else machine.list_devices(on_gpu=on_gpu),
-        "shared_memory": machine.free_shared_memory(os.environ),
     }
     store, board, ranks, network = meet(launch, here, join_timeout_seconds)
     hosts = name_hosts(ranks)

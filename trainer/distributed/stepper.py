@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.data.sampler import GlobalBatch
-from trainer.distributed import deepspeed_internals
 from trainer.distributed.process_group import DistContext
 from trainer.model import torch_internals
 from trainer.model.loss import CausalLMLoss, uses_gpu_form
@@ -38,12 +37,6 @@ class DeepSpeedStepper:
         #: what the ranks' gradients are divided by when they are brought together
         self.grad_divisor = deepspeed_engine.world_size
 
-    def reduce_during_backward(self) -> None:
-        """DeepSpeed's own hooks decide when what is sent."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.deepspeed_engine(ids, labels)[1]
-
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
         loss_sum, row_losses = self.deepspeed_engine(ids, labels, *packed)
         self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
@@ -59,10 +52,6 @@ class DeepSpeedStepper:
         if self.precision != "fp16" and (is_skipped or not math.isfinite(grad_norm)):
             raise NonFiniteError(f"gradient norm {grad_norm}")
         return grad_norm, is_skipped
-
-    def discard_step(self) -> None:
-        """Let no gradient stay."""
-        deepspeed_internals.drop_gradients(self.deepspeed_engine)
 
 
 class PlainStepper:
@@ -88,17 +77,8 @@ class PlainStepper:
         self.trainable_params = list(trainable_params)
         self.buckets = GradientBuckets(self.trainable_params) if dist_context.world_size > 1 else None
         self.skips_on_device = skips_on_device
-        # 1 after an update that was left out: no other follows until `discard_step`.
+        # 1 after an update that was left out: no other follows.
         self._found_inf = torch.zeros((), device=dist_context.device)
-
-    def reduce_during_backward(self) -> None:
-        """The next backward is the last of its step: what it has made is reduced while it goes on."""
-        if self.buckets:
-            self.buckets.is_overlapping = True
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Each row's summed loss, for evaluation."""
-        return self.loss_module(ids, labels)[1]
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
         """Add the gradient of the summed loss times `loss_weight`; returns each row's sum. `packed`: position ids."""
@@ -110,7 +90,7 @@ class PlainStepper:
         """Reduce, measure, clip and update; returns the norm of the global gradient before clipping, and False.
 
         Where the gradient, or the loss (`all_finite`, on the device), is not finite, the weights stay: NonFiniteError
-        is raised, or, `skips_on_device`, the device leaves out this update and all until `discard_step`.
+        is raised, or, `skips_on_device`, the device leaves out this update and all that follow.
         """
         try:
             if self.buckets:
@@ -131,19 +111,9 @@ class PlainStepper:
                 nn.utils.clip_grads_with_norm_(self.trainable_params, self.max_grad_norm, grad_norm)
             self.optimizer.step()
         finally:
-            self._clear_grads()
+            for parameter in self.trainable_params:
+                parameter.grad = None
         return grad_norm, False
-
-    def discard_step(self) -> None:
-        """Let no gradient stay, and take updates again after one that was left out."""
-        if self.buckets:
-            self.buckets.finish_overlap()
-        self._clear_grads()
-        self._found_inf = torch.zeros_like(self._found_inf)
-
-    def _clear_grads(self) -> None:
-        for parameter in self.trainable_params:
-            parameter.grad = None
 
 
 class GradientBuckets:
@@ -189,7 +159,7 @@ class GradientBuckets:
             dist.all_reduce(self.flat)
 
     def finish_overlap(self) -> None:
-        """Send what is left and wait for all of it: also of a refused step, as the next one needs the buffer."""
+        """Send what is left and wait for all of it."""
         while self.is_overlapping and len(self._work) < len(self._buckets):
             self._launch_next()
         for work in self._work:

@@ -1,10 +1,9 @@
-"""How steps are run: decided once, from settings, model and device alone; what goes to a device and between ranks; and
-a capture that fails, on a stand-in for the device."""
+"""How steps are run: decided once, from settings, model and device alone; what goes to a device; and a
+capture that fails, on a stand-in for the device."""
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.engines import plan_execution
 from helpers.matrix import make_argv
 from torch import nn
@@ -15,7 +14,6 @@ from trainer.data.sampler import IGNORE_INDEX, MicroBatch
 from trainer.distributed import execution
 from trainer.distributed.engine import copy_to_device
 from trainer.distributed.execution import cast_frozen_weights
-from trainer.distributed.stepper import GradientBuckets
 from trainer.model.build import TrainableModel, build_model
 
 
@@ -60,7 +58,7 @@ def test_the_frozen_cast_leaves_weights_of_dora_layers_in_float32(tiny_model, da
             assert (layer.weight.dtype == torch.float32) == (adapted or layer is model.causal.get_output_embeddings())
 
 
-# --- to a device and between ranks ---
+# --- to a device ---
 
 
 @pytest.mark.parametrize(
@@ -72,40 +70,6 @@ def test_recorded_rows_are_padded_to_a_multiple_with_labels_that_do_not_count(wi
     padded, labels = copy_to_device(micro_batch, torch.device("cpu"), *options)
     assert padded.shape == labels.shape == (2, expected)
     assert int((labels != IGNORE_INDEX).sum()) == 2 * width
-
-
-OTHER_RANKS_GRADIENT = 100.0
-
-
-class LateReduction:
-    """A reduction with a rank whose gradient is the same everywhere: done when it is waited for, and no sooner."""
-
-    def __init__(self, flat: torch.Tensor, async_op: bool = False):
-        self.flat, self.is_done = flat, False
-        if not async_op:
-            self.wait()
-
-    def wait(self) -> None:
-        self.flat.add_(0 if self.is_done else OTHER_RANKS_GRADIENT)
-        self.is_done = True
-
-
-def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_place(monkeypatch):
-    """Else it would be added to them."""
-    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(dist, "all_reduce", LateReduction)
-    layer = nn.Linear(3, 2)
-    buckets = GradientBuckets(list(layer.parameters()))
-    for is_refused in (True, False):
-        buckets.is_overlapping = True
-        layer(torch.ones(1, 3)).sum().backward()
-        if is_refused:
-            buckets.finish_overlap()
-            for parameter in layer.parameters():
-                parameter.grad = None
-    buckets.reduce()
-    for parameter in layer.parameters():
-        assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + OTHER_RANKS_GRADIENT))
 
 
 # --- a CUDA graph's capture that fails: generator, stream and allocator are put back ---

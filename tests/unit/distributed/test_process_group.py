@@ -4,6 +4,7 @@ import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,9 +55,9 @@ KERNELS = ["sm_75", "sm_80", "sm_90", "compute_90"]
         ({}, False, ["nvidiactl"], None, "cannot use the GPU of this host"),
         ({}, False, ["dxg", "libcuda.so.1"], None, "cannot use the GPU of this host"),  # WSL2
         ({"CUDA_VISIBLE_DEVICES": "7"}, False, ["nvidiactl"], None, r"this host \(CUDA_VISIBLE_DEVICES=7\)"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, False, ["nvidiactl"], None, None),
-        ({}, True, ["nvidiactl"], (8, 6), None),  # runs what was compiled for 8.0
-        ({}, True, ["nvidiactl"], (12, 0), None),  # translates compute_90
+        ({"CUDA_VISIBLE_DEVICES": ""}, False, ["nvidiactl"], None, ""),
+        ({}, True, ["nvidiactl"], (8, 6), ""),  # runs what was compiled for 8.0
+        ({}, True, ["nvidiactl"], (12, 0), ""),  # translates compute_90
         ({}, True, ["nvidiactl"], (7, 0), r"no kernels for GPU 0, V100 \(sm_70\), only sm_75 "),
     ],
 )
@@ -73,10 +74,9 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "V100")
     problem = machine.find_gpu_problem(environ)
-    assert (problem is None) == (expected is None)
-    if problem is not None:
-        assert re.search(expected, problem[0])
-        assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in problem[1]
+    assert bool(problem) == bool(expected)
+    assert re.search(expected, problem)
+    assert not problem or problem.endswith("CUDA_VISIBLE_DEVICES= to train on the CPU")
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,21 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
     [
         ([{"problem": ""}, {"problem": "no disk"}], r"on b \(rank 1\): no disk"),
         ([{"kind": "cuda"}, {}], r"there is a GPU on a \(rank 0\) and none on b \(rank 1\): all ranks must have one"),
-        (
-            [{"kind": "cuda", "shared_memory": 2**26}] * 3,
-            r"/dev/shm of b \(rank 1\) has 64 MiB .* takes 80 .*shm-size",
-        ),
-        ([{"kind": "cuda", "shared_memory": None}] * 3, None),  # NCCL_SHM_DISABLE=1
     ],
 )
 def test_a_host_that_cannot_take_part_is_refused_alike_on_every_rank(ranks, expected):
-    said = [{"problem": "", "kind": "cpu", "shared_memory": None, **rank} for rank in ranks]
-    with pytest.raises(UserError, match=expected) if expected else contextlib.nullcontext():
+    said = [{"problem": "", "kind": "cpu", **rank} for rank in ranks]
+    with pytest.raises(UserError, match=expected):
         refuse_unequal_hosts(("a", "b", "b")[: len(ranks)], said)
+
+
+def test_a_shared_memory_too_small_for_nccl_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    expected = r"/dev/shm has 64 MiB free, and NCCL takes 80 for 2 GPUs; .*--shm-size=2g .*NCCL_SHM_DISABLE=1"
+    assert re.search(expected, machine.find_host_problem({}, on_gpu=True, world_size=16))
+    for environ, world_size in (({"NCCL_SHM_DISABLE": "1"}, 16), ({}, 1)):
+        assert machine.find_host_problem(environ, on_gpu=True, world_size=world_size) == ""
 
 
 def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):

@@ -38,7 +38,7 @@ def format_bytes(num_bytes: float) -> str:
 
 def check_gpus(world_size: int) -> Check:
     if problem := machine.find_gpu_problem(os.environ):
-        return Check(ERROR, "GPUs", *problem)
+        return Check(ERROR, "GPUs", *problem.split("; ", 1))
     if not torch.cuda.is_available():
         return Check(OK, "GPUs", f"none: runs on {len(os.sched_getaffinity(0))} processor cores")
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
