@@ -12,7 +12,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another, and with the card where that makes sense; "
-        "writes report.html, curves.png, curves.svg and answer.json.",
+        "writes report.html and answer.json.",
         epilog="Exit code: 0 done, 2 a mistake in what was asked, 3 refused: not to be ranked.",
     )
     add = parser.add_argument

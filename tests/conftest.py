@@ -81,5 +81,4 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a comparison's time is matplotlib's."""
     from trainer.report import plots
 
-    monkeypatch.setattr(plots, "save_figure", lambda groups, with_reference, folder: None)
     monkeypatch.setattr(plots, "_render_svg", lambda draw, name, title, size: "<svg></svg>")

@@ -7,7 +7,7 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -257,8 +257,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
     reasons += [group.divergence for group in (full, lora) if group.divergence]
     trainable = [group.runs[0].get("model.trainable") for group in (full, lora)]
-    time = compare_costs(full, lora, "wall_seconds")  # runs' own clocks hold whatever else the machine did: 0.98 and
-    time = replace(time, ratio=None, reason=time.reason or "not timed in alternation on one machine")  # 1.14 of equals
+    # runs' own clocks hold whatever else the machine did: 0.98 and 1.14 of equals
+    time = CostRatio(ratio=None, reason="not timed in alternation on one machine", full=None, lora=None)
     result = FullVsLora(
         full=full,
         lora=lora,
@@ -269,7 +269,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         lora_loss=lora.best_loss,
         parameters=None if full.runs[0].is_judged else trainable[1] / trainable[0],
         time=study.step_time if study else time,
-        memory=study.memory if study else compare_costs(full, lora, "peak_memory_bytes"),
+        memory=study.memory if study else compare_memory(full, lora),
     )
     if reasons:
         return result
@@ -380,23 +380,21 @@ def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> Pairs:
     return [(full_runs[seed], lora_runs[seed]) for seed in sorted(full_runs.keys() & lora_runs.keys(), key=str)]
 
 
-def compare_costs(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
+def compare_memory(full: SeedGroup, lora: SeedGroup) -> CostRatio:
     """Means over finished runs, divided where both groups were measured under the same conditions."""
     costs: list[float | None] = []
     for group in (full, lora):
-        values = [run.summary[key] for run in group.finished_runs if key in run.summary]
-        costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
-    full_cost, lora_cost = costs
+        values = [run.summary["peak_memory_bytes"] for run in group.finished_runs if "peak_memory_bytes" in run.summary]
+        costs.append(fmean(values) if len(values) == len(group.finished_runs) else None)
+    full_bytes, lora_bytes = costs
     resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
-    reason, ratio = f"{resumed[0]} was resumed and measured in parts" if resumed else "", None
+    reasons = [f"{name} was resumed and measured in parts" for name in resumed]
     for name, paths in COST_CONDITIONS.items():
         if len({repr([group.finished_runs[0].get(path) for path in paths]) for group in (full, lora)}) > 1:
-            reason = reason or f"other {name}"
-    if not lora_cost or not full_cost:
-        reason = reason or "not measured"
-    elif not reason:
-        ratio = lora_cost / full_cost
-    return CostRatio(ratio=ratio, reason=reason, lora=lora_cost, full=full_cost)
+            reasons.append(f"other {name}")
+    if full_bytes and lora_bytes and not reasons:
+        return CostRatio(ratio=lora_bytes / full_bytes, reason="", full=full_bytes, lora=lora_bytes)
+    return CostRatio(ratio=None, reason=[*reasons, "not measured"][0], full=full_bytes, lora=lora_bytes)
 
 
 def compare_sets(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import read_json_object
-from trainer.report.run_data import COLUMN_NAMES, TRAINER_MODE, RunData, RunRows, read_folder
+from trainer.report.run_data import TRAINER_MODE, RunData, RunRows, read_folder
 from trainer.tracking.records import EvalRecord, StepRecord
 
 
@@ -19,7 +19,6 @@ class LoadProblem(NamedTuple):
 
     source: str
     text: str
-    is_excluded: bool
 
     def __str__(self) -> str:
         return escape_controls(f"{self.source}: {self.text}")
@@ -48,10 +47,10 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
                     f"same run id as {Path(other.source).name} ({run.run_id}): the same run, or a copy of it"
                 )
         except UserError as error:
-            problems.append(LoadProblem(source, f"{error}; left out", is_excluded=True))
+            problems.append(LoadProblem(source, f"{error}; left out"))
             continue
         runs.append(run)
-        problems += [LoadProblem(source, note, is_excluded=False) for note in run.notes]
+        problems += [LoadProblem(source, note) for note in run.notes]
     namesakes = Counter(run.name for run in runs)
     for number, run in enumerate(runs, start=1):  # the id of a run of HF's Trainer is a path
         if namesakes[run.name] > 1:
@@ -79,16 +78,8 @@ def read_trainer_state(source: str, files: Sequence[Path]) -> RunData:
             rows.add(EvalRecord, row | {"loss": row["eval_loss"]})
         elif "loss" in row:
             rows.add(StepRecord, row | {"lr": row.get("learning_rate")})
-    steps, evals, epochs = (rows.series(kind) for kind in COLUMN_NAMES)
-    if not len(steps["step"]) and not len(evals["step"]):
-        raise UserError("its trainer_state.json holds neither a step nor an evaluation")
+    steps, evals, epochs = rows.all_series()
+    name = escape_controls(Path(source).name)
     return RunData(
-        source=source,
-        run_id=source,
-        name=escape_controls(Path(source).name),
-        mode=TRAINER_MODE,
-        metadata={},
-        steps=steps,
-        evals=evals,
-        epochs=epochs,
+        source=source, run_id=source, name=name, mode=TRAINER_MODE, metadata={}, steps=steps, evals=evals, epochs=epochs
     )

@@ -1,4 +1,4 @@
-"""A comparison written down: its tables, report.html for people, answer.json for machines, the curves."""
+"""A comparison written down: its tables, report.html for people, answer.json for machines."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ JUDGEMENTS = {
     "cannot tell": ("unsure", "?", "Cannot tell yet"),
     "not ranked": ("unsure", "–", "No answer"),
 }
-FILES = ("report.html", "curves.png", "curves.svg", "answer.json")
+FILES = ("report.html", "answer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Comparison:
     verdict: Verdict
     comparability_notes: Sequence[str]  #: one line each on what may be held against what
     by_epoch: Table
-    by_run: Sequence[Table]  #: quality, cost and settings
+    by_run: Sequence[Table]  #: quality and cost
     settings: tuple[Table, Table]  #: what differs, and what is the same
     diagnosis: Table  #: what runs noticed of themselves
     samples: Sequence[Sample]
@@ -150,7 +150,6 @@ def write_report(comparison: Comparison, output_dir: Path) -> list[Path]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "answer.json", json_text(to_answer(comparison.verdict)))
-        plots.save_figure([*comparison.groups, *comparison.plotted_only], comparison.with_reference, output_dir)
         write_atomically(output_dir / "report.html", render_html(comparison))
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot write there ({error.strerror or error})") from error

@@ -1,4 +1,4 @@
-"""The pictures, drawn with matplotlib (imported only when drawing): the report's first, the curves, and their page.
+"""The pictures of the page, drawn with matplotlib (imported only when drawing): the first ones, and the curves.
 
 A mode has one colour everywhere (Okabe and Ito's colour-blind safe palette), full is solid, LoRA and the card are
 dashed. Lines of many steps are drawn as means of equal bins.
@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import reference
-from trainer.config.files import write_atomically
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
 from trainer.report.interval import LEVEL, PairedInterval
 from trainer.report.judge import UNIT, FullVsLora, RateCurve
@@ -55,12 +53,8 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "grid.linewidth": 0.6,
     "axes.linewidth": 0.8,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.formatter.useoffset": False,
 }
-PNG_DPI = 120
 PLOT_SIZE_INCHES = (4.5, 3.4)  # of one plot, so that its text is still legible on a phone
 PICTURE_SIZE_INCHES = (5.4, 3.1)  # of the first ones
 DIFFERENCE_SIZE_INCHES = (5.4, 1.1)
@@ -68,7 +62,6 @@ MAX_VALUES = 40  # that a plot shows under the pointer
 MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
 MAX_POINTS = 200  # of one line
 LOSS_LABEL = "loss (nats per token)"
-RATES_TITLE = "Loss by learning rate"
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 Draw = Callable[["Axes"], None]
 Drawing = tuple[str, Draw, tuple[float, float]]  # title, how, size in inches
@@ -123,24 +116,7 @@ def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
     return [LOSS_PLOT, *map(val_set_plot, sorted(names)), *PLOTS[1:]]
 
 
-# --- files, and SVG for the page ---
-
-
-def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
-    """Write curves.png and curves.svg: all plots on one page, on white; nothing where there is none."""
-    plots = plots_of(groups)
-    if not plots:
-        return
-    num_rows = -(-len(plots) // 2)
-    with styled_figure((2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])) as figure:
-        axes = figure.subplots(num_rows, 2).ravel()
-        for axis, plot in zip(axes, plots, strict=False):
-            draw_plot(axis, plot, groups, with_reference)
-        for axis in axes[len(plots) :]:
-            axis.set_axis_off()
-        add_legend(figure, axes)
-        for file_format in ("svg", "png"):
-            write_atomically(output_dir / f"curves.{file_format}", render(figure, file_format))
+# --- SVG for the page ---
 
 
 def render_pictures(
@@ -178,7 +154,7 @@ def render_pictures(
         draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
         others.append((plot.title, draw, PLOT_SIZE_INCHES))
     if pair is not None and any(len(curve.losses) > 1 for curve in curves):
-        first.append((RATES_TITLE, partial(draw_rates, curves=curves, pair=pair), PICTURE_SIZE_INCHES))
+        first.append(("Loss by learning rate", partial(draw_rates, curves=curves, pair=pair), PICTURE_SIZE_INCHES))
     elif plots:
         first += [(*others.pop(-len(plots))[:2], PICTURE_SIZE_INCHES)]
     svgs = [(drawing[0], _render_svg(f"p{number}", *drawing)) for number, drawing in enumerate(first + others)]
@@ -190,13 +166,12 @@ def _render_svg(prefix: str, title: str, draw: Draw, size: tuple[float, float]) 
 
     A browser shows the value of a point under the pointer.
     """
-    with styled_figure(size, facecolor="none") as figure:
-        axis = figure.subplots()
+    with styled_figure(size) as figure:
+        axis, buffer = figure.subplots(), io.StringIO()
         draw(axis)
-        axis.set_title("")  # the page has it as a heading
-        add_legend(figure, [axis])
-        svg = render(figure, "svg").decode()
-        values = _point_values(figure, axis)
+        add_legend(figure, axis)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        svg, values = buffer.getvalue(), _point_values(figure, axis)
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)  # of the whole
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -225,15 +200,8 @@ def _point_values(figure: "Figure", axis: "Axes") -> str:
     return "".join(circles)
 
 
-def render(figure: "Figure", file_format: str) -> bytes:
-    """The figure as a file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=PNG_DPI, metadata={"Date": None} if file_format == "svg" else {})
-    return buffer.getvalue()
-
-
 @contextlib.contextmanager
-def styled_figure(size: tuple[float, float], facecolor: str = "white") -> "Iterator[Figure]":
+def styled_figure(size: tuple[float, float]) -> "Iterator[Figure]":
     """A figure to be drawn and written inside the context, by matplotlib's settings for every plot."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -241,17 +209,13 @@ def styled_figure(size: tuple[float, float], facecolor: str = "white") -> "Itera
     # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=size, facecolor=facecolor, layout="constrained")
+        yield Figure(figsize=size, facecolor="none", layout="constrained")
 
 
-def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
-    """One legend under the plots, of every name once; constrained layout keeps it off axes and edges."""
-    entries: dict[str, tuple[Any, str]] = {}  # by the name alone: of a loss its last value stands behind it
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label.partition(": ")[0], (handle, label))
-    if entries:
-        handles, labels = zip(*entries.values(), strict=True)
+def add_legend(figure: "Figure", axis: "Axes") -> None:
+    """The legend under a plot; constrained layout keeps it off axes and edges."""
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
         num_columns = int(figure.get_size_inches()[0] / (0.45 + 0.063 * max(map(len, labels))))
         style: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5}
         figure.legend(handles, labels, ncols=max(1, min(len(labels), num_columns)), **style)
@@ -303,7 +267,7 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
-    axis.set(title=plot.title, xlabel="epoch", ylabel=plot.y_label)
+    axis.set(xlabel="epoch", ylabel=plot.y_label)
 
 
 def rate_curves(groups: Sequence[SeedGroup]) -> list[RateCurve]:
@@ -342,7 +306,7 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
     axis.set_ylim(top=min(axis.get_ylim()[1], 1.1 * max(base, default=np.inf)))
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(format_power)
-    axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
+    axis.set(xlabel="learning rate", ylabel="validation loss (nats per token)")
 
 
 def draw_difference(axis: "Axes", pair: FullVsLora, digits: int) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from trainer.config.choices import MAX_SHARED_FRACTION
 from trainer.config.errors import UserError, escape_controls, first_line
@@ -21,7 +21,6 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.report.interval import Matrix, sum_by_unit
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, SCORE_PREFIX, read_evaluations, score_name
 from trainer.tracking.records import (
-    FINAL_EVALUATIONS,
     EpochRecord,
     EvalRecord,
     EventRecord,
@@ -59,10 +58,7 @@ class SampleText(BaseModel):
     base: Text | None = None
 
 
-class Samples(BaseModel):
-    """What an evaluation generated."""
-
-    texts: list[SampleText]
+SAMPLES = TypeAdapter(list[SampleText])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -81,7 +77,7 @@ class RunData:
     state: str = "finished"  #: finished (also where it was stopped after the evaluation at its end), going or stopped
     has_diverged: bool = False  #: whether it was stopped by a loss or gradient that was not finite
     diagnostics: Sequence[tuple[int, str]] = ()  #: (step, line) of what the run noticed of itself
-    samples: Samples | None = None  #: of its last evaluation that generated texts
+    samples: Sequence[SampleText] = ()  #: of its last evaluation that generated texts
     forgetting: float | None = None  #: rise of the retained text's loss (nats per token); None where not measured twice
     #: of the test and retain splits at the end, where the run reported them
     final_losses: Mapping[str, float] = field(default_factory=dict)
@@ -144,7 +140,6 @@ class RunRows:
     """The rows of a run by kind, added one by one."""
 
     def __init__(self) -> None:
-        self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
         self.val_sets: dict[str, RunRows] = {}  #: {name: rows} of the further sets of --val-data
         self._rows = {kind: array("d") for kind in COLUMN_NAMES}  # row after row
@@ -171,11 +166,18 @@ class RunRows:
             self.notes.append(f"{num_repeated} {kind.kind} rows are there again behind later ones; the last ones count")
         return dict(zip(names, np.ascontiguousarray(columns[:, step < min_later_step]), strict=True))
 
+    def all_series(self) -> list[Series]:
+        """Steps, evaluations and epochs; UserError where there is neither a step nor an evaluation."""
+        steps, evals, epochs = map(self.series, COLUMN_NAMES)
+        if not len(steps["step"]) and not len(evals["step"]):
+            raise UserError("no metrics: neither a step nor an evaluation was written")
+        return [steps, evals, epochs]
+
 
 def read_folder(folder: Path) -> RunData:
-    """The run of a run folder; UserError where settings or rows are missing."""
-    path, rows, num_bad = folder / "metrics.jsonl", RunRows(), 0
-    metadata = read_run_metadata(folder / "run.json")
+    """The run of a run folder, with what is missing said in its notes; UserError where settings or rows are missing."""
+    path, rows, events, num_bad = folder / "metrics.jsonl", RunRows(), list[EventRecord](), 0
+    metadata = _escape_strings(read_run_metadata(folder / "run.json"))
     try:
         age_seconds = time.time() - path.stat().st_mtime
         for line in iter_lines(path):
@@ -188,40 +190,17 @@ def read_folder(folder: Path) -> RunData:
                     num_bad += 1
                     continue
                 if isinstance(record, EventRecord):
-                    rows.events.append(record)
+                    events.append(record)
                 else:
                     rows.add(type(record), vars(record))
     except (OSError, ValueError) as error:
         raise UserError(f"no metrics: cannot read metrics.jsonl ({first_line(error)})") from error
     if num_bad:
         rows.notes.append(f"{num_bad} rows could not be read and are left out")
-    return build_run(str(folder), metadata, rows, age_seconds, folder / EVAL_RECORDS_FOLDER)
-
-
-def build_run(
-    source: str, metadata: Mapping[str, Any], rows: RunRows, age_seconds: float, eval_records_path: Path | None = None
-) -> RunData:
-    """A run of valid metadata, with what is missing said in its notes; UserError where there is no row at all."""
-    metadata = _escape_strings(metadata)
-    steps, evals, epochs = (rows.series(kind) for kind in COLUMN_NAMES)
-    if not len(steps["step"]) and not len(evals["step"]):
-        raise UserError("no metrics: neither a step nor an evaluation was written")
-    events = [EventRecord(**_escape_strings(vars(event))) for event in rows.events]
-    ends = [event.facts for event in events if event.event == "finished"]
-    other_losses: dict[str, list[float]] = {"test": [], "retain": []}
-    for event in events:
-        if event.event in FINAL_EVALUATIONS and is_number(event.facts.get("loss")):
-            other_losses[event.event.removesuffix("_evaluation")].append(event.facts["loss"])
-    retained, samples, scores = other_losses["retain"], None, None
-    for event in rows.events:
-        if event.event == "samples":
-            with contextlib.suppress(ValidationError):  # somebody edited the row: its texts are not shown
-                samples = Samples.model_validate(event.facts)
-        elif event.event == "test_scores":
-            scores = event.facts.get("scores")
-    scores = scores if isinstance(scores, Mapping) else {}
+    steps, evals, epochs = rows.all_series()
+    eval_records_path = folder / EVAL_RECORDS_FOLDER
     run = RunData(
-        source=source,
+        source=str(folder),
         run_id=metadata["run_id"],
         name=metadata["name"],
         mode=metadata["mode"],
@@ -230,22 +209,44 @@ def build_run(
         evals=evals,
         epochs=epochs,
         val_sets={name: other.series(EvalRecord) for name, other in rows.val_sets.items()},
-        summary={n: x for n, x in ends[-1].items() if is_number(x) or isinstance(x, bool)} if ends else {},
-        diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
-        samples=samples,
-        scores={score_name(name): float(value) for name, value in scores.items() if is_number(value)},
-        forgetting=float(retained[-1] - retained[0]) if len(retained) > 1 else None,
-        final_losses={split: float(losses[-1]) for split, losses in other_losses.items() if losses},
-        eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
+        eval_records_path=eval_records_path if eval_records_path.exists() else None,
     )
-    total_steps, final_eval, notes = run.get("resolved.total_steps"), run.final_eval, list(rows.notes)
-    if not ends and (final_eval is None or final_eval["step"] != total_steps):
+    _add_events(run, events)
+    _add_notes(run, events, rows.notes, age_seconds)
+    return run
+
+
+def _add_events(run: RunData, events: Sequence[EventRecord]) -> None:
+    """Add to `run` what its events say, the last of each kind; what somebody edited into another shape is left out."""
+    retained = []
+    for event in events:
+        kind, facts, loss = event.event, event.facts, event.facts.get("loss")
+        if kind == "finished":
+            run.summary = {escape_controls(n): x for n, x in facts.items() if is_number(x) or isinstance(x, bool)}
+        elif kind == "diagnosis":
+            run.diagnostics = (*run.diagnostics, (event.step, escape_controls(event.message)))
+        elif kind == "samples":
+            with contextlib.suppress(ValidationError):
+                run.samples = SAMPLES.validate_python(facts.get("texts"))
+        elif kind == "test_scores" and isinstance(scores := facts.get("scores"), Mapping):
+            run.scores = {score_name(name): float(value) for name, value in scores.items() if is_number(value)}
+        elif kind in ("test_evaluation", "retain_evaluation") and is_number(loss):
+            run.final_losses = {**run.final_losses, kind.removesuffix("_evaluation"): float(loss)}
+            retained += [float(loss)] * (kind == "retain_evaluation")
+    run.forgetting = retained[-1] - retained[0] if len(retained) > 1 else None
+
+
+def _add_notes(run: RunData, events: Sequence[EventRecord], notes: list[str], age_seconds: float) -> None:
+    """Add to `run` its state, these notes and what is missing."""
+    total_steps, final_eval = run.get("resolved.total_steps"), run.final_eval
+    is_ended = any(event.event == "finished" for event in events)
+    if not is_ended and (final_eval is None or final_eval["step"] != total_steps):
         was_stopped = bool(events) and events[-1].event in STOP_EVENTS
         run.has_diverged = was_stopped and events[-1].event == "not_finite"
         run.state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
-        last_step = max(float(series["step"][-1]) for series in (steps, evals) if len(series["step"]))
+        last_step = max(float(series["step"][-1]) for series in (run.steps, run.evals) if len(series["step"]))
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
-        reason = f": {events[-1].message}" if was_stopped else ""
+        reason = f": {escape_controls(events[-1].message)}" if was_stopped else ""
         status = "still going" if run.state == "going" else "stopped before its end"
         outcome = "so its setting is not judged" if run.has_diverged else "left out of the verdict"
         notes.append(f"{status} ({progress}){reason}; {outcome}")
@@ -258,7 +259,6 @@ def build_run(
     elif run.initial_loss is None:
         notes.append("no evaluation at step 0: how far it improved on its base is unknown")
     run.notes = tuple(notes)
-    return run
 
 
 def _escape_strings(value: Any) -> Any:

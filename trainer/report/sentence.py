@@ -86,8 +86,9 @@ def build_verdict(
 
     comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison, comparisons[0])]
-    if study is None:  # whose own lines say it
-        details += dict.fromkeys(line for members, _, _ in sets for line in _describe_costs(members[0]))
+    if study is None and comparisons and not comparisons[0].is_judged:  # a study's own lines say it
+        costs = {"Time": comparisons[0].time, "Memory": comparisons[0].memory}
+        details += [f"{name} not compared ({cost.reason})." for name, cost in costs.items() if cost.ratio is None]
     ranks = judge_ranks(comparisons)
     details += describe_ranks(ranks)
     details += [*describe_lengths(study, ranks), *study.lines] if study else ()
@@ -329,15 +330,6 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
             f"where it counts most: {records}."
         )
     return [capitalize(line) for line in lines]
-
-
-def _describe_costs(pair: FullVsLora) -> list[str]:
-    """`Time not compared (other hardware).`"""
-    withheld: dict[str, list[str]] = {}
-    for name, cost in (("time", pair.time), ("memory", pair.memory)):
-        if cost.ratio is None and not pair.is_judged:
-            withheld.setdefault(cost.reason, []).append(name)
-    return [f"{capitalize(join_words(names, 'and'))} not compared ({why})." for why, names in withheld.items()]
 
 
 # --- how much LoRA is enough: its excess by rank, and by length of training ---

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.config import reference
 from trainer.config.files import name_data, split_weights
 from trainer.config.text import flatten, format_bytes, format_duration, format_percent, is_number
-from trainer.report.comparable import IGNORED_METADATA, MODE_NAMES, SeedGroup
+from trainer.report.comparable import IGNORED_METADATA, SeedGroup
 from trainer.report.judge import FullVsLora, difference_to_reference
 from trainer.report.run_data import RunData
 from trainer.tracking.records import perplexity
@@ -128,13 +128,14 @@ def _show(value: Any, spec: str = "") -> str:
 
 
 def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
-    """How good each run got, what it cost, and its settings; a row each. What all share is said once."""
-    facts: dict[str, list[dict[str, str]]] = {"Quality": [], "Cost": [], "Settings": []}
+    """How good each run got, and what it cost; a row each. What all share is said once."""
+    facts: dict[str, list[dict[str, str]]] = {"Quality": [], "Cost": []}
     for run in runs:
         best, final, get = run.best_eval or {}, run.final_eval or {}, run.summary.get
         speeds = run.steps["tokens_per_second"]
         unknown = "resumed: unknown" if run.get("resumed") else ""
         quality = {
+            "state": run.state + (" (early stop)" if get("early_stop") else ""),
             "validation loss before training": _show(run.initial_loss, ".4f"),
             "best validation loss": _show(best.get("loss"), ".4f"),
             "best at epoch": _show(best.get("epoch"), ".4g"),
@@ -155,16 +156,7 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
             "checkpoint size": format_bytes(get("checkpoint_bytes")),
             "export size": format_bytes(get("export_bytes")),
         }
-        settings = {
-            "mode": MODE_NAMES[run.mode],
-            "state": run.state + (" (early stop)" if get("early_stop") else ""),
-            "learning rate": _show(run.get("resolved.lr"), ".4g"),
-            "seed": _show(run.get("settings.train.seed")),
-            "ZeRO file": str(run.get("resolved.ds_config")),
-            "ranks": _show(run.get("resolved.ranks")),
-            "precision": str(run.get("resolved.precision")),
-        }
-        for rows, row in zip(facts.values(), (quality, cost, settings), strict=True):
+        for rows, row in zip(facts.values(), (quality, cost), strict=True):
             rows.append(row)
     tables = []
     for title, rows in facts.items():
@@ -198,7 +190,7 @@ def build_samples(groups: Sequence[SeedGroup]) -> list[Sample]:
     after: dict[str, dict[str, str]] = {}
     for group in groups:
         run = next((run for run in group.runs if run.samples), None)
-        for text in run.samples.texts if run and run.samples else ():
+        for text in run.samples if run else ():
             texts = before.setdefault(text.prompt, {"reference": text.reference})
             if text.base is not None and run:
                 texts.setdefault(f"base ({PurePosixPath(run.get('model.name')).name})", text.base)

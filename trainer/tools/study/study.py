@@ -150,8 +150,7 @@ def run_study(args: argparse.Namespace) -> int:
     paths = write_report(comparison, study.folder)
     verdict = comparison.verdict
     print()
-    exploratory = [line for line in verdict.details if line.startswith("Exploratory: ")]
-    print_verdict(verdict, [*exploratory, f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
+    print_verdict(verdict, [f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
     if args.wandb_report is not None:
         entity, project = args.wandb_report
         print(f"W&B Report: {save_report(comparison, entity, project)}")
