@@ -4,44 +4,39 @@ import argparse
 import contextlib
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from trainer.config.errors import UserError, mask_credentials
+from trainer.config.fields import Accepts, PositiveInt, what_is_expected
 from trainer.config.files import expand_user_path, require_place_for_folder
-from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table, separate_values, translate
+from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table
+from trainer.config.text import shorten
 
-TEXT_FLAGS = {"--prompt", "--completion", "--score"}  # what they hold is no name
 HELP_HINT = "(--help lists the flags)"
 
 
-def whole_number(text: str, least: int = 1, most: int = 2**31 - 1) -> int:
-    """The `type` of a flag that takes a whole number."""
-    if not (re.fullmatch(r"[0-9]{1,10}", text) and least <= int(text) <= most):
-        limit = "" if most == 2**31 - 1 else f" to {most}"
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}{limit}")
-    return int(text)
+def value_type(annotation: Any, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The `type` of a flag whose value has this annotation."""
 
-
-def number(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
-    """The `type` of a flag that takes a number in a range."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if least <= float(text) <= most:
-                return float(text)
-        limit = "" if most == sys.float_info.max else f" to {most:g}"
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from {least:g}{limit}")
+    def parse(text: str) -> Any:
+        value: Any = text
+        with contextlib.suppress(ValueError):  # what is accepted is said below
+            value = convert(text)
+        if expected := what_is_expected(annotation, value):
+            raise argparse.ArgumentTypeError(f"{shorten(text, 80)}: expected {expected}")
+        return value
 
     return parse
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """The `type` of a flag that takes whole numbers from 1, separated by commas."""
-    return tuple(whole_number(part.strip()) for part in text.split(","))
+whole_number = value_type(PositiveInt, int)
+whole_numbers = value_type(
+    Annotated[tuple[PositiveInt, ...], Accepts("whole numbers from 1 with commas between them")],
+    lambda text: tuple(int(part) for part in text.split(",")),
+)
 
 
 def user_path(text: str) -> str:
@@ -49,7 +44,7 @@ def user_path(text: str) -> str:
     try:
         return expand_user_path(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{shorten(text, 80)}: {error}") from None
 
 
 def output_folder(text: str) -> Path:
@@ -126,14 +121,6 @@ class ArgumentParser(argparse.ArgumentParser):
                     del words[i : i + 1 + bool(takes_next)]
             except UserError as error:  # what is missing
                 raise UserError(*problems, *error.args) from None
-        for action in self._actions:
-            values, flags = getattr(parsed[0], action.dest, None), action.option_strings
-            for value in values if isinstance(values, list | tuple) else [values]:
-                if isinstance(value, str | Path) and TEXT_FLAGS.isdisjoint(flags) and not _is_name(value):
-                    problems.append(
-                        f"{'/'.join(flags) or action.metavar} {str(value)[:40]}: expected a name of a file, "
-                        "at most 255 bytes between two slashes, 4,095 in all"
-                    )
         return parsed, problems
 
     def flags(self) -> dict[str, bool]:
@@ -146,39 +133,23 @@ class ArgumentParser(argparse.ArgumentParser):
         }
 
     def _answer_unknown(self, flag: str, value: str) -> str:
-        """One line that answers an unknown flag with the nearest one, and its value where that is taken."""
-        takes_value = self.flags() | (self.companion.flags() if self.companion else {})
-        table, shown = read_table(), f"{flag} {value}".rstrip()
-        if self.companion and flag in self.companion.flags():  # from a file, which it does not read
+        """One line that answers an unknown flag with the nearest one, or with why there is none."""
+        table, shown, other = read_table(), f"{flag} {value}".rstrip(), self.companion.flags() if self.companion else {}
+        if flag in other:  # from a file, which the other parser does not read
             return f"{flag}: is for the command line alone"
-        answers = {name: a for name, a in table["elsewhere"].items() if a[0] != "-" or a.split()[0] in takes_value}
-        if "--lr" in takes_value:  # a run's flags
-            names = [name for part in SPELLED_PARTS for name in table[part]]
-            answers |= {name: "" for name in names if table["same"].get(name, "--lr").split()[0] in takes_value}
-        answers |= {name.lstrip("-").replace("-", "_"): name for name in takes_value}
+        flags, answers = self.flags() | other, dict[str, str]()
+        if "--lr" in flags:  # a run's
+            answers |= {name: f"--{name}" for part in SPELLED_PARTS for name in table[part]}
+            answers |= {name: ours.partition(" ")[0] for name, ours in table["same"].items()}
+            answers |= {name: answer for name, (_, answer) in table["only"].items()}
+        answers |= {name: a for name, a in table["elsewhere"].items() if a[0] != "-" or a.split()[0] in flags}
+        answers |= {name.lstrip("-").replace("-", "_"): name for name in flags}
         name = flag.lstrip("-").lower().replace("-", "_")
-        nearest = next(iter(difflib.get_close_matches(name, answers, n=1, cutoff=0.8)), None)
-        if nearest is None:
-            return f"{shown}: unknown flag {HELP_HINT}"
-        answer = answers[nearest]
-        if answer and not answer.startswith("-"):
-            return f"{shown}: {answer}"
-        if " " in answer:  # a switch there
-            is_off = value.lower() in (*FALSE, "none")
-            return f"{shown}: leave it out; {answer} would turn it on" if is_off else f"{shown}: did you mean {answer}?"
-        translation = translate([f"{answer or f'--{nearest}'}{f'={value}' if value else ''}"], takes_value)
-        if translation.problems:
-            return f"{shown}: did you mean --{nearest}? {value}: {translation.problems[0].rpartition(': ')[2]}"
-        if not translation.words:
-            return f"{shown}: did you mean --{nearest} {value}".rstrip() + "? It can be left out"
-        ours, _, value = translation.words[0].partition("=")
-        parse = next((action.type for action in self._actions if ours in action.option_strings), None)
-        try:
-            if value and callable(parse):
-                parse(value)
-        except argparse.ArgumentTypeError as error:
-            return f"{shown}: did you mean {ours}? It takes {str(error).partition('expected ')[2]}"
-        return f"{shown}: did you mean {separate_values(*translation.words)}?"
+        nearest = next(iter(difflib.get_close_matches(name, answers, n=1, cutoff=0.8)), "")
+        answer = answers.get(nearest, f"unknown flag {HELP_HINT}")
+        if " " in answer and answer.startswith("-") and value.lower() in (*FALSE, "none"):  # a switch that is off
+            return f"{shown}: leave it out; {answer} would turn it on"
+        return f"{shown}: did you mean {answer}?" if answer.startswith("-") else f"{shown}: {answer}"
 
 
 def _refuse_words(argv: Sequence[str]) -> None:
@@ -198,11 +169,3 @@ def _refuse_words(argv: Sequence[str]) -> None:
             )
         if flag.startswith("--") and text == "--":  # of which argparse makes an empty list
             raise UserError(f"{flag} --: expected another value")
-
-
-def _is_name(value: str | Path) -> bool:
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:  # half of a pair of JSON's or YAML's `\\ud800`
-        return False
-    return 0 not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255  # Linux: PATH_MAX, NAME_MAX

@@ -1,23 +1,22 @@
 """The command line of a run, generated from the settings' fields, and `--config FILE`, a command line in a file."""
 
 import argparse
-import contextlib
 import dataclasses
 import re
 import shutil
 import sys
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
 from trainer.config.choices import MODES, PRESETS, Mode, Preset
 from trainer.config.errors import UserError
-from trainer.config.fields import Accepts, PeftConfig, UserPath, flag_of, unwrap, what_is_expected
+from trainer.config.fields import Accepts, PeftConfig, UserPath, flag_of, unwrap
 from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings, resolve
@@ -130,10 +129,10 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     allow_help = "with --resume: let this setting differ from the first part of the run; recorded (for instance lr)"
     example_help = "print the tokens of N training examples, target tokens in colour, and the plan; train nothing"
     batch_help = "try micro-batches for this global batch, suggest the fastest that fits, train nothing"
-    add("--mode", type=_value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
+    add("--mode", type=value_type(Mode), metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     add("--config", metavar="FILE", help=config_help)
-    add("--preset", type=_value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
-    resume_type = _value_type(ResumePoint)
+    add("--preset", type=value_type(Preset), metavar=_choice_text(PRESETS), help=preset_help)
+    resume_type = value_type(ResumePoint)
     add("--resume", nargs="?", const="latest", type=resume_type, metavar="step-N|best|auto", help=resume_help)
     add("--allow-change", action="append", default=[], metavar="NAME", help=allow_help)
     add("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
@@ -162,37 +161,23 @@ def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
     elif field.default not in (None, ()):
         help_text += f" (default: {field.default})"
     if typing.get_origin(kind) is Literal:
-        options |= {"metavar": _choice_text(typing.get_args(kind)), "type": _value_type(field.type)}
+        options |= {"metavar": _choice_text(typing.get_args(kind)), "type": value_type(field.type)}
         if len(options["metavar"]) > 60:  # which no line of help would break
             help_text, options["metavar"] = f"{help_text}: {', '.join(typing.get_args(kind))}", "NAME"
     elif field.metadata["is_repeated"]:
-        options |= {"metavar": "NAME", "action": "extend", "type": _value_type(field.type, lambda text: (text,))}
+        options |= {"metavar": "NAME", "action": "extend", "type": value_type(field.type, lambda text: (text,))}
     elif typing.get_origin(kind) is tuple:
-        split = _value_type(field.type, lambda text: tuple(name.strip() for name in text.split(",")))
+        split = value_type(field.type, lambda text: tuple(name.strip() for name in text.split(",")))
         options |= {"metavar": "NAMES", "type": split}
     else:
         is_path = {UserPath, PeftConfig} & {field.type, *typing.get_args(field.type)}
         metavar = "PATH" if is_path else {int: "N", float: "X", str: "TEXT"}[kind]
-        options |= {"metavar": metavar, "type": _value_type(field.type, kind)}
+        options |= {"metavar": metavar, "type": value_type(field.type, kind)}
     add(flag_of(field), help=help_text, **options)
 
 
 def _choice_text(choices: Sequence[str]) -> str:
     return f"{{{','.join(choices)}}}"
-
-
-def _value_type(annotation: Any, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """The `type` of a flag whose value has this annotation."""
-
-    def parse(text: str) -> Any:
-        value: Any = text
-        with contextlib.suppress(ValueError):  # what is accepted is said below
-            value = convert(text)
-        if expected := what_is_expected(annotation, value):
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    return parse
 
 
 def _flag_in(word: str) -> str:

@@ -40,23 +40,16 @@ def _refuse_null_byte(text: str) -> str:
     return text
 
 
-def _refuse_empty(text: str) -> str:
-    """Not `min_length` of pydantic, for the same reason."""
-    if not text:
-        raise ValueError("empty")
-    return _refuse_null_byte(text)
-
-
 def _expand_named_path(text: str) -> str:
     """NAME=PATH, or a path alone, as `expand_user_path` leaves the path."""
     prefix = f"{match[1]}=" if (match := NAMED_PATH.fullmatch(text)) else ""
-    return prefix + expand_user_path(_refuse_empty(text.removeprefix(prefix)))
+    return prefix + expand_user_path(text.removeprefix(prefix))
 
 
 def _read_peft_config(value: str) -> str:
     """What a peft config says of the method, as JSON; `value`: the file, or this text itself."""
     is_text = value.startswith("{")
-    text = value if is_text else read_text_file(Path(expand_user_path(_refuse_empty(value))), "--peft-config", "")
+    text = value if is_text else read_text_file(Path(expand_user_path(value)), "--peft-config", "")
     config = parse_json(text)
     if not isinstance(config["peft_type"], str):
         raise ValueError("no method")
@@ -75,9 +68,9 @@ PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan
 Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
 ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
-Name = Annotated[str, Accepts("a name", _refuse_empty)]
+Name = Annotated[str, Accepts("a name", pattern=r"^[^\x00]+$")]
 _PATH = "a name, a file or a folder (~ or ~user for a home folder)"
-UserPath = Annotated[str, Accepts(_PATH, lambda text: expand_user_path(_refuse_empty(text)))]
+UserPath = Annotated[str, Accepts(_PATH, expand_user_path)]
 ValData = Annotated[  # several of [NAME=]PATH; one alone as text, or null, in files of earlier versions
     tuple[Annotated[str, Accepts(_PATH, _expand_named_path)], ...],
     BeforeValidator(lambda value: () if value is None else (value,) if isinstance(value, str) else value),

@@ -24,11 +24,16 @@ WEIGHTED_PATH = re.compile(r"(\S.*?)=([0-9]+\.?[0-9]*|\.[0-9]+)(?:\s+|$)")
 
 
 def expand_user_path(text: str) -> str:
-    """The path, with the home folder that a shell would put for `~` or `~name`; ValueError where nobody has it."""
+    """The path, with the home folder that a shell would put for `~` or `~name`; ValueError where nobody has it, and for
+    what no file can be named."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise ValueError(f"there is no home folder of {text.partition('/')[0]}; write ./~ for a name that begins so")
-    return path
+    with contextlib.suppress(UnicodeEncodeError):  # half of a pair of JSON's or YAML's `\\ud800`
+        name = os.fsencode(path)
+        if name and 0 not in name and len(name) < 4096 and max(map(len, name.split(b"/"))) <= 255:  # Linux's limits
+            return path
+    raise ValueError("expected a name of a file, at most 255 bytes between two slashes, 4,095 in all")
 
 
 def split_weights(text: str) -> list[tuple[str, float]]:

@@ -232,7 +232,6 @@ class OutputSettings:
     wandb_group: Name | None = option("its group (default: WANDB_RUN_GROUP, or full-vs-lora-<data>)", None)
     wandb_tags: tuple[WandbTag, ...] = option("its tags, beside mode, model, data and those of WANDB_TAGS", ())
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
-    report_to: tuple[Literal["wandb"], ...] = option("wandb, as without it; none is --wandb disabled", ())
     export: Literal["last", "best", "none"] = option(
         "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"
     )

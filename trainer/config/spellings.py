@@ -12,7 +12,7 @@ import yaml
 from trainer.config.errors import UserError
 
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("", "none", "null", "~")
-LIST_FLAGS = ("--data", "--report-to", "--lora-target-modules", "--modules-to-save")  # elsewhere separated by blanks
+LIST_FLAGS = {"--data", "--report-to", "--lora-target-modules", "--modules-to-save"}  # elsewhere separated by blanks
 SPELLED_PARTS = ("same", "switches", "together", "no_effect", "only")
 TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device and save_steps that it takes itself
 
@@ -21,7 +21,8 @@ TRANSFORMERS_BATCH, TRANSFORMERS_SAVE_STEPS = "8", "500"  # the batch per device
 def read_table() -> dict[str, Any]:
     """The table, turned round: {section: {spelling: what it becomes}}; `values` as it stands."""
     table = yaml.safe_load(Path(__file__).with_name("spellings.yaml").read_text(encoding="utf-8"))
-    for part in ("same", "switches", "together", "no_effect", "elsewhere"):
+    table["together"] = dict.fromkeys(table["together"].split())
+    for part in ("same", "switches", "no_effect", "elsewhere"):
         table[part] = {name: ours for ours, names in table[part].items() for name in names.split()}
     table["elsewhere"] |= dict(word.split("=") for word in table["nearest"].split())
     table["only"] = {
@@ -55,21 +56,16 @@ class Translation:
         found = ((name, self.given[name]) for name in names if self.given.get(name, "").lower() not in NONE)
         return next(found, ("", None))
 
-    def is_on(self, name: str) -> bool | None:
-        """Whether a switch is on; None where it was not given."""
-        value = self.given.get(name, "").lower()
-        if value not in TRUE + FALSE + NONE:
-            raise UserError(f"--{name} {value}: expected true or false")
-        return None if value in NONE else value in TRUE
-
-    def put(self, key: str, *words: str, said: str = "") -> None:
+    def put(self, key: str, *words: str, note: str = "") -> None:
         """Take words of ours in the place where a spelling was given, as of two flags the last one counts, and say so;
-        UserError where another spelling says something else of the same flag."""
+        a problem where another spelling says something else of the same flag."""
         for word in words:
-            other, taken = self.put_words.setdefault(word.partition("=")[0], (key, word))
-            if taken != word:
-                raise UserError(f"--{other} and --{key}: exclude one another; expected one of them")
-        self.notes.append(f"{said or key} is {separate_values(*words)} here")
+            other, taken = self.put_words.get(flag := word.partition("=")[0], (key, word))
+            if taken == word or other == key:
+                self.put_words[flag] = key, word
+            else:
+                self.problems.append(f"--{other} and --{key}: exclude one another; expected one of them")
+        self.notes.append(f"{note or f'{key} is {separate_values(*words)}'} here")
 
 
 def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1) -> Translation:
@@ -89,56 +85,50 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
         if not name.startswith("--") or not (part or ours) or (ours and ours not in takes_value):
             result.words.append(word)
             continue
+        known = table["values"].get(key) or table["values"].get(ours, {})
         is_switch = not takes_value[ours] if ours else part == "switches"
         values = [value] if is_joined else []
-        while rest and (not values or (ours in LIST_FLAGS and not is_joined)):
+        while rest and (not values or (not is_joined and not LIST_FLAGS.isdisjoint((ours, flag)))):
             is_value = not rest[0].startswith("-") or re.match(r"-[\d.]", rest[0])
             if is_joined or not is_value or (is_switch and rest[0].lower() not in TRUE + FALSE):
                 break
             values.append(rest.pop(0))
-        value, is_given = (" " if ours == "--data" else ",").join(values), bool(values)
+        is_given = bool(values)
+        value = (" " if ours == "--data" else ",").join(values or ["true"])
         if part:
-            result.given[key], result.places[key] = value if is_given else "true", len(result.words)
+            result.given[key], result.places[key] = value, len(result.words)
         try:
             if part == "no_effect":
                 ignored.setdefault(table[part][key], []).append(key)
             elif part == "only":
                 accepted, answer = table[part][key]
-                if result.given[key].lower() not in (*accepted, *NONE):
+                if value.lower() not in (*accepted, *NONE):
                     raise UserError(answer)
             elif part == "together":
-                if not is_given and table[part][key] == "VALUE":
+                if not is_given:
                     del result.given[key]
                     raise UserError("expected one argument")
             elif is_switch:
-                if is_given and value.lower() not in TRUE + FALSE + NONE:
+                if value.lower() not in TRUE + FALSE + NONE:
                     raise UserError("expected true or false")
-                if not is_given or value.lower() in TRUE:
-                    if ours:
-                        result.words.append(ours)
-                    else:
-                        result.put(key, table[part][key].replace(" ", "="))
-            elif part != "same" or not is_given or value.lower() not in NONE:
-                known = table["values"].get(ours, {})
-                changed = known.get(value.lower(), value)
-                if changed == value and ours in LIST_FLAGS:
-                    names = {spelling: name for spelling, name in known.items() if name.isalnum()}
-                    changed = ",".join(names.get(item.lower(), item) for item in value.split(","))
-                if changed.startswith("!"):
-                    raise UserError(changed[1:])
-                if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5
-                    changed = f"--warmup-ratio={value}"
-                own = changed if changed.startswith("--") else f"{ours}={changed}" if is_given else ours
-                if changed or not value:
+                if value.lower() in TRUE and ours:
+                    result.words.append(ours)
+                elif value.lower() in TRUE:
+                    result.put(key, table[part][key].replace(" ", "="))
+            elif not is_given and "true" not in known:
+                result.words.append(ours)  # argparse says that a value is missing
+            elif own := _our_word(known, ours, value, none_is_nothing=part == "same"):
+                is_changed, remark = own != f"{ours}={value}", table["same"].get(key, "").partition(" ")[2]
+                note = f"{key} {value} is {separate_values(own)}" if is_changed else f"{key} is {ours}"
+                if part:
+                    result.put(key, own, note=note)
+                    result.notes[-1] += f" {remark}".rstrip()
+                else:
                     result.words.append(own)
-                    if part == "same" or changed != value:
-                        remark = table["same"].get(key, "").partition(" ")[2]
-                        said = f"{key} {value} is {separate_values(own)}" if changed != value else f"{key} is {ours}"
-                        result.notes.append(f"{said} here{' ' * bool(remark)}{remark}")
+                    result.notes += [f"{note} here"] if is_changed else []
         except UserError as error:
-            result.problems.append(f"{name} {value}".rstrip() + f": {error}")
-    take_batch = functools.partial(_take_batch, num_ranks=num_ranks)
-    for take in (take_batch, _take_intervals, _take_precision, _take_quant, _take_method, _take_schedule, _take_rest):
+            result.problems.append(f"{name} {value if is_given else ''}".rstrip() + f": {error}")
+    for take in (functools.partial(_take_batch, num_ranks=num_ranks), _take_intervals, _take_rest):
         try:
             take(result)
         except UserError as error:
@@ -147,6 +137,25 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
         result.words.insert(result.places[key], word)
     result.notes += [f"{', '.join(names)}: without effect, {reason}" for reason, names in ignored.items()]
     return result
+
+
+def _our_word(known: Mapping[str, str], ours: str, value: str, *, none_is_nothing: bool) -> str:
+    """The word of ours for a value, "" where that is what happens anyway; UserError where there is none."""
+    key = value.lower()
+    if "true" in known:
+        key = "true" if key in TRUE else "false" if key in FALSE else key
+    if none_is_nothing and key in NONE and key not in known:
+        return ""
+    if ours in LIST_FLAGS:
+        return f"{ours}={','.join(known.get(item.lower(), item) for item in value.split(','))}"
+    if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5
+        return f"--warmup-ratio={value}"
+    if ours == "--resume":
+        value = re.sub(r"^.*checkpoint-(\d+)/?$", r"step-\1", value)
+    changed = known.get(key, known.get("*", value))
+    if changed.startswith("!"):
+        raise UserError(changed[1:])
+    return f"{ours}={changed}" if changed or not value else ""
 
 
 def _whole(name: str, value: str) -> int:
@@ -169,12 +178,10 @@ def _take_batch(result: Translation, *, num_ranks: int) -> None:
     batch = size * steps * num_ranks
     product = f"per device {size} x accumulation {steps} x {num_ranks} process{'es' * (num_ranks > 1)}"
     key = max(("gradient_accumulation_steps", name), key=lambda key: result.places.get(key, -1))
-    if own_batch is None:
-        result.put(key, f"--micro-batch={size}", f"--global-batch={batch}", said=product)
-    elif accumulation is None or own_batch == str(batch):
-        result.put(key, f"--micro-batch={size}", said=product)
-    else:
+    if own_batch is not None and accumulation is not None and own_batch != str(batch):
         raise UserError(f"--global-batch {own_batch}: {product} makes {batch}; expected one of them")
+    words = [f"--micro-batch={size}", *([f"--global-batch={batch}"] if own_batch is None else [])]
+    result.put(key, *words, note=f"{product} is {separate_values(*words)}")
 
 
 def _take_intervals(result: Translation) -> None:
@@ -190,68 +197,25 @@ def _take_intervals(result: Translation) -> None:
         if every is None:
             raise UserError(f"--{name} {strategy}: expected no, epoch or steps, as {flag} never, epoch or a number")
         if every:
-            result.put(name, f"{flag}={every}", said=f"{name} {strategy}")
+            result.put(name, f"{flag}={every}", note=f"{name} {strategy} is {flag} {every}")
             continue
         steps = steps or (TRANSFORMERS_SAVE_STEPS if flag == "--save-every" else result.given.get("logging_steps"))
         if steps is None:
             raise UserError(f"--{name} {strategy}: expected --{steps_name} N too")
-        key = steps_name if steps_name in result.given else name
-        result.put(key, f"{flag}={_whole(steps_name, steps)}", said=f"{steps_name} {steps}")
-
-
-def _take_precision(result: Translation) -> None:
-    precisions = [name for name in ("bf16", "fp16") if result.is_on(name)]
-    for name in precisions:
-        result.put(name, f"--precision={name}", said=f"{name} {result.given[name]}")
-    name, dtype = result.find("dtype", "torch_dtype")
-    by_dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "", "auto": "", "": ""}
-    precision = by_dtype.get((dtype or "").removeprefix("torch."))
-    if precision is None:
-        raise UserError(f"--{name} {dtype}: expected bfloat16, float16, float32 or auto")
-    if precision:
-        result.put(name, f"--precision={precision}", said=f"{name} {dtype}")
-        result.notes[-1] += " (weights that are trained stay in float32)"
-    if result.is_on("bf16") is False and not precisions:
-        result.put("bf16", "--precision=fp32", said=f"bf16 {result.given['bf16']}")
-
-
-def _take_quant(result: Translation) -> None:
-    kind = result.given.get("bnb_4bit_quant_type", "nf4")
-    if kind != "nf4":
-        raise UserError(f"--bnb_4bit_quant_type {kind}: expected nf4")
-    for name, quant in (("load_in_4bit", kind), ("load_in_8bit", "int8")):
-        if result.is_on(name):
-            result.put(name, f"--quant={quant}")
-
-
-def _take_method(result: Translation) -> None:
-    if (uses_peft := result.is_on("use_peft")) is not None:
-        result.put("use_peft", f"--mode={'lora' if uses_peft else 'full'}", said=f"use_peft {result.given['use_peft']}")
-    init = result.given.get("init_lora_weights", "true").lower()
-    if init not in ("pissa", *TRUE, *NONE):
-        raise UserError(f"--init_lora_weights {init}: expected true (B is zero) or pissa")
-    kinds = {"init_lora_weights": "pissa"} if init == "pissa" else {}
-    kinds |= {f"use_{kind}": kind for kind in ("dora", "rslora") if result.is_on(f"use_{kind}")}
-    for key, kind in kinds.items():
-        result.put(key, f"--adapter={kind}")
-
-
-def _take_schedule(result: Translation) -> None:
-    if result.given.get("lr_scheduler_type", "").lower() != "constant":
-        return
-    warmup = f"{result.value_of('--warmup-steps')}{result.value_of('--warmup-ratio')}"
-    if re.search("[1-9]", warmup):
-        raise UserError("--lr_scheduler_type constant: has no warm-up in transformers; expected constant_with_warmup")
-    result.put("lr_scheduler_type", "--warmup-ratio=0", said="lr_scheduler_type constant")
+        key, every = steps_name if steps_name in result.given else name, str(_whole(steps_name, steps))
+        result.put(key, f"{flag}={every}", note=f"{steps_name} {steps} is {flag} {every}")
 
 
 def _take_rest(result: Translation) -> None:
-    _, checkpoint = result.find("resume_from_checkpoint")
-    if checkpoint is not None and checkpoint.lower() not in FALSE:
-        which = "latest" if checkpoint.lower() in TRUE else re.sub(r"^.*checkpoint-(\d+)/?$", r"step-\1", checkpoint)
-        if not re.fullmatch(r"latest|best|auto|step-\d+", which):
-            raise UserError(f"--resume_from_checkpoint {checkpoint}: expected true or checkpoint-N of a run here")
-        result.put("resume_from_checkpoint", f"--resume={which}")
+    """What depends on other flags: bf16 that is off, a schedule without warm-up, parts of a name, a second seed."""
+    if result.given.get("bf16", "").lower() in FALSE and "--precision" not in result.put_words:
+        result.put("bf16", "--precision=fp32", note="bf16 false is --precision fp32")
+    if result.given.get("lr_scheduler_type", "").lower() == "constant":
+        if re.search("[1-9]", f"{result.value_of('--warmup-steps')}{result.value_of('--warmup-ratio')}"):
+            raise UserError(
+                "--lr_scheduler_type constant: has no warm-up in transformers; expected constant_with_warmup"
+            )
+        result.put("lr_scheduler_type", "--warmup-ratio=0", note="lr_scheduler_type constant is --warmup-ratio 0")
     (_, name), (_, config) = result.find("dataset_name"), result.find("dataset_config")
     if config is not None and (name is None or ":" in name):
         raise UserError(f"--dataset_config {config}: expected with --dataset_name ID, or as --data ID:CONFIG")
