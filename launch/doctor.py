@@ -6,11 +6,15 @@ Exit code 0: no error found; 1: an error; 2: a mistake in the flags.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from trainer.config.argument_parser import ArgumentParser, number, whole_number
+from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
+from trainer.config.fields import Accepts
 from trainer.tools.program import prepare_libraries, program
+
+Gibibytes = Annotated[float, Accepts("a number from 0.1 to 1e+06", ge=0.1, le=1e6)]
 
 
 def build_parser() -> ArgumentParser:
@@ -30,7 +34,7 @@ def build_parser() -> ArgumentParser:
     prove_help += "PyTorch loop on this machine; writes prove.json to the run folder"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
-    add("--gpu-memory", type=number(0.1, 1e6), metavar="GIB", help=memory_help)
+    add("--gpu-memory", type=value_type(Gibibytes, float), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")

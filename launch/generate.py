@@ -5,13 +5,16 @@ Without prompts: the runs' own validation prompts.
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
-from trainer.config.choices import SCORERS
+from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
+from trainer.config.choices import MAX_NUM_SAMPLES, SCORERS
 from trainer.config.errors import UserError
+from trainer.config.fields import Accepts
 from trainer.tools.program import prepare_libraries, program
+
+NumPrompts = Annotated[int, Accepts(f"a whole number from 1 to {MAX_NUM_SAMPLES}", ge=1, le=MAX_NUM_SAMPLES)]
 
 
 def build_parser() -> ArgumentParser:
@@ -26,7 +29,7 @@ def build_parser() -> ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help=prompts_help)
-    add("--num", type=partial(whole_number, most=32), metavar="N", help="validation prompts to take (default: 4)")
+    add("--num", type=value_type(NumPrompts, int), metavar="N", help="validation prompts to take (default: 4)")
     add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
     score_help = f"mean score over the prompts that have a reference, the best one's of several; repeatable: {SCORERS}"

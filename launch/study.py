@@ -7,11 +7,11 @@ FOLDER` adds workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser, output_folder, whole_number, whole_numbers
+from trainer.config.argument_parser import ArgumentParser, output_folder, value_type, whole_number, whole_numbers
 from trainer.config.errors import UserError
+from trainer.config.fields import NonNegativeInt
 from trainer.report.wandb_report import parse_target
 from trainer.tools.program import program
 from trainer.tools.study.planning import plan_study
@@ -23,7 +23,7 @@ JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    per_trial = partial(whole_number, least=0)
+    per_trial = value_type(NonNegativeInt, int)
     ranks_help = "LoRA ranks to judge, each at its own best rate (default: 8)"
     seeds_help = "of the answer's runs (default: 101,102,103)"
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
