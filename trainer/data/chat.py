@@ -9,7 +9,6 @@ the ids that a model is given when it is to write that turn.
 import contextlib
 import re
 import signal
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,14 +143,6 @@ MAX_SECONDS = 10  # for one conversation by its template, which takes well under
 Span = tuple[int, int]  # from and to, in characters
 
 
-class _RenderTimeout(BaseException):  # which no template can catch
-    pass
-
-
-def _stop_rendering(*_: Any) -> None:
-    raise _RenderTimeout
-
-
 class MaskError(RecordError):
     """Why it cannot be proven which tokens of a record are targets, or that none are."""
 
@@ -207,6 +198,8 @@ class ChatTemplate:
                     "--chat-template that sets turns apart by special tokens"
                 )
             is_target[len(before) : len(through)] = True
+        if max_tokens is not None and not is_target[1:max_tokens].any():
+            raise MaskError(f"its assistant turns lie beyond --block-size {max_tokens} ({len(ids)} tokens)")
         return Row(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
 
     def prompt_text(self, conversation: Conversation) -> str:
@@ -252,9 +245,10 @@ class ChatTemplate:
         """(the text, the characters from and to that the template marks as generated where that is asked for)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        is_main_thread = threading.current_thread() is threading.main_thread()  # which alone can be interrupted
-        if is_main_thread:
-            previous = signal.signal(signal.SIGALRM, _stop_rendering), signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+        def stop(*_: Any) -> None:
+            raise TimeoutError
+
+        previous = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
@@ -263,7 +257,7 @@ class ChatTemplate:
                 **options,
                 **self.tokenizer.special_tokens_map,
             )  # type: ignore[misc, unused-ignore]
-        except (_RenderTimeout, MemoryError) as error:  # as it would on the next record
+        except (TimeoutError, MemoryError) as error:  # as it would on the next record
             limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_SECONDS} s"
             raise UserError(
                 f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
@@ -271,9 +265,8 @@ class ChatTemplate:
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         finally:
-            if is_main_thread:
-                signal.setitimer(signal.ITIMER_REAL, *previous[1])  # somebody's own, as a test's time limit
-                signal.signal(signal.SIGALRM, previous[0])
+            signal.setitimer(signal.ITIMER_REAL, *previous[1])  # somebody's own, as a test's time limit
+            signal.signal(signal.SIGALRM, previous[0])
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
 
 

@@ -66,12 +66,9 @@ class TokenDataset:
         """Tokens of each row, int64 [n]."""
         return np.diff(self.offsets)
 
-    def num_target_tokens(self, rows: Int64 | None = None) -> Int64:
-        """Target tokens of each of `rows`, all where it is None; int64 [rows]."""
-        return self._num_targets if rows is None else self._num_targets[rows]
-
     @cached_property
-    def _num_targets(self) -> Int64:
+    def num_target_tokens(self) -> Int64:
+        """Target tokens of each row, int64 [n]."""
         if self.target_mask is None or not len(self):
             return self.lengths() - 1
         return np.add.reduceat(self.target_mask, self.offsets[:-1], dtype=np.int64)
@@ -257,7 +254,9 @@ def load_or_build(
 class SplitWriter:
     """Writes the rows of one split and hashes them; memory does not grow with them, but for ids of evaluation records.
 
-    counts: what run.json says of the split; problems: {what made no whole row: (how many records, where the first is)}.
+    counts: what run.json says of the split; parts: likewise, of each data set of a mixture; problems: {what made no
+    whole row: (how many records, where the first is)}; example: the first training row, with its target tokens marked;
+    texts: {one of the first validation prompts: the records of it as (prompt, completion)}.
     """
 
     def __init__(
@@ -276,9 +275,9 @@ class SplitWriter:
         self.tokenizer, self.chat, self._is_seen = tokenizer, chat, iter(is_seen)
         self.block_size, self.is_blocks = settings.block_size, is_blocks
         self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
+        self.parts: list[dict[str, Any]] = []
         self.problems: dict[str, tuple[int, str]] = {}
-        self.example = ""  # the first training row, with its target tokens marked
-        #: the first validation prompts, each with the records of it as (prompt, completion): references of one prompt
+        self.example = ""
         self.texts: dict[str, list[tuple[str, str]]] = {}
         self.rows: list[tuple[str, str | None, bool]] = []  # (id, group, whether the record was seen before)
         self._files: dict[str, BinaryIO] = {
@@ -286,9 +285,8 @@ class SplitWriter:
             for name in ("ids", "offsets", "mask")[: 2 if is_blocks else 3]
         }
         self._pending: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
-        self._pending_is_seen = np.empty(0, dtype=bool)  # whether each token of it is of a record that was seen
         self._num_left_out = 0  # tokens of earlier tails
-        self._seen_blocks: list[bool] = []  # whether each block has such a token
+        self._seen_blocks = set[int]()  # numbers of the blocks with a part of a record that was seen
         self._hash = hashlib.sha256(f"blocks {self.block_size}\n".encode() if is_blocks else b"completion \n")
         self._files["offsets"].write(bytes(8))
 
@@ -299,14 +297,9 @@ class SplitWriter:
         if isinstance(row, MaskError):
             self._add_problem("unusable", f"{example.where}: {row}")
             return
-        ids, is_target = row.ids, np.arange(len(row.ids)) > 0
+        ids, is_target = row.ids, np.arange(len(row.ids)) > 0  # nothing stands before position 0 to predict it from
         if not self.is_blocks:
-            ids, is_target = row.ids[: self.block_size], row.is_target[: self.block_size]
-            is_target[0] = False  # nothing stands before position 0 to predict it from
-            if self.chat is not None and not is_target.any():
-                problem = f"its assistant turns lie beyond --block-size {self.block_size} ({len(row.ids)} tokens)"
-                self._add_problem("unusable", f"{example.where}: {problem}")
-                return
+            ids, is_target = ids[: self.block_size], (is_target & row.is_target)[: self.block_size]
         self.counts["records"] += 1
         if self.split == "val":
             self._keep_text(row)
@@ -341,19 +334,21 @@ class SplitWriter:
             references += [(row.prompt, row.completion)] if len(references) < MAX_REFERENCES else []
 
     def _add_blocks(self, ids: TokenIds, is_seen: bool) -> None:
+        start = self.counts["tokens"] + len(self._pending)
+        if is_seen:
+            self._seen_blocks |= set(range(start // self.block_size, -(-(start + len(ids)) // self.block_size)))
         stream = np.concatenate([self._pending, ids])
         full_length = len(stream) - len(stream) % self.block_size
         blocks, self._pending = stream[:full_length].reshape(-1, self.block_size), stream[full_length:].copy()
-        seen_tokens = np.concatenate([self._pending_is_seen, np.full(len(ids), is_seen)])
-        self._seen_blocks += np.logical_or.reduce(seen_tokens[:full_length].reshape(blocks.shape), axis=1).tolist()
-        self._pending_is_seen = seen_tokens[full_length:]
         self._append(blocks, len(blocks) * (self.block_size - 1))
 
-    def end_part(self, share: float) -> None:
+    def end_part(self, source: str, share: float) -> None:
         """Let no block hold texts of two data sets that are mixed by weight."""
+        num_examples = self.counts["examples"] - sum(part["examples"] for part in self.parts)
+        self.parts.append({"source": source, "share": share, "examples": num_examples})
         self._hash.update(f"{self.counts['examples']} {share!r}\n".encode())
         self._num_left_out += len(self._pending)
-        self._pending, self._pending_is_seen = self._pending[:0], self._pending_is_seen[:0]
+        self._pending = self._pending[:0]
 
     def _add_problem(self, kind: str, where: str) -> None:
         number, first = self.problems.get(kind, (0, where))
@@ -394,11 +389,11 @@ class SplitWriter:
 
         dataset, rows = map_rows(self.folder, self.split, self.dtype, self.counts, not self.is_blocks), self.rows
         if self.is_blocks:  # told apart by a hash of their token ids, as they are no single records
-            hashes = [content_hash(dataset.row(i).astype("<u4").tobytes()) for i in range(len(dataset))]
-            rows = [(f"{block:016x}", None, seen) for block, seen in zip(hashes, self._seen_blocks, strict=True)]
+            hashes = (content_hash(dataset.row(i).astype("<u4").tobytes()) for i in range(len(dataset)))
+            rows = [(f"{block:016x}", None, i in self._seen_blocks) for i, block in enumerate(hashes)]
         frame = pd.DataFrame(rows, columns=["id", "group", "is_seen"])
         frame["occurrence"] = frame.groupby("id").cumcount()
-        frame["targets"], frame["bytes"] = dataset.num_target_tokens(), count_target_bytes(self.tokenizer, dataset)
+        frame["targets"], frame["bytes"] = dataset.num_target_tokens, count_target_bytes(self.tokenizer, dataset)
         frame.to_parquet(self.folder / f"{self.split}.rows.parquet", compression="zstd")
         units = {group or row_id for row_id, group, is_seen in rows if not is_seen}  # which an interval tells apart
         return {"target_bytes": int(frame["bytes"].sum()), "units": len(units)}

@@ -121,6 +121,7 @@ def prepare(
             "fractions": fractions,
             "chat_template": chat.template if chat is not None else None,
             **{name: getattr(settings, name) for name in KEY_SETTINGS},
+            **({"allow_leakage": True} if settings.allow_leakage else {}),  # what was refused is not taken from there
         }
         dataset = store.load_or_build(
             cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
@@ -214,15 +215,16 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     for split, number in num_seen.items():
         if not number:
             continue
-        num_records, name = len(seen.reasons[split]), name_records(split)
+        num_records, name, is_val = len(seen.reasons[split]), name_records(split), split.startswith("val")
         problem = f"{number:,} of {num_records:,} {name} records are not new: {seen.describe(split)}"
-        if number > MAX_SHARED_FRACTION * num_records and (not split.startswith("val") or seen.reasons["test"]):
+        if number > MAX_SHARED_FRACTION * num_records and (not is_val or seen.reasons["test"]):
             remedy = "take them out, or name by --split-by the column whose values belong together"
             raise UserError(
                 f"{name_split(settings, split)}: {problem}; expected at most {MAX_SHARED_FRACTION:.0%}: {remedy}"
             )
-        if split.startswith("val"):
-            refuse_leakage(settings, split, number, num_records, problem)
+        if is_val and number >= LEAKAGE_FRACTION * num_records and not settings.allow_leakage:
+            limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
+            raise UserError(f"{name_split(settings, split)}: {problem}; {limit}")
         meaning = "means nothing" if number == num_records else "says little about new ones"
         is_many = number >= WARN_SHARED_FRACTION * num_records
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
@@ -245,24 +247,32 @@ def write_rows(
     checked, is_seen = check_records(settings, sources)
     vocabulary = vocabulary_size(tokenizer)
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
-    options = {"dtype": dtype, "tokenizer": tokenizer, "chat": chat}
-    splits = dict.fromkeys([*SPLITS, *name_val_sets(settings.val_data)])
-    are_blocks = dict.fromkeys(splits, settings.objective == "blocks") | {"retain": True}
-    are_blocks |= {s.split: s.record_format.objectives[0] == "blocks" for s in sources if s.split == "retain"}
+    splits = list(dict.fromkeys([*SPLITS, *name_val_sets(settings.val_data)]))
+    retained = [source.record_format.objectives[0] for source in sources if source.split == "retain"]
+    objectives = {**dict.fromkeys(splits, settings.objective), "retain": retained[0] if retained else "blocks"}
     writers = {
-        split: SplitWriter(folder, split, settings, is_blocks=is_blocks, is_seen=is_seen.get(split, ()), **options)
-        for split, is_blocks in are_blocks.items()
+        split: SplitWriter(
+            folder,
+            split,
+            settings,
+            is_blocks=objectives[split] == "blocks",
+            dtype=dtype,
+            tokenizer=tokenizer,
+            chat=chat,
+            is_seen=is_seen.get(split, ()),
+        )
+        for split in splits
     }
-    num_rows, shares = [0], [source.share for source in sources if source.split == "train"]
+    is_mixture = sum(source.split == "train" for source in sources) > 1
     try:
         for source in sources:
             for batch in _iter_batches(source, log):
-                rows = _encode_batch(batch, tokenizer, chat, are_blocks[source.split], settings.block_size)
+                is_joined = objectives[source.split] == "blocks"
+                rows = _encode_batch(batch, tokenizer, chat, is_joined, settings.block_size)
                 for example, row in zip(batch, rows, strict=True):
                     writers[example.split].add(example, row)
-            if source.split == "train" and len(shares) > 1:
-                writers["train"].end_part(source.share)
-                num_rows.append(writers["train"].counts["examples"])
+            if source.split == "train" and is_mixture:
+                writers["train"].end_part(source.spec, source.share)
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     refuse_changed(sources)
@@ -272,10 +282,7 @@ def write_rows(
     facts = {
         **checked,
         "source": settings.data,
-        "mixture": [
-            {"source": source.spec, "share": source.share, "examples": number}
-            for source, number in zip(sources, np.diff(num_rows).tolist(), strict=False)
-        ],
+        "mixture": writers["train"].parts,
         "form": sources[0].record_format.name,
         "form_meaning": sources[0].record_format.meaning,
         "example": writers["train"].example,
@@ -345,22 +352,9 @@ def name_split(settings: DataSettings, split: str) -> str:
     return f"--{split.partition('-')[0]}-data {spec}" if spec is not None else f"--data {settings.data}"
 
 
-def refuse_leakage(settings: DataSettings, split: str, num_seen: int, num_records: int, problem: str) -> None:
-    """UserError where too many validation records are not new, unless --allow-leakage."""
-    if num_seen >= LEAKAGE_FRACTION * num_records > 0 and not settings.allow_leakage:
-        limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
-        raise UserError(f"{name_split(settings, split)}: {problem}; {limit}")
-
-
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
-    """UserError where a split that is asked for has no row, or training less than a global batch of them; and what
-    `check_records` refuses, of rows that were prepared with --allow-leakage."""
-    metadata, val_sets = dataset.metadata, name_val_sets(settings.val_data) or {"val": ""}
-    for split in val_sets:
-        number, num_records = metadata["num_seen"][split], metadata[split]["records"]
-        problem = f"{number:,} of {num_records:,} {name_records(split)} records are not new"
-        refuse_leakage(settings, split, number, num_records, problem)
-    num_examples = metadata["train"]["examples"]
+    """UserError where a split that is asked for has no row, or training less than a global batch of them."""
+    metadata, num_examples = dataset.metadata, dataset.metadata["train"]["examples"]
     for part in metadata["mixture"]:
         if not part["examples"] or part["share"] * num_examples < 1:  # each epoch anew
             share = f"{part['share'] * num_examples:.2g} of {num_examples:,} examples an epoch"
@@ -368,13 +362,13 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
                 f"--data {part['source']}: its {part['examples']:,} examples and weight make {share}; expected at "
                 "least 1, or leave it out"
             )
-    has_test, has_retained = bool(settings.test_data or settings.test_fraction), bool(settings.retain_data)
-    least = {"train": global_batch, **dict.fromkeys(val_sets, 1), "test": int(has_test), "retain": int(has_retained)}
+    least = {"train": global_batch, **dict.fromkeys(name_val_sets(settings.val_data) or ["val"], 1)}
+    least |= {"test": bool(settings.test_data or settings.test_fraction), "retain": bool(settings.retain_data)}
     for split, expected in least.items():
         counts = metadata[split]
         if counts["examples"] < expected:
             raise UserError(
                 f"{name_split(settings, split)}: {counts['records']} {name_records(split)} records make "
-                f"{counts['examples']} examples of {settings.block_size} tokens, and {expected} are needed; give more, "
-                "or another --block-size, --global-batch, --val-fraction or --test-fraction"
+                f"{counts['examples']} examples of {settings.block_size} tokens, and {expected:d} are needed; give "
+                "more, or another --block-size, --global-batch, --val-fraction or --test-fraction"
             )

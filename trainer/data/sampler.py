@@ -163,7 +163,7 @@ def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_
     """(tokens, target tokens) of a global batch; every rank gets the same without asking the others."""
     indices = order[step_in_epoch * global_batch : (step_in_epoch + 1) * global_batch]
     lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
-    return int(lengths.sum()), int(dataset.num_target_tokens(indices).sum())
+    return int(lengths.sum()), int(dataset.num_target_tokens[indices].sum())
 
 
 @dataclass(kw_only=True, eq=False)

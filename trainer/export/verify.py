@@ -104,7 +104,7 @@ def verify_folder(
         loss = None
         if val is not None:
             row_nll = compute_row_losses(model, val, eval_batch, precision, device)
-            loss = math.fsum(row_nll) / int(val.num_target_tokens().sum())
+            loss = math.fsum(row_nll) / int(val.num_target_tokens.sum())
         stored: dict[str, str] = {}  # {name of a tensor: its type}, but of indices
         for path in folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:

@@ -70,7 +70,7 @@ def evaluate(
         for rank_indices, rank_losses in context.all_gather_object((row_indices, local_losses)):
             for index, loss in zip(rank_indices, rank_losses, strict=True):
                 row_nll[index] = loss
-    nll_sum, num_target_tokens = math.fsum(row_nll), int(dataset.num_target_tokens().sum())
+    nll_sum, num_target_tokens = math.fsum(row_nll), int(dataset.num_target_tokens.sum())
     return Evaluation(row_nll, nll_sum / num_target_tokens, num_target_tokens, bits_per_byte(nll_sum, num_bytes))
 
 

@@ -187,7 +187,7 @@ def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokeniz
     for split in ("train", "val"):
         dataset = getattr(data, split)
         counts = [int(dataset.is_target(i).sum()) for i in range(len(dataset))]
-        assert dataset.num_target_tokens().tolist() == counts
+        assert dataset.num_target_tokens.tolist() == counts
         assert data.metadata[split]["num_target_tokens"] == sum(counts)
         batch = collate(dataset, np.arange(len(dataset)), 0)
         assert (batch.labels != IGNORE_INDEX).sum() == sum(counts)

@@ -62,7 +62,7 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prep
         before, after = tokenizer(f"{pair['mr']}:")["input_ids"], tokenizer(f" {pair['ref']}")["input_ids"]
         assert rows.row(i).tolist() == [*before, *after, EOS_ID]
         assert rows.is_target(i).tolist() == [False] * len(before) + [True] * (len(after) + 1)
-    assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
+    assert rows.num_target_tokens.sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
     joined = prepare_file(pairs_csv, prompt="{mr}", completion="{ref}").metadata["notices"]
     assert any("60 of 60 records have nothing between prompt and completion" in notice for notice in joined)
     alone = prepare_file(pairs_csv, objective="completion", completion="{ref}")
@@ -227,7 +227,7 @@ def test_the_bytes_of_the_targets_are_those_of_the_text(tmp_path, prepare_file, 
     file = write_records(tmp_path / "a.csv", pairs)
     prepared = prepare_file(file, block_size=64, val_fraction=0.4, **{**COMPLETION, "objective": objective})
     info = prepared.row_info("val")
-    assert info["targets"].tolist() == prepared.val.num_target_tokens().tolist()
+    assert info["targets"].tolist() == prepared.val.num_target_tokens.tolist()
     assert prepared.metadata["val"]["target_bytes"] == info["bytes"].sum()
     if objective == "completion":
         texts = [f" {p['ref']}" for p in pairs if split_of(f"{p['mr']}:", 0.4) == "val"]
