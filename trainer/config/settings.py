@@ -126,9 +126,6 @@ class DataSettings:
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
     completion: Text | None = option("template of the text to train on, for instance '{ref}'", None)
-    format: Literal["messages", "conversations", "prompt-completion", "alpaca", "text", "acled"] | None = option(
-        "what the columns mean (default: recognised from their names, see --dry-run)", None
-    )
     chat_template: UserPath | None = option("Jinja file that writes conversations (default: the model's own)", None)
     objective: choices.Objective | None = option(
         "blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "

@@ -48,9 +48,6 @@ class Example:
     where: str = ""  #: its file and place, for a user
     split: str = ""
 
-    def split_key(self) -> str:
-        return self.group if self.group is not None else self.content(separator="")
-
     def content(self, separator: str = "\0") -> str:
         """What makes a record equal to another."""
         if self.conversation is not None:
@@ -72,7 +69,7 @@ def content_hash(content: str | bytes) -> int:
 class RecordFormat(NamedTuple):
     """How the records of a source become examples; `render` raises RecordError."""
 
-    name: str  #: as --format has it, or "template"
+    name: str  #: as the plan has it
     render: Callable[[Record], Example]
     meaning: str  #: what the plan says of it
     needs: tuple[str, ...] = ()  #: columns by which it is known
@@ -125,7 +122,7 @@ FORMATS = (
     RecordFormat(
         "alpaca", _render_alpaca, "Alpaca's prompt, loss on the output", ("instruction", "output"), ROWS_OR_BLOCKS
     ),
-    RecordFormat("acled", lambda record: _pair(*_render_event(record)), "an ACLED event's fields, then its notes"),
+    RecordFormat("acled", lambda record: _render_event(record), "an ACLED event's fields, then its notes"),
     RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",)),
 )
 
@@ -138,8 +135,7 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
     candidates = [
         known
         for known in FORMATS
-        if settings.format in (None, known.name)
-        and (is_acled(columns) if known.name == "acled" else set(known.needs) <= set(columns))
+        if (set(known.needs) <= set(columns) if known.needs else is_acled(columns))
         and (known.needs != PAIR_COLUMNS or known.is_chat == isinstance(first["completion"], list))
     ]
     for candidate in candidates:
@@ -151,9 +147,6 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
             f"{where}: --objective {settings.objective} needs another format than {candidates[0].name}: {remedy}, or "
             f"--objective {candidates[0].objectives[0]}"
         )
-    if settings.format is not None:
-        needs = next(known.needs for known in FORMATS if known.name == settings.format) or (NOTES, "an event's columns")
-        raise UserError(f"--format {settings.format}: {where} has no column {' and '.join(needs)}: {remedy}")
     raise UserError(
         f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, or `instruction` and "
         f"`output`, no ACLED export (and `chosen` and `rejected` are not trained on): {remedy}"
@@ -165,7 +158,7 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
 Piece = tuple[bool, str]  # (whether it is a column of the record, its name or the text that stands as it is)
 
 
-def parse_template(template: str, flag: str) -> list[Piece]:
+def _parse_template(template: str, flag: str) -> list[Piece]:
     """The parts of a template; `{{` and `}}` are literal braces; UserError for a stray one."""
     pieces = []
     for match in re.finditer(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+", template):
@@ -185,8 +178,8 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
     Every column of --completion must be filled. A line of --prompt whose columns are all empty is left out, so that an
     optional part leaves nothing behind; not all of them may be.
     """
-    lines = [parse_template(line, "--prompt") for line in prompt.splitlines(keepends=True)]
-    completion_pieces = parse_template(completion, "--completion")
+    lines = [_parse_template(line, "--prompt") for line in prompt.splitlines(keepends=True)]
+    completion_pieces = _parse_template(completion, "--completion")
     prompt_columns = [text for line in lines for is_column, text in line if is_column]
     completion_columns = [text for is_column, text in completion_pieces if is_column]
     for flag, names in (("--prompt", prompt_columns), ("--completion", completion_columns)):
@@ -301,10 +294,10 @@ def format_prompt(event: Mapping[str, str]) -> str:
     return "".join(f"{label}: {text}\n" for label, text in lines if text) + "Notes:"
 
 
-def _render_event(record: Record) -> tuple[str, str]:
+def _render_event(record: Record) -> Example:
     names = column_names(tuple(record))
     event = {name: to_text(record[column], column) for name, column in names.items() if not is_missing(record[column])}
     notes = event.pop(NOTES, "").strip()
     if not notes:
         raise RecordError(f"column {names.get(NOTES, NOTES)!r} is null or empty: fill it or drop the row")
-    return format_prompt(event), f" {notes}"  # the blank begins a word for GPT-2's tokenizer
+    return _pair(format_prompt(event), f" {notes}")  # the blank begins a word for GPT-2's tokenizer

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -28,7 +27,6 @@ from trainer.data.unseen import SeenRecords, name_records
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
 KEY_SETTINGS = ("max_samples", "objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
-LOG_INTERVAL_SECONDS = 5.0
 NUM_SAMPLED_RECORDS = 4096  # the first ones, whose lengths decide a block size that is left to the data
 BLOCK_SIZES = (128, 256, 512, 1024, 2048)  #: longer rows want a decision, and the memory
 MAX_JOINED_BLOCK, MIN_BLOCKS = 1024, 100  # tokens of a block of joined texts, and how many the texts should fill
@@ -52,7 +50,8 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
             continue
         example.where, example.split = where, source.split
         if example.split == "train":  # by its content alone, whatever stands beside it
-            example.split = split_of(example.split_key(), *source.fractions)
+            key = example.content(separator="") if example.group is None else example.group
+            example.split = split_of(key, *source.fractions)
         yield example
         num_left -= 1
         if not num_left:
@@ -89,12 +88,8 @@ def prepare(
     first = sources[0].record_format
     for other in sources[1:]:  # the loss of one format says nothing of another; what is retained may have its own
         record_format = other.record_format
-        is_apart = (first.name, first.is_chat) != (record_format.name, record_format.is_chat)
-        if other.split == "retain":
-            is_apart = record_format.is_chat and not first.is_chat
-        elif first.is_chat and record_format.is_chat:
-            is_apart = False
-        if is_apart:
+        is_apart = record_format.is_chat != first.is_chat or (not first.is_chat and record_format.name != first.name)
+        if is_apart if other.split != "retain" else record_format.is_chat and not first.is_chat:
             raise UserError(
                 f"{sources[0].where()} and {other.where()}: one holds {first.name} ({first.meaning}), the other "
                 f"{record_format.name} ({record_format.meaning}); give both in one format"
@@ -108,11 +103,9 @@ def prepare(
         if not settings.block_size:
             lengths = list[int]()
             for source in (source for source in sources if source.split == "train"):  # the parts of a mixture
-                batches = (
-                    _encode_batch(batch, tokenizer, chat, False, BLOCK_SIZES[-1]) for batch in _iter_batches(source)
-                )
-                rows = (row for batch in batches for row in batch if isinstance(row, Row))  # not what is unusable
-                lengths += [len(row.ids) for row in islice(rows, NUM_SAMPLED_RECORDS)]
+                rows = (row for _, row in _iter_rows(source, tokenizer, chat, False, BLOCK_SIZES[-1]))
+                usable = (row for row in rows if isinstance(row, Row))
+                lengths += [len(row.ids) for row in islice(usable, NUM_SAMPLED_RECORDS)]
             settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
         key = {  # contents and settings: names and places of files do not decide which rows there are
             "version": store.FORMAT_VERSION,
@@ -125,7 +118,7 @@ def prepare(
         }
         dataset = store.load_or_build(
             cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-            lambda folder: write_rows(folder, settings, sources, tokenizer, chat, log),
+            lambda folder: write_rows(folder, settings, sources, tokenizer, chat),
             source=settings.data,
             log=log,
         )
@@ -241,7 +234,6 @@ def write_rows(
     sources: list[Source],
     tokenizer: Any,
     chat: ChatTemplate | None,
-    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
     checked, is_seen = check_records(settings, sources)
@@ -266,11 +258,9 @@ def write_rows(
     is_mixture = sum(source.split == "train" for source in sources) > 1
     try:
         for source in sources:
-            for batch in _iter_batches(source, log):
-                is_joined = objectives[source.split] == "blocks"
-                rows = _encode_batch(batch, tokenizer, chat, is_joined, settings.block_size)
-                for example, row in zip(batch, rows, strict=True):
-                    writers[example.split].add(example, row)
+            is_joined = objectives[source.split] == "blocks"
+            for example, row in _iter_rows(source, tokenizer, chat, is_joined, settings.block_size):
+                writers[example.split].add(example, row)
             if source.split == "train" and is_mixture:
                 writers["train"].end_part(source.spec, source.share)
     finally:
@@ -304,45 +294,36 @@ def write_rows(
     return {"dtype": dtype, "facts": facts, "val_texts": texts}
 
 
-def _iter_batches(source: Source, log: Callable[[str], None] = lambda line: None) -> Iterator[list[Example]]:
+def _iter_rows(
+    source: Source, tokenizer: Any, chat: ChatTemplate | None, is_joined: bool, max_tokens: int
+) -> Iterator[tuple[Example, Row | MaskError]]:
+    """Each record and its tokens: a pair with its end, encoded apart unless `is_joined`: the boundary is exact."""
     batch: list[Example] = []
-    num_tokenized, num_characters, last_log_seconds = 0, 0, time.monotonic()
+    num_characters = 0
     for example in iter_examples(source):
         if example is None:
+            continue
+        if example.conversation is not None and chat is not None:
+            try:
+                yield example, chat.encode(example.conversation, max_tokens)
+            except MaskError as error:
+                yield example, error
             continue
         batch.append(example)
         num_characters += len(example.prompt) + len(example.completion)
         if len(batch) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
-            yield batch
-            num_tokenized += len(batch)
+            yield from _encode_batch(batch, tokenizer, is_joined)
             batch, num_characters = [], 0
-            if time.monotonic() - last_log_seconds > LOG_INTERVAL_SECONDS:
-                last_log_seconds = time.monotonic()
-                log(f"tokenising {source.spec}: {num_tokenized:,} records so far")
-    if batch:
-        yield batch
+    yield from _encode_batch(batch, tokenizer, is_joined)
 
 
-def _encode_batch(
-    batch: list[Example], tokenizer: Any, chat: ChatTemplate | None, is_joined: bool, max_tokens: int
-) -> Iterator[Row | MaskError]:
-    """Each record as tokens: a pair with its end, encoded apart unless `is_joined`, so that the boundary is exact."""
-    pairs = [
-        ("", example.prompt + example.completion) if is_joined else (example.prompt, example.completion)
-        for example in batch
-        if example.conversation is None
-    ]
-    encoded = iter(encode(tokenizer, [text for pair in pairs for text in pair]) if pairs else ())
+def _encode_batch(batch: list[Example], tokenizer: Any, is_joined: bool) -> Iterator[tuple[Example, Row]]:
+    texts = [("", e.prompt + e.completion) if is_joined else (e.prompt, e.completion) for e in batch]
+    encoded = iter(encode(tokenizer, [text for pair in texts for text in pair]))
     for example in batch:
-        if example.conversation is not None and chat is not None:
-            try:
-                yield chat.encode(example.conversation, max_tokens)
-            except MaskError as error:
-                yield error
-        else:
-            prompt_ids, completion_ids = next(encoded), next(encoded)
-            ids = np.concatenate([prompt_ids, completion_ids, np.asarray([tokenizer.eos_token_id], dtype=np.uint32)])
-            yield Row(ids, np.arange(len(ids)) >= len(prompt_ids), example.prompt, example.completion)
+        prompt_ids, completion_ids = next(encoded), next(encoded)
+        ids = np.concatenate([prompt_ids, completion_ids, np.asarray([tokenizer.eos_token_id], dtype=np.uint32)])
+        yield example, Row(ids, np.arange(len(ids)) >= len(prompt_ids), example.prompt, example.completion)
 
 
 def name_split(settings: DataSettings, split: str) -> str:

@@ -51,7 +51,7 @@ FLAGS_OF_LINES = {
     "mixture": "--data",
     "validation": "--val- --split-by",
     "test": "--test-",
-    "format": "--format --prompt --completion --chat-template",
+    "format": "--prompt --completion --chat-template",
     "objective": "--objective --prompt --completion",
     "batch": "--global-batch --micro-batch --packing",
     "steps": "--epochs --max-steps --global-batch",

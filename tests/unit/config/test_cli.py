@@ -29,7 +29,7 @@ SETTINGS = """
 --modules-to-save=wte,bias
 --data=d.csv --val-data=v.csv --val-fraction=0.2 --test-data=t.csv --test-fraction=0.1 --retain-data=r.txt --split-by=mr
 --max-samples=9 --allow-leakage
---prompt={p} --completion={c} --format=alpaca --chat-template=c.jinja --unusable-records=drop --objective=completion
+--prompt={p} --completion={c} --chat-template=c.jinja --unusable-records=drop --objective=completion
 --block-size=77 --packing
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
 --warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2

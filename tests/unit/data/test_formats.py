@@ -148,7 +148,6 @@ def test_templates_go_before_acled_before_text():
         ("prompt chosen rejected", {}, r"`chosen` and `rejected` are not trained on"),
         ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),
         ("messages", {"objective": "blocks"}, "--objective blocks needs another format than messages"),
-        ("mr ref", {"format": "alpaca"}, "--format alpaca: d.csv has no column instruction and output"),
     ],
 )
 def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(columns, settings, problem):
