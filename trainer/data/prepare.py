@@ -221,7 +221,7 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
         meaning = "means nothing" if number == num_records else "says little about new ones"
         is_many = number >= WARN_SHARED_FRACTION * num_records
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
-    facts = {"num_seen": num_seen, "repeated_in_train": seen.num_repeated, "notices": notices}
+    facts = {"num_seen": num_seen, "notices": notices}
     return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}
 
 

@@ -69,10 +69,6 @@ class SeenRecords:
                 self._tokens[split, len(self._places[split])] = tokens
             self._places[split].append([example.where])
 
-    @property
-    def num_repeated(self) -> int:
-        return len(self._contents["train"]) - len(set(self._contents["train"]))
-
     def find(self, examples: Iterable[Example]) -> None:
         """`examples`: the records that were added, once more; read only where there are long ones to compare."""
         self.reasons = {split: [""] * len(hashes) for split, hashes in self._contents.items() if split != "train"}
