@@ -9,6 +9,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -55,12 +56,10 @@ class ProgressBar:
         self.speeds = array("f")  #: tokens per second of each step of this process
         self._bar: Progress | None = None
         if is_terminal():
-            texts = (
-                f"epoch {{task.fields[epoch]}}/{self._epochs_text}",
-                "{task.completed}/{task.total}",
-                "{task.description}",
+            texts = ("epoch {task.fields[epoch]}/" + self._epochs_text, "{task.completed}/{task.total}")
+            epoch, step, rest = (
+                TextColumn(text, table_column=Column(no_wrap=True)) for text in (*texts, "{task.description}")
             )
-            epoch, step, rest = (TextColumn(text, table_column=Column(no_wrap=True)) for text in texts)
             bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4))
             self._bar = Progress(epoch, bar, step, rest, console=make_console(), expand=True, refresh_per_second=4)
             self._bar.add_task("", total=total_steps, epoch="0.00")
@@ -95,10 +94,8 @@ class ProgressBar:
     def _show_step(self, record: StepRecord) -> None:
         now = time.monotonic()
         first_step, start_time = self._start = self._start or (record.step, now)
-        steps_left = max(0, self._total_steps - record.step)
-        if steps_left and record.step <= first_step:  # no speed is known yet
-            time_left = "--:--"
-        else:
+        steps_left, time_left = max(0, self._total_steps - record.step), "--:--"
+        if record.step > first_step or not steps_left:  # else no speed is known yet
             time_left = format_clock((now - start_time) / max(1, record.step - first_step) * steps_left)
         self.speeds.append(record.tokens_per_second)
         speed = _format_short(record.tokens_per_second)
@@ -108,9 +105,12 @@ class ProgressBar:
         if is_line_due:
             self._last_print_time = now
         if self._bar is not None:
-            task, text = self._bar.task_ids[0], text.replace("  ", " ")
-            epoch = f"{record.epoch:.2f}"
-            self._bar.update(task, completed=record.step, description=text, epoch=epoch, refresh=not steps_left)
+            shown: dict[str, Any] = {
+                "completed": record.step,
+                "description": text.replace("  ", " "),
+                "epoch": f"{record.epoch:.2f}",
+            }
+            self._bar.update(self._bar.task_ids[0], **shown, refresh=not steps_left)
             printed_lines.extend([line] * is_line_due)  # for W&B's Logs, which are not to depend on the terminal
         elif is_line_due:
             self.print_line(line)
@@ -175,12 +175,10 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_refe
 
     table = Table(box=box.SIMPLE_HEAD if is_terminal() else box.MARKDOWN)
     for heading in ("step", "epoch", *columns):
-        style = "dim" if heading.startswith("card") else ""
-        table.add_column(heading, justify="right", style=style, no_wrap=not is_terminal())
+        table.add_column(heading, justify="right", no_wrap=not is_terminal())
     for step, epoch in sorted(epochs.items()):
-        row_cells = (column.get(step, "-") for column in columns.values())
-        style = "bold" if best and step == best.step else ""
-        table.add_row(f"{step:,}", f"{round(epoch, 2):g}", *row_cells, style=style)
+        row_cells = [f"{step:,}", f"{round(epoch, 2):g}", *(column.get(step, "-") for column in columns.values())]
+        table.add_row(*row_cells, style="bold" if best and step == best.step else "")
     make_console().print(table)
     table.box, text = box.MARKDOWN, io.StringIO()
     Console(file=text, width=1000).print(table)

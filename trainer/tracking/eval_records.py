@@ -19,25 +19,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config.errors import TrainingError, UserError, first_line
+from trainer.config.errors import UserError, first_line
 from trainer.config.files import open_plain_file, remove_leftovers, write_atomically
-from trainer.tracking.records import EvalRecord, Record
+from trainer.tracking.records import EvalRecord, Record, writing
 
 EvalSplit = Literal["val", "test", "retain"]
 EVAL_RECORDS_FOLDER = "eval_records"
-SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int32(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("occurrence", pa.int32(), nullable=False),
-        pa.field("group", pa.string()),
-        pa.field("nll", pa.float64(), nullable=False),
-        pa.field("targets", pa.int32(), nullable=False),
-        pa.field("bytes", pa.int32(), nullable=False),
-        pa.field("is_seen", pa.bool_(), nullable=False),
-    ]
-)
+COLUMNS = {
+    **{"step": pa.int32(), "split": pa.string(), "id": pa.string(), "occurrence": pa.int32(), "group": pa.string()},
+    **{"nll": pa.float64(), "targets": pa.int32(), "bytes": pa.int32(), "is_seen": pa.bool_()},
+}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name == "group") for name, kind in COLUMNS.items()])
 SCORE_PREFIX = "score_"
 _FILE_NAME = re.compile(r"step-(\d{6,9})-(val|test|retain)\.parquet")
 _CHECKSUM = b"sha256_of_rows"
@@ -90,11 +82,9 @@ def write_evaluation(
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_CHECKSUM: _hash_rows(table)}), buffer, compression="zstd")
     path = folder / f"step-{step:06d}-{split}.parquet"
-    try:
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
@@ -132,13 +122,11 @@ def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -
     With `eval_pending` also those at `step`. Evaluations of the test and retained splits after the first step belong
     to a run's end and are always made again.
     """
-    try:
+    with writing(folder):
         remove_leftovers(folder)
         for path, eval_step, split in _list_evaluations(folder):
             if _comes_again(eval_step, split, step, eval_pending):
                 path.unlink()
-    except OSError as error:
-        raise TrainingError(f"cannot delete from {folder}: {error.strerror or error}") from error
 
 
 def find_changed_evaluations(

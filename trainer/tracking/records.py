@@ -5,6 +5,7 @@ is the fraction of the training set seen, `samples` the examples, `tokens` the t
 nats per target token; `time` is seconds since the run began.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeGuard
+from typing import Annotated, Any, ClassVar, Protocol, TypeGuard, get_args
 
 from pydantic import SkipValidation, TypeAdapter, ValidationError
 
@@ -104,8 +105,8 @@ class EventRecord:
 
 
 Record = StepRecord | EvalRecord | OtherEvalRecord | EpochRecord | EventRecord
-_ADAPTERS = {cls.kind: TypeAdapter[Any](cls) for cls in (StepRecord, EvalRecord, EpochRecord, EventRecord)}
-_OTHER_EVAL = TypeAdapter[Any](OtherEvalRecord)
+#: {(kind, whether the row names a `val_set`): the record}
+_ADAPTERS = {(cls.kind, cls is OtherEvalRecord): TypeAdapter[Any](cls) for cls in get_args(Record)}
 
 
 class RecordLogger(Protocol):
@@ -143,8 +144,7 @@ def to_line(record: Record) -> str:
 def from_line(line: bytes) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
     row = parse_json(line.decode())
-    adapter = _ADAPTERS.get(str(row.get("kind"))) if isinstance(row, dict) else None
-    adapter = _OTHER_EVAL if adapter is _ADAPTERS["eval"] and "val_set" in row else adapter
+    adapter = _ADAPTERS.get((str(row.get("kind")), "val_set" in row)) if isinstance(row, dict) else None
     if adapter is None:
         raise ValueError(f"not a record: {json.dumps(row)[:80]}")
     try:
@@ -209,28 +209,23 @@ class JsonlLogger:
 
     def __init__(self, path: Path, resume: bool = False) -> None:
         self._path, self._hash, self._num_rows = path, hashlib.sha256(), 0
-        try:
+        with writing(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             if os.fstat(self._file).st_size and not resume:
                 os.close(self._file)
-                raise UserError(
-                    f"{path} already holds the rows of a run: pass --resume to go on, or another --output-dir"
-                )
+                problem = "already holds the rows of a run: pass --resume to go on, or another --output-dir"
+                raise UserError(f"{path} {problem}")
             for self._num_rows, line in enumerate(iter_lines(path) if resume else (), start=1):
                 self._hash.update(line)
-        except OSError as error:
-            raise _write_error(path, error) from error
 
     def log(self, record: Record) -> None:
         """Append one row; a row that fits only in part is taken back before the error is raised."""
         line = to_line(record).encode() + b"\n"
-        try:
+        with writing(self._path):
             old_size = os.fstat(self._file).st_size
             if os.write(self._file, line) < len(line):
                 os.ftruncate(self._file, old_size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise _write_error(self._path, error) from error
         self._hash.update(line)
         self._num_rows += 1
 
@@ -243,9 +238,8 @@ class JsonlLogger:
         file, self._file = self._file, -1
         if file >= 0:
             try:
-                os.fsync(file)
-            except OSError as error:
-                raise _write_error(self._path, error) from error
+                with writing(self._path):
+                    os.fsync(file)
             finally:
                 os.close(file)
 
@@ -289,26 +283,27 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     """
     num_dropped = 0
     try:
-        with replace_atomically(path) as file:
+        with writing(path), replace_atomically(path) as file:
             for number, line, record in iter_records(path):
                 if isinstance(record, ValueError):
                     raise ValueError(f"{path}, line {number}: {record}")
-                if record is None:
-                    num_dropped += 1
-                    continue
                 event = record.event if isinstance(record, EventRecord) else None
                 is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
-                follows_evaluation = record.kind in ("eval", "epoch") or event in EVALUATION_EVENTS
-                if record.step > step or is_run_end or (eval_pending and record.step == step and follows_evaluation):
+                follows_evaluation = record and (record.kind in ("eval", "epoch") or event in EVALUATION_EVENTS)
+                is_due = eval_pending and follows_evaluation and record.step == step
+                if record is None or record.step > step or is_run_end or is_due:
                     num_dropped += 1
                 else:
                     file.write(line)
-    except OSError as error:
-        raise _write_error(path, error) from error
     except ValueError as error:
         raise UserError(f"{error}; cannot resume from a damaged file") from error
     return num_dropped
 
 
-def _write_error(path: Path, error: OSError) -> TrainingError:
-    return TrainingError(f"cannot write {path}: {error.strerror or error}")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError within is a TrainingError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error

@@ -63,8 +63,8 @@ def wandb_mode(flag: str | None) -> str:
         return flag
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):  # transformers' Trainer, up to 4
         return "disabled"
-    names = (os.environ.get("WANDB_MODE", ""), _settings_entry("mode"), "online")
-    mode = next(WANDB_MODES[name.lower()] for name in names if name.lower() in WANDB_MODES)
+    names = (name.lower() for name in (os.environ.get("WANDB_MODE", ""), _settings_entry("mode"), "online"))
+    mode = next(WANDB_MODES[name] for name in names if name in WANDB_MODES)
     return "offline" if mode == "online" and not is_logged_in() else mode
 
 
@@ -89,8 +89,7 @@ def is_logged_in() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or _settings_entry("base_url")).netloc
     paths = [path_from_environment("NETRC", name) for name in ("~/.netrc", "~/_netrc")]
     try:
-        path = next((path for path in paths if path.exists()), None)
-        logins = netrc.netrc(path).hosts if path else {}
+        logins = next((netrc.netrc(path).hosts for path in paths if path.exists()), {})
     except (OSError, netrc.NetrcParseError):
         return False
     return any(logins.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
@@ -103,26 +102,6 @@ def _settings_entry(name: str) -> str:
     with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # what was read before that counts
         parser.read([config_dir / "settings", Path("wandb") / "settings"])
     return parser.get("default", name, fallback="")
-
-
-def prepare_environment(folder: Path, mode: str) -> None:
-    """Set what wandb reads from the environment when it is imported; everything it writes goes into the run folder.
-
-    WANDB_MODE must be set before the import: given to init alone, an offline run still looks up a host name.
-    """
-    home = folder.resolve() / "wandb" / "home"
-    os.environ["WANDB_MODE"] = mode
-    os.environ.pop("WANDB_SERVICE", None)  # the service of a parent process would keep our rows to itself
-    defaults = {
-        "WANDB_SILENT": "true",  # what matters is logged here
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_CACHE_DIR": str(home / "cache"),
-        "WANDB_DATA_DIR": str(home / "data"),
-    }
-    if mode == "offline":  # online it holds the user's own server and entity
-        defaults["WANDB_CONFIG_DIR"] = str(home / "config")
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def start_wandb(
@@ -181,7 +160,10 @@ def upload_run(folder: Path) -> str:
 
 
 def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resumed: bool) -> Any:
-    """The run of wandb with its metrics defined."""
+    """The run of wandb with its metrics defined; everything that wandb writes goes into the run folder.
+
+    WANDB_MODE must be set before the import: given to init alone, an offline run still looks up a host name.
+    """
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
     tags += metadata["settings"]["output"]["wandb_tags"]
@@ -196,7 +178,14 @@ def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resume
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
-    prepare_environment(folder, mode)
+    home = folder.resolve() / "wandb" / "home"
+    os.environ["WANDB_MODE"] = mode
+    os.environ.pop("WANDB_SERVICE", None)  # the service of a parent process would keep our rows to itself
+    defaults = {"SILENT": "true", "ERROR_REPORTING": "false", "CACHE_DIR": str(home / "cache"), "DATA_DIR": str(home)}
+    if mode == "offline":  # online it holds the user's own server and entity
+        defaults["CONFIG_DIR"] = str(home / "config")
+    for variable, value in defaults.items():
+        os.environ.setdefault(f"WANDB_{variable}", value)
     import wandb
 
     run = wandb.init(
