@@ -165,8 +165,9 @@ def iter_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, bytes, Record | ValueError | None]]:
-    """(number, line, its record or what is wrong with it) of every line; None for a last one that a kill cut off.
+def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, bytes, Record | None]]:
+    """(number, line, its record) of every line; None for a last one that a kill cut off. ValueError, with file and
+    line, for one that is wrong.
 
     The rows of a run never step back, and only events repeat a step: a row that does is wrong, as where a file was
     appended to itself. `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
@@ -186,18 +187,13 @@ def iter_records(path: Path, *, with_steps: bool = True) -> Iterator[tuple[int, 
                         raise ValueError(f"a row of step {record.step} after one of step {last_step}")
                     last_steps[key] = record.step
             except ValueError as error:
-                yield number, line, error
-            else:
-                yield number, line, record
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            yield number, line, record
 
 
 def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
-    """The records of `iter_records`; a ValueError that names file and line for one that is wrong."""
-    for number, _, record in iter_records(path, with_steps=with_steps):
-        if isinstance(record, ValueError):
-            raise ValueError(f"{path}, line {number}: {record}") from record
-        if record is not None:
-            yield record
+    """The records of `iter_records`, but for a line that was cut off."""
+    return (record for _, _, record in iter_records(path, with_steps=with_steps) if record is not None)
 
 
 class JsonlLogger:
@@ -260,8 +256,6 @@ def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eva
         if rows_hash.hexdigest() != expected["sha256"]:
             return f"one of its first {num_rows} rows was changed"
         for number, _, record in iter_records(path):
-            if isinstance(record, ValueError):
-                return f"line {number}: {record}"
             if number > num_rows and record is not None and not isinstance(record, EventRecord):
                 is_pending = eval_pending and record.step == step and record.kind in ("eval", "epoch")
                 if record.step <= step and not is_pending:
@@ -284,14 +278,14 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     num_dropped = 0
     try:
         with writing(path), replace_atomically(path) as file:
-            for number, line, record in iter_records(path):
-                if isinstance(record, ValueError):
-                    raise ValueError(f"{path}, line {number}: {record}")
+            for _, line, record in iter_records(path):
+                if record is None:
+                    num_dropped += 1
+                    continue
                 event = record.event if isinstance(record, EventRecord) else None
                 is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
-                follows_evaluation = record and (record.kind in ("eval", "epoch") or event in EVALUATION_EVENTS)
-                is_due = eval_pending and follows_evaluation and record.step == step
-                if record is None or record.step > step or is_run_end or is_due:
+                follows_evaluation = record.kind in ("eval", "epoch") or event in EVALUATION_EVENTS
+                if record.step > step or is_run_end or (eval_pending and record.step == step and follows_evaluation):
                     num_dropped += 1
                 else:
                     file.write(line)

@@ -8,7 +8,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_damaged_evaluations
-from trainer.tracking.records import METRICS_FILE, EventRecord, Record, iter_records
+from trainer.tracking.records import METRICS_FILE, EventRecord, Record, read_records
 from trainer.tracking.run_lock import LOCK_FILE, FolderInUseError, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
@@ -59,21 +59,16 @@ def inspect_run(folder: Path) -> Inspection:
             newest, blockers["checkpoint"] = checkpoint, ""
 
     last: Record | None = None
-    path, num_rows, problem, num_problems = folder / METRICS_FILE, 0, "", 0
+    path, num_rows, problem = folder / METRICS_FILE, 0, ""
     try:
-        for number, _, record in iter_records(path):
-            if isinstance(record, ValueError):
-                problem, num_problems = problem or f"line {number}: {record}", num_problems + 1
-            elif record is not None:  # a line cut off by a kill is none
-                last = record
-            num_rows += record is not None
+        for record in read_records(path):
+            last, num_rows = record, num_rows + 1
     except FileNotFoundError:
         problem = "is not there" if newest else ""
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except ValueError as error:
-        problem = problem or str(error).removeprefix(f"{path}, ")
-    problem += f" and {num_problems - 1} lines more" if num_problems > 1 else ""
+        last, problem = None, str(error).removeprefix(f"{path}, ")
     if last is not None:
         has_finished = isinstance(last, EventRecord) and last.event == "finished"
         if has_finished or not blockers["running"]:  # where a launcher was killed its exit code does not tell
