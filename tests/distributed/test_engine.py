@@ -161,7 +161,8 @@ def choose(ranks: int, memory: int | None, model: dict[str, Any], precision: str
     def estimate_bytes(file: Any) -> float:
         halved = count_frozen(model) if precision == "bf16" and file.stage < 3 else 0
         passes = PassMemory(cast_weights=halved)
-        return ACTIVATIONS + estimate_memory(model, passes, file, ranks, precision=precision, is_gpu=True).state
+        estimate = estimate_memory(model, passes, file, ranks, precision=precision, is_gpu=True)
+        return ACTIVATIONS + estimate.weights + estimate.gradients + estimate.optimizer
 
     return choose_deepspeed_file(
         model_info=model,

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trainer
 from trainer.config import cli
-from trainer.distributed.memory import PassSetup, count_pass_memory, materialize, prepare_loss
+from trainer.distributed.memory import count_pass_memory, materialize, prepare_loss
 from trainer.distributed.stepper import PlainStepper
 from trainer.model import loss as loss_module
 from trainer.model.build import build_model
@@ -49,11 +49,9 @@ def test_forward_and_update_keep_device_and_types_and_their_memory_is_counted(
     monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
     settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
     casts = "lora" in flags and precision == "bf16"
-    setup = PassSetup(
-        micro_batch_size=2, sequence_length=16, precision=precision, is_gpu=True, casts_frozen_weights=casts
-    )
-    assert count_pass_memory(settings, setup).peak > 0
-    module, _ = prepare_loss(build_model(settings, on_meta=True), setup)
+    form: Any = {"precision": precision, "is_gpu": True, "casts_frozen": casts}
+    assert count_pass_memory(settings, micro_batch_size=2, row_length=16, **form).peak > 0
+    module, _ = prepare_loss(build_model(settings, on_meta=True), **form)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize(module, "cuda")
         params = [p for p in module.parameters() if p.requires_grad]

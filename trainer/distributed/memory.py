@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.settings import Settings
@@ -32,7 +31,6 @@ CUDA_CONTEXT_BYTES = 600 * 2**20  # what CUDA's context, NCCL and cuBLAS take of
 PROCESS_BASE_BYTES = 700 * 2**20  # what a CPU rank holds before it has a model: Python, torch, DeepSpeed
 MAX_STATE_FRACTION = 0.5  # of a device's memory; model state beyond it is divided over the ranks
 MAX_ESTIMATE_FRACTION = 0.9  # of a device's memory, for all that a single rank is estimated to hold
-MAX_COUNTED_TOKENS = 4096  # of a CPU rank's micro-batch, which takes an operation for every few rows of logits
 
 
 # --- the sum ---
@@ -59,11 +57,6 @@ class MemoryEstimate:
     gathered: float  #: weights that ZeRO-3 puts together for a pass
     passing: float  #: what comes and goes within a pass: logits, products, gradients on their way
     peak: float  #: the largest sum at one time: gradients are not there yet when the activations are at their most
-
-    @property
-    def state(self) -> float:
-        """What lives on the device from step to step."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def estimate_memory(
@@ -136,16 +129,16 @@ def estimate_rank_memory(
 ) -> MemoryEstimate:
     """The memory of a rank of a run, with rows of `row_length` tokens; takes seconds for a setup that is new."""
     stage, world_size, is_gpu = deepspeed_file.stage, dist_context.world_size, dist_context.device.type == "cuda"
-    setup = PassSetup(
+    passes = count_pass_memory(
+        settings,
         micro_batch_size=micro_batch_size,
-        sequence_length=row_length,
+        row_length=row_length,
+        accumulates=settings.train.global_batch > micro_batch_size * world_size,
         precision=precision,
         is_gpu=is_gpu,
-        is_zero3=stage == 3,
-        casts_frozen_weights=holds_frozen_in_bf16(settings, precision=precision, stage=stage),
-        accumulates=settings.train.global_batch > micro_batch_size * world_size,
+        is_head_sharded=stage == 3,
+        casts_frozen=holds_frozen_in_bf16(settings, precision=precision, stage=stage),
     )
-    passes = count_pass_memory(settings, setup)
     return estimate_memory(model_info, passes, deepspeed_file, world_size, precision=precision, is_gpu=is_gpu)
 
 
@@ -175,22 +168,21 @@ def choose_deepspeed_file(
     """
     candidates = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
     files = [read_deepspeed_file(f"zero{stage}") for stage in candidates]
-    first = files[0]
+    first, limit_bytes = files[0], math.inf if device_memory_bytes is None else device_memory_bytes
     if world_size == 1:
-        needed_bytes = 0.0 if device_memory_bytes is None or 2 not in candidates else estimate_bytes(first)
-        if device_memory_bytes is None or needed_bytes <= MAX_ESTIMATE_FRACTION * device_memory_bytes:
+        needed_bytes = estimate_bytes(first) if limit_bytes < math.inf and 2 in candidates else 0.0
+        if needed_bytes <= MAX_ESTIMATE_FRACTION * limit_bytes:
             return replace(first, reason="one rank: there is nothing to shard")
-        sizes = f"{needed_bytes / 2**30:.1f} of {device_memory_bytes / 2**30:.1f} GiB"
+        sizes = f"{needed_bytes / 2**30:.1f} of {limit_bytes / 2**30:.1f} GiB"
         return read_deepspeed_file("zero2_offload", f"{first.name} would take {sizes}: the optimizer moves to the host")
-
-    def state_bytes(file: DeepSpeedFile) -> float:
+    state_bytes = {}
+    for file in files:
         holds_bf16 = precision == "bf16" and "frozen_bytes" not in model_info and file.stage < 3
         passes = PassMemory(cast_weights=count_frozen(model_info) if holds_bf16 else 0)
-        return estimate_memory(model_info, passes, file, world_size, precision=precision, is_gpu=True).state
-
-    max_bytes = math.inf if device_memory_bytes is None else MAX_STATE_FRACTION * device_memory_bytes
-    fitting = [file for file in files if state_bytes(file) <= max_bytes]
-    chosen, size = (fitting or files[-1:])[0], state_bytes(first)
+        estimate = estimate_memory(model_info, passes, file, world_size, precision=precision, is_gpu=True)
+        state_bytes[file.name] = estimate.weights + estimate.gradients + estimate.optimizer
+    fitting = [file for file in files if state_bytes[file.name] <= MAX_STATE_FRACTION * limit_bytes]
+    chosen, size = (fitting or files[-1:])[0], state_bytes[first.name]
     state = f"{size / 2**30:.1f} GiB of state" if size >= 2**29 else f"{size / 2**20:.0f} MiB of state"
     if chosen is not first:
         parts = "weights are sharded too" if chosen.stage == 3 else "gradients and optimizer state are sharded"
@@ -202,36 +194,22 @@ def choose_deepspeed_file(
 # --- the count ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassSetup:
-    """How one rank runs a forward and backward."""
-
-    micro_batch_size: int  #: rows
-    sequence_length: int  #: tokens of a row
-    precision: str
-    is_gpu: bool
-    is_zero3: bool = False  #: whether the output layer's weight is sharded, and its loss not fused with it
-    casts_frozen_weights: bool = False  #: whether a frozen base is held in bfloat16
-    accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
-
-
 @functools.cache
-def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
-    """The bytes of one forward and backward. A large micro-batch on a CPU follows by the growth from two small ones."""
-    small_size = max(1, MAX_COUNTED_TOKENS // (2 * setup.sequence_length))
-    if not setup.is_gpu and setup.micro_batch_size > 2 * small_size:
-        sizes = (small_size, 2 * small_size)
-        small, large = (count_pass_memory(settings, replace(setup, micro_batch_size=size)) for size in sizes)
-        factor = (setup.micro_batch_size - small_size) / small_size
-        return PassMemory(*(a + factor * (b - a) for a, b in zip(small, large, strict=True)))
+def count_pass_memory(
+    settings: Settings, *, micro_batch_size: int, row_length: int, accumulates: bool = False, **form: Any
+) -> PassMemory:
+    """The bytes of one forward and backward; takes seconds for a setup that is new.
+
+    `accumulates`: whether gradients of an earlier micro-batch are there already; `form`: see `prepare_loss`.
+    """
     with torch.random.fork_rng(devices=[]):
         model = build_model(settings, on_meta=True)
-    loss_module, num_cast = prepare_loss(model, setup)
-    with torch_internals.FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
+    loss_module, num_cast = prepare_loss(model, **form)
+    with torch_internals.FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(form["is_gpu"]):
         materialize(loss_module)
-        ids = torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long)
+        ids = torch.zeros(micro_batch_size, row_length, dtype=torch.long)
         with LiveBytes(loss_module) as live:
-            for parameter in live.trained_params if setup.accumulates else ():
+            for parameter in live.trained_params if accumulates else ():
                 parameter.grad = torch.zeros_like(parameter)
                 live.mark_gradient(parameter)
             loss_sum, _ = loss_module(ids, ids)
@@ -240,63 +218,49 @@ def count_pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
     return PassMemory(saved_bytes, live.peak_bytes, live.peak_bytes_with_gradients, num_cast)
 
 
-def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
-    """(the loss as the engine would run it, frozen weights that are held in bfloat16)."""
-    autocast_dtype = torch.bfloat16 if setup.precision == "bf16" else None
-    num_cast = 0
-    if setup.precision == "fp16":
+def prepare_loss(
+    model: TrainableModel, *, precision: str, is_gpu: bool, is_head_sharded: bool = False, casts_frozen: bool = False
+) -> tuple[CausalLMLoss, int]:
+    """(the loss as the engine would run it, frozen weights that are held in bfloat16).
+
+    `is_head_sharded`: as under ZeRO 3; `casts_frozen`: whether a frozen base is held in bfloat16.
+    """
+    autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+    if precision == "fp16":
         model.module.half()
-    if setup.casts_frozen_weights:
-        num_cast = sum(layer.weight.numel() for layer in cast_frozen_weights(model))
-    if model.quant_settings is not None:
-        frozen_layers, is_int8 = set(find_frozen_layers(model)), model.quant_settings.quant == "int8"
-        for name, layer in list(model.module.named_modules()):
-            if layer in frozen_layers:
-                packed = _PackedLinear(layer, autocast_dtype or torch.float32, is_int8=is_int8)
-                model.module.set_submodule(name, packed)
-    config: Any = model.causal.config
-    if config._attn_implementation in ("sdpa", attention.CAUSAL_NAME):
-        # Without a mask: for fake tensors transformers would make one, which a run on whole rows does not.
-        name, forward = ("count_gpu", _flash_attention) if setup.is_gpu else ("count_cpu", _cpu_attention)
-        AttentionInterface.register(name, forward)
-        AttentionMaskInterface.register(name, lambda *_, **__: None)
-        model.causal.set_attn_implementation(name)
-    attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else attention.Dropout)
+    num_cast = sum(layer.weight.numel() for layer in cast_frozen_weights(model)) if casts_frozen else 0
+    quant = model.quant_settings and model.quant_settings.quant
+    for layer in find_frozen_layers(model) if quant else ():
+        shape = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.T.shape  # [in, out]
+        packed = functools.partial(_run_packed, shape, autocast_dtype or torch.float32, quant == "int8")
+        layer.forward = packed
+    if not is_gpu:
+        attention.install_on_cpu(model.module, model.causal)
+    else:
+        attention.install_dropout(model.module, _GPUDropout)
+        if model.causal.config._attn_implementation == attention.CAUSAL_NAME:
+            AttentionInterface.register("count_gpu", _flash_attention)
+            AttentionMaskInterface.register("count_gpu", attention.mask_unless_whole)
+            model.causal.set_attn_implementation("count_gpu")
     loss_module = CausalLMLoss(model.causal, autocast_dtype).train()
-    loss_module.is_head_sharded = setup.is_zero3
+    loss_module.is_head_sharded = is_head_sharded
     return loss_module, num_cast
 
 
-def materialize(module: nn.Module, device: str = "cpu") -> None:
-    """Put fake tensors of a device in the place of meta ones; what was one tensor stays one."""
-    fakes: dict[int, Tensor] = {}
-    for child in module.modules():
-        for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
-            if id(tensor) not in fakes:
-                fake = torch.empty_like(tensor, device=device, requires_grad=False)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-            setattr(child, name, fakes[id(tensor)])
+def materialize(loss_module: CausalLMLoss, device: str = "cpu") -> None:
+    """Put fake tensors of a device in the place of meta ones."""
+    loss_module.to_empty(device=device)
+    loss_module.causal.tie_weights()
 
 
-class _PackedLinear(nn.Module):
-    """A layer whose weight is unpacked for each product and not kept, as bitsandbytes has it.
-
-    The 4-bit kinds answer in the type of their input; int8 keeps its input.
-    """
-
-    def __init__(self, layer: Any, compute_dtype: torch.dtype, *, is_int8: bool):
-        super().__init__()
-        self.weight_shape = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]  # [in, out]
-        self.in_features, self.out_features = self.weight_shape
-        self.compute_dtype, self.is_int8 = compute_dtype, is_int8
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = _UnpackedMatmul.apply(x, self.weight_shape, self.compute_dtype, self.is_int8)
-        return output if self.is_int8 else output.to(x.dtype)
+def _run_packed(weight_shape: torch.Size, compute_dtype: torch.dtype, is_int8: bool, x: Tensor) -> Tensor:
+    output: Tensor = _UnpackedMatmul.apply(x, weight_shape, compute_dtype, is_int8)
+    return output if is_int8 else output.to(x.dtype)  # the 4-bit kinds answer in the type of their input
 
 
 class _UnpackedMatmul(torch.autograd.Function):
+    """A product with a weight that is unpacked for it and not kept, as bitsandbytes has it; int8 keeps its input."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_shape: torch.Size, compute_dtype: torch.dtype, keeps_input: bool) -> Tensor:
         ctx.save_for_backward(*([x] if keeps_input else []))
@@ -308,14 +272,6 @@ class _UnpackedMatmul(torch.autograd.Function):
         compute_dtype, input_dtype = ctx.dtypes
         grad_x = grad_output.to(compute_dtype) @ grad_output.new_empty(ctx.weight_shape, dtype=compute_dtype).T
         return grad_x.to(input_dtype), None, None, None
-
-
-def _cpu_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    is_blockwise = getattr(getattr(module, "config", None), "model_type", "") == "gpt2"
-    forward = attention.blockwise_attention_forward if is_blockwise else sdpa_attention_forward
-    return forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _flash_attention(
@@ -350,8 +306,7 @@ class LiveBytes(torch_internals.TorchDispatchMode):
         self.bytes = self.gradient_bytes = 0  #: alive now; the second, which the first contains, lie at their weight
         self.peak_bytes = self.peak_bytes_with_gradients = 0
         storages = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
-        self._own = {id(storage): storage for storage in storages}
-        self._live: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, Any] = {id(storage): storage for storage in storages}
         self._gradients: set[int] = set()
         self.trained_params = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.trained_params:
@@ -360,23 +315,20 @@ class LiveBytes(torch_internals.TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for output in result if isinstance(result, Sequence) else (result,):
-            if isinstance(output, Tensor):
-                self._add(output.untyped_storage())
+            if isinstance(output, Tensor) and id(storage := output.untyped_storage()) not in self._known:
+                self._add(storage)
         return result
 
     def _add(self, storage: Any) -> None:
         key, num_bytes = id(storage), storage.nbytes()
-        if key in self._live or key in self._own:
-            return
 
         def subtract(_: Any) -> None:
-            del self._live[key]
+            del self._known[key]
             self.bytes -= num_bytes
-            if key in self._gradients:
-                self._gradients.remove(key)
-                self.gradient_bytes -= num_bytes
+            self.gradient_bytes -= num_bytes * (key in self._gradients)
+            self._gradients.discard(key)
 
-        self._live[key] = weakref.ref(storage, subtract)
+        self._known[key] = weakref.ref(storage, subtract)
         self.bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.bytes - self.gradient_bytes)
         self.peak_bytes_with_gradients = max(self.peak_bytes_with_gradients, self.bytes)
@@ -385,6 +337,6 @@ class LiveBytes(torch_internals.TorchDispatchMode):
         """Count the gradient that lies at a weight as one from now on."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
-        if id(storage) in self._live and id(storage) not in self._gradients:
+        if id(storage) not in self._gradients:
             self._gradients.add(id(storage))
             self.gradient_bytes += storage.nbytes()
