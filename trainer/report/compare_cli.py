@@ -73,8 +73,6 @@ def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:
     each."""
     console = Console(highlight=False)
     advice = [f"Next: {verdict.next_step}"] if verdict.next_step else []
-    for n, line in enumerate(
-        [verdict.sentence, *advice, *map(str, verdict.headlines), *(f"- {line}" for line in lines)]
-    ):
+    for n, line in enumerate([verdict.sentence, *advice, *map(str, verdict.headlines), *lines]):
         style = "bold" if console.is_terminal and not n else None
         console.print(escape_controls(line), markup=False, soft_wrap=not console.is_terminal, style=style)

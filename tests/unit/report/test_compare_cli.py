@@ -62,7 +62,7 @@ def test_two_runs_give_a_verdict_a_table_and_two_files(tmp_path: Path) -> None:
     for text in (
         "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211",
         "Memory: 0.43x (430.0 MB against 1.00 GB)",
-        "not comparable with the card: other data",
+        "\n- full-s42, lora-s42: not comparable with the card: other data",
         "report: comparison/report.html",
     ):
         assert text in process.stdout
