@@ -60,7 +60,7 @@ def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def make(dropout: float = 0.0) -> CUDAGraphRunner:
         causal = AutoModelForCausalLM.from_pretrained(make_tiny_gpt2(tmp_path / "model", dropout=dropout))
         loss_module = CausalLMLoss(causal, None).train()
-        params, context = list(loss_module.parameters()), simulated_context(1, "cpu")
+        params, context = list(loss_module.parameters()), simulated_context(1)
         stepper = PlainStepper(context, torch.optim.SGD(params), loss_module, params, 1.0, skips_on_device=False)
         return CUDAGraphRunner(stepper, precision="fp32", checks=[])
 

@@ -179,7 +179,7 @@ def test_dropout_goes_where_the_models_config_has_it_or_is_refused_and_the_plan_
         settings = cli.parse_args(["--mode", "full", *argv, *flags]).settings
         config = load_config(settings.model)
         assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (expected,) * 3
-        plan = make_plan(settings, simulated_context(1, "cpu"), load(data_dir))
+        plan = make_plan(settings, simulated_context(1), load(data_dir))
         assert plan.resolved()["dropout"] == expected, "the fact by which the comparison tells runs apart"
     other = cli.parse_args(["--mode", "full", "--dropout", "0.1", "--model", str(tmp_path)]).settings.model
     LlamaConfig().save_pretrained(tmp_path)

@@ -63,7 +63,7 @@ def joined_ranks() -> Iterator[DistContext]:
 
 def context_of_hosts(*hosts: str, gather: Callable[[Any], list[Any]]) -> DistContext:
     """Rank 0's context of a run with a rank on each of these; `gather(value)`: what all ranks say when it says that."""
-    context = replace(simulated_context(len(hosts), "cpu"), hosts=hosts)
+    context = replace(simulated_context(len(hosts)), hosts=hosts)
     object.__setattr__(context, "all_gather_object", gather)
     return context
 
@@ -92,7 +92,7 @@ def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropo
     settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
     precision = settings.engine.precision or "fp32"
     stage = read_deepspeed_file(settings.engine.ds_config or "zero0").stage
-    context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
+    context = replace(simulated_context(ranks), device=torch.device(device))
     return make_execution_plan(settings, context, stage=stage, precision=precision, model_dropout=model_dropout)
 
 

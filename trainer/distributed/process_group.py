@@ -152,22 +152,19 @@ class DistContext:
         for rank, host in enumerate(self.hosts):
             ranks.setdefault(host, []).append(rank)
         texts = [f"{host}: rank{'s' * (len(ranks[host]) > 1)} {describe_ranks(ranks[host])}" for host in ranks]
-        shown = texts[:MAX_HOSTS_SHOWN] + [f"{len(texts) - MAX_HOSTS_SHOWN} more hosts"] * (
-            len(texts) > MAX_HOSTS_SHOWN
-        )
+        more = [f"{len(texts) - MAX_HOSTS_SHOWN} more hosts"] if len(texts) > MAX_HOSTS_SHOWN else []
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return "; ".join([*shown, backend + f" over {self.network}" * bool(self.network)])
+        return "; ".join([*texts[:MAX_HOSTS_SHOWN], *more, backend + f" over {self.network}" * bool(self.network)])
 
 
-def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:
+def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
     """Join the other ranks; whatever starts a run comes through here (`launch_environment`).
 
     Without a launcher there is one rank. GPUs use NCCL, processors gloo. Ranks that cannot train together end here, one
     of them with the line that says why.
     """
     launch = read_launch_environment(os.environ)
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    problem = machine.find_gpu_problem(os.environ) if device is None else ""
+    on_gpu, problem = torch.cuda.is_available(), machine.find_gpu_problem(os.environ)
     here = {
         "problem": problem or machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=launch.world_size),
         "kind": "cuda" if on_gpu else "cpu",
@@ -240,28 +237,23 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     )
 
 
-def simulated_context(
-    world_size: int, device: str | None = None, *, gpu_memory_bytes: int | None = None
-) -> DistContext:
+def simulated_context(world_size: int, *, gpu_memory_bytes: int | None = None) -> DistContext:
     """The context that a run on so many ranks of this host would have, without joining anybody: for a plan only.
 
     `gpu_memory_bytes`: plan for GPUs with so much memory, also where there is none.
     """
-    on_gpu = gpu_memory_bytes is not None or (torch.cuda.is_available() if device is None else device == "cuda")
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    hosts = (socket.gethostname(),) * world_size
+    device, hosts = machine.list_devices(on_gpu=on_gpu)[0], (socket.gethostname(),) * world_size
     if gpu_memory_bytes is not None:
-        name = f"GPU of {gpu_memory_bytes / 2**30:g} GiB"
-        device_facts = {"id": "", "name": name, "memory": gpu_memory_bytes, "bf16": True}
-    else:
-        device_facts = machine.list_devices(on_gpu=torch.cuda.is_available() and on_gpu)[0]
+        device = {"name": f"GPU of {gpu_memory_bytes / 2**30:g} GiB", "memory": gpu_memory_bytes, "bf16": True}
     return DistContext(
         rank=0,
         world_size=world_size,
         hosts=hosts,
-        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        devices=(device_facts,) * world_size,
+        device=torch.device("cuda", 0) if on_gpu or gpu_memory_bytes is not None else torch.device("cpu"),
+        devices=(device,) * world_size,
         num_threads=machine.threads_per_rank(world_size),
         cpu_group=None,
         watchdog=Watchdog(0, hosts, None),
@@ -297,9 +289,10 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
             values = (f"{value} on {context.name_of(rank)}" for rank, value in (known[0], other))
             differences.append(f"{name} is {' and '.join(values)}")
     if differences:
-        more = [f"and {len(differences) - MAX_DIFFERENCES_SHOWN} more"] * (len(differences) > MAX_DIFFERENCES_SHOWN)
-        shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN] + more)
-        raise UserError(f"{shown}: all ranks must have the same")
+        shown = differences[:MAX_DIFFERENCES_SHOWN]
+        if num_more := len(differences) - len(shown):
+            shown.append(f"and {num_more} more")
+        raise UserError(f"{'; '.join(shown)}: all ranks must have the same")
 
 
 def program_facts(context: DistContext, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:

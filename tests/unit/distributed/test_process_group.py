@@ -115,7 +115,7 @@ def test_many_ranks_and_hosts_fit_a_line():
     hosts = [f"node{number:02d}" for number in range(64) for _ in range(8)]
     assert describe_ranks(range(8, 512), hosts) == "8-511 (on node01, node02, node03, node04 and 59 more)"
     assert describe_ranks([1, 3, 5, 6, 7, 9, 11]) == "1, 3, 5-7, 9 and 1 more"
-    text = replace(simulated_context(512, "cpu"), hosts=tuple(hosts)).describe_hosts()
+    text = replace(simulated_context(512), hosts=tuple(hosts)).describe_hosts()
     assert text.startswith("node00: ranks 0-7; node01: ranks 8-15; node02: ranks 16-23; ")
     assert text.endswith("; 60 more hosts; gloo")
 
@@ -169,7 +169,7 @@ def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_
 
 
 def test_code_versions_and_every_setting_are_compared_between_ranks():
-    facts = process_group.program_facts(simulated_context(1, "cpu"), {"mode": "full", "train": {"lr": 1e-3}}, {})
+    facts = process_group.program_facts(simulated_context(1), {"mode": "full", "train": {"lr": 1e-3}}, {})
     assert {"torch", "deepspeed", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
     assert re.fullmatch("version [0-9a-f]{12}", facts["this program"])
@@ -187,7 +187,7 @@ def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(monkeypat
     monkeypatch.setattr(Path, "is_file", deny)
     monkeypatch.setattr(process_group, "_source_version", lambda: "")
     settings = {"engine": {"ds_config": "z.json"}, "data": {"chat_template": "c.jinja"}}
-    facts = process_group.program_facts(simulated_context(1, "cpu"), settings, {})
+    facts = process_group.program_facts(simulated_context(1), settings, {})
     assert not [name for name in facts if "content" in name]
     with pytest.raises(UserError, match=r"--ds-config z\.json: cannot be read \(permission denied: let this user"):
         read_deepspeed_file("z.json")
