@@ -63,7 +63,7 @@ def run_without_memory_beside_graphs(jobs: list[dict[str, Any]]) -> int:
         def call_without_memory(*inputs: Any) -> Any:
             is_adding = stepper.trainable_params[0].grad is not None
             result = call(*inputs)
-            if self.has_recordings and (is_adding or os.environ["WORLD_SIZE"] == "2"):
+            if self.captured and (is_adding or os.environ["WORLD_SIZE"] == "2"):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return result
 

@@ -92,27 +92,25 @@ class PlainStepper:
         Where the gradient, or the loss (`all_finite`, on the device), is not finite, the weights stay: NonFiniteError
         is raised, or, `skips_on_device`, the device leaves out this update and all that follow.
         """
-        try:
-            if self.buckets:
-                self.buckets.reduce()
-            for parameter in self.trainable_params:
-                if parameter.grad is None:  # not in this forward
-                    parameter.grad = torch.zeros_like(parameter)
-            grad_norm = total_norm([p.grad for p in self.trainable_params if p.grad is not None])
-            if self.skips_on_device:
-                self._found_inf = torch.maximum(self._found_inf, (~(all_finite & torch.isfinite(grad_norm))).float())
-                self.optimizer.found_inf = self._found_inf
-                self.optimizer.grad_scale = (
-                    ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else None
-                )
-            elif not torch.isfinite(grad_norm):
-                raise NonFiniteError(f"gradient norm {float(grad_norm)}")
-            elif self.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(self.trainable_params, self.max_grad_norm, grad_norm)
-            self.optimizer.step()
-        finally:
-            for parameter in self.trainable_params:
-                parameter.grad = None
+        if self.buckets:
+            self.buckets.reduce()
+        for parameter in self.trainable_params:
+            if parameter.grad is None:  # not in this forward
+                parameter.grad = torch.zeros_like(parameter)
+        grad_norm = total_norm([p.grad for p in self.trainable_params if p.grad is not None])
+        if self.skips_on_device:
+            self._found_inf = torch.maximum(self._found_inf, (~(all_finite & torch.isfinite(grad_norm))).float())
+            self.optimizer.found_inf = self._found_inf
+            self.optimizer.grad_scale = (
+                ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else None
+            )
+        elif not torch.isfinite(grad_norm):
+            raise NonFiniteError(f"gradient norm {float(grad_norm)}")
+        elif self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.trainable_params, self.max_grad_norm, grad_norm)
+        self.optimizer.step()
+        for parameter in self.trainable_params:
+            parameter.grad = None
         return grad_norm, False
 
 
@@ -149,10 +147,7 @@ class GradientBuckets:
         """Leave at each weight the sum of its gradients over the ranks. All ranks must call."""
         for parameter, view in self.views.items():
             if parameter.grad is None:  # not in this forward; the other ranks may have one
-                view.zero_()
-            elif parameter.grad is not view:
-                view.copy_(parameter.grad)
-            parameter.grad = view
+                parameter.grad = view.zero_()
         if self.is_overlapping:
             self.finish_overlap()
         else:
@@ -160,7 +155,7 @@ class GradientBuckets:
 
     def finish_overlap(self) -> None:
         """Send what is left and wait for all of it."""
-        while self.is_overlapping and len(self._work) < len(self._buckets):
+        while len(self._work) < len(self._buckets):
             self._launch_next()
         for work in self._work:
             work.wait()
