@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +56,11 @@ def run_without_memory_beside_graphs(jobs: list[dict[str, Any]]) -> int:
     from trainer.distributed import execution
 
     execution.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
-    name, init = ("backward", "forward")[int(os.environ["RANK"])], execution.CUDAGraphRunner.__init__
+    engine_class, init = import_module("deepspeed").DeepSpeedEngine, execution.CUDAGraphRunner.__init__
+    forward, is_evaluation = engine_class.forward, os.environ["RANK"] == "1"
 
     def init_without_memory(self: Any, stepper: Any, **options: Any) -> None:
-        call = getattr(stepper, name)
+        call = forward if is_evaluation else stepper.backward
 
         def call_without_memory(*inputs: Any) -> Any:
             is_adding = stepper.trainable_params[0].grad is not None
@@ -68,7 +70,7 @@ def run_without_memory_beside_graphs(jobs: list[dict[str, Any]]) -> int:
             return result
 
         init(self, stepper, **options)
-        setattr(stepper, name, call_without_memory)
+        setattr(engine_class if is_evaluation else stepper, call.__name__, call_without_memory)
 
     execution.CUDAGraphRunner.__init__ = init_without_memory  # type: ignore[method-assign, assignment]
     with joined_ranks() as context:

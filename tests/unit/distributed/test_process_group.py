@@ -14,7 +14,6 @@ from transformers import GPT2Config, PreTrainedConfig
 
 from trainer.config.errors import UserError
 from trainer.distributed import machine, process_group
-from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
@@ -147,16 +146,6 @@ def test_a_difference_is_named_with_both_values_and_where_they_are(hosts, facts_
         process_group.refuse_differences(context, facts_of_ranks[0])
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("3", 3), ("4,2", 4), *((text, 2) for text in ("", "0", "x", "\u00b2", "9" * 30))]
-)
-def test_threads_are_those_that_the_user_set_or_a_share_of_the_cores(value, expected, monkeypatch):
-    """What OpenMP would not take either is ignored."""
-    monkeypatch.setenv("OMP_NUM_THREADS", value)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
-    assert machine.threads_per_rank(local_world_size=2) == expected
-
-
 def test_a_key_that_a_later_transformers_adds_to_every_configuration_changes_no_digest(monkeypatch):
     config, to_dict = GPT2Config(), PreTrainedConfig.to_dict
     before = process_group.config_digest(config)
@@ -173,24 +162,6 @@ def test_code_versions_and_every_setting_are_compared_between_ranks():
     assert {"torch", "deepspeed", "Python"} <= set(facts)
     assert (facts["the setting train.lr"], facts["the setting mode"]) == ("0.001", "full")
     assert re.fullmatch("version [0-9a-f]{12}", facts["this program"])
-
-
-def test_a_file_that_may_not_be_read_is_left_to_its_reader_who_says_so(monkeypatch):
-    """Root may read all: the system's answers are stood in for."""
-
-    def deny(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("os.open", deny)
-    monkeypatch.setattr(Path, "read_bytes", deny)
-    monkeypatch.setattr(Path, "exists", deny)
-    monkeypatch.setattr(Path, "is_file", deny)
-    monkeypatch.setattr(process_group, "_source_version", lambda: "")
-    settings = {"engine": {"ds_config": "z.json"}, "data": {"chat_template": "c.jinja"}}
-    facts = process_group.program_facts(simulated_context(1), settings, {})
-    assert not [name for name in facts if "content" in name]
-    with pytest.raises(UserError, match=r"--ds-config z\.json: cannot be read \(permission denied: let this user"):
-        read_deepspeed_file("z.json")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
