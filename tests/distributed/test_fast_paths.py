@@ -70,7 +70,10 @@ def run_without_memory_beside_graphs(jobs: list[dict[str, Any]]) -> int:
             return result
 
         init(self, stepper, **options)
-        setattr(engine_class if is_evaluation else stepper, call.__name__, call_without_memory)
+        if is_evaluation:
+            engine_class.forward = call_without_memory
+        else:
+            stepper.backward = call_without_memory
 
     execution.CUDAGraphRunner.__init__ = init_without_memory  # type: ignore[method-assign, assignment]
     with joined_ranks() as context:
