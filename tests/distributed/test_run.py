@@ -74,7 +74,7 @@ def test_the_losses_of_the_records_give_each_reported_loss_to_the_last_bit(finis
 
 def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_model):
     assert [row["epoch"] for row in finished_run["epoch"]] == [1.0, 2.0]
-    settings = Settings.from_dict(finished_run["about"]["settings"])
+    settings = Settings(**finished_run["about"]["settings"])
     data = load(prepare(settings.data, model=tiny_model, global_batch=4).folder)
     for number, row in enumerate(finished_run["epoch"]):
         order = epoch_order(data.train, seed=42, epoch=number, global_batch=4, group_by_length=True)

@@ -20,13 +20,8 @@ class BatchConfig:
         """The global batch over the ranks; without a micro-batch in one forward. UserError on a remainder."""
         pass_size = (micro_batch or 1) * world_size
         if global_batch % pass_size:
-            product = (
-                f"{pass_size} (micro-batch {micro_batch} x {_ranks(world_size)})" if micro_batch else _ranks(world_size)
-            )
+            product = f"{pass_size} (micro-batch {micro_batch or 1} x {_ranks(world_size)})"
             remedy = f"--global-batch {math.ceil(global_batch / pass_size) * pass_size}"
-            sizes = range(1, micro_batch or 1)
-            smaller = max((size for size in sizes if global_batch % (size * world_size) == 0), default=None)
-            remedy += f" or --micro-batch {smaller}" if smaller else ""
             raise UserError(f"--global-batch {global_batch}: expected a multiple of {product}; try {remedy}")
         micro_batch = micro_batch or global_batch // world_size
         accumulation = global_batch // (micro_batch * world_size)

@@ -9,19 +9,15 @@ Mode = Literal["full", "lora"]
 Preset = Literal["demo", "card", "gpt2", "finetune"]
 Init = Literal["pretrained", "random"]
 Objective = Literal["blocks", "completion"]
-UnusableRecords = Literal["refuse", "drop"]
 Adapter = Literal["lora", "dora", "rslora", "pissa"]
 Optimizer = Literal["adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Execution = Literal["auto", "eager", "graphs"]
 WandbMode = Literal["online", "offline", "disabled"]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 EIGHT_BIT_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw8bit", "paged_adamw8bit")
 DS_CONFIG_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")  # or a path of one's own
 

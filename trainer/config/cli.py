@@ -198,7 +198,7 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
             continue
         if not path.exists():
             raise UserError(f"--config {path}: no such file; {CONFIG_EXPECTED}")
-        settings = Settings.from_dict(read_run_metadata(path)["settings"])
+        settings = Settings(**read_run_metadata(path)["settings"])
         sources.append(to_argv(settings, {"output": {"output_dir": None}}))  # not the run's folder, which is taken
     expanded = list[str]()
     for words in (*sources, argv):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
 
 from trainer.config.errors import UserError
-from trainer.config.files import NAMED_PATH, expand_user_path, parse_json, read_text_file
+from trainer.config.files import expand_user_path, parse_json, read_text_file
 
 T = TypeVar("T")
 
@@ -40,12 +40,6 @@ def _refuse_null_byte(text: str) -> str:
     return text
 
 
-def _expand_named_path(text: str) -> str:
-    """NAME=PATH, or a path alone, as `expand_user_path` leaves the path."""
-    prefix = f"{match[1]}=" if (match := NAMED_PATH.fullmatch(text)) else ""
-    return prefix + expand_user_path(text.removeprefix(prefix))
-
-
 def _read_peft_config(value: str) -> str:
     """What a peft config says of the method, as JSON; `value`: the file, or this text itself."""
     is_text = value.startswith("{")
@@ -65,24 +59,15 @@ PositiveInt = Annotated[int, Accepts("a whole number from 1", ge=1, le=MAX_INT)]
 Float = Annotated[float, Accepts("a number", allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Accepts("0 or a number above it", ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Accepts("a number above 0", gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
-ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
 Text = Annotated[str, Accepts("a text without a null byte", _refuse_null_byte)]
-Name = Annotated[str, Accepts("a name", pattern=r"^[^\x00]+$")]
-_PATH = "a name, a file or a folder (~ or ~user for a home folder)"
-UserPath = Annotated[str, Accepts(_PATH, expand_user_path)]
-ValData = Annotated[  # several of [NAME=]PATH; one alone as text, or null, in files of earlier versions
-    tuple[Annotated[str, Accepts(_PATH, _expand_named_path)], ...],
-    BeforeValidator(lambda value: () if value is None else (value,) if isinstance(value, str) else value),
-]
+A_PATH = "a name, a file or a folder (~ or ~user for a home folder)"
+UserPath = Annotated[str, Accepts(A_PATH, expand_user_path)]
 PeftConfig = Annotated[str, Accepts("an adapter_config.json of peft, with a peft_type", _read_peft_config)]
-Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
 #: Part of names of files and of W&B's paths.
 RunId = Annotated[str, Accepts("1 to 64 letters, digits, _ and -", pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 WandbProject = Annotated[
     str, Accepts(r"a name of at most 128 characters without / \ # ? % :", pattern=r"^[^/\\#?%:\pC]{1,128}$")
 ]
-WandbTag = Annotated[str, Accepts("tags of 1 to 64 characters", min_length=1, max_length=64)]
 
 
 def option(
@@ -119,12 +104,6 @@ def settings_class(cls: type[T]) -> type[T]:
     return typing.cast(type[T], settings)
 
 
-def check_value(annotation: Any, name: str, value: object) -> None:
-    """UserError, in one line that begins with `name`, where a value is not of a type."""
-    if expected := what_is_expected(annotation, value):
-        raise UserError(f"{name} {value}: expected {expected}")
-
-
 _make_adapter = functools.cache(TypeAdapter)
 
 
@@ -133,7 +112,7 @@ def what_is_expected(annotation: Any, value: object) -> str:
     try:
         _make_adapter(annotation).validate_python(value)
     except ValidationError as error:
-        return first_problem(error).expected
+        return next(find_problems(error)).expected
     return ""
 
 
@@ -144,11 +123,6 @@ class Problem(NamedTuple):
     value: object
     expected: str
     is_missing: bool
-
-
-def first_problem(error: ValidationError) -> Problem:
-    """The first thing that pydantic found wrong."""
-    return next(find_problems(error))
 
 
 def find_problems(error: ValidationError) -> Iterator[Problem]:

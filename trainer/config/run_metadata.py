@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
-from trainer.config.fields import Float, Int, PositiveInt, RunId, Text, WandbProject, first_problem
+from trainer.config.fields import Float, Int, PositiveInt, RunId, Text, WandbProject, find_problems
 from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
 from trainer.config.text import flatten, shorten
@@ -132,16 +132,15 @@ def check_run_metadata(content: dict[str, Any], *, source: str) -> dict[str, Any
     try:
         metadata = _RunMetadata.model_validate(content)
     except ValidationError as error:
-        key, value, expected, is_missing = first_problem(error)
+        key, value, expected, is_missing = next(find_problems(error))
         shown = "missing" if is_missing else shorten(json.dumps(value, ensure_ascii=False), 40)
         raise UserError(f"{source}: {key} is {shown}; expected {expected}") from None
     except UserError as error:  # each setting is right alone, but they exclude one another
         raise UserError(f"{source}: settings: {error}") from None
     if metadata.settings.mode != metadata.mode:
         raise UserError(f"{source}: mode is {metadata.mode}; expected that of settings, {metadata.settings.mode}")
+    names = dict(flatten(metadata.settings.as_dict(), "."))
     for place, block in (("", content), ("resumed.", content.get("resumed", content))):
-        settings = dict(flatten(block["settings"], "."))
-        for name, _ in flatten(metadata.settings.as_dict(), "."):
-            if name not in settings:  # pydantic took its default
-                raise UserError(f"{source}: {place}settings.{name} is missing; expected what a run writes")
+        if missing := sorted(names.keys() - dict(flatten(block["settings"], "."))):  # pydantic took its default
+            raise UserError(f"{source}: {place}settings.{missing[0]} is missing; expected what a run writes")
     return content

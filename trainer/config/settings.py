@@ -16,33 +16,42 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, GPT2_NAMES, MAX_HANG_TIMEOUT_SECONDS, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.fields import (
+    A_PATH,
     Accepts,
-    Interval,
-    Name,
     NonNegativeFloat,
     NonNegativeInt,
     PeftConfig,
     PositiveFloat,
     PositiveInt,
-    Share,
-    ShareOrZero,
     Switch,
     Text,
     UserPath,
-    ValData,
     WandbProject,
-    WandbTag,
     flag_of,
     option,
     settings_class,
 )
-from trainer.config.files import data_name, name_val_sets
+from trainer.config.files import NAMED_PATH, data_name, expand_user_path, name_val_sets
 
 # Presets: `card` is what gpt2-acled-t2s published (AdamW, decay 0 and clip 1.0 are its program's defaults), `gpt2` its
 # rate and block size in steps of 8 examples, transformers' default, `demo` the embedded model and data, small enough
-# for two CPU cores. `finetune` is a guess for any other model, until study.py
-# has looked: 2e-5 and a cosine after 3 % of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B
-# parameters since; ten times that with adapters, and 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
+# for two CPU cores. `finetune` is a guess for any other model, until study.py has looked: 2e-5 and a cosine after 3 %
+# of warm-up are Alpaca's and most full fine-tunings' of 1 to 10 B parameters since; ten times that with adapters, and
+# 16 examples a step, are QLoRA's (arXiv 2305.14314, table 9).
+
+
+def _expand_named_path(text: str) -> str:
+    """NAME=PATH, or a path alone, as `expand_user_path` leaves the path."""
+    prefix = f"{match[1]}=" if (match := NAMED_PATH.fullmatch(text)) else ""
+    return prefix + expand_user_path(text.removeprefix(prefix))
+
+
+Share = Annotated[float, Accepts("a share between 0 and 1", gt=0, lt=1)]
+ShareOrZero = Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)]
+Name = Annotated[str, Accepts("a name", pattern=r"^[^\x00]+$")]
+NamedPath = Annotated[str, Accepts(A_PATH, _expand_named_path)]
+Interval = Annotated[str, Accepts("a number of steps, epoch or never", pattern=r"^(epoch|never|[1-9][0-9]*)$")]
+WandbTag = Annotated[str, Accepts("tags of 1 to 64 characters", min_length=1, max_length=64)]
 RunName = Annotated[
     str,
     Accepts("up to 128 letters, digits, . _ + -, not only dots", pattern=r"^[\w.+-]*[\w+-][\w.+-]*$", max_length=128),
@@ -110,7 +119,7 @@ class DataSettings:
         DEMO_DATA,
     )
     max_samples: PositiveInt | None = option("read the first so many records of --data only (default: all)", None)
-    val_data: ValData = option(
+    val_data: tuple[NamedPath, ...] = option(
         "validation records, likewise (default: split off from --data); may be repeated, as PATH or NAME=PATH: the "
         "first set decides, each of the others has its own row and curve",
         (),
@@ -133,7 +142,7 @@ class DataSettings:
         None,
         card="blocks",
     )
-    unusable_records: choices.UnusableRecords = option(
+    unusable_records: Literal["refuse", "drop"] = option(
         "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
     )
     block_size: NonNegativeInt = option(
@@ -210,7 +219,7 @@ class EngineSettings:
     precision: choices.Precision | None = option("arithmetic (default: bf16 on a GPU that has it, else fp32)", None)
     hang_timeout: HangTimeout = option("end the run if no rank moves for so many seconds, and name who hangs", 600.0)
     grace: Grace = option("end the run if it has not saved and ended so many seconds after a signal", 60.0)
-    execution: choices.Execution = option(
+    execution: Literal["auto", "eager", "graphs"] = option(
         "graphs: CUDA graphs, each compared once with the eager step; auto: those on a GPU under ZeRO 0", "auto"
     )
     activation_checkpointing: Switch = option("compute blocks again in backward: less memory, more work", False)
@@ -344,13 +353,8 @@ class Settings:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values for run.json; `from_dict` reads them back."""
+        """Nested plain values for run.json; `Settings(**values)` reads them back."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `as_dict` wrote (JSON turns tuples into lists)."""
-        return cls(**values)
 
     def resumed_with(self, now: "Settings") -> "Settings":
         """The settings of a run that is resumed: those it has, and over them those given now, and the run folder."""
@@ -370,7 +374,7 @@ class Settings:
         for key, (group, name) in self._fixed_fields().items():
             if key in fixed and key != "model":
                 values[group][name] = fixed[key]
-        return Settings.from_dict(values)
+        return Settings(**values)
 
     def _fixed_fields(self) -> dict[str, tuple[str, str]]:
         """{name in `fixed_on_resume`: (group, field)}."""

@@ -174,7 +174,7 @@ def _find_data(settings: Settings, source: Checkpoint, data_folder: str | None) 
 def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:
     """Those by which the run last went on, and what no resume may change as the checkpoint was trained with it: a later
     resume may have been allowed to, or run.json was edited."""
-    return Settings.from_dict(metadata.get("resumed", metadata)["settings"]).as_trained(source.metadata["fixed"])
+    return Settings(**metadata.get("resumed", metadata)["settings"]).as_trained(source.metadata["fixed"])
 
 
 def load_model_at_checkpoint(

@@ -128,7 +128,7 @@ def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
 
 def measure_size(job: dict[str, Any], context: DistContext) -> Iterator[dict[str, Any]]:
     """Try the job's size by real steps."""
-    settings = Settings.from_dict(job["settings"])
+    settings = Settings(**job["settings"])
     settings = replace(settings, train=replace(settings.train, micro_batch=job["size"]))
     try:
         data = load(Path(job["data"]))

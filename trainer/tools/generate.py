@@ -38,7 +38,7 @@ def generate(args: argparse.Namespace) -> int:
     loaders: dict[str, Callable[[], TrainableModel]] = {}  # each base once, before the first run on it
     fingerprints = set()
     for folder, metadata, name in zip(args.runs, all_metadata, names, strict=True):
-        data, base, settings = metadata["data"], metadata["model"], Settings.from_dict(metadata["settings"])
+        data, base, settings = metadata["data"], metadata["model"], Settings(**metadata["settings"])
         if any(data.get(key) != all_metadata[0]["data"].get(key) for key in ("tokenizer", "chat_template")):
             raise UserError(
                 f"{folder}: has another tokenizer or chat template than {args.runs[0]}; expected runs with the same"
@@ -93,7 +93,7 @@ class _Completer:
     """Prompts as token ids, and completions as text, alike for all models: those of the first run."""
 
     def __init__(self, args: argparse.Namespace, metadata: dict[str, Any]):
-        self.args, self.settings = args, Settings.from_dict(metadata["settings"])
+        self.args, self.settings = args, Settings(**metadata["settings"])
         self.tokenizer = load_tokenizer(self.settings.model.model)
         self.max_positions = get_max_positions(load_config(self.settings.model))
         template = metadata["data"].get("chat_template")

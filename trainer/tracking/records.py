@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeGuard, get_args
 from pydantic import SkipValidation, TypeAdapter, ValidationError
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.fields import Accepts, Float, Int, first_problem
+from trainer.config.fields import Accepts, Float, Int, find_problems
 from trainer.config.files import open_plain_file, parse_json, replace_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -151,7 +151,7 @@ def from_line(line: bytes) -> Record:
         record: Record = adapter.validate_python(row)
         return record
     except ValidationError as error:
-        problem = first_problem(error)
+        problem = next(find_problems(error))
         value = "missing" if problem.is_missing else json.dumps(problem.value)[:80]
         raise ValueError(f"{problem.key} = {value}: expected {problem.expected}") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.config.errors import TrainingError, UserError, first_line
-from trainer.config.fields import RunId, WandbProject, check_value
+from trainer.config.fields import RunId, WandbProject, what_is_expected
 from trainer.config.files import data_name, path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
@@ -45,8 +45,9 @@ def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
     random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     run_id = os.environ.get("WANDB_RUN_ID") or random_id
     project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    check_value(RunId, "WANDB_RUN_ID", run_id)
-    check_value(WandbProject, "WANDB_PROJECT", project)
+    for name, annotation, value in (("WANDB_RUN_ID", RunId, run_id), ("WANDB_PROJECT", WandbProject, project)):
+        if expected := what_is_expected(annotation, value):
+            raise UserError(f"{name} {value}: expected {expected}")
     path_from_environment("WANDB_DIR", ".")  # used after the import of wandb, when a mistake would cost the run W&B
     group = output.wandb_group or os.environ.get("WANDB_RUN_GROUP") or f"full-vs-lora-{data_name(source)}"[:128]
     return {"id": run_id, "project": project, "group": group, "mode": wandb_mode(output.wandb)}

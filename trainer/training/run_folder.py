@@ -59,7 +59,7 @@ def resolve_output_dir(args: CliArgs) -> tuple[Settings, dict[str, Any] | None]:
     if not (folder / METADATA_FILE).exists():
         raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
     previous = read_run_metadata(folder / METADATA_FILE)
-    saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
+    saved = Settings(**previous.get("resumed", previous)["settings"])
     if saved.mode != settings.mode:
         raise UserError(
             f"--mode {settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
@@ -203,7 +203,7 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
 def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str:
     """How the settings of run.json differ from those that its checkpoint was trained with, with the remedy, or ""."""
     resumed, saved = metadata.get("resumed", {"changed": {}, **metadata}), _fixed_facts(source.metadata)
-    current = _fixed_facts({**source.metadata, "fixed": Settings.from_dict(resumed["settings"]).fixed_on_resume()})
+    current = _fixed_facts({**source.metadata, "fixed": Settings(**resumed["settings"]).fixed_on_resume()})
     current |= {name: now for name, (_, now) in resumed["changed"].items() if name in saved}
     changed = {name: value for name, value in current.items() if value != saved.get(name)}
     differences = ", ".join(f"{name} is {value} and was {saved.get(name)}" for name, value in changed.items())
@@ -229,7 +229,7 @@ def _allowed_changes(
     for name in allowed_names:
         if name not in (*current, "records"):
             raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
-    settings = Settings.from_dict(previous["settings"]).fixed_on_resume()
+    settings = Settings(**previous["settings"]).fixed_on_resume()
     settings["model_config"] = previous["model"].get("config")
     data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
     initial = _fixed_facts({"fixed": settings, "data": data, "precision": precision})

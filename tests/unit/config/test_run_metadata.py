@@ -43,7 +43,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
     metadata = json.loads(json.dumps(make_metadata(mode)))
     (tmp_path / "run.json").write_text(json.dumps(metadata))
     assert read_run_metadata(tmp_path / "run.json") == metadata
-    assert Settings.from_dict(metadata["settings"]).mode == mode
+    assert Settings(**metadata["settings"]).mode == mode
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
     [
         ("data.fingerprint", ABSENT, "data.fingerprint is missing; expected what a run writes"),
         ("settings.train.lr", ABSENT, "settings.train.lr is missing; expected what a run writes"),
-        ("settings.lora", {}, "settings.lora.rank is missing; expected what a run writes"),
+        ("settings.lora", {}, "settings.lora.adapter is missing; expected what a run writes"),
         ("schema_version", 2, "schema_version is 2, expected 6; the run was written by another version"),
         ("model.trainable", 0, "model.trainable is 0; expected a whole number from 1"),
         ("data.train.examples", "9", 'data.train.examples is "9"; expected a whole number'),
@@ -116,7 +116,7 @@ def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
         message = "run.json: "
         try:
             accepted = check_run_metadata(json.loads(json.dumps(edit(*changes))), source="run.json")
-            assert Settings.from_dict(accepted["settings"]).as_dict().keys() == METADATA["settings"].keys()
+            assert Settings(**accepted["settings"]).as_dict().keys() == METADATA["settings"].keys()
         except UserError as error:
             message = str(error)
         assert message.startswith("run.json: ")

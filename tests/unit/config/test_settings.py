@@ -64,11 +64,15 @@ def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global
 @pytest.mark.parametrize(
     ("sizes", "ranks", "message"),
     [
-        ({"global_batch": 7}, 2, "--global-batch 7: expected a multiple of 2 ranks; try --global-batch 8"),
+        (
+            {"global_batch": 7},
+            2,
+            "--global-batch 7: expected a multiple of 2 (micro-batch 1 x 2 ranks); try --glob",
+        ),
         (
             {"global_batch": 8, "micro_batch": 3},
             1,
-            "--global-batch 8: expected a multiple of 3 (micro-batch 3 x 1 rank); try --global-batch 9 or --mic",
+            "--global-batch 8: expected a multiple of 3 (micro-batch 3 x 1 rank); try --global-batch 9",
         ),
     ],
 )
@@ -142,7 +146,7 @@ def test_a_run_is_named_by_mode_and_data_and_lies_under_runs_unless_told_otherwi
 def test_settings_come_back_from_json_as_they_were_and_are_frozen(mode):
     overrides = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"packing": True}}
     settings = resolve(mode, "card", overrides, ("--lr", "--packing"))
-    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.train.lr = 1.0  # type: ignore[misc]
 

@@ -132,12 +132,3 @@ def test_what_is_no_plain_file_is_refused_at_once(make, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("file")
     with open_plain_file(tmp_path / "link") as file:
         assert file.read() == b"content"
-
-
-def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    main = runpy.run_path(str(ROOT / "launch" / "cluster.py"))["main"]
-    assert main(["--slurm", "--nodes", "1", "--ranks-per-node", "1", "--mode", "full"]) == 2
-    assert capsys.readouterr().err.startswith("error: the folder that this shell is in has been removed; ")

@@ -121,7 +121,11 @@ def test_doctor_warns_of_what_the_plan_warns_of_and_a_run_folder_in_use_is_an_er
 @pytest.mark.parametrize(
     ("more", "output", "remedy"),
     [
-        ("--global-batch 5", "--global-batch 5: expected a multiple of 2 ranks", "try --global-batch 6"),
+        (
+            "--global-batch 5",
+            "--global-batch 5: expected a multiple of 2 (",
+            "try --global-batch 6",
+        ),
         ("--output-dir {file}/run", "is not a folder", "name another one"),
         ("--wandb online", "--wandb online: not logged in", "run `wandb login`"),
     ],

@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
     metadata = {
         **STUB_IDENTITY,
         "base": make_metadata()["model"]["fingerprint"],
-        "fixed": Settings.from_dict(make_metadata()["settings"]).fixed_on_resume(),
+        "fixed": Settings(**make_metadata()["settings"]).fixed_on_resume(),
         "format": checkpoint.FORMAT_VERSION,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),

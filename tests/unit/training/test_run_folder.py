@@ -15,7 +15,7 @@ from trainer.training.run_folder import _allowed_changes, find_resume_source
 
 def test_that_rows_were_once_changed_is_told_after_every_later_resume():
     previous: dict[str, Any] = make_metadata("full")
-    settings, changed = Settings.from_dict(previous["settings"]), {"records": ["as written", "a row was changed"]}
+    settings, changed = Settings(**previous["settings"]), {"records": ["as written", "a row was changed"]}
     previous["resumed"] = {"settings": previous["settings"], "changed": changed}
     fixed = {**settings.fixed_on_resume(), "model_config": None}
     data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]

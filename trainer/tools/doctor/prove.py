@@ -133,7 +133,7 @@ def _describe(row: Row) -> str:
 
 def measure_row(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict[str, Any]]:
     """The numbers of a row; of the plain loop its time, and all else in the job's reference file."""
-    settings, data = Settings.from_dict(job["settings"]), load(Path(job["data"]))
+    settings, data = Settings(**job["settings"]), load(Path(job["data"]))
     if job["ds_config"] == PLAIN:
         yield _run_plain(job, settings, data, dist_context)
         return
