@@ -31,7 +31,7 @@ def build_parser() -> ArgumentParser:
     ranks_help = "ranks that the run will have (default: one for each GPU, else 1)"
     memory_help = "plan for GPUs with so much memory, which this machine need not have"
     prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
-    prove_help += "PyTorch loop on this machine; writes prove.json to the run folder"
+    prove_help += "PyTorch loop on this machine"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help=ranks_help)
     add("--gpu-memory", type=value_type(Gibibytes, float), metavar="GIB", help=memory_help)

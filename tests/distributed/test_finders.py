@@ -1,7 +1,7 @@
 """`--find-batch`: real steps that no run goes on from, and what is suggested after them."""
 
-import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +36,15 @@ def planned(tiny_model: str, data_files: tuple[str, str], tmp_path: Path) -> Any
     return plan_run(argv, simulated_context(2), on_meta=True)
 
 
-def find(planned: Any, tmp_path: Path) -> dict[str, Any]:
+def find(planned: Any, capsys: Any) -> list[str]:
+    """What was printed after the heading."""
+    capsys.readouterr()
     assert find_batch.find_micro_batch_size(planned.plan, planned.data) == 0
-    return json.loads((tmp_path / "run" / "find-batch.json").read_text())
+    return capsys.readouterr().out.splitlines()[1:]
 
 
-def tried_trial(size: int, speed: float, *, fits: bool = True) -> dict[str, Any]:
-    facts = {"step_seconds": 1.0, "tokens_per_second": speed, "peak_memory_bytes": 1} if fits else {}
-    return {"micro_batch_size": size, "gradient_accumulation_steps": 12 // size, "fits": fits, **facts}
+def tried_trial(speed: float | None) -> dict[str, Any]:
+    return {"tokens_per_second": speed, "peak_memory_bytes": 2**30} if speed else {"problem": "out of memory"}
 
 
 @pytest.mark.parametrize(
@@ -57,28 +58,28 @@ def tried_trial(size: int, speed: float, *, fits: bool = True) -> dict[str, Any]
 def test_sizes_that_keep_the_global_batch_are_tried_upwards_and_the_fastest_is_suggested(
     planned, tmp_path, capsys, monkeypatch, speeds, suggestion
 ):
-    monkeypatch.setattr(find_batch, "run_trial", lambda _, __, n: tried_trial(n, speeds[n] or 0, fits=bool(speeds[n])))
-    content = find(planned, tmp_path)
-    assert [trial["micro_batch_size"] for trial in content["tried"]] == list(speeds)
-    assert content["suggestion"] == suggestion
-    assert f"suggestion     --micro-batch {suggestion}: {speeds[suggestion]} tokens/s\n" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["find-batch.json"], "nothing was trained"
+    monkeypatch.setattr(find_batch, "run_trial", lambda _, __, size: tried_trial(speeds[size]))
+    *tried, last = find(planned, capsys)
+    assert [int(line.split()[0]) for line in tried] == list(speeds)
+    assert last == f"suggestion     --micro-batch {suggestion}: {speeds[suggestion]} tokens/s; nothing was trained"
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_that_a_processor_has_no_memory_for_are_not_tried_and_none_that_fits_is_an_error(
-    planned, tmp_path, capsys, monkeypatch
+    planned, capsys, monkeypatch
 ):
-    monkeypatch.setattr(find_batch, "run_trial", lambda _, __, n: tried_trial(n, n))
+    monkeypatch.setattr(find_batch, "run_trial", lambda _, __, size: tried_trial(size))
     plan, row_length = planned.plan, int(planned.data.train.lengths().max())
     estimates = [plan.estimate_memory(plan.deepspeed_file, row_length=row_length, micro_batch_size=n) for n in (2, 4)]
     two, four = (find_batch.required_bytes(e, plan.model_info, plan.dist_context.device)[0] for e in estimates)
     limit = (two + four) / 2 / find_batch.MEMORY_BUDGET_SHARE
     monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: limit)
-    assert [trial["micro_batch_size"] for trial in find(planned, tmp_path)["tried"]] == [1, 2]
-    assert "not tried: 4 and above, estimated at " in capsys.readouterr().out
+    *tried, not_tried, _ = find(planned, capsys)
+    assert [int(line.split()[0]) for line in tried] == [1, 2]
+    assert "4  not tried: estimated at " in not_tried
     monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: 1)
     with pytest.raises(TrainingError, match="not even the smallest micro-batch fits"):
-        find(planned, tmp_path)
+        find(planned, capsys)
     hosts = ("h1",) * 8 + ("h2",) * 8
     plan = replace(planned.plan, dist_context=replace(planned.plan.dist_context, world_size=16, hosts=hosts))
     with pytest.raises(UserError, match=r"--find-batch: 16 ranks on several hosts; expected one host: try its 8 ranks"):
@@ -100,8 +101,7 @@ def test_a_batch_trial_whose_rank_ends_ends_all(planned, monkeypatch):
     monkeypatch.setattr(
         find_batch, "run_job", lambda _, *rest, **more: run_job(measure_where_rank_1_ends, *rest, **more)
     )
-    monkeypatch.setattr(find_batch.BatchConfig, "divide", lambda *_: planned.plan.schedule.batch)
-    assert find_batch.run_trial(planned.plan, Path("data"), 4)["failure_reason"] == "killed by the system on rank 1"
+    assert find_batch.run_trial(planned.plan, Path("data"), 4)["problem"] == "killed by the system on rank 1"
     with pytest.raises(TrainingError, match="micro-batch boom failed: ValueError: boom: no such thing"):
         find_batch.run_trial(planned.plan, Path("data"), "boom")
 
@@ -129,20 +129,11 @@ def measure_without_memory(job: dict[str, Any], context: DistContext) -> Any:
 
 
 @pytest.mark.parametrize("zero", ["zero2", *(pytest.param(z, marks=pytest.mark.sweep) for z in ("zero0", "zero3"))])
-def test_find_batch_takes_real_steps_and_survives_a_rank_without_memory(zero, planned, tmp_path, monkeypatch):
+def test_find_batch_takes_real_steps_and_survives_a_rank_without_memory(zero, planned, capsys, monkeypatch):
     monkeypatch.setattr(find_batch, "run_job", lambda _, *rest, **more: run_job(measure_without_memory, *rest, **more))
     engine = replace(planned.settings.engine, ds_config=zero)
     plan = replace(planned.plan, settings=replace(planned.plan.settings, engine=engine))
-    one, two, four = find(replace(planned, plan=plan), tmp_path)["tried"]
-    assert [trial["gradient_accumulation_steps"] for trial in (one, two, four)] == [12, 6, 3]
-    assert four == {
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 3,
-        "fits": False,
-        "failure_reason": "out of memory on rank 1",
-    }
-    for trial in (one, two):
-        assert trial["tokens_per_second"] * trial["step_seconds"] == pytest.approx(
-            sum(sorted(planned.data.train.lengths())[-24:])
-        )
-        assert trial["peak_memory_bytes"] > 2**26
+    one, two, four, suggestion = find(replace(planned, plan=plan), capsys)
+    assert all(re.fullmatch(r" +[12] +[1-9][\d,]*  0\.\d+ GiB", line) for line in (one, two)), (one, two)
+    assert four == "          4  does not fit: out of memory on rank 1"
+    assert suggestion.startswith("suggestion     --micro-batch ")

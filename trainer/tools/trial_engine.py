@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from trainer.config.errors import UserError
-from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
@@ -99,26 +97,3 @@ def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistCon
     plan = make_plan(settings, dist_context, data)
     model = build_planned_model(plan)
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
-
-
-def write_result(name: str, plan: RunPlan, content: Mapping[str, Any]) -> Path:
-    """Write what was measured to the run folder as JSON, with the settings and data that it was measured for.
-
-    UserError where it cannot be written there.
-    """
-    facts = {
-        "format": 1,
-        "mode": plan.settings.mode,
-        "settings": plan.settings.as_dict(),
-        "resolved": plan.resolved(),
-        "data": plan.data_info["fingerprint"],
-        **content,
-    }
-    folder = Path(plan.settings.run_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, json.dumps(facts, indent=1) + "\n")
-    except OSError as error:
-        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        raise UserError(message) from error
-    return folder / name

@@ -37,8 +37,8 @@ from trainer.training.run_plan import RunPlan
 METADATA_FILE = "run.json"
 MAX_CLOCK_SECONDS = 5.0  # by which clocks may differ; a busy host may be late itself
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
-#: files beside which a run may begin: of a start that was killed, and what --find-batch and doctor --prove leave
-NO_RUN = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp|find-batch\.json|prove\.json")
+#: files beside which a run may begin: those of a start that was killed
+NO_RUN = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp")
 
 
 def resolve_output_dir(args: CliArgs) -> tuple[Settings, dict[str, Any] | None]:
@@ -50,8 +50,7 @@ def resolve_output_dir(args: CliArgs) -> tuple[Settings, dict[str, Any] | None]:
     if args.resume is None:
         if args.allow_change:
             raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
-        writes_run = not (args.find_batch or args.dry_run)  # finders only put their own files there
-        if writes_run and (problem := describe_use(folder)):
+        if not (args.find_batch or args.dry_run) and (problem := describe_use(folder)):
             raise UserError(problem)
         return settings, None
     if args.resume == "auto" and not describe_use(folder):

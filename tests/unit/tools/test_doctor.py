@@ -114,7 +114,7 @@ def test_doctor_warns_of_what_the_plan_warns_of_and_a_run_folder_in_use_is_an_er
     (tmp_path / "run" / "run.json").touch()
     code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)
     assert code == 1
-    assert re.search("error +run folder +run is not empty", printed)
+    assert re.search("error +run folder +run already holds a run", printed)
     assert "1 errors" in printed
 
 

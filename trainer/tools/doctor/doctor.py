@@ -96,9 +96,8 @@ def run_doctor(
 def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, Any]) -> Iterator[Check]:
     """The plan of the run, as train.py would make it, and its data; they are left in `run`."""
     folder = Path(cli_args.settings.run_folder)
-    is_used = cli_args.resume is None and bool(describe_use(folder))
-    message = f"{folder}{' is not empty' * is_used}"
-    yield judge(is_used, ERROR, "run folder", message, "another --output-dir, or --resume to go on with that run")
+    problem, _, remedy = ("" if cli_args.resume else describe_use(folder)).partition("; ")
+    yield judge(bool(problem), ERROR, "run folder", problem or str(folder), remedy)
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
     for name, text in run["plan"].summary_lines():
         yield Check(WARNING if name == "warning" else OK, name, text)

@@ -26,7 +26,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
-from trainer.tools.trial_engine import run_job, start_trial, write_result
+from trainer.tools.trial_engine import run_job, start_trial
 from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -37,7 +37,7 @@ NUM_STEPS = 3  # that are compared and timed, after those before which no CUDA g
 WEIGHT_BOUNDS = {"fp32": (0.05, 1e-3), "bf16": (0.25, 0.1)}
 PLAIN = "plain PyTorch"
 
-#: One of the table, as it stands in prove.json: `ds_config`, `world_size`, `execution`, and what the worker measured:
+#: One of the table: `ds_config`, `world_size`, `execution`, and what the worker measured:
 #: `path` (how steps really ran), `loss_difference`, `norm_difference` (relative), `weight_difference` (a share of what
 #: the steps may move them), `step_ms`, `peak_memory_bytes`, and `problem`: why there are no numbers, or why others ran
 #: than were asked for.
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
-    """One check a row, as it is done, and the table in the run folder."""
+    """One check a row, as it is done."""
     precision, context = plan.precision, plan.dist_context
     if precision not in WEIGHT_BOUNDS:
         raise UserError(
@@ -53,7 +53,7 @@ def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
         )
     num_first_steps = 0 if context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
     num_steps = min(num_first_steps + NUM_STEPS, plan.schedule.total_steps)
-    settings, rows = proof_settings(plan.settings).as_dict(), []
+    settings = proof_settings(plan.settings).as_dict()
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
 
         def run(row: Row) -> Row:
@@ -72,7 +72,6 @@ def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
         for row in [row for world_size in sorted({1, context.world_size}) for row in list_rows(plan, world_size)]:
             measured = run(row)
             verdict = judge_row(measured, precision)
-            rows.append({**measured, "verdict": verdict})
             name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
             message = f"{way}: {measured['problem'] if verdict == 'failed' else _describe(measured)}"
             remedy = (
@@ -81,9 +80,6 @@ def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
             if verdict == "fell back":
                 message, remedy = f"{message}; {measured['problem']}", "none needed: the numbers are right"
             yield judge(verdict != "equal", WARNING if verdict == "fell back" else ERROR, name, message, remedy)
-    bounds = {"loss": MAX_DIFFERENCE[precision], "weights": WEIGHT_BOUNDS[precision][0]}
-    content = {"precision": precision, "steps": num_steps, "bounds": bounds, "settings": settings, "rows": rows}
-    yield Check(OK, "numbers", str(write_result("prove.json", plan, content)))
 
 
 def proof_settings(settings: Settings) -> Settings:
