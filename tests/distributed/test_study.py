@@ -32,7 +32,7 @@ from trainer.tools.processes import make_slots
 from trainer.tools.study import planning, search
 from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import Rule, read_rule, write_rule
-from trainer.tools.study.study import Study
+from trainer.tools.study.study import open_study, run_trials
 from trainer.tools.study.trials import read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
@@ -102,14 +102,14 @@ run_study = runpy.run_path(str(ROOT / "launch" / "study.py"))["main"]
 make_rule = partial(make_study_rule, train_argv=("--data", "acled-demo"))
 
 
-def begin_study(stub_dir: Path, **changes: Any) -> Study:
+def begin_study(stub_dir: Path, **changes: Any) -> tuple[Path, Rule]:
     """Of one rung."""
     write_rule(stub_dir / "study", make_rule(16, rungs=(16,), **changes), working_dir=str(stub_dir))
-    return Study.open(stub_dir / "study")
+    return open_study(stub_dir / "study")
 
 
 def stop_after(num_trials: int, lines: list[str]) -> dict[str, Any]:
-    """Options of `Study.run` by which it stops so soon, and what it logs goes to `lines`."""
+    """Options of `run_trials` by which it stops so soon, and what it logs goes to `lines`."""
     should_stop = threading.Event()
 
     def log(line: str) -> None:
@@ -222,26 +222,26 @@ def test_a_trial_that_diverges_is_a_result_one_that_is_killed_is_tried_again_and
 ):
     monkeypatch.setenv("STUB_DIVERGES", "2")
     monkeypatch.setenv("STUB_KILLED", "1")
-    study = begin_study(stub_dir, search_seeds=(1, 2))
-    study.run(make_slots(2, None), **stop_after(8, lines := []))
+    folder, rule = begin_study(stub_dir, search_seeds=(1, 2))
+    run_trials(folder, rule, make_slots(2, None), **stop_after(8, lines := []))
     assert all(line.partition(" of ")[0].isdecimal() for line in lines)
     texts = [line.partition(": ")[2] for line in lines]
     assert len([text for text in texts if "failed, and is tried again: killed by signal 9" in text]) >= 2
     assert len([text for text in texts if text.endswith("s2: failed: step 3: loss nan")]) >= 2
     assert any("s1: validation loss " in text for text in texts)
-    assert math.inf in read_results(study.folder).values()
+    assert math.inf in read_results(folder).values()
 
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
     """And no failure of a trial: two are run at a time."""
-    study = begin_study(stub_dir)
+    folder, rule = begin_study(stub_dir)
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
     for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
-            study.run(make_slots(2, None), threading.Event(), print)
-        assert not read_results(study.folder)
-        assert {trial.num_failures for trial in read_trials(study.folder).values()} == {0}
-        assert not list((study.folder / "runs").glob("*/run.json")), "or it could not be gone on with"
+            run_trials(folder, rule, make_slots(2, None), threading.Event(), print)
+        assert not read_results(folder)
+        assert {trial.num_failures for trial in read_trials(folder).values()} == {0}
+        assert not list((folder / "runs").glob("*/run.json")), "or it could not be gone on with"
         script = "import sys; print('error: --data a.csv: no such file', file=sys.stderr); sys.exit(2)"
         (stub_dir / "launch" / "train.py").write_text(script)
 
@@ -388,7 +388,7 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
         write_rule(stub_dir / "study", make_rule(), working_dir=".")
     write_rule(stub_dir / "joined", make_rule(), working_dir="/elsewhere")
     with pytest.raises(UserError, match=r"was started in /elsewhere, which cannot be entered here"):
-        Study.open(stub_dir / "joined")
+        open_study(stub_dir / "joined")
     (stub_dir / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
@@ -422,7 +422,7 @@ def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, c
     ],
 )
 def test_all_runs_of_a_study_are_executed_alike(stub_dir, argv, is_eager, monkeypatch):
-    monkeypatch.setattr(study_module.Study, "run", lambda *_: sys.exit(0))
+    monkeypatch.setattr(study_module, "run_trials", lambda *_: sys.exit(0))
     with pytest.raises(SystemExit):
         run_study(list(argv))
     assert (read_rule(stub_dir / "study")[0].train_argv[-2:] == ("--execution", "eager")) == is_eager

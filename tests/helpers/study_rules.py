@@ -27,9 +27,7 @@ def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
 
 def make_candidate(method: str = "full", rate_index: int = 0) -> Candidate:
     """At the rate 10 ** (rate_index / 4)."""
-    return Candidate(
-        method=method, lora_rank=None if method == "full" else 8, rate_index=rate_index, rates_per_decade=4
-    )
+    return Candidate(method=method, lora_rank=None if method == "full" else 8, rate_index=rate_index)
 
 
 def make_trial(candidate: Candidate, *, num_steps: int = 16, seed: int = 1) -> TrialSpec:

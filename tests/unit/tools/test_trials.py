@@ -18,7 +18,7 @@ from trainer.report.page import json_text
 from trainer.tools.processes import Slot
 from trainer.tools.study import trials
 from trainer.tools.study.rule import read_rule, write_rule
-from trainer.tools.study.study import Study
+from trainer.tools.study.study import open_study
 from trainer.tools.study.trials import (
     MAX_FAILURES,
     Trial,
@@ -121,10 +121,10 @@ def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
     write_rule(tmp_path, RULE, working_dir=os.getcwd())
     exit_codes += [-9]
     run_trial(tmp_path)
-    assert Study.open(tmp_path).rule == RULE
+    assert open_study(tmp_path) == (tmp_path, RULE)
     (tmp_path / "rule.json").unlink()
     trial_folder = (tmp_path / "trials").rename(tmp_path.with_name(f"{tmp_path.name}-trials"))
     write_rule(tmp_path, make_rule(data="e2"), working_dir=os.getcwd())
     trial_folder.rename(tmp_path / "trials")
     with pytest.raises(UserError, match=f"was run by the rule {RULE.sha256[:12]}, rule.json is .*: it was changed"):
-        Study.open(tmp_path)
+        open_study(tmp_path)

@@ -38,7 +38,11 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[Candidat
     """Each candidate's runs over the seeds, full's first, then those of the LoRA that is judged first."""
     runs: dict[Candidate, list[RunData]] = {}
     for spec in specs:
-        runs.setdefault(spec.candidate, []).append(_read_run(study_folder, spec))
+        folder = run_folder(study_folder, spec)
+        try:
+            runs.setdefault(spec.candidate, []).append(read_folder(folder))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     groups = {}
     for candidate, members in runs.items():
         label, get = "full", members[0].get
@@ -136,11 +140,3 @@ def rate_curves(state: StudyState, results: Results) -> tuple[RateCurve, ...]:
             mode = "full" if search.method == "full" else "lora"
             curves.append(RateCurve(mode=mode, losses=losses, num_steps=num_steps))
     return tuple(curves)
-
-
-def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:
-    folder = run_folder(study_folder, spec)
-    try:
-        return read_folder(folder)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error

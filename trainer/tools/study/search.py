@@ -32,12 +32,11 @@ class Candidate:
 
     method: str
     lora_rank: int | None
-    rate_index: int  #: place on the method's grid; the rate is 10 ** (index / rates per decade)
-    rates_per_decade: int
+    rate_index: int  #: place on the method's grid; the rate is 10 ** (index / RATES_PER_DECADE)
 
     @property
     def lr(self) -> float:
-        return float(f"{10 ** (self.rate_index / self.rates_per_decade):.3g}")
+        return float(f"{10 ** (self.rate_index / RATES_PER_DECADE):.3g}")
 
     @property
     def label(self) -> str:
@@ -77,7 +76,7 @@ class MethodSearch:
         if self.highest is not None:
             self.bounds = (self.bounds[0], min(self.highest, self.bounds[1]))
         self.grid = [
-            Candidate(method=self.method, lora_rank=lora_rank, rate_index=index, rates_per_decade=RATES_PER_DECADE)
+            Candidate(method=self.method, lora_rank=lora_rank, rate_index=index)
             for index in range(low * RATES_PER_DECADE, min(high * RATES_PER_DECADE, self.bounds[1]) + 1)
         ]
         #: steps and seeds of the runs of each rung; after the last one the choice between neighbours
