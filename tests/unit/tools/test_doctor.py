@@ -15,7 +15,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.distributed.process_group import simulated_context
-from trainer.tools.doctor import checks, doctor
+from trainer.tools.doctor import doctor
 from trainer.tools.doctor.checks import LEVELS
 
 
@@ -35,7 +35,7 @@ def test_doctor_counts_the_gpus_of_this_machine(ranks, level, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
-    assert checks.check_gpus(ranks).level == level
+    assert doctor.check_gpus(ranks).level == level
 
 
 @pytest.fixture(scope="module")

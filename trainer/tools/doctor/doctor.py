@@ -1,5 +1,6 @@
 """`launch/doctor.py`: all checks in order, then the run itself in small, or the proof."""
 
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -9,23 +10,17 @@ from typing import Any
 import torch
 from rich.markup import escape
 
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.cli import CliArgs, to_argv
 from trainer.config.errors import UserError
+from trainer.config.text import list_some
+from trainer.distributed import machine
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS
+from trainer.distributed.memory import required_bytes
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.report.run_data import read_folder
-from trainer.tools.doctor.checks import (
-    ERROR,
-    LEVELS,
-    OK,
-    WARNING,
-    Check,
-    build_memory_table,
-    check_gpus,
-    check_memory,
-    format_bytes,
-    judge,
-)
+from trainer.tools.doctor.checks import ERROR, LEVELS, OK, WARNING, Check, judge
 from trainer.tools.doctor.prove import prove
 from trainer.tools.processes import Slot, failure_reason, make_slots, start_run
 from trainer.tools.trial_engine import plan_run
@@ -36,7 +31,8 @@ from trainer.training.run_plan import RunPlan
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 NUM_STEPS = 2  # of a rehearsal before the checkpoint and after it, beside those before CUDA graphs are recorded
 CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
-MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
+MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing")
+TIGHT_SHARE = 0.9  # of the memory; above it the allocator's gaps may not fit
 
 
 def run_doctor(
@@ -77,17 +73,12 @@ def run_doctor(
     add_section("run", _resolve_run(cli_args, dist_context, run))
     if run:
         plan, data = run["plan"], run["data"]
-        memory_table = build_memory_table(plan, int(data.train.lengths().max()))
-        add_section("memory, counted", [check_memory(plan, memory_table)])
-        print_line("\n  per rank       " + " ".join(f"{name:>11}" for name in MEMORY_COLUMNS))
-        for row in memory_table:
-            cells = " ".join(f"{format_bytes(row[name]):>11}" for name in MEMORY_COLUMNS)
-            notes = f"  {format_bytes(row['host'])} of the host's" if row["host"] else ""
-            notes += "  does not fit" * (not row["fits"]) + "  <- chosen" * row["chosen"]
-            print_line(f"  {row['ds_config']:<14} {cells}{notes}")
+        check, lines = check_memory(plan, int(data.train.lengths().max()))
+        add_section("memory, counted", [check])
+        print_line("\n".join(["", *lines]))
         if proves:
             add_section(f"proof in {plan.precision}", prove(plan, data))
-        elif gpu_memory_bytes is None and next(row for row in memory_table if row["chosen"])["fits"]:
+        elif gpu_memory_bytes is None and check.level != ERROR:
             add_section("rehearsal", rehearse(cli_args, plan))
     print_line("\n{ok} ok, {warning} warnings, {error} errors".format(**counts))
     return int(counts[ERROR] > 0)
@@ -101,6 +92,51 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
     run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
     for name, text in run["plan"].summary_lines():
         yield Check(WARNING if name == "warning" else OK, name, text)
+
+
+def check_gpus(world_size: int) -> Check:
+    """Whether this machine has GPUs for the ranks, and torch can use them."""
+    if problem := machine.find_gpu_problem(os.environ):
+        return Check(ERROR, "GPUs", *problem.split("; ", 1))
+    if not torch.cuda.is_available():
+        return Check(OK, "GPUs", f"none: runs on {len(os.sched_getaffinity(0))} processor cores")
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    names = list_some((f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus), 6)
+    remedy = f"start at most {len(gpus)}: deepspeed --num_gpus {len(gpus)}"
+    return judge(world_size > len(gpus), ERROR, "GPUs", f"{names} for {world_size} ranks", remedy)
+
+
+def check_memory(plan: RunPlan, row_length: int) -> tuple[Check, list[str]]:
+    """(Whether the plan's ZeRO file fits, the table: a line for every file of this program, and for the plan's own)."""
+    context = plan.dist_context
+    limit_bytes, fitting, peak_bytes = context.available_bytes(), [], 0.0
+    lines = ["  per rank       " + " ".join(f"{name:>11}" for name in (*MEMORY_COLUMNS, "peak"))]
+    files = {name: read_deepspeed_file(name) for name in DS_CONFIG_NAMES}
+    for name, file in (files | {plan.deepspeed_file.name: plan.deepspeed_file}).items():
+        estimate = plan.estimate_memory(file, row_length=row_length)
+        # on the device (for a CPU rank: of memory), all in all; and beside them, where there is a GPU
+        device_bytes, host_bytes = required_bytes(estimate, plan.model_info, context.device)
+        if fits := device_bytes <= limit_bytes and host_bytes <= context.free_host_bytes():
+            fitting.append(name)
+        is_chosen = name == plan.deepspeed_file.name
+        peak_bytes = device_bytes if is_chosen else peak_bytes
+        cells = [format_bytes(getattr(estimate, column)) for column in MEMORY_COLUMNS] + [format_bytes(device_bytes)]
+        notes = f"  {format_bytes(host_bytes)} of the host's" if host_bytes else ""
+        notes += "  does not fit" * (not fits) + "  <- chosen" * is_chosen
+        lines.append(f"  {name:<14} " + " ".join(f"{cell:>11}" for cell in cells) + notes)
+    capacity = "a GPU" if context.device.type == "cuda" else "free memory of a rank"
+    name = plan.deepspeed_file.name
+    message = f"{name}: {format_bytes(peak_bytes)} at most, {format_bytes(limit_bytes)} {capacity}"
+    if name in fitting:
+        remedy = "lower --micro-batch: so close to the limit it may not fit"
+        return judge(peak_bytes > TIGHT_SHARE * limit_bytes, WARNING, "memory", message, remedy), lines
+    remedy = "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
+    remedy = f"--ds-config {fitting[0]} would fit" if fitting else remedy
+    return Check(ERROR, "memory", message, f"{remedy}; --micro-batch 1 needs the least"), lines
+
+
+def format_bytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def rehearse(cli_args: CliArgs, plan: RunPlan) -> Iterator[Check]:

@@ -5,9 +5,7 @@ Dropout is off: its masks depend on the micro-batch.
 """
 
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,22 +23,19 @@ from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS, find
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.model.loss import uses_gpu_form
-from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
+from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, judge
 from trainer.tools.trial_engine import run_job, start_trial
 from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-NUM_STEPS = 3  # that are compared and timed, after those before which no CUDA graph is recorded
+NUM_STEPS = 3  # that are compared, after those before which no CUDA graph is recorded
 #: What a weight may be off, as a share of what its steps may move it (the learning rate each): AdamW divides a gradient
 #: by its own size, so its relative rounding becomes one of the step. Weights whose gradient is nearly nothing in the
 #: plain loop, where the rounding is all of it, are left out: below the second number times the tensor's mean size.
 WEIGHT_BOUNDS = {"fp32": (0.05, 1e-3), "bf16": (0.25, 0.1)}
 PLAIN = "plain PyTorch"
 
-#: One of the table: `ds_config`, `world_size`, `execution`, and what the worker measured:
-#: `path` (how steps really ran), `loss_difference`, `norm_difference` (relative), `weight_difference` (a share of what
-#: the steps may move them), `step_ms`, `peak_memory_bytes`, and `problem`: why there are no numbers, or why others ran
-#: than were asked for.
+#: `ds_config`, `world_size` and `execution` of a row of the table.
 Row = dict[str, Any]
 
 
@@ -56,30 +51,35 @@ def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
     settings = proof_settings(plan.settings).as_dict()
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
 
-        def run(row: Row) -> Row:
+        def run(row: Row) -> dict[str, Any]:
             job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
             job |= {"reference": f"{scratch}/reference.pt", **row}
             timeout = plan.settings.engine.hang_timeout
             answers, exit_codes, reason = run_job(measure_row, job, row["world_size"], timeout_seconds=timeout)
             problem = reason if exit_codes else f"took over {timeout:g} s (--hang-timeout)"
-            return row | (answers[0] if answers else {"problem": problem})
+            return answers[0] if answers else {"problem": problem}
 
         reference = run({"ds_config": PLAIN, "world_size": 1, "execution": "eager"})
         if "problem" in reference:
             yield Check(ERROR, PLAIN, reference["problem"], "without it there is nothing to compare with")
             return
-        yield Check(OK, PLAIN, f"{num_steps} steps, {_describe(reference)}")
+        yield Check(OK, PLAIN, f"{num_steps} steps")
         for row in [row for world_size in sorted({1, context.world_size}) for row in list_rows(plan, world_size)]:
             measured = run(row)
             verdict = judge_row(measured, precision)
-            name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
-            message = f"{way}: {measured['problem'] if verdict == 'failed' else _describe(measured)}"
+            message = f"{row['execution']:<8} {verdict}: {measured['problem']}"
+            if verdict != "failed":
+                message = (
+                    f"{row['execution']:<8} {verdict}: loss {measured['loss_difference']:.0e}, gradient norm "
+                    f"{measured['norm_difference']:.0e}, weights {measured['weight_difference']:.1%} of their steps"
+                )
             remedy = (
                 f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report this row"
             )
             if verdict == "fell back":
                 message, remedy = f"{message}; {measured['problem']}", "none needed: the numbers are right"
-            yield judge(verdict != "equal", WARNING if verdict == "fell back" else ERROR, name, message, remedy)
+            level = WARNING if verdict == "fell back" else ERROR
+            yield judge(verdict != "equal", level, f"{row['ds_config']} x {row['world_size']}", message, remedy)
 
 
 def proof_settings(settings: Settings) -> Settings:
@@ -104,55 +104,45 @@ def list_rows(plan: RunPlan, world_size: int) -> list[Row]:
     return rows
 
 
-def judge_row(row: Row, precision: str) -> str:
-    if "loss_difference" not in row:
+def judge_row(measured: dict[str, Any], precision: str) -> str:
+    if "loss_difference" not in measured:
         return "failed"
     bound, weight_bound = MAX_DIFFERENCE[precision], WEIGHT_BOUNDS[precision][0]
-    if max(row["loss_difference"], row["norm_difference"]) > bound or row["weight_difference"] > weight_bound:
+    if max(measured["loss_difference"], measured["norm_difference"]) > bound:
         return "differs"
-    return "fell back" if row.get("problem") else "equal"
-
-
-def _describe(row: Row) -> str:
-    parts = [row["path"]] if row.get("path", row["execution"]) != row["execution"] else []
-    if "loss_difference" in row:
-        parts.append(
-            f"loss {row['loss_difference']:.0e}, gradient norm {row['norm_difference']:.0e}, weights "
-            f"{row['weight_difference']:.1%} of their steps"
-        )
-    parts.append(f"{row['step_ms']:.1f} ms, peak {format_bytes(row['peak_memory_bytes'])}")
-    return ", ".join(parts)
+    if measured["weight_difference"] > weight_bound:
+        return "differs"
+    return "fell back" if measured["problem"] else "equal"
 
 
 # --- one rank ---
 
 
 def measure_row(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict[str, Any]]:
-    """The numbers of a row; of the plain loop its time, and all else in the job's reference file."""
+    """How a row's losses, gradient norms (relative) and weights (a share of what the steps may move them) differ from
+    the plain loop's, and the `problem` where steps ran otherwise than asked for; {} of the plain loop itself."""
     settings, data = Settings(**job["settings"]), load(Path(job["data"]))
     if job["ds_config"] == PLAIN:
-        yield _run_plain(job, settings, data, dist_context)
+        _run_plain(job, settings, data, dist_context)
+        yield {}
         return
     own = {name: job[name] for name in ("ds_config", "execution", "precision")}
     plan, engine = start_trial(replace(settings, engine=replace(settings.engine, **own)), data, dist_context)
     batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
-    losses, norms, seconds = [], [], []
+    losses, norms = [], []
     for batch, result in engine.run(batches, lambda _: settings.train.lr):
         losses.append(result.loss_sum / batch.num_target_tokens)
         norms.append(result.grad_norm)
-        seconds.append(result.elapsed_seconds)
     reference = torch.load(job["reference"])
     weight_difference = 0.0
     for name, weight in engine.state.gather_weights():
         differences = (weight - reference["weights"][name])[reference["counted"][name]].abs().nan_to_num(nan=math.inf)
         weight_difference = max(weight_difference, float(differences.max()) if len(differences) else 0.0)
     yield {
-        "path": engine.plan.path,
         "problem": "; ".join(change["reason"] for change in engine.plan_changes),
         "loss_difference": _relative_difference(losses, reference["losses"]),
         "norm_difference": _relative_difference(norms, reference["norms"]),
         "weight_difference": weight_difference / (settings.train.lr * len(losses)),
-        "step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :]),
     }
 
 
@@ -162,9 +152,7 @@ def _relative_difference(values: list[float], expected: list[float]) -> float:
     return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
-def _run_plain(
-    job: dict[str, Any], settings: Settings, data: PreparedDataset, dist_context: DistContext
-) -> dict[str, Any]:
+def _run_plain(job: dict[str, Any], settings: Settings, data: PreparedDataset, dist_context: DistContext) -> None:
     """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
 
     The job's reference file gets losses, norms, weights, and which weights had a gradient to speak of in every step.
@@ -182,9 +170,8 @@ def _run_plain(
         weight_decay=train.weight_decay,
     )
     counted = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
-    losses, norms, seconds = [], [], []
+    losses, norms = [], []
     for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
-        start_time = time.perf_counter()
         losses.append(_plain_backward(module, batch, uses_bf16=job["precision"] == "bf16"))
         for name, p in params.items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
@@ -196,11 +183,9 @@ def _run_plain(
         torch.nn.utils.clip_grad_norm_(params.values(), train.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start_time)
     weights = {name: p.detach().float().cpu() for name, p in params.items()}
     counted = {name: mask.cpu() for name, mask in counted.items()}
     torch.save({"losses": losses, "norms": norms, "weights": weights, "counted": counted}, job["reference"])
-    return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
 
 
 def _plain_backward(module: Any, batch: GlobalBatch, *, uses_bf16: bool) -> float:
