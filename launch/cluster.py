@@ -15,7 +15,7 @@ from trainer.config.argument_parser import ArgumentParser, output_folder, whole_
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
-from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
+from trainer.tools.cluster import parse_hosts, slurm_files, ssh_files, write_files
 from trainer.tools.program import program
 
 #: Options of sbatch by which the job works; all others may be given by --sbatch.
@@ -39,7 +39,7 @@ def build_parser() -> ArgumentParser:
         usage="cluster.py --slurm --nodes N --ranks-per-node N [flags of train.py]\n"
         "       cluster.py --hosts NAME:RANKS,... [--folder DIR] [flags of train.py]",
         description="Write a batch script for SLURM, or host list and command for `deepspeed --hostfile`, complete "
-        "for the flags given, and print them; submits nothing. Takes every flag of train.py beside its own.",
+        "for the flags given; submits nothing. Takes every flag of train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -49,10 +49,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("with --slurm").add_argument
     add("--nodes", type=whole_number, metavar="N", help="nodes")
     add("--ranks-per-node", type=whole_number, metavar="N", help="ranks, and GPUs, of each node")
-    add("--cpu", action="store_true", help="ask for no GPUs")
-    sbatch_help = (
-        "an option of sbatch, such as time=2:00:00, partition=p, gres=gpu:h100:8 or exclusive; may be repeated"
-    )
+    sbatch_help = "an option of sbatch, such as time=2:00:00, exclusive or gpus-per-node=0; may be repeated"
     add("--sbatch", type=sbatch_option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
     setup_help = "shell lines for each host before the ranks start, such as `module load cuda`"
     parser.add_argument("--setup", type=Path, metavar="FILE", help=setup_help)
@@ -92,13 +89,8 @@ def main(argv: Sequence[str]) -> int:
         write_files(folder, files)
     except OSError as error:
         raise UserError(f"--folder {args.folder}: cannot write there: {error.strerror}") from error
-    for name, (content, mode) in files.items():
-        print(f"# {folder / name}")
-        if mode == 0o600:  # its values may be secret
-            print(f"(readable by you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
-        else:
-            print(content)
-    print(f"# start it with: {'sbatch' if args.slurm else 'bash'} {shlex.quote(str(folder / name))}")
+    print("\n".join(str(folder / name) for name in files))
+    print(f"start it with: {'sbatch' if args.slurm else 'bash'} {shlex.quote(str(folder / list(files)[-1]))}")
     return 0
 
 

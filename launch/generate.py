@@ -24,7 +24,7 @@ def build_parser() -> ArgumentParser:
         epilog="Without --prompt and --prompts: validation prompts of the first run.",
     )
     add = parser.add_argument
-    prompts_help = "JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several"
+    prompts_help = "JSON lines with `prompt`, and `reference`: a text, or a list of several"
     length_help = "default: slightly more than the references, or 64"
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")

@@ -93,7 +93,7 @@ def test_a_checkpoint_is_that_which_was_trained_whatever_run_json_says(runs, gen
         assert "base was changed since the run; restore it" in output
 
 
-def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tmp_path):
+def test_prompts_come_from_a_file_and_are_in_the_chat_template_of_the_runs(runs, generate, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "w5 w6", "reference": ["w1\u2028", "w2"]}\n{"prompt": "w9"}\n')  # one line of JSON
     code, message = generate(runs[1], "--prompts", file)
@@ -110,10 +110,6 @@ def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tm
     file.write_text('{"prompt": "w5 \u2028 w6"}\r\n', newline="")  # a separator of lines for Python, not for JSON
     code, message = generate(runs[1], "--prompts", file)
     assert code == 0, message
-    file.write_text('{"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w5"}]}\n')
-    code, message = generate(chat, "--prompts", file)
-    assert code == 0, message
-    assert "prompt       w5" in message
     assert generate(chat, "--prompt", "w5 w6")[1] != generate(runs[1], "--prompt", "w5 w6")[1]
 
 
@@ -123,7 +119,7 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
     for arguments, expected in (
         ([tmp_path], "no run.json there"),
         ([runs[0], "--prompt", "w1 \udc80"], "--prompt: column 'text' holds half a character"),
-        ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),
+        ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected an object with `prompt` as text"),
         ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),
         ([runs[0], "--prompt", "w1", "--score", "f1"], "--score f1: no prompt has a text to compare with"),
         ([runs[0], "--prompt", "w1", "--score", "bleurt"], "--score bleurt: expected exact, contains"),

@@ -40,7 +40,7 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
         "job-name": re.sub(r"[^\w.-]", "-", settings.run_name),
         "nodes": args.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": None if args.cpu or names_gpus else args.ranks_per_node,
+        "gpus-per-node": None if names_gpus else args.ranks_per_node,
         "output": "%x-%j.out",
         "open-mode": "append",
         "export": "ALL",

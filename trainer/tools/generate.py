@@ -13,7 +13,7 @@ from trainer.config.errors import UserError
 from trainer.config.files import parse_json, read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import LoraSettings, Settings
-from trainer.data.chat import ChatTemplate, Conversation, end_token_ids, from_messages
+from trainer.data.chat import ChatTemplate, Conversation, end_token_ids
 from trainer.data.prepare import prepare
 from trainer.data.readers import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode, find_model, load_tokenizer
@@ -27,7 +27,7 @@ from trainer.training.scorers import ScorerError, check_references, check_scorer
 
 BATCH_SIZE = 16  # prompts in one batch
 DEFAULT_NUM_PROMPTS = 4
-EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
+EXPECTED_LINE = "JSON lines with `prompt`"
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -120,12 +120,11 @@ class _Completer:
             raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
         return prompts
 
-    def make_prompt(
-        self, text: str, references: Sequence[str] = (), messages: list[dict[str, Any]] | None = None
-    ) -> EvalPrompt:
-        """`messages`: None for `text` as the only message, where the runs were trained on conversations."""
-        conversation = Conversation(messages=messages or [{"role": "user", "content": text}])
-        prompt = self.chat.prompt_text(conversation) if self.chat else text
+    def make_prompt(self, text: str, references: Sequence[str] = ()) -> EvalPrompt:
+        """`text`: the only message, where the runs were trained on conversations."""
+        prompt = (
+            self.chat.prompt_text(Conversation(messages=[{"role": "user", "content": text}])) if self.chat else text
+        )
         try:
             for value in (prompt, *references):
                 require_valid_unicode(value, "text")
@@ -139,19 +138,13 @@ class _Completer:
         return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=tuple(references), reference_length=length)
 
     def _parse(self, record: Any) -> EvalPrompt:
-        references = record.get("reference", []) if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            record = {}
+        prompt, references = record.get("prompt"), record.get("reference", [])
         references = [references] if isinstance(references, str) else references
-        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-            raise ValueError("expected an object with `prompt` or `messages`, and `reference` as one text or a list")
-        if isinstance(record.get("prompt"), str):
-            return self.make_prompt(record["prompt"], references)
-        messages = record.get("messages")
-        if self.chat is None or not isinstance(messages, list):
-            raise ValueError("expected `prompt` as text" + (", or `messages`" if self.chat else ""))
-        checked = from_messages({"messages": [*messages, {"role": "assistant", "content": "-"}]}).messages[:-1]
-        if not checked:
-            raise ValueError("expected at least one message")
-        return self.make_prompt(str(checked[-1]["content"]), references, checked)
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in (prompt, *references)):
+            raise ValueError("expected an object with `prompt` as text, and `reference` as one text or a list")
+        return self.make_prompt(prompt, references)
 
     def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
         length = self.args.max_new_tokens

@@ -51,7 +51,7 @@ def test_every_option_is_in_the_manual_pages(tmp_path):
     assert options["--signal"] == "USR1@65535", "the largest that sbatch takes"
     (srun,) = re.findall(r"^srun (.*) bash -c", script, re.MULTILINE)
     assert set(re.findall(r"--[a-z-]+", srun)) <= set(SLURM_OPTIONS["srun"].split())
-    assert "--gpus-per-node" not in slurm_script(tmp_path, "--cpu")
+    assert "--gpus-per-node=0" in slurm_script(tmp_path, "--sbatch", "gpus-per-node=0")
     more = ["--sbatch", "gres=gpu:h100:8", "--sbatch", "exclusive", "--sbatch", "time=5"]
     lines = slurm_script(tmp_path, *more).splitlines()
     assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=5"} <= set(lines)
