@@ -122,9 +122,8 @@ class _Completer:
 
     def make_prompt(self, text: str, references: Sequence[str] = ()) -> EvalPrompt:
         """`text`: the only message, where the runs were trained on conversations."""
-        prompt = (
-            self.chat.prompt_text(Conversation(messages=[{"role": "user", "content": text}])) if self.chat else text
-        )
+        message = {"role": "user", "content": text}
+        prompt = self.chat.prompt_text(Conversation(messages=[message])) if self.chat else text
         try:
             for value in (prompt, *references):
                 require_valid_unicode(value, "text")
