@@ -101,26 +101,9 @@ def resume_all(folder: str, argv: list[str]) -> int:
 
 
 #: one of each kind; the sweep takes all
-SAMPLE = (
-    *(
-        "nothing",
-        "tensors changed",
-        "all tensors gone",
-        "checkpoints gone",
-        "requeue a folder",
-        "rows twice",
-        "rows a pipe",
-    ),
-    *(
-        "a row broken",
-        "an evaluation cut",
-        "run.json cut",
-        "another rate",
-        "other data",
-        "another base",
-        "nothing trained",
-    ),
-)
+SAMPLE = ("nothing", "tensors changed", "all tensors gone", "checkpoints gone", "requeue a folder", "rows twice")
+SAMPLE += ("rows a pipe", "a row broken", "an evaluation cut", "run.json cut", "another rate", "other data")
+SAMPLE += ("another base", "nothing trained")
 
 
 @pytest.mark.parametrize(

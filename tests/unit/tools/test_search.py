@@ -33,14 +33,14 @@ def bowl(full: float = -4.0, lora: float = -3.0, noise: float = 0.0, shift_of_sh
     return objective
 
 
-def run_study(rule: Rule, objective: Objective, *, batch: int = 1000) -> tuple[StudyState, dict[str, float]]:
-    """Every needed trial, `batch` at a time; no trial is asked for twice."""
+def run_study(rule: Rule, objective: Objective) -> tuple[StudyState, dict[str, float]]:
+    """Every needed trial; none is asked for twice."""
     results: dict[str, float] = {}
     while True:
         state = study_state(rule, results)
         if not state.needed:
             return state, results
-        for spec in state.needed[:batch]:
+        for spec in state.needed:
             assert spec.name not in results
             results[spec.name] = objective(spec)
 
@@ -100,15 +100,6 @@ def test_a_highest_rate_that_the_user_gives_is_no_edge_of_the_search():
     assert (state.refusal, lora.winner.lr) == (None, 5.62e-4)
     assert "best rate 0.000562, the highest that --max-lr allows (" in lora.describe()
     assert max(spec.candidate.lr for spec in lora.trials) == 5.62e-4
-
-
-def test_the_order_in_which_trials_finish_changes_nothing():
-    at_once, results = run_study(make_rule(), bowl(noise=0.01))
-    one_by_one, other_results = run_study(make_rule(), bowl(noise=0.01), batch=3)
-    assert at_once.answers == one_by_one.answers
-    lines = [[search.describe() for search in state.outcomes.values()] for state in (at_once, one_by_one)]
-    assert lines[0] == lines[1]
-    assert results == other_results
 
 
 def valley(method: str, exponent_of_best: float) -> Objective:
