@@ -10,7 +10,6 @@ from typing import Annotated
 
 from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
 from trainer.config.choices import MAX_NUM_SAMPLES, SCORERS
-from trainer.config.errors import UserError
 from trainer.config.fields import Accepts
 from trainer.tools.program import prepare_libraries, program
 
@@ -21,14 +20,12 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="generate.py",
         description="Complete the same prompts by the base and by each run, and show the texts side by side.",
-        epilog="Without --prompt and --prompts: validation prompts of the first run.",
+        epilog="Without --prompt: validation prompts of the first run.",
     )
     add = parser.add_argument
-    prompts_help = "JSON lines with `prompt`, and `reference`: a text, or a list of several"
     length_help = "default: slightly more than the references, or 64"
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help=prompts_help)
     add("--num", type=value_type(NumPrompts, int), metavar="N", help="validation prompts to take (default: 4)")
     add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
@@ -40,8 +37,6 @@ def build_parser() -> ArgumentParser:
 @program
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
-    if args.prompt and args.prompts:
-        raise UserError("--prompt and --prompts: expected one of them")
     prepare_libraries()
     from trainer.tools.generate import generate
 

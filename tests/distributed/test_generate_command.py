@@ -93,12 +93,7 @@ def test_a_checkpoint_is_that_which_was_trained_whatever_run_json_says(runs, gen
         assert "base was changed since the run; restore it" in output
 
 
-def test_prompts_come_from_a_file_and_are_in_the_chat_template_of_the_runs(runs, generate, tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "w5 w6", "reference": ["w1\u2028", "w2"]}\n{"prompt": "w9"}\n')  # one line of JSON
-    code, message = generate(runs[1], "--prompts", file)
-    assert code == 0, message
-    assert "reference 2" in message
+def test_a_prompt_is_in_the_chat_template_of_the_runs(runs, generate, tmp_path):
     metadata = json.loads((runs[1] / "run.json").read_text())
     metadata["data"]["chat_template"] = TEMPLATE
     chat = tmp_path / "chat"
@@ -107,19 +102,15 @@ def test_prompts_come_from_a_file_and_are_in_the_chat_template_of_the_runs(runs,
         (chat / path.name).symlink_to(path)
     (chat / "run.json").unlink()
     (chat / "run.json").write_text(json.dumps(metadata))
-    file.write_text('{"prompt": "w5 \u2028 w6"}\r\n', newline="")  # a separator of lines for Python, not for JSON
-    code, message = generate(runs[1], "--prompts", file)
+    code, message = generate(chat, "--prompt", "w5 w6")
     assert code == 0, message
-    assert generate(chat, "--prompt", "w5 w6")[1] != generate(runs[1], "--prompt", "w5 w6")[1]
+    assert message != generate(runs[1], "--prompt", "w5 w6")[1]
 
 
 def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
     for arguments, expected in (
         ([tmp_path], "no run.json there"),
         ([runs[0], "--prompt", "w1 \udc80"], "--prompt: column 'text' holds half a character"),
-        ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected an object with `prompt` as text"),
         ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),
         ([runs[0], "--prompt", "w1", "--score", "f1"], "--score f1: no prompt has a text to compare with"),
         ([runs[0], "--prompt", "w1", "--score", "bleurt"], "--score bleurt: expected exact, contains"),

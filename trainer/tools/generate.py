@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from trainer.config.errors import UserError
-from trainer.config.files import parse_json, read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import LoraSettings, Settings
 from trainer.data.chat import ChatTemplate, Conversation, end_token_ids
@@ -27,7 +26,6 @@ from trainer.training.scorers import ScorerError, check_references, check_scorer
 
 BATCH_SIZE = 16  # prompts in one batch
 DEFAULT_NUM_PROMPTS = 4
-EXPECTED_LINE = "JSON lines with `prompt`"
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -103,47 +101,25 @@ class _Completer:
         args, settings = self.args, self.settings
         if args.prompt:
             return [self.make_prompt(text) for text in args.prompt]
-        if args.prompts is None:
-            data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
-            prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num or DEFAULT_NUM_PROMPTS]
-            if not prompts:
-                raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
-            return prompts
-        prompts, name = [], f"--prompts {args.prompts}"
-        for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).split("\n"), start=1):
-            try:
-                if line.strip():
-                    prompts.append(self._parse(parse_json(line)))
-            except (ValueError, RecordError, UserError) as error:
-                raise UserError(f"{name}, line {number}: {str(error).removeprefix('--prompt: ')}") from None
+        data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
+        prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num or DEFAULT_NUM_PROMPTS]
         if not prompts:
-            raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
+            raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
         return prompts
 
-    def make_prompt(self, text: str, references: Sequence[str] = ()) -> EvalPrompt:
+    def make_prompt(self, text: str) -> EvalPrompt:
         """`text`: the only message, where the runs were trained on conversations."""
         message = {"role": "user", "content": text}
         prompt = self.chat.prompt_text(Conversation(messages=[message])) if self.chat else text
         try:
-            for value in (prompt, *references):
-                require_valid_unicode(value, "text")
+            require_valid_unicode(prompt, "text")
         except RecordError as error:
             raise UserError(f"--prompt: {error}") from error
-        ids, *reference_ids = encode(self.tokenizer, [prompt, *references])
+        (ids,) = encode(self.tokenizer, [prompt])
         most = len(ids) + 1 if self.max_positions is None else self.max_positions - 1
         if not 1 <= len(ids) <= most:
             raise UserError(f"--prompt: {len(ids)} tokens; expected from 1 to {most}")
-        length = max(map(len, reference_ids), default=0)
-        return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=tuple(references), reference_length=length)
-
-    def _parse(self, record: Any) -> EvalPrompt:
-        if not isinstance(record, dict):
-            record = {}
-        prompt, references = record.get("prompt"), record.get("reference", [])
-        references = [references] if isinstance(references, str) else references
-        if not isinstance(references, list) or not all(isinstance(text, str) for text in (prompt, *references)):
-            raise ValueError("expected an object with `prompt` as text, and `reference` as one text or a list")
-        return self.make_prompt(prompt, references)
+        return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=(), reference_length=0)
 
     def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
         length = self.args.max_new_tokens

@@ -53,7 +53,6 @@ def test_a_home_folder_is_put_for_a_tilde_in_each_path_of_a_run(flag, from_file,
         ("compare", "--output-dir"),
         ("doctor", "--check-run"),
         ("export", "RUN --answer"),
-        ("generate", "RUN --prompts"),
         ("study", "--join"),
     ],
 )
