@@ -125,7 +125,7 @@ def ssh_files(
         command = [quote(word) for word in command]  # the ranks of one host are started without pdsh
     hosts = shlex.join(ranks_of_hosts)
     max_seconds = _straggler_seconds(settings)
-    names = forwarded_names(environ)
+    names = sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
     exports = [MARK, setup + PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
     hosts_text = ",".join(f"{host}:{number}" for host, number in ranks_of_hosts.items())
     exports.append(f"export TRAINER_HOSTS={shlex.quote(hosts_text)}")  # by which a rank that does not come is named
@@ -189,10 +189,6 @@ def parse_hosts(text: str) -> dict[str, int]:
             raise UserError(f"--hosts {text}: expected each host once as NAME:RANKS, for instance a:8,b:8")
         ranks_of_hosts[match[1]] = int(match[2])
     return ranks_of_hosts
-
-
-def forwarded_names(environ: Mapping[str, str]) -> list[str]:
-    return sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
 
 
 def write_files(folder: Path, files: LaunchFiles) -> None:

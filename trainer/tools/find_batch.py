@@ -29,6 +29,7 @@ MEMORY_BUDGET_SHARE = 0.8
 OUT_OF_MEMORY_EXIT_CODE = 77
 #: How a rank ends that needs too much; -9: killed by the system, which is how a host's memory runs out.
 MEMORY_EXIT_CODES = {OUT_OF_MEMORY_EXIT_CODE: "out of memory", -9: "killed by the system"}
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")  # torch's
 EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
 NUM_TIMED_STEPS = 2  # after those that warm up and show whether it fits
 
@@ -120,14 +121,8 @@ def measure_size(job: dict[str, Any], context: DistContext) -> Iterator[dict[str
         seconds = [result.elapsed_seconds for _, result in engine.run(batches, lambda _: 0.0)]
         yield {"tokens_per_second": num_tokens / max(context.all_gather_object(min(seconds[-NUM_TIMED_STEPS:])))}
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        is_own_error = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not (is_own_error or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)):
             raise
         print(f"out of memory: {error}", flush=True)
         os._exit(OUT_OF_MEMORY_EXIT_CODE)  # at once: leaving a group waits for the others
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that memory ran out, as torch's allocators and libraries put it."""
-    messages = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
-    is_allocators_own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return is_allocators_own or any(message in str(error) for message in messages)

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from trainer.data.chat import ChatTemplate, Conversation, end_token_ids
 from trainer.data.prepare import prepare
 from trainer.data.readers import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode, find_model, load_tokenizer
-from trainer.distributed.decoding import Completion, decode
+from trainer.distributed.decoding import decode
 from trainer.export.export_cli import load_model_at_checkpoint, trained_settings
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_lines
@@ -49,11 +49,29 @@ def generate(args: argparse.Namespace) -> int:
         settings = trained_settings(metadata, checkpoint)
         label = name if names.count(name) == 1 else str(folder)
         loaders[label] = partial(load_model_at_checkpoint, folder, settings, checkpoint, metadata)
-    completer = _Completer(args, all_metadata[0])
-    prompts = completer.read_prompts()
+    settings, template = Settings(**all_metadata[0]["settings"]), all_metadata[0]["data"].get("chat_template")
+    tokenizer, max_positions = load_tokenizer(settings.model.model), get_max_positions(load_config(settings.model))
+    chat = None if template is None else ChatTemplate(tokenizer, template)
+    prompts = [make_prompt(text, tokenizer, chat, max_positions) for text in args.prompt]
+    if not args.prompt:
+        data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
+        prompts = make_prompts(data, tokenizer, max_positions)[: args.num or DEFAULT_NUM_PROMPTS]
+        if not prompts:
+            raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
     pairs = [(i, reference) for i, prompt in enumerate(prompts) for reference in prompt.references]
     check_references(args.score, [text for _, text in pairs], "prompt")
-    texts = {label: completer.complete(load().causal, prompts) for label, load in loaders.items()}
+    length, ends = args.max_new_tokens, end_token_ids(tokenizer, template)
+    if length is None:
+        length = completion_length(prompts, None) if pairs else 64
+    if max_positions is not None:
+        length = max(1, min(length, max_positions - max(len(prompt.ids) for prompt in prompts)))
+    texts: dict[str, list[str]] = {}
+    for label, load in loaders.items():
+        causal, texts[label] = load().causal, []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
+            for completion in decode(causal, batch, [length] * len(batch), ends):
+                texts[label].append(tokenizer.decode(completion.ids, skip_special_tokens=True))
     for i, prompt in enumerate(prompts):
         lines = [("prompt", prompt.text)]
         for number, reference in enumerate(prompt.references, start=1):
@@ -87,49 +105,15 @@ def _load_base(run_folder: Path, run_settings: Settings, fingerprint: str) -> Tr
     return model
 
 
-class _Completer:
-    """Prompts as token ids, and completions as text, alike for all models: those of the first run."""
-
-    def __init__(self, args: argparse.Namespace, metadata: dict[str, Any]):
-        self.args, self.settings = args, Settings(**metadata["settings"])
-        self.tokenizer = load_tokenizer(self.settings.model.model)
-        self.max_positions = get_max_positions(load_config(self.settings.model))
-        template = metadata["data"].get("chat_template")
-        self.chat = None if template is None else ChatTemplate(self.tokenizer, template)
-
-    def read_prompts(self) -> list[EvalPrompt]:
-        args, settings = self.args, self.settings
-        if args.prompt:
-            return [self.make_prompt(text) for text in args.prompt]
-        data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
-        prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num or DEFAULT_NUM_PROMPTS]
-        if not prompts:
-            raise UserError(f"{args.runs[0]}: no validation record fits the model; pass --prompt TEXT")
-        return prompts
-
-    def make_prompt(self, text: str) -> EvalPrompt:
-        """`text`: the only message, where the runs were trained on conversations."""
-        message = {"role": "user", "content": text}
-        prompt = self.chat.prompt_text(Conversation(messages=[message])) if self.chat else text
-        try:
-            require_valid_unicode(prompt, "text")
-        except RecordError as error:
-            raise UserError(f"--prompt: {error}") from error
-        (ids,) = encode(self.tokenizer, [prompt])
-        most = len(ids) + 1 if self.max_positions is None else self.max_positions - 1
-        if not 1 <= len(ids) <= most:
-            raise UserError(f"--prompt: {len(ids)} tokens; expected from 1 to {most}")
-        return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=(), reference_length=0)
-
-    def complete(self, causal: Any, prompts: Sequence[EvalPrompt]) -> list[str]:
-        length = self.args.max_new_tokens
-        if length is None:
-            length = completion_length(prompts, None) if any(prompt.references for prompt in prompts) else 64
-        if self.max_positions is not None:
-            length = max(1, min(length, self.max_positions - max(len(prompt.ids) for prompt in prompts)))
-        ends = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
-        completions: list[Completion] = []
-        for start in range(0, len(prompts), BATCH_SIZE):
-            batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            completions += decode(causal, batch, [length] * len(batch), ends)
-        return [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+def make_prompt(text: str, tokenizer: Any, chat: ChatTemplate | None, max_positions: int | None) -> EvalPrompt:
+    """`text`: the only message, where the runs were trained on conversations."""
+    prompt = chat.prompt_text(Conversation(messages=[{"role": "user", "content": text}])) if chat else text
+    try:
+        require_valid_unicode(prompt, "text")
+    except RecordError as error:
+        raise UserError(f"--prompt: {error}") from error
+    (ids,) = encode(tokenizer, [prompt])
+    most = len(ids) + 1 if max_positions is None else max_positions - 1
+    if not 1 <= len(ids) <= most:
+        raise UserError(f"--prompt: {len(ids)} tokens; expected from 1 to {most}")
+    return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=(), reference_length=0)
