@@ -13,8 +13,6 @@ from trainer.tracking.run_lock import LOCK_FILE, FolderInUseError, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
 
-LEFTOVERS = (".*.tmp", "checkpoints/.*.tmp", "eval_records/.*.tmp")
-
 
 class Inspection(NamedTuple):
     """What a run folder holds."""
@@ -51,8 +49,6 @@ def inspect_run(folder: Path) -> Inspection:
     except UserError as error:
         add("run.json", f"{error}; restore it: without it nothing can be done with the run")
         blockers["metadata"] = "run.json cannot be read"
-    if (folder / "checkpoints").is_file():
-        add("checkpoints", "is not a folder")
     newest = None  # whole checkpoint
     for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
         if add(path.name, damage, "whole") and newest is None:
@@ -92,9 +88,6 @@ def inspect_run(folder: Path) -> Inspection:
         add("settings", edited, f"those of {newest.folder.name}")
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
         add(str(path.relative_to(folder)), weights_file_problem(path), "a whole safetensors file")
-    for path in sorted(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
-        if not blockers["running"]:
-            add(path.name, "left by a process that was killed; the next save or export removes it", level=WARNING)
 
     no_resume, origin = _check_resume(folder, metadata)
     to_compare = blockers["metadata"] or blockers["rows"] or ("" if num_rows else "no rows")

@@ -100,8 +100,6 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     )
     searches = {
         method: {
-            "method": method,
-            "winner": outcome.winner and vars(outcome.winner),
             "lr": outcome.winner and outcome.winner.lr,
             "loss": outcome.loss if outcome.winner else None,  # JSON has no infinity
             "problem": outcome.problem or None,

@@ -56,9 +56,7 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     scorer = margin.measure.partition(":")[2]
     if scorer and score_name(scorer) not in map(score_name, settings.output.score):
         raise UserError(f"--decide-by {margin.measure}: the runs do not have it; add --score {scorer}")
-    max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    max_steps_parser.add_argument("--max-steps")
-    own_argv = max_steps_parser.parse_known_args(train_argv)[1]  # each run has its own --max-steps
+    own_argv = [word for word in train_argv if not word.startswith("--max-steps=")]  # each run has its own
     # One execution for all runs: methods that were executed differently would differ in more than what is studied.
     if "--execution" not in names and {"--quant", "--activation-checkpointing"} & set(names):  # without CUDA graphs
         own_argv += ["--execution", "eager"]

@@ -82,12 +82,7 @@ class _RuleFile(BaseModel):
 
 
 def plan_rungs(total_steps: int) -> tuple[int, ...]:
-    """The steps of each rung, shortest first: a sixteenth, a fourth and all; none is too short to tell rates apart.
-
-    Of the whole grid, 17 rates, that is 28 % of the steps: 11 short runs, 4 or 5, and 3. Where the best rate moves by
-    one place from rung to rung it is 35 to 40 %; each further place in whole runs is one more of them, or 6 %. The
-    choice between the best rate and its neighbours by two further seeds takes 35 % more.
-    """
+    """The steps of each rung, shortest first: a sixteenth, a fourth and all; none is too short to tell rates apart."""
     lengths = (max(MIN_RUNG_STEPS, -(-total_steps // RUNG_FACTOR**power)) for power in (2, 1))
     return (*sorted({steps for steps in lengths if 2 * steps <= total_steps}), total_steps)
 

@@ -1,12 +1,7 @@
 """Which trials come next: successive halving over rates and ranks, as a pure function of the results so far.
 
-Every rung is a whole short run whose schedule ends at zero. The first tries every second rate of the grid. The leader's
-two neighbours on the grid of rates always go on with it, and are run where they were not: so a best rate is never the
-last one tried. Where all that came so far diverge at a rung's length, lower rates follow until one does not. After the
-last rung the leader and its neighbours run with further seeds, and the best mean wins. At the edge of the grid the
-neighbour extends it, within bounds; a leader at a bound leaves its method under-tuned, and the study refuses to rank.
-(Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; rates for LoRA about ten times those of full:
-Schulman et al., "LoRA Without Regret", 2025.)
+launch/README.md says how a study searches. (Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; rates for
+LoRA about ten times those of full: Schulman et al., "LoRA Without Regret", 2025.)
 """
 
 import dataclasses
