@@ -6,15 +6,12 @@ Exit code 0: no error found; 1: an error; 2: a mistake in the flags.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
-from trainer.config.fields import Accepts
+from trainer.config.fields import PositiveFloat
 from trainer.tools.program import prepare_libraries, program
-
-Gibibytes = Annotated[float, Accepts("a number from 0.1 to 1e+06", ge=0.1, le=1e6)]
 
 
 def build_parser() -> ArgumentParser:
@@ -28,13 +25,13 @@ def build_parser() -> ArgumentParser:
         epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
-    ranks_help = "ranks that the run will have (default: one for each GPU, else 1)"
     memory_help = "plan for GPUs with so much memory, which this machine need not have"
     prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
     prove_help += "PyTorch loop on this machine"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
-    add("--ranks", type=whole_number, metavar="N", help=ranks_help)
-    add("--gpu-memory", type=value_type(Gibibytes, float), metavar="GIB", help=memory_help)
+    add("--ranks", type=whole_number, metavar="N", help="of the run (default: one for each GPU, else 1)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--gpu-memory", type=value_type(PositiveFloat, float), metavar="GIB", help=memory_help)
     add("--prove", action="store_true", help=prove_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
@@ -58,8 +55,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
         return 0
     cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
-    if args.prove and args.gpu_memory is not None:
-        raise UserError("--prove with --gpu-memory: a proof runs here; expected one of them")
     prepare_libraries()
     from trainer.tools.doctor.doctor import run_doctor
 

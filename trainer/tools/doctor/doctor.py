@@ -32,7 +32,6 @@ COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 NUM_STEPS = 2  # of a rehearsal before the checkpoint and after it, beside those before CUDA graphs are recorded
 CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing")
-TIGHT_SHARE = 0.9  # of the memory; above it the allocator's gaps may not fit
 
 
 def run_doctor(
@@ -127,12 +126,9 @@ def check_memory(plan: RunPlan, row_length: int) -> tuple[Check, list[str]]:
     capacity = "a GPU" if context.device.type == "cuda" else "free memory of a rank"
     name = plan.deepspeed_file.name
     message = f"{name}: {format_bytes(peak_bytes)} at most, {format_bytes(limit_bytes)} {capacity}"
-    if name in fitting:
-        remedy = "lower --micro-batch: so close to the limit it may not fit"
-        return judge(peak_bytes > TIGHT_SHARE * limit_bytes, WARNING, "memory", message, remedy), lines
     remedy = "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
     remedy = f"--ds-config {fitting[0]} would fit" if fitting else remedy
-    return Check(ERROR, "memory", message, f"{remedy}; --micro-batch 1 needs the least"), lines
+    return judge(name not in fitting, ERROR, "memory", message, f"{remedy}; --micro-batch 1 needs the least"), lines
 
 
 def format_bytes(num_bytes: float) -> str:
