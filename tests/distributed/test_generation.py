@@ -198,7 +198,7 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
         assert quality[f"{name}, test records"] == f"{means[name]:.4f}"
     events = read_events(sampled_and_plain_runs[0], "samples")
     first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
-    shown = [(sample.prompt, *sample.texts.values()) for sample in comparison.samples]
+    shown = [(prompt, *texts.values()) for prompt, texts in comparison.samples.items()]
     assert shown == [
         tuple(cell.strip() for cell in (text["prompt"], text["reference"], begun["completion"], text["completion"]))
         for begun, text in zip(first, last, strict=True)

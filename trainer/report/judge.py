@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.report.comparable import (
     MODE_NAMES,
@@ -23,7 +22,6 @@ from trainer.report.comparable import (
     comparable_sets,
     comparison_blockers,
     ranking_blockers,
-    reference_blockers,
 )
 from trainer.report.interval import (
     MIN_UNITS,
@@ -279,13 +277,14 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         if margin.measure != LOSS:
             judged = match_records(pairs, frames, "test", margin.measure)
         measure_forgetting(result, frames, losses)
-        result.losses, result.judged = losses, judged
-        result.full_loss, result.lora_loss = losses.mean(losses.full), losses.mean(losses.lora)
-        judge_records(result, judged)
     except RefusedError as error:
         result.blockers, result.are_records_new = [str(error)], not isinstance(error, NotNewError)
     except MatchError as error:
         result.no_losses = str(error)
+    else:
+        result.losses, result.judged = losses, judged
+        result.full_loss, result.lora_loss = losses.mean(losses.full), losses.mean(losses.lora)
+        judge_records(result, judged)
     return result
 
 
@@ -294,29 +293,26 @@ def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
 
     A record's score has an end at 0 and at 100, so no few of them can carry an answer as losses do: `score_interval`.
     """
-    is_loss, margin = judged.measure == LOSS, pair.margin
+    is_loss, weights = judged.measure == LOSS, judged.weights
     interval_of = paired_interval if is_loss else score_interval
-    differences, doubts = judged.lora - judged.full, dict[str, str]()
-    pair.excess = interval_of(differences, judged.weights)
-    order = most_influential(differences, judged.weights, pair.excess)
-    if is_loss:
-        doubts["better"] = question_units(judged, differences, pair.excess, "better")
-    if not margin.why_not(judged):
-        beyond = margin.contrast(judged)
-        pair.contrast = interval_of(beyond, judged.weights)
-        order = most_influential(beyond, judged.weights, pair.contrast)
+    values = differences = judged.lora - judged.full
+    pair.excess = interval = interval_of(differences, weights)
+    doubts = {"better": question_units(judged, values, interval, "better") if is_loss else ""}
+    if not pair.margin.why_not(judged):
+        values = pair.margin.contrast(judged)
+        pair.contrast = interval = interval_of(values, weights)
         if is_loss:
-            doubts["good enough"] = question_units(judged, beyond, pair.contrast, "good enough")
+            doubts["good enough"] = question_units(judged, values, interval, "good enough")
         elif are_near_zero(judged):
             doubts["good enough"] = f"both score under {NEAR_ZERO} points, and two that learnt nothing are equal"
     if len(judged.units) < MIN_UNITS:
         few = f"{len(judged.units)} {judged.unit_name} can be told apart, and at least {MIN_UNITS} are needed"
         doubts = dict.fromkeys(("better", "good enough", "worse"), few)
-    means = differences.mean(axis=0) / judged.weights
+    pair.doubts = {answer: doubt for answer, doubt in doubts.items() if doubt}
     if not is_loss and len(differences) == 1 and judged.is_of_right_answers:
         pair.mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
-    pair.doubts = {answer: doubt for answer, doubt in doubts.items() if doubt}
-    pair.decisive = [(str(judged.units[i]), float(means[i])) for i in order]
+    means = differences.mean(axis=0) / weights
+    pair.decisive = [(str(judged.units[i]), float(means[i])) for i in most_influential(values, weights, interval)]
 
 
 def are_near_zero(judged: MatchedRecords) -> bool:
@@ -424,12 +420,3 @@ def compare_sets(
             comparisons.sort(key=lambda comparison: bool(comparison.blockers))
         sets.append((comparisons, full_groups, lora_groups))
     return sets
-
-
-def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
-    """Mean validation loss minus the card's at `epoch`; None where either is missing or a run is not comparable."""
-    row = next((row for row in reference.CURVE if row.epoch == epoch), None)
-    if row is None or any(reference_blockers(run) for run in group.runs):
-        return None
-    losses = group.at_epoch("evals", "loss", epoch)
-    return fmean(losses) - row.val_loss if losses else None

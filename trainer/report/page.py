@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +30,6 @@ from trainer.report.sentence import Verdict, build_verdict
 from trainer.report.tables import (
     NO_VALUE,
     REFERENCE_LABEL,
-    Sample,
     Table,
     build_diagnostics_table,
     build_epoch_table,
@@ -64,7 +63,7 @@ class Comparison:
     by_run: Sequence[Table]  #: quality and cost
     settings: tuple[Table, Table]  #: what differs, and what is the same
     diagnosis: Table  #: what runs noticed of themselves
-    samples: Sequence[Sample]
+    samples: Mapping[str, Mapping[str, str]]  #: {prompt: {name: text}}
     plotted_only: Sequence[SeedGroup] = ()  #: runs of Hugging Face's Trainer, which nothing else counts
 
     @property
@@ -173,14 +172,11 @@ def markdown_sections(comparison: Comparison) -> list[tuple[str, str]]:
     tables = (comparison.by_epoch, *comparison.by_run, comparison.diagnosis)
     sections += [(table.title, _markdown_section(table)) for table in tables if table.rows or table.notes]
     if comparison.samples:
-        cards = [
-            "\n".join(
-                [f"- {_markdown_lines(sample.prompt)}"]
-                + [f"  - **{escape_markdown(name)}**: {_markdown_lines(t)}" for name, t in sample.texts.items()]
-            )
-            for sample in comparison.samples
-        ]
-        sections.append(("Samples", "\n".join([*cards, "", SAMPLES_NOTE])))
+        lines = []
+        for prompt, answers in comparison.samples.items():
+            lines.append(f"- {_markdown_lines(prompt)}")
+            lines += [f"  - **{escape_markdown(name)}**: {_markdown_lines(text)}" for name, text in answers.items()]
+        sections.append(("Samples", "\n".join([*lines, "", SAMPLES_NOTE])))
     notes = _markdown_list(comparison.comparability_notes)
     sections.append(("Same and different", f"{notes}\n\n### {differing.title}\n\n{_markdown_section(differing)}"))
     return sections

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, log
 from typing import NamedTuple
 
 from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
@@ -149,16 +148,15 @@ def _describe_set(
 
 def _claim_of_losses(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
     interval = f"{pair.unit} [{excess.low:+.4f}, {excess.high:+.4f}]"
-    margin = pair.margin.describe(pair.losses, pair.full.name)
-    amount = f"{abs(excess.estimate):.4f} {interval}"
-    side = "worse" if excess.estimate > 0 else "better"
+    margin = f"margin of {pair.margin.describe(pair.losses, pair.full.name)}"
+    side, amount = "worse" if excess.estimate > 0 else "better", f"{abs(excess.estimate):.4f} {interval}"
     if pair.answer == "good enough":
-        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {margin}"
+        return f"{lora} is good enough beside {full}: {side} by {amount}, within the {margin}"
     if pair.answer in ("better", "worse"):
-        beyond = f", more than the margin of {margin}" if pair.contrast and side == "worse" else ""
-        return f"{lora} is {side} than {full} by {amount}{beyond}"
+        is_beyond = pair.contrast and side == "worse"
+        return f"{lora} is {side} than {full} by {amount}" + f", more than the {margin}" * bool(is_beyond)
     claim = f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
-    return claim + interval + f", beside a margin of {margin}" * bool(pair.contrast)
+    return claim + interval + f", beside a {margin}" * bool(pair.contrast)
 
 
 def _claim_of_scores(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
@@ -171,19 +169,19 @@ def _claim_of_scores(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
     if excess.excludes_zero:
         interval = f"{low} to {high} {fewer}" if excess.low > 0 else f"{high} to {low} {more}"
     points = f"{abs(excess.estimate):.1f} points {fewer if excess.estimate > 0 else more}"
-    scores = [f"{score:.1f}{' %' * are_answers}" for score in (pair.judged.score("lora"), pair.judged.score("full"))]
-    verb, equally = f"answers {points} correctly than {full}", f"answers as many correctly as {full}"
-    if not are_answers:
-        scorer = pair.margin.measure.partition(":")[2]
-        verb, equally = f"scores {points} than {full} by {scorer}", f"scores as much as {full} by {scorer}"
-    verb = equally if abs(excess.estimate) < 0.05 else verb  # 0.0 points
+    lora_score, full_score = (f"{pair.judged.score(mode):.1f}{' %' * are_answers}" for mode in ("lora", "full"))
+    is_equal, scorer = abs(excess.estimate) < 0.05, pair.margin.measure.partition(":")[2]  # 0.0 points
+    if are_answers:
+        verb = f"answers {'as many' if is_equal else points} correctly {'as' if is_equal else 'than'} {full}"
+    else:
+        verb = f"scores {'as much as' if is_equal else f'{points} than'} {full} by {scorer}"
     margin = f"{'the' if pair.margin.is_default else 'your'} margin of {pair.margin.describe()}"
     end = {
         "better": "better",
         "good enough": f"good enough by {margin}",
         "worse": f"worse, by more than {margin}",
     }.get(pair.answer, f"cannot tell yet whether that is good enough by {margin}")
-    return f"{lora} {verb} ({scores[0]} against {scores[1]}; {100 * LEVEL:.3g} % interval {interval}): {end}"
+    return f"{lora} {verb} ({lora_score} against {full_score}; {100 * LEVEL:.3g} % interval {interval}): {end}"
 
 
 def _describe_scope(
@@ -271,7 +269,7 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         return ()
     judged, base = pair.judged, pair.base_loss
     unit, full, lora = pair.losses.unit if pair.losses else UNIT, pair.full.name, pair.lora.name
-    where = f"{unit} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records{_bits_per_byte(pair)}"
+    where = f"{unit} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records"
     before = "" if base is None else f"{base:.4f} → "
     headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} ({full}), {pair.lora_loss:.4f} ({lora})", where)]
     if judged is not None and judged.measure != LOSS:
@@ -290,23 +288,14 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     return tuple(headlines)
 
 
-def _bits_per_byte(pair: FullVsLora) -> str:
-    """`; LoRA - full +0.0100 bits per byte`, "" where the bytes of the records are not known, or it is said already."""
-    if pair.losses is None or pair.losses.unit != UNIT or not pair.losses.num_bytes.all():
-        return ""
-    nats = fsum((pair.losses.lora - pair.losses.full).ravel()) / len(pair.losses.lora)
-    return f"; {pair.lora.name} − {pair.full.name} {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
-
-
 def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
     """What is behind a comparison and the sentence does not say of it, and what cannot be had."""
-    losses, judged = pair.losses, pair.judged
+    losses, judged, unit = pair.losses, pair.judged, pair.unit
     names = "" if pair is primary else f"exploratory, {pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
-    if pair.blockers or judged is None or losses is None or pair.excess is None:  # of the primary the sentence has it
-        reason = "; ".join(pair.blockers) or pair.no_losses
-        return [capitalize(f"{names}not ranked ({reason}).")] if names else []
-    parts, unit = [], pair.unit
-    if pair is not primary:
+    if judged is None or losses is None or pair.excess is None:  # of the primary the sentence has it
+        return [capitalize(f"{names}not ranked ({'; '.join(pair.blockers) or pair.no_losses}).")] if names else []
+    parts = []
+    if names:
         parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit}")
         parts.append(f"difference {pair.excess} {unit}")
     if pair.contrast is not None:
@@ -340,20 +329,19 @@ def judge_ranks(comparisons: Sequence[FullVsLora]) -> list[RankResult]:
 
     Others than the first comparison are of the same kind of adapter, LoRA, at their own best rates.
     """
-    ranked, p_values = [], []
+    ranked = []
     for pair in comparisons:
         run = pair.lora.runs[0]
         is_plain = run.get("settings.lora.adapter") == "lora" and not run.get("settings.model.quant")
         if is_plain and pair.excess is not None and pair.contrast is not None:
             p = pair.contrast.p_value / 2
-            ranked.append((int(run.get("settings.lora.rank")), pair))
-            p_values.append(p if pair.contrast.estimate < 0 else 1 - p)
-    if len({rank for rank, _ in ranked}) < 2:
+            p = p if pair.contrast.estimate < 0 else 1 - p
+            can_be = "good enough" not in pair.doubts
+            ranked.append(RankResult(int(run.get("settings.lora.rank")), pair.excess, p, can_be))
+    if len({result.rank for result in ranked}) < 2:
         return []
-    results = []
-    for (rank, pair), p in zip(ranked, holm(p_values), strict=True):
-        assert pair.excess is not None
-        results.append(RankResult(rank, pair.excess, p, p < 1 - LEVEL and "good enough" not in pair.doubts))
+    raised = zip(ranked, holm([result.p_value for result in ranked]), strict=True)
+    results = [r._replace(p_value=p, is_good_enough=r.is_good_enough and p < 1 - LEVEL) for r, p in raised]
     return sorted(results, key=lambda result: result.rank)
 
 
@@ -361,13 +349,13 @@ def describe_ranks(results: Sequence[RankResult]) -> list[str]:
     """`LoRA's excess by rank: ...; the smallest rank that is good enough is 4.`"""
     if not results:
         return []
-    parts = [f"rank {r.rank} {r.excess} (p = {r.p_value:.2g})" for r in results]
-    enough = [str(r.rank) for r in results if r.is_good_enough]
-    answer = f"the smallest rank that is good enough is {enough[0]}" if enough else "no rank is shown to be good enough"
-    return [
-        f"LoRA's excess by rank, each at its own best rate: {', '.join(parts)}; {answer} (one-sided against "
-        f"the margin, after Holm over {len(results)} ranks)."
-    ]
+    parts = ", ".join(f"rank {r.rank} {r.excess} (p = {r.p_value:.2g})" for r in results)
+    smallest = next((r.rank for r in results if r.is_good_enough), None)
+    answer = (
+        f"the smallest rank that is good enough is {smallest}" if smallest else "no rank is shown to be good enough"
+    )
+    test = f"one-sided against the margin, after Holm over {len(results)} ranks"
+    return [f"LoRA's excess by rank, each at its own best rate: {parts}; {answer} ({test})."]
 
 
 def describe_lengths(study: StudyContext, results: Sequence[RankResult]) -> list[str]:

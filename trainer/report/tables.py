@@ -6,15 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from trainer.config import reference
 from trainer.config.files import name_data, split_weights
 from trainer.config.text import flatten, format_bytes, format_duration, format_percent, is_number
-from trainer.report.comparable import IGNORED_METADATA, SeedGroup
-from trainer.report.judge import FullVsLora, difference_to_reference
+from trainer.report.comparable import IGNORED_METADATA, SeedGroup, reference_blockers
+from trainer.report.judge import FullVsLora
 from trainer.report.run_data import RunData
 from trainer.tracking.records import perplexity
 
@@ -24,21 +24,13 @@ NOT_STATED = ""  # what the card's cell shows where the card says nothing
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 MAX_GROUPS = 4  # side by side by epoch
 MAX_EVALS = 12  # of a run, which are all shown
-_NO_TRAIN_SETTINGS = ("schedule", "dropout", "optimizer", "mode", "model", "trainable_parameters")
-#: what the card states, by our names for it
-REFERENCE_METADATA = {
-    "settings.mode": "full",
-    "settings.model.init": "pretrained",
-    "model.name": "gpt2",
-    "model.parameters": 124_439_808,
-    "model.trainable": 124_439_808,
-    "model.share": 1.0,
-    "resolved.steps_per_epoch": reference.STEPS_PER_EPOCH,
-    "resolved.total_steps": 3 * reference.STEPS_PER_EPOCH,
-    **{f"data.{name}": value for name, value in reference.KNOWN_DATA.items()},
-    **{f"resolved.{name}": reference.SETTINGS[name] for name in ("lr", "dropout", "global_batch")},
-    **{f"settings.data.{name}": reference.KNOWN_DATA[name] for name in ("objective", "block_size")},
-    **{f"settings.train.{name}": v for name, v in reference.SETTINGS.items() if name not in _NO_TRAIN_SETTINGS},
+#: what the card states of a fact of run.json, by the last part of its path in these blocks
+_CARD_BLOCKS = ("settings", "settings.train", "settings.data", "resolved", "data", "model")
+_CARD_FACTS = {
+    **reference.SETTINGS,
+    **reference.KNOWN_DATA,
+    **{"name": "gpt2", "init": "pretrained", "parameters": 124_439_808, "trainable": 124_439_808, "share": 1.0},
+    **{"steps_per_epoch": reference.STEPS_PER_EPOCH, "total_steps": 3 * reference.STEPS_PER_EPOCH},
 }
 
 
@@ -104,8 +96,9 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
         losses = [[group.at_epoch("evals", "loss", e) or math.nan for group in both] for e in epochs]
         columns["LoRA − full"] = [_show(float(np.mean(lora) - np.mean(full)), "+.4f") for full, lora in losses]
     for group in groups if with_reference else ():
-        gaps = [difference_to_reference(group, epoch) for epoch in epochs]
-        if any(gap is not None for gap in gaps):
+        at_card = {e: group.at_epoch("evals", "loss", e) for e in cards if not any(map(reference_blockers, group.runs))}
+        if any(at_card.values()):
+            gaps = [statistics.fmean(at_card[e]) - cards[e].val_loss if at_card.get(e) else None for e in epochs]
             columns[f"{group.label} − card"] = [_show(gap, "+.4f") for gap in gaps]
     epoch_sizes = {run.get("resolved.steps_per_epoch") for run in runs}
     num_steps = epoch_sizes.pop() if len(epoch_sizes) == 1 else None
@@ -177,15 +170,9 @@ def build_diagnostics_table(runs: Sequence[RunData]) -> Table:
     return Table(title="Diagnosis", headings=headings, rows=rows)
 
 
-class Sample(NamedTuple):
-    """A validation prompt, and by whom it was completed how: the reference, the base, a run of each group."""
-
-    prompt: str
-    texts: dict[str, str]
-
-
-def build_samples(groups: Sequence[SeedGroup]) -> list[Sample]:
-    """What each base and the first run of each group, at its last evaluation, made of the validation prompts."""
+def build_samples(groups: Sequence[SeedGroup]) -> dict[str, dict[str, str]]:
+    """{validation prompt: {name: text}}: its reference, and what each base and the first run of each group, at its last
+    evaluation, made of it."""
     before: dict[str, dict[str, str]] = {}  # by prompt
     after: dict[str, dict[str, str]] = {}
     for group in groups:
@@ -195,7 +182,7 @@ def build_samples(groups: Sequence[SeedGroup]) -> list[Sample]:
             if text.base is not None and run:
                 texts.setdefault(f"base ({PurePosixPath(run.get('model.name')).name})", text.base)
             after.setdefault(text.prompt, {})[group.label] = text.completion
-    return [Sample(prompt, texts | after[prompt]) for prompt, texts in before.items()]
+    return {prompt: texts | after[prompt] for prompt, texts in before.items()}
 
 
 def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
@@ -207,7 +194,9 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
     names = dict.fromkeys(name for runs in facts_by_label.values() for facts in runs for name in facts)
     without_lora = {group.label for group in groups if group.mode == "full"} | {REFERENCE_LABEL}
     if with_reference:
-        facts_by_label = {REFERENCE_LABEL: [REFERENCE_METADATA], **facts_by_label}
+        parts = [(name, *name.rpartition(".")[::2]) for name in names]
+        card = {name: _CARD_FACTS[key] for name, block, key in parts if block in _CARD_BLOCKS and key in _CARD_FACTS}
+        facts_by_label = {REFERENCE_LABEL: [card], **facts_by_label}
 
     def cell(name: str, label: str) -> str:
         # run.json always has those of LoRA; they count only where they were used
