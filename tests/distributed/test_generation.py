@@ -272,13 +272,13 @@ def test_tokens_that_are_equally_likely_are_noticed(tiny_model):
     settings = cli.parse_args(["--mode", "full", "--model", tiny_model, "--preset", "demo"]).settings
     causal = build_model(settings).causal.eval()
     prompts = [[5, 6, 7], [40]]
-    before = decode(causal, prompts, [5, 5], [0])
+    before = decode(causal, prompts, 5, [0])
     assert not any(completion.is_near_tie for completion in before)
     likeliest = before[0].ids[0]
     with torch.no_grad():  # two tokens of one embedding have one logit, in the first text only
         unused = next(t for t in range(1, 97) if t not in {*prompts[0], *prompts[1], *before[0].ids, *before[1].ids})
         causal.lm_head.weight[unused] = causal.lm_head.weight[likeliest]
-    after = decode(causal, prompts, [1, 1], [0])
+    after = decode(causal, prompts, 1, [0])
     assert [completion.is_near_tie for completion in after] == [True, likeliest == before[1].ids[0]]
 
 

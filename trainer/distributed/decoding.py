@@ -24,26 +24,20 @@ class Completion(NamedTuple):
 def decode(
     causal: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
+    limit: int,
     end_token_ids: Sequence[int],
     *,
     autocast_dtype: torch.dtype | None = None,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
-    """At most `limits` token ids for each prompt, until one of `end_token_ids`.
-
-    One batch, padded on the left. `on_token` is called before each token.
-    """
+    """At most `limit` token ids for each prompt, until one of `end_token_ids`; one batch, padded on the left.
+    `on_token` is called before each token."""
     device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ends = list(end_token_ids)
     config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=min(limits),
-        eos_token_id=list(end_token_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
+        do_sample=False, num_beams=1, max_new_tokens=limit, eos_token_id=ends, pad_token_id=pad_id
     )
 
     dtype = autocast_dtype or causal.dtype
@@ -74,17 +68,4 @@ def decode(
     for row, tied_steps in zip(sequences.tolist(), torch.stack(ties, dim=1).tolist(), strict=True):
         new_ids = list(itertools.takewhile(lambda token: token not in end_token_ids, row[width:]))
         completions.append(Completion(new_ids, any(tied_steps[: len(new_ids) + 1])))
-    # those that may be longer go on without the others, for which the model may have no more positions
-    longer = [i for i, completion in enumerate(completions) if len(completion.ids) == min(limits) < limits[i]]
-    if longer:
-        more = decode(
-            causal,
-            [[*prompts[i], *completions[i].ids] for i in longer],
-            [limits[i] - min(limits) for i in longer],
-            end_token_ids,
-            autocast_dtype=autocast_dtype,
-            on_token=on_token,
-        )
-        for i, (new_ids, is_near_tie) in zip(longer, more, strict=True):
-            completions[i] = Completion(completions[i].ids + new_ids, completions[i].is_near_tie or is_near_tie)
     return completions

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import time
 from collections import deque
@@ -274,9 +275,11 @@ class Engine:
 
         The batches are the same for any number of ranks. TrainingError, on all ranks alike, where one of them fails.
         """
-        context = self.dist_context
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # little padding
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        context, batches = self.dist_context, []
+        order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)  # little padding
+        for _, group in itertools.groupby(order, key=limits.__getitem__):
+            equal = list(group)
+            batches += [equal[start : start + batch_size] for start in range(0, len(equal), batch_size)]
         context.watchdog.heartbeat()
         self._set_training(False)
         own: dict[int, Completion] = {}
@@ -288,7 +291,7 @@ class Engine:
                         decode,
                         self.model.causal,
                         [prompts[i] for i in batch],
-                        [limits[i] for i in batch],
+                        limits[batch[0]],
                         end_token_ids,
                         autocast_dtype=self._autocast_dtype,
                         on_token=context.watchdog.heartbeat,

@@ -1,7 +1,5 @@
-"""How steps are computed: one frozen plan, made by one function, printed and recorded as it is; and CUDA graphs.
-
-A fallback while running is a new plan (`dataclasses.replace`) at a step boundary, with its reason.
-"""
+"""How steps are computed: one frozen plan, printed and recorded as it is, in whose place a fallback puts another at a
+step boundary; and CUDA graphs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +39,11 @@ def meet(
     if launch.world_size == 1:
         return dist.HashStore(), None, [{**here, "address": "127.0.0.1"}], ""
     rank, store = launch.rank, _open_store(launch, timeout_seconds)
-    own_address, board = _gloo_address(os.environ) or _local_address(launch.master_addr), None
+    # Of the interface that the user chose for gloo, which need not be that towards rank 0.
+    entries = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0], [])
+    chosen = {entry.family: entry.address for entry in reversed(entries)}
+    own_address = chosen.get(socket.AF_INET) or chosen.get(socket.AF_INET6) or _local_address(launch.master_addr)
+    board = None
     if rank == 0:  # torchrun's store may go before the ranks do
         board = dist.TCPStore(own_address, 0, is_master=True, wait_for_workers=False)
         here["board"] = board.port
@@ -48,7 +51,7 @@ def meet(
     family = socket.AF_INET6 if has_both else socket.AF_INET
     # With a place for each rank in its queue, as nobody accepts.
     listener = socket.create_server(("", 0), family=family, backlog=launch.world_size, dualstack_ipv6=has_both)
-    here |= {"address": own_address, "port": listener.getsockname()[1], "process": uuid.uuid4().hex}
+    here |= {"address": own_address, "port": listener.getsockname()[1]}
     keys = [f"rank/{other}" for other in range(launch.world_size)]
     own_value = json.dumps(here)
     if store.compare_set(keys[rank], "", own_value) != own_value.encode():
@@ -178,13 +181,6 @@ def _connection_problem(address: tuple[str, int], timeout_seconds: float) -> str
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _gloo_address(environ: Mapping[str, str]) -> str:
-    """The address of the interface that the user chose for gloo, which need not be that towards rank 0; else empty."""
-    entries = psutil.net_if_addrs().get(environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0], [])
-    addresses = {entry.family: entry.address for entry in reversed(entries)}
-    return addresses.get(socket.AF_INET) or addresses.get(socket.AF_INET6) or ""
 
 
 def _local_address(host: str) -> str:

@@ -77,10 +77,8 @@ class DistContext:
         return f"{self.hosts[rank]} (rank {rank})" if self.num_nodes > 1 else f"rank {rank}"
 
     def least_memory_bytes(self) -> int | None:
-        """Of the devices of all ranks; None for one rank on a CPU, where memory is not what decides.
-
-        A CPU rank has its share of its host's.
-        """
+        """Of the devices of all ranks, a CPU rank's share of its host's; None for one rank on a CPU, where memory does
+        not decide."""
         if self.device.type != "cuda" and self.world_size == 1:
             return None
         shares = [1 if self.device.type == "cuda" else self.hosts.count(host) for host in self.hosts]
@@ -158,11 +156,8 @@ class DistContext:
 
 
 def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
-    """Join the other ranks; whatever starts a run comes through here (`launch_environment`).
-
-    Without a launcher there is one rank. GPUs use NCCL, processors gloo. Ranks that cannot train together end here, one
-    of them with the line that says why.
-    """
+    """Join the other ranks; without a launcher there is one. GPUs use NCCL, processors gloo. Ranks that cannot train
+    together end here, one of them with the line that says why."""
     launch = read_launch_environment(os.environ)
     on_gpu, problem = torch.cuda.is_available(), machine.find_gpu_problem(os.environ)
     here = {
@@ -197,9 +192,8 @@ def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
     try:
         with watchdog.watch_work(join_timeout_seconds), warnings.catch_warnings():
             deepspeed = import_module("deepspeed")
-            # The finalizer of DeepSpeed's engine imports these. The garbage collector may call it in the middle of
-            # another import, which then fails with a KeyError (importlib, up to Python 3.12); what is there already is
-            # only looked up.
+            # The finalizer of DeepSpeed's engine imports these: where the garbage collector calls it in the middle of
+            # another import, that one fails with a KeyError (importlib, up to Python 3.12).
             with contextlib.suppress(ImportError):
                 import_module("deepspeed.module_inject.auto_ep_comm")
                 import_module("deepspeed.utils.pin_memory")
@@ -239,9 +233,7 @@ def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
 
 def simulated_context(world_size: int, *, gpu_memory_bytes: int | None = None) -> DistContext:
     """The context that a run on so many ranks of this host would have, without joining anybody: for a plan only.
-
-    `gpu_memory_bytes`: plan for GPUs with so much memory, also where there is none.
-    """
+    `gpu_memory_bytes`: of the GPUs that are planned for, also where there is none."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -277,10 +269,8 @@ def destroy_process_group() -> None:
 
 
 def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
-    """UserError on every rank, naming both values and where they are, for facts that differ; all ranks must call.
-
-    A fact of None is that of a rank that need not know it.
-    """
+    """UserError on every rank, naming both values and where they are, for facts that differ; None is that of a rank
+    that need not know it. All ranks must call."""
     facts_of_ranks = context.all_gather_object(dict(facts))
     differences = []
     for name in dict.fromkeys(name for other in facts_of_ranks for name in other):

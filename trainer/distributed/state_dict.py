@@ -1,7 +1,5 @@
-"""The state of a run on its ranks: weights and moments read whole, and set from a checkpoint.
-
-The same names and tensors under every ZeRO stage and number of ranks.
-"""
+"""The state of a run on its ranks: weights and moments read whole, and set from a checkpoint, by the same names and
+tensors under every ZeRO stage and number of ranks."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

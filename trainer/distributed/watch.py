@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ class SignalHandler:
         self._signal_time = 0.0
         self._is_deferred = self._is_launcher_lost = False
         self._lock = threading.Lock()
-        self._launchers = find_launchers(os.environ)
+        # torchrun alone, or `deepspeed` and its second launcher, which outlives it
+        num_launchers = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 2 if "CROSS_SIZE" in os.environ else 0
+        self._launchers = psutil.Process().parents()[:num_launchers]
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # readable at once, wherever the main thread is
@@ -115,14 +117,8 @@ class SignalHandler:
                 os._exit(128 + self.signal_number)
 
 
-def find_launchers(environ: Mapping[str, str]) -> list[psutil.Process]:
-    """Of those that started this rank: torchrun alone, or `deepspeed` and its second launcher, which outlives it."""
-    num_launchers = 1 if "TORCHELASTIC_RUN_ID" in environ else 2 if "CROSS_SIZE" in environ else 0
-    return psutil.Process().parents()[:num_launchers]
-
-
 def _is_gone(launcher: psutil.Process) -> bool:
-    """Also one that was gone when this process began: process 1 has its place then, which is the launcher itself where
+    """Also one that was gone when this process began: process 1, which has its place then, is the launcher only where
     it runs the same Python, as in a container."""
     try:
         if launcher.pid == 1:

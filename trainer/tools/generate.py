@@ -70,7 +70,7 @@ def generate(args: argparse.Namespace) -> int:
         causal, texts[label] = load().causal, []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            for completion in decode(causal, batch, [length] * len(batch), ends):
+            for completion in decode(causal, batch, length, ends):
                 texts[label].append(tokenizer.decode(completion.ids, skip_special_tokens=True))
     for i, prompt in enumerate(prompts):
         lines = [("prompt", prompt.text)]
