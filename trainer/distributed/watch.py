@@ -119,10 +119,10 @@ class SignalHandler:
 
 def _is_gone(launcher: psutil.Process) -> bool:
     """Also one that was gone when this process began: process 1, which has its place then, is the launcher only where
-    it runs the same Python, as in a container."""
+    it shares the session or runs the same Python, as in a container."""
     try:
         if launcher.pid == 1:
-            return not os.path.samefile("/proc/1/exe", "/proc/self/exe")
+            return os.getsid(1) != os.getsid(0) and not os.path.samefile("/proc/1/exe", "/proc/self/exe")
         return not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):  # it ended in between, or process 1 is another user's
         return True
