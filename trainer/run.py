@@ -122,7 +122,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         hf_hub.download_model(source.path, with_weights=with_weights, log=log, revision=source.revision)
         return folder
 
-    with watch_work(hf_hub.unfinished_bytes):
+    with watch_work():
         data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
     if args.show_example and context.rank == 0:

@@ -42,17 +42,6 @@ def go_offline() -> None:
         import_datasets().config.HF_HUB_OFFLINE = True
 
 
-def unfinished_bytes() -> int:
-    """Bytes of what the hub's libraries write into their caches, here or in a process that has the lock; OSError where
-    a file is done meanwhile."""
-    import huggingface_hub.constants
-
-    places = [(huggingface_hub.constants.HF_HUB_CACHE, "*/blobs/*.incomplete")]
-    if cache := getattr(sys.modules.get("datasets.config"), "HF_DATASETS_CACHE", None):
-        places.append((cache, "**/*.incomplete/*"))
-    return sum(file.stat().st_size for folder, pattern in places for file in Path(folder).glob(pattern))
-
-
 def download_model(model: str, *, with_weights: bool, log: Callable[[str], None], revision: str | None = None) -> None:
     """Download what `from_pretrained` reads of a hub id, for all processes of this host. UserError where that fails."""
     import huggingface_hub

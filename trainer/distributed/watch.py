@@ -180,10 +180,10 @@ class Watchdog:
             self._is_watching, self._stacks_path = False, None
 
     @contextlib.contextmanager
-    def watch_work(self, hang_timeout_seconds: float, count_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    def watch_work(self, hang_timeout_seconds: float) -> Iterator[None]:
         """The same around work that is a library's, before and after the steps: a rank also moves while it computes,
         reads or writes (`WorkMeter`). One collective in which all ranks are may take longer."""
-        meter, has_ended = WorkMeter(count_bytes), threading.Event()
+        meter, has_ended = WorkMeter(), threading.Event()
 
         def follow() -> None:
             while not has_ended.wait(TICK_SECONDS):
@@ -373,22 +373,22 @@ class WorkMeter:
     What waits for a lock, a server or a disk that does not answer does none of these.
 
     Looks at the main thread and at threads and processes begun since the meter was made: those before talk with other
-    ranks, which goes on where a rank hangs. `count_bytes`: of files that another process may write.
+    ranks, which goes on where a rank hangs.
     """
 
-    def __init__(self, count_bytes: Callable[[], int] = lambda: 0) -> None:
-        self._process, self._count_bytes = psutil.Process(), count_bytes
+    def __init__(self) -> None:
+        self._process = psutil.Process()
         self._ignored_threads = {thread.id for thread in self._process.threads()} - {self._process.pid}
         self._ignored_children = self._children()
-        self._previous: tuple[float, set[str], int] = 0.0, set(), 0
+        self._previous: tuple[float, set[str]] = 0.0, set()
 
     def has_moved(self, seconds: float) -> bool:
         """Whether anything moved in the `seconds` since the last call, which another thread than the main one makes."""
         try:
             previous, self._previous = self._previous, self._measure()
-        except (OSError, psutil.Error):  # something ended meanwhile, or a file was renamed
+        except (OSError, psutil.Error):  # something ended meanwhile
             return True
-        return self._previous[1:] != previous[1:] or self._previous[0] - previous[0] >= MIN_CPU_SHARE * seconds
+        return self._previous[1] != previous[1] or self._previous[0] - previous[0] >= MIN_CPU_SHARE * seconds
 
     def _children(self) -> set[int]:
         children = set[int]()
@@ -398,8 +398,8 @@ class WorkMeter:
                 children |= set(map(int, text.split()))
         return children
 
-    def _measure(self) -> tuple[float, set[str], int]:
-        """(processor seconds, what each thread and process has read and written, `count_bytes`)."""
+    def _measure(self) -> tuple[float, set[str]]:
+        """(processor seconds, what each thread and process has read and written)."""
         ignored_threads = self._ignored_threads | {threading.get_native_id()}
         threads = [thread for thread in self._process.threads() if thread.id not in ignored_threads]
         cpu_seconds = sum(thread.user_time + thread.system_time for thread in threads)
@@ -412,4 +412,4 @@ class WorkMeter:
         for folder in folders:
             with contextlib.suppress(OSError):  # it has ended, or the kernel does not count this
                 transfers.add(Path(f"/proc/{folder}/io").read_text(encoding="ascii"))
-        return cpu_seconds, transfers, self._count_bytes()
+        return cpu_seconds, transfers
