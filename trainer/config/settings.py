@@ -92,7 +92,7 @@ class LoraSettings:
     alpha: PositiveFloat = option("adapters are scaled by alpha / rank", 16.0, flag="--lora-alpha")
     dropout: ShareOrZero = option("dropout before each adapter", 0.0, flag="--lora-dropout")
     target_modules: tuple[Name, ...] = option(
-        "attention, mlp, all (default), or names of layers", (), flag="--lora-target-modules"
+        "all (default), or names of layers, or the ends of them", (), flag="--lora-target-modules"
     )
     adapter: choices.Adapter = option(
         "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"

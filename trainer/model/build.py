@@ -80,12 +80,14 @@ def build_model(
             with contextlib.nullcontext() if with_values else no_init_weights():
                 causal = _init_random(settings.model, config)
             causal.tie_weights()
-        fuse_gelu(causal)
+        # GPT-2's activation, the tanh form of GELU (arXiv 1606.08415), in one kernel: transformers writes it as eight
+        # operations, which keep four of a block's widest tensors for backward.
+        for name, layer in list(causal.named_modules(remove_duplicate=False)):
+            if isinstance(layer, NewGELUActivation):
+                causal.set_submodule(name, nn.GELU(approximate="tanh"))
         attention.install(causal)
-        metadata = {
-            "name": settings.model.model,
-            "init": settings.model.init,
-            "class": type(causal).__name__,
+        metadata: dict[str, Any] = {
+            **{"name": settings.model.model, "init": settings.model.init, "class": type(causal).__name__},
             "parameters": sum(p.numel() for p in causal.parameters()),
             "fingerprint": compute_fingerprint(causal) if with_fingerprint and with_values else None,
             "lora_targets": [],
@@ -139,16 +141,6 @@ def to_float32(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def fuse_gelu(causal: nn.Module) -> None:
-    """Compute GPT-2's activation (the tanh form of GELU, Hendrycks and Gimpel, arXiv 1606.08415) in one kernel.
-
-    transformers writes it as eight operations, which keep four of a block's widest tensors for backward.
-    """
-    for name, module in list(causal.named_modules(remove_duplicate=False)):
-        if isinstance(module, NewGELUActivation):
-            causal.set_submodule(name, nn.GELU(approximate="tanh"))
-
-
 def save_base_model(settings: Settings, folder: Path) -> None:
     """Write the random base of the settings, for an adapter that would be nothing without it."""
     torch.manual_seed(settings.train.seed)
@@ -166,9 +158,8 @@ def load_config(settings: ModelSettings) -> Any:
             model_files.check_config(config)
     if settings.dropout is not None:
         if not (names := get_dropout_probabilities(config)):
-            raise UserError(
-                f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set"
-            )
+            model = f"{settings.model} ({config.model_type})"
+            raise UserError(f"--dropout {settings.dropout:g}: {model} has no dropout to set")
         for name in names:
             setattr(config, name, settings.dropout)
     return config
@@ -229,8 +220,7 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
             problem = f"has no {file}"
             if not folder.is_dir():
                 unreachable = f"the Hub cannot be reached; run `hf download {source.path}` where it can"
-                gives_none = f"the Hub gives no {file}" if hf_hub.is_reachable() else unreachable
-                problem = f"no such folder, and {gives_none}"
+                problem = f"no such folder, and {f'the Hub gives no {file}' if hf_hub.is_reachable() else unreachable}"
             problem += "; pass --model FOLDER with config.json and safetensors (pickles are not read)"
             problem += f", or --model {DEMO_MODEL}, the embedded toy"
         if source.adapter:

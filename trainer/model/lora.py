@@ -5,7 +5,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +28,29 @@ UNSUPPORTED_TYPES = ("ADALORA", "XLORA", "POLY")
 
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
-    """The layers to adapt as peft takes them: the shortest ends of names that mean these layers and no other.
+    """The layers to adapt, as peft takes them: names, or the ends of names, of Conv1D and Linear layers.
 
-    Each of `settings.target_modules` must match: a kind, a layer's name or the end of it (`mlp.c_proj`), or a pattern
-    of whole names. Left out: every Conv1D and Linear but the output layer. UserError for one that matches nothing.
+    Without `settings.target_modules`, or with `all` in it: every one but the output layer. UserError for one that
+    matches nothing.
     """
     output_layer = causal.get_output_embeddings()
     names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
-    selected: set[str] = set()
-    for target in settings.target_modules or ("all",):
-        matches = {name for name in names if _matches(name, target)}
-        if not matches:
-            suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-            raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {suffixes}")
-        selected |= matches
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    targets = list(settings.target_modules or ("all",))
+    for target in targets:
+        if target != "all" and not any(_ends_with(name, target) for name in names):
+            raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {', '.join(kinds)}")
+    targets = kinds if "all" in targets else sorted(targets)
     for mixer_name, mixer in causal.named_modules():
-        inside = sorted(name for name in selected if name.startswith(f"{mixer_name}."))
-        if inside and hasattr(mixer, "conv1d") and hasattr(mixer, "out_proj"):
+        if hasattr(mixer, "conv1d") and hasattr(mixer, "out_proj"):
             # Of a state-space model (Mamba and its kin), whose kernels read the weights past an adapter.
-            raise UserError(
-                f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(mixer).__name__} reads its weights past "
-                f"an adapter ({causal.config.model_type}); expected --mode full, or layers outside of it"
-            )
-    others, ends = [name for name in names if name not in selected], set()
-    for name in selected:
-        parts = name.split(".")
-        candidates = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
-        ends.add(next((end for end in candidates if not any(_ends_with(other, end) for other in others)), name))
-    return sorted(ends)
-
-
-def _matches(name: str, target: str) -> bool:
-    if target in ("attention", "mlp"):  # a numbered block's layers are those of its attention and, all others, its MLP
-        parts = name.split(".")
-        is_attention = any("attn" in part or "attention" in part for part in parts[:-1])
-        return any(part.isdigit() for part in parts) and is_attention == (target == "attention")
-    if "*" in target or "?" in target:
-        return fnmatchcase(name, target)
-    return target == "all" or _ends_with(name, target)
+            inside = [name for name in names if name.startswith(f"{mixer_name}.")]
+            if adapted := [target for target in targets if any(_ends_with(name, target) for name in inside)]:
+                raise UserError(
+                    f"--lora-target-modules {adapted[0]}: {type(mixer).__name__} reads its weights past an adapter "
+                    f"({causal.config.model_type}); expected --mode full, or layers outside of it"
+                )
+    return targets
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -10,6 +10,7 @@ EPYC; `launch/bench.py steps --without chunked-loss`), and 2,048 positions of GP
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from trainer.data.sampler import IGNORE_INDEX
 from trainer.model.attention import rows_of_one_text
+from trainer.model.model_files import reason
 
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in chunks
@@ -50,9 +52,8 @@ def simulate_gpu(is_simulated: bool) -> Iterator[None]:
 
 def has_linear_head(causal: PreTrainedModel) -> bool:
     """Whether logits are what the output layer makes, times a number; Gemma 2 caps them."""
-    is_capped = bool(getattr(causal.config.get_text_config(), "final_logit_softcapping", None))
-    is_bare = causal.base_model is causal
-    return not is_capped and not is_bare and causal.get_output_embeddings() is not None
+    is_capped = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    return not is_capped and causal.base_model is not causal and causal.get_output_embeddings() is not None
 
 
 def logit_scale(config: Any) -> float:
@@ -64,11 +65,6 @@ def make_sample(causal: PreTrainedModel) -> Tensor:
     """Two rows of token ids [2, SAMPLE_WIDTH] to try a form of the model on."""
     device, vocab_size = next(causal.parameters()).device, causal.config.get_text_config().vocab_size
     return (torch.arange(2 * SAMPLE_WIDTH, device=device) * 7919 % vocab_size).view(2, -1)
-
-
-def describe_failure(error: Exception) -> str:
-    """Of a form of the model that cannot be computed, with as many kinds of errors as there are architectures."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 class CausalLMLoss(nn.Module):
@@ -101,7 +97,7 @@ class CausalLMLoss(nn.Module):
                     return ""
                 problem = f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}"
             except Exception as error:
-                problem = describe_failure(error)
+                problem = reason(error)
             finally:
                 self.causal.train(was_training)
         self.uses_head = False
@@ -121,15 +117,14 @@ class CausalLMLoss(nn.Module):
         inputs = {} if position_ids is None else {"position_ids": position_ids}
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
-        dtype, is_packed = self.autocast_dtype, position_ids is not None
+        dtype = self.autocast_dtype
         autocast = torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext()
-        with autocast, contextlib.nullcontext() if is_packed else rows_of_one_text():
-            if not self.uses_head:
-                logits = self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
-                nll = _nll(logits, targets)
-                nll_sum = nll.sum()
-            else:
+        with autocast, rows_of_one_text() if position_ids is None else contextlib.nullcontext():
+            if self.uses_head:
                 nll_sum, nll = self._chunked_loss(input_ids, targets, inputs)
+            else:
+                nll = _nll(self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1), targets)
+                nll_sum = nll.sum()
         return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
     def _chunked_loss(self, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -142,17 +137,14 @@ class CausalLMLoss(nn.Module):
         uses_kernel = type(layer) is nn.Linear and not is_sharded and layer.weight.dtype != torch.float16
         is_tied = type(embedding) is nn.Embedding and embedding.weight is layer.weight and layer.weight.requires_grad
         tied_weight_grads: list[Tensor] | None = [] if uses_kernel and needs_grad and is_tied else None
-        if tied_weight_grads is None:
-            inputs = {"input_ids": input_ids, **inputs}
-        else:
-            rows = TiedEmbedding.apply(layer.weight, input_ids, tied_weight_grads, embedding.padding_idx)
-            inputs = {"inputs_embeds": rows, **inputs}
-        hidden = self.causal.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        if scale != 1:
-            hidden = hidden * scale
+        rows: dict[str, Any] = {"input_ids": input_ids}
+        if tied_weight_grads is not None:
+            arguments = layer.weight, input_ids, tied_weight_grads, embedding.padding_idx
+            rows = {"inputs_embeds": TiedEmbedding.apply(*arguments)}
+        hidden = self.causal.base_model(**rows, **inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = hidden * scale if scale != 1 else hidden
         if uses_kernel:
-            if not layer.weight.requires_grad:
-                max_rows //= FROZEN_CHUNK_DIVISOR
+            max_rows //= 1 if layer.weight.requires_grad else FROZEN_CHUNK_DIVISOR
             num_chunks = math.ceil(len(targets) / max_rows)
             chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
             return LinearCrossEntropy.apply(
@@ -162,13 +154,12 @@ class CausalLMLoss(nn.Module):
         def chunk_nll(hidden: Tensor, targets: Tensor) -> Tensor:
             return _nll(layer(hidden), targets)
 
-        nlls = []
-        for chunk, chunk_targets in zip(hidden.split(max_rows), targets.split(max_rows), strict=True):
-            if needs_grad and len(targets) > max_rows:  # the logits are made a second time in the backward
-                nlls.append(checkpoint(chunk_nll, chunk, chunk_targets, use_reentrant=False))
-            else:
-                nlls.append(chunk_nll(chunk, chunk_targets))
-        nll = torch.cat(nlls)
+        compute: Any = chunk_nll
+        if needs_grad and len(targets) > max_rows:  # the logits are made a second time in the backward
+            compute = partial(checkpoint, chunk_nll, use_reentrant=False)
+        nll = torch.cat(
+            [compute(*chunk) for chunk in zip(hidden.split(max_rows), targets.split(max_rows), strict=True)]
+        )
         return nll.sum(), nll
 
 
@@ -187,15 +178,14 @@ def find_packing_problem(causal: PreTrainedModel) -> str:
                 causal.set_attn_implementation("sdpa")
             apart, joined, packed = (float(loss_module(*each)[0]) for each in inputs)
     except Exception as error:
-        return describe_failure(error)
+        return reason(error)
     finally:
         causal.train(was_training)
         causal.set_attn_implementation(own_attention)
     difference = abs(packed - apart)
     bound = 1e-5 if causal.dtype == torch.float32 else 2**-8  # and far less than without positions
-    if difference <= 1e-5 * apart or difference <= min(bound * apart, abs(joined - apart) / 4):
-        return ""
-    return f"examples of one row see one another (loss {packed:.6g}, apart {apart:.6g})"
+    is_same = difference <= 1e-5 * apart or difference <= min(bound * apart, abs(joined - apart) / 4)
+    return "" if is_same else f"examples of one row see one another (loss {packed:.6g}, apart {apart:.6g})"
 
 
 class LinearCrossEntropy(torch.autograd.Function):

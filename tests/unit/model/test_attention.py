@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 from trainer.config.settings import LoraSettings
 from trainer.model import attention
@@ -98,17 +98,6 @@ def test_dropout_keeps_elements_with_its_probability_in_each_of_the_four_lanes(p
     assert dropout_scale(1.0) == NUM_LEVELS, "a configuration may say 1; one element of 65,536 stays"
 
 
-def test_the_dropout_layer_scales_and_passes_gradients_through_the_same_mask():
-    layer, inputs = Dropout(0.25), torch.randn(50, 40, requires_grad=True)
-    output = layer(inputs)
-    output.backward(torch.ones_like(output))
-    stay = output != 0
-    assert 0.15 < 1 - stay.double().mean() < 0.35
-    torch.testing.assert_close(output[stay], inputs[stay] * 4 / 3)
-    torch.testing.assert_close(inputs.grad, stay * (4 / 3))
-    assert layer.eval()(inputs) is inputs
-
-
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The masks that the blocks of an attention draw, in order."""
@@ -171,12 +160,3 @@ def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_w
     module.save_pretrained(tmp_path)
     causal.config.save_pretrained(tmp_path)
     assert attention.BLOCKWISE_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
-
-
-def test_other_models_and_models_without_dropout_keep_their_attention(tiny_model):
-    llama = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=0.1))
-    none = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    for causal in (llama, none):
-        install_on_cpu(causal, causal)
-        assert causal.config._attn_implementation == "sdpa"
-        assert not [layer for layer in causal.modules() if type(layer) is Dropout]
