@@ -177,10 +177,7 @@ def build_engine(
     if source is None:
         return engine, TrainState()
     checkpoint.load_optimizer(source, engine)
-    state = source.train_state
-    if source.metadata["data"] != plan.data_info["fingerprint"]:  # losses on other data are not compared with its own
-        state = replace(state, best=None, evals_without_improvement=0)
-    return engine, state
+    return engine, source.train_state
 
 
 def _train_and_export(

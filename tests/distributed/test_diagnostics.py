@@ -209,29 +209,6 @@ def test_a_diagnostic_is_reported_once_across_a_resume():
     assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
 
 
-def test_losses_on_other_data_are_not_compared():
-    """Twice as high from step 101 on, where the run was resumed with other data, and once more at step 151."""
-
-    def loss(step: int) -> float:
-        return healthy_loss(step) * (1 if step <= 100 else 2)
-
-    rows = list(make_run_records(loss=loss, val=loss))
-    changed = {"data": ["first", "second"]}
-    for is_changed in (True, False):
-        changes = changed if is_changed else {}
-        resumes = [EventRecord(event="resumed", step=100, message="", time=0.0, facts={"changed": changes})]
-        codes = set()
-        for cut, events in ((100, []), (150, resumes)):
-            resumed = make_metadata()
-            resumed["resumed"] = {"settings": resumed["settings"], "changed": changes}
-            monitor = DiagnosticsMonitor(resumed)
-            earlier = [row for row in rows if row.step <= 100] + events + [row for row in rows if 100 < row.step <= cut]
-            found = monitor.replay(earlier)
-            found += [finding for row in rows if row.step > cut for finding in monitor.on_record(row)]
-            codes |= {finding.code for finding in found}
-        assert (codes == set()) == is_changed, codes
-
-
 # --- real runs -------------------------------------------------------------------------------------------------------
 
 

@@ -29,10 +29,7 @@ from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.decoding import decode
 from trainer.model.build import build_model, load_config
-from trainer.report.load import load_runs
-from trainer.report.page import compare
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
-from trainer.tracking.records import EventRecord
 from trainer.training.generation import (
     GenerationEvaluator,
     check_test_records,
@@ -187,32 +184,6 @@ def test_every_evaluation_leaves_samples(sampled_and_plain_runs, data_files):
         facts = event["facts"]
         texts = [{"prompt": text["prompt"], "completion": text["reference"]} for text in facts["texts"]]
         assert texts == val_records[:3]
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_plain_runs):
-    comparison = compare(load_runs([str(run) for run in sampled_and_plain_runs])[0])
-    quality = dict(zip(comparison.by_run[0].headings, comparison.by_run[0].rows[0], strict=True))
-    means = read_events(sampled_and_plain_runs[0], "test_scores")[0]["facts"]["scores"]
-    for name in ("exact", "f1"):
-        assert quality[f"{name}, test records"] == f"{means[name]:.4f}"
-    events = read_events(sampled_and_plain_runs[0], "samples")
-    first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
-    shown = [(prompt, *texts.values()) for prompt, texts in comparison.samples.items()]
-    assert shown == [
-        tuple(cell.strip() for cell in (text["prompt"], text["reference"], begun["completion"], text["completion"]))
-        for begun, text in zip(first, last, strict=True)
-    ]
-
-
-def test_a_resumed_run_takes_the_base_models_texts_of_the_same_prompts_only():
-    texts = [{"prompt": name, "completion": f"after {name}"} for name in ("a", "b")]
-    event = EventRecord(event="samples", step=0, message="", time=1.0, facts={"seconds": 0.5, "texts": texts})
-    for names, expected in (("abc", ["after a", "after b"]), ("a", ["after a", "after b"]), ("xb", [])):
-        prompts = [SimpleNamespace(text=name) for name in names]
-        samples: Any = SimpleNamespace(prompts=prompts, base_completions=[])
-        assert list(GenerationEvaluator.replay(samples, [event])) == [event]
-        assert samples.base_completions == expected
 
 
 # --- the scores of the test records ---

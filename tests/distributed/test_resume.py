@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import shutil
-import struct
 import unittest.mock
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,6 @@ from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.files import folder_size
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training import checkpoint, run_plan
@@ -226,14 +224,14 @@ def test_resume_takes_everything_from_the_run_folder(finished_run, folder):
 
 
 @pytest.mark.slow
-def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder, other_data):
-    changes = ["--lr", "1e-4", "--val-data", other_data, "--allow-change", "lr,data"]
+def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder):
+    changes = ["--lr", "1e-4", "--allow-change", "lr"]
     train(["--mode", "lora", "--resume", "step-5", *changes], out=folder, world_size=1)
     first = read_records(folder)
     (event,) = read_events(folder, "resumed")
     change = event["facts"]["changed"]
     assert change["lr"] == [LEARNING_RATE, 1e-4]
-    assert set(change) == {"lr", "data"}
+    assert set(change) == {"lr"}
     assert f"lr changed from {LEARNING_RATE} to 0.0001" in event["message"]
     rates = [row["lr"] for row in first if row["kind"] == "step"]
     assert rates == pytest.approx([(LEARNING_RATE if step < 5 else 1e-4) * (1 - step / STEPS) for step in range(STEPS)])
@@ -244,7 +242,7 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     for saved in [f for f in (killed / "checkpoints").iterdir() if f.name != "step-000005"]:
         shutil.rmtree(saved)
     (check,) = (check for check in inspect_run(killed).uses if check.name == "resume")
-    assert "pass --allow-change lr,data" in check.message, "as --resume, which has no other proof of what was allowed"
+    assert "pass --allow-change lr" in check.message, "as --resume, which has no other proof of what was allowed"
 
     shutil.rmtree(folder / "checkpoints/step-000007")
     train(["--mode", "lora", "--resume"], out=folder, world_size=1)  # the newest, and the rate without saying it again
@@ -252,11 +250,6 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder,
     events = read_events(folder, "resumed")
     assert [event["step"] for event in events] == [5, 6]
     assert events[-1]["facts"]["changed"] == change, "still another rate than the run began with"
-
-    losses = {row["step"]: row["loss"] for row in first if row["kind"] == "eval"}
-    best = min((step for step in losses if step > 5), key=losses.__getitem__)
-    assert read_events(folder, "finished")[-1]["facts"]["best"]["step"] == best, "of those on these data"
-    assert min(losses, key=losses.__getitem__) <= 5, "otherwise nothing is shown here"
 
 
 def edit_settings(folder: Path, group: str, name: str, value: object) -> None:
@@ -269,7 +262,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [  # flags, an edit of run.jso
     ("--lr 1", (), "lr is 1.0 and was 0.003 in this run; restore it, or pass --allow-change lr as well"),
     ("--data OTHER", (), "data is "),
     ("--mode full", (), "--mode full: the run in"),
-    ("--allow-change speed", (), "--allow-change speed: expected one of "),
+    ("--allow-change data", (), "--allow-change data: expected one of "),
     ("--resume step-99", (), "--resume step-99: not in"),
     ("", ("train", "lr", 0.005), "--resume: lr is 0.005 and was 0.003"),
     ("", ("train", "seed", 7), "--resume: seed is 7 and was 42"),
@@ -391,23 +384,6 @@ def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv,
 # --- what a checkpoint holds, and which are kept ---------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninterrupted_runs):
-    """The float32 value and two moments; with LoRA the adapters only, with full training tied weights once."""
-    model = read_metadata(finished_run)["model"]
-    for run, trainable in (
-        (finished_run, model["trainable"]),
-        (uninterrupted_runs / "2-zero3_offload-lora", model["trainable"]),
-        (uninterrupted_runs / "2-zero3_offload-full", model["parameters"]),
-    ):
-        state = run / "checkpoints" / "step-000003" / "state.safetensors"
-        with open(state, "rb") as file:
-            header = struct.unpack("<Q", file.read(8))[0]
-        assert state.stat().st_size == 8 + header + 12 * trainable
-        names_and_progress = 16 * 1024
-        assert folder_size(state.parent) <= 1.1 * 12 * trainable + names_and_progress
-    assert model["trainable"] < model["parameters"] / 2
-
-
 def load_on_three_hosts(folder: Path) -> int:
     """Of ranks 0 to 4 two are on host a, two on b and one on c; only a and c see the folder. Counts what is sent."""
     sent: list[list[int]] = []
@@ -437,13 +413,3 @@ def test_a_checkpoint_is_read_where_its_folder_is_shared_and_sent_once_to_each_o
         save_stub_checkpoint(tmp_path / "checkpoints", step)
     (tmp_path / LOCK_FILE).write_text("process 1 on a")
     assert run_on_ranks(5, load_on_three_hosts, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-
-
-def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path):
-    """Else they would count as the newest: the run's own would be deleted, the next resume take the wrong course."""
-    folder = tmp_path / "checkpoints"
-    for step in (1, 2, 8, 9):
-        save_stub_checkpoint(folder, step, limit=9)
-    (folder / "step-000009" / "state.json").write_text("cut off")
-    checkpoint.delete_checkpoints_after(folder, 2)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]

@@ -104,9 +104,7 @@ def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: 
     return StartedRun(planned.settings, planned.data, planned.model, plan, engine, state)
 
 
-def save_stub_checkpoint(
-    folder: Path, step: int, *, limit: int = 2, loss: float | None = None, identity: dict[str, Any] = STUB_IDENTITY
-) -> None:
+def save_stub_checkpoint(folder: Path, step: int, *, limit: int = 2, loss: float | None = None) -> None:
     """The checkpoint of one weight, which has the number of its step as its value; `loss`: of its evaluation."""
     weight = torch.full((3,), float(step))
     kinds = ("weight", "exp_avg", "exp_avg_sq")
@@ -118,5 +116,5 @@ def save_stub_checkpoint(
     engine: Any = SimpleNamespace(trainable_params={"w": weight}, state=state)
     best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
     evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
-    manager = CheckpointManager(folder, simulated_context(1), save_total_limit=limit, identity=identity)
+    manager = CheckpointManager(folder, simulated_context(1), save_total_limit=limit, identity=STUB_IDENTITY)
     manager.save(engine, TrainState(step=step, best=best, **evaluated))

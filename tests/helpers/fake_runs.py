@@ -42,7 +42,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
         "not_comparable_with_card": [],
         "resolved": {
             **{"lr": settings.train.lr, "precision": "fp32", "ds_config": "zero0", "ds_reason": "one rank"},
-            **{"ranks": 1, "nodes": 1, "device": "cpu", "backend": "gloo", "threads_per_rank": 2},
+            **{"ranks": 1, "nodes": 1, "device": "cpu", "threads_per_rank": 2},
             **{"micro_batch": 8, "accumulation": 1, "global_batch": 8, "warmup_steps": 0, "dropout": 0.1},
             **{"steps_per_epoch": steps_per_epoch, "total_steps": 3 * steps_per_epoch},
         },

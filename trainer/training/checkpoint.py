@@ -112,10 +112,9 @@ def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | 
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The one with the lowest validation loss of its own weights on the newest data; the earliest of equals."""
-    evaluated = [c for c in checkpoints if c.val_loss is not None]
-    comparable = [c for c in evaluated if c.metadata["data"] == evaluated[-1].metadata["data"]]
-    return min(comparable, key=lambda c: (c.val_loss, c.step), default=None)
+    """The one with the lowest validation loss of its own weights; the earliest of equals."""
+    evaluated = (c for c in checkpoints if c.val_loss is not None)
+    return min(evaluated, key=lambda c: (c.val_loss, c.step), default=None)
 
 
 def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:

@@ -99,26 +99,15 @@ class DiagnosticsMonitor:
         self.metadata, self.settings = metadata, metadata.get("resumed", metadata)["settings"]
         self.lr = self.settings["train"]["lr"]
         self.reported_codes: set[str] = set()
-        self.changed_data: Any = None  # by the newest resume
-        self._forget_losses()
-        self._seconds: Counter[str] = Counter()  # by what they were spent on
-        self._start_time: float | None = None  # time of the first row of this process
-        self._previous_time = 0.0  # time of the row before
-        self._num_evaluations = 0  # after the one before the first step
-
-    def _forget_losses(self) -> None:
         self.steps, self.losses = array("d"), array("d")  # 16 bytes a step
         self.lowest_window: MeanEstimate | None = None  # of the windows so far
         self.evals: list[EvalRecord] = []
         self.num_steps_at_eval = 0
         self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
-
-    def _note_resume(self, changed: Any) -> None:
-        """`changed`: of the resume; losses on other data are not compared with those to come."""
-        changed_data = changed.get("data") if isinstance(changed, dict) else None
-        if changed_data != self.changed_data:
-            self.changed_data = changed_data
-            self._forget_losses()
+        self._seconds: Counter[str] = Counter()  # by what they were spent on
+        self._start_time: float | None = None  # time of the first row of this process
+        self._previous_time = 0.0  # time of the row before
+        self._num_evaluations = 0  # after the one before the first step
 
     def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
         """Take the rows that an earlier process left; returns what it had no time to say. Their times do not count."""
@@ -128,7 +117,6 @@ class DiagnosticsMonitor:
                 self.reported_codes.add(str(record.facts.get("code")))
             for diagnostic in self._apply_rules(record):
                 first_of_code.setdefault(diagnostic.code, diagnostic)
-        self._note_resume(self.metadata.get("resumed", {}).get("changed"))
         return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
@@ -153,11 +141,7 @@ class DiagnosticsMonitor:
             yield from self._check_step(record)
         elif isinstance(record, EvalRecord):
             yield from self._check_evaluation(record)
-        elif not isinstance(record, EventRecord):
-            return
-        elif record.event == "resumed":
-            self._note_resume(record.facts.get("changed"))
-        elif record.event == "not_finite":
+        elif isinstance(record, EventRecord) and record.event == "not_finite":
             yield self._diverging(record.message.split(";", 1)[0])
 
     def _diverging(self, seen: str, *, lr_divisor: float = 3) -> Diagnostic:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,7 +70,7 @@ class GenerationEvaluator:
 
     def __init__(self, engine: Engine, data: PreparedDataset, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.base_completions: list[str] = []  #: of the model before the first step, where they are known
+        self.base_texts: dict[str, str] = {}  #: {prompt: completion} before the first step, where they are known
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
         if not settings.output.num_samples:
@@ -90,9 +89,7 @@ class GenerationEvaluator:
         for record in records:
             if isinstance(record, EventRecord) and record.event == "samples" and not record.step:
                 with contextlib.suppress(KeyError, TypeError):  # facts that somebody edited
-                    texts = record.facts["texts"]
-                    if all(t["prompt"] == p.text for t, p in zip(texts, self.prompts, strict=False)):  # not other data
-                        self.base_completions = [text["completion"] for text in texts]
+                    self.base_texts = {text["prompt"]: text["completion"] for text in record.facts["texts"]}
             yield record
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:
@@ -105,17 +102,11 @@ class GenerationEvaluator:
         texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         seconds = time.perf_counter() - start_time
         if record.step == 0:
-            self.base_completions = texts
-        examples = [
-            {
-                "prompt": prompt.text,
-                "reference": prompt.references[0],
-                "references": len(prompt.references),
-                "base": base,
-                "completion": text,
-            }
-            for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[:number])
-        ]
+            self.base_texts = {prompt.text: text for prompt, text in zip(self.prompts, texts, strict=True)}
+        examples: list[dict[str, Any]] = []
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            example = {"prompt": prompt.text, "reference": prompt.references[0], "references": len(prompt.references)}
+            examples.append({**example, "base": self.base_texts.get(prompt.text), "completion": text})
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
         facts |= {"seconds": seconds, "texts": examples}
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
@@ -239,10 +230,7 @@ def score_records(
         parts.append(f"{scorer} {mean:.4f} over {len(known)} records with a reference")
     parts += [f"no scores by {scorer}: it {failure}" for scorer, failure in failures.items()]
     if num_ties := sum(completion.is_near_tie for completion in completions):
-        parts.append(
-            f"in {num_ties} of {len(prompts)} texts two tokens were equally likely up to rounding: with another "
-            "--eval-batch or machine they may read otherwise"
-        )
+        parts.append(f"in {num_ties} of {len(prompts)} texts two tokens were equally likely up to rounding")
     facts |= {"failures": failures, "num_near_ties": num_ties, "seconds": time.perf_counter() - start_time}
     message = f"scores of {records} with the weights of step {step}: {'; '.join(parts)}"
     return EventRecord(event=event, step=step, message=message, time=now + facts["seconds"], facts=facts)

@@ -225,20 +225,20 @@ def _allowed_changes(
     run.json may have been edited since it was saved.
     """
     current = _fixed_facts(plan.checkpoint_identity(previous["run_id"]))
+    names = sorted({*current, "records"} - {"data"})  # losses on other data are those of another run
     for name in allowed_names:
-        if name not in (*current, "records"):
-            raise UserError(f"--allow-change {name}: expected one of {', '.join(sorted((*current, 'records')))}")
+        if name not in names:
+            raise UserError(f"--allow-change {name}: expected one of {', '.join(names)}")
     settings = Settings(**previous["settings"]).fixed_on_resume()
     settings["model_config"] = previous["model"].get("config")
     data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
     initial = _fixed_facts({"fixed": settings, "data": data, "precision": precision})
     saved = initial if source is None else _fixed_facts(source.metadata)
     changed = {name: saved.get(name) for name, value in current.items() if value != saved.get(name)}
-    if refused := [name for name in changed if name not in allowed_names]:
-        raise UserError(
-            f"--resume: {refused[0]} is {current[refused[0]]} and was {changed[refused[0]]} in this run; "
-            f"restore it, or pass --allow-change {refused[0]} as well"
-        )
+    for name, value in changed.items():
+        if name not in allowed_names:
+            remedy = f", or pass --allow-change {name} as well" if name in names else ""
+            raise UserError(f"--resume: {name} is {current[name]} and was {value} in this run; restore it{remedy}")
     records = {n: change for n, change in previous.get("resumed", {}).get("changed", {}).items() if n == "records"}
     return records | {
         name: [initial[name] if value != initial[name] else changed[name], value]

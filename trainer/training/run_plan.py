@@ -21,7 +21,7 @@ from trainer.config.errors import UserError
 from trainer.config.files import require_place_for_folder
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
-from trainer.config.text import join_words, shorten
+from trainer.config.text import shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import resolve_model_path
@@ -116,8 +116,8 @@ class RunPlan:
         trained = "every weight"
         if model_info["lora_targets"]:
             adapter = "" if settings.lora.kind == "lora" else f"{settings.lora.kind} "
-            trained = f"{adapter}adapters on {', '.join(model_info['lora_targets'])}"
-            trained += f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
+            also = "".join(f", and {name}" for name in settings.lora.modules_to_save)
+            trained = f"{adapter}adapters on {', '.join(model_info['lora_targets'])}{also}"
         rows = f"{train['examples']:,} {unit} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens"
         lr_shape = describe_schedule(
             settings.train.schedule, min_lr=settings.train.min_lr, warmup_steps=schedule.num_warmup_steps
@@ -126,9 +126,8 @@ class RunPlan:
         run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
+            *(("spellings", text) for text in ["; ".join(self.spellings)] if text),
         ]
-        if self.spellings:
-            run.append(("spellings", "; ".join(self.spellings)))
         model = [
             ("model", f"{model_name}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
@@ -136,6 +135,8 @@ class RunPlan:
         data = [
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
             ("validation", describe_split("val")),
+            *(("validation", f"{name}: {describe_split(f'val-{name}')}") for name in data_info["val_sets"]),
+            *(("test", describe_split("test")) for counts in [data_info.get("test")] if counts and counts["examples"]),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("objective", OBJECTIVES[data_info["objective"]]),
             ("example", f"{data_info['example']} (⟦ ⟧ around target tokens)"),
@@ -150,20 +151,17 @@ class RunPlan:
             ("learning rate", f"{settings.train.lr:g}, {lr_shape}"),
         ]
         device = self.dist_context.devices[self.dist_context.rank]
+        if settings.output.score and settings.output.export != "none":
+            names = ", ".join(settings.output.score)
+            training.append(("scores", f"{names} of a greedy text for each test record, at the end"))
         machine = [
             ("precision", f"{self.precision} on {self.dist_context.world_size} x {device['name']}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self.execution.describe()),
+            *([("hosts", self.dist_context.describe_hosts())] if self.dist_context.world_size > 1 else []),
+            *self.host_lines,
             ("output", f"{settings.run_folder}"),
         ]
-        if data_info.get("test", {}).get("examples"):
-            data.insert(2, ("test", describe_split("test")))
-        data[2:2] = [("validation", f"{name}: {describe_split(f'val-{name}')}") for name in data_info["val_sets"]]
-        if (scorers := settings.output.score) and settings.output.export != "none":
-            limit = f"at most {settings.output.score_tokens} tokens" if settings.output.score_tokens else "greedy"
-            training.append(("scores", f"{', '.join(scorers)} of a text ({limit}) for each test record, at the end"))
-        if self.dist_context.world_size > 1:
-            machine[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*data_info.get("notices", []), *collect_notes(settings, model_info)]
         warnings = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
         return [
@@ -222,7 +220,6 @@ class RunPlan:
             "ranks": dist_context.world_size,
             "nodes": dist_context.num_nodes,
             "device": dist_context.device.type,
-            "backend": "nccl" if dist_context.device.type == "cuda" else "gloo",
             "threads_per_rank": dist_context.num_threads,
             "micro_batch": schedule.batch.micro_batch_size,
             "accumulation": schedule.batch.gradient_accumulation_steps,
@@ -259,20 +256,17 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
 
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    stage, optim = deepspeed_file.stage, settings.train.optim
-    if stage and optim in EIGHT_BIT_OPTIMIZERS:  # ZeRO joins all tensors and cuts them by rank, and so the 8-bit blocks
-        raise UserError(
-            f"--optim {optim}: under ZeRO {stage} every number depends on the ranks; expected --ds-config zero0"
-        )
-    if stage == 0 and settings.engine.precision == "fp16":
-        raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
-    if stage and settings.engine.execution == "graphs":
-        raise UserError(f"--execution graphs: steps of ZeRO {stage} are eager; expected --ds-config zero0, or eager")
-    if stage == 3 and _needs_whole_weights(settings):
-        what = f"--quant {settings.model.quant}" + " --adapter dora" * (settings.lora.adapter == "dora")
-        raise UserError(
-            f"{what}: needs whole weights, which ZeRO 3 divides; expected --ds-config zero0, zero1 or zero2"
-        )
+    stage, engine, optim = deepspeed_file.stage, settings.engine, settings.train.optim
+    packed = f"--quant {settings.model.quant}" + " --adapter dora" * (settings.lora.adapter == "dora")
+    rules = (  # ZeRO joins all tensors and cuts them by rank, and so the 8-bit blocks
+        (stage > 0 and optim in EIGHT_BIT_OPTIMIZERS, f"--optim {optim}: would depend on the ranks", "zero0"),
+        (stage > 0 and engine.execution == "graphs", "--execution graphs: its steps are eager", "zero0"),
+        (stage == 0 and engine.precision == "fp16", "--precision fp16: has no loss scale", "zero1 to zero3"),
+        (stage == 3 and _needs_whole_weights(settings), f"{packed}: needs whole weights", "zero0, zero1 or zero2"),
+    )
+    for is_refused, problem, expected in rules:
+        if is_refused:
+            raise UserError(f"{problem} under ZeRO {stage}; expected --ds-config {expected}")
 
 
 def _needs_whole_weights(settings: Settings) -> bool:
@@ -383,7 +377,7 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     if settings.mode == "full" and settings.train.weight_decay:
         notes.append("weight decay acts on every trained weight; transformers leaves biases and norms out")
     if settings.mode == "full" and (ignored := [flag for flag in flags if flag.startswith("--lora-")]):
-        notes.append(f"{join_words(ignored, 'and')}: ignored with --mode full")
+        notes.append(f"{', '.join(ignored)}: ignored with --mode full")
     if settings.output.score and settings.output.export == "none":
         notes.append("--score: ignored with --export none, which leaves the test records unseen")
     if ties := describe_bf16_ties(model_info.get("bf16_ties", 0.0)):
@@ -420,8 +414,6 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
