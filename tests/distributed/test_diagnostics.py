@@ -86,7 +86,7 @@ def diagnose(
     """{code: finding} of a stream of records; `seconds_per_record`: on what, and how many, are spent before each."""
     monitor, diagnostics = DiagnosticsMonitor(metadata), {}
     for record in stream:
-        monitor.add_time(*seconds_per_record)
+        monitor.seconds[seconds_per_record[0]] += seconds_per_record[1]
         for diagnostic in monitor.on_record(record):
             assert diagnostic.code not in diagnostics, "said once"
             diagnostics[diagnostic.code] = diagnostic

@@ -386,7 +386,7 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
     folder = shutil.copytree(full_run / "model", tmp_path / "model")
 
     def find_problems(loss: float = recorded, logits: np.ndarray = expected, is_tied: bool = True) -> str:
-        progress = {"step": 6, "val_step": 6, "val_loss": loss}
+        progress = {"step": 6, "val_loss": loss}
         source = Checkpoint(folder=folder, metadata={"progress": progress, "precision": "fp32", "device": "cpu"})
         options = {"is_tied": is_tied, "device": cpu, "val": data.val, "eval_batch": 4}
         result = verify_folder(folder, source, input_ids=ids, logits=logits, **options)

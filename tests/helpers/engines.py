@@ -115,6 +115,5 @@ def save_stub_checkpoint(folder: Path, step: int, *, limit: int = 2, loss: float
     )
     engine: Any = SimpleNamespace(trainable_params={"w": weight}, state=state)
     best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
-    evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
     manager = CheckpointManager(folder, simulated_context(1), save_total_limit=limit, identity=STUB_IDENTITY)
-    manager.save(engine, TrainState(step=step, best=best, **evaluated))
+    manager.save(engine, TrainState(step=step, best=best, val_loss=loss))

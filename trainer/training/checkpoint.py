@@ -63,9 +63,8 @@ class Checkpoint:
 
     @property
     def val_loss(self) -> float | None:
-        """Validation loss of exactly these weights, where they were evaluated."""
-        values = self.metadata["progress"]
-        return values["val_loss"] if values["val_step"] == values["step"] else None
+        loss: float | None = self.metadata["progress"]["val_loss"]
+        return loss
 
     @property
     def train_state(self) -> TrainState:
@@ -135,10 +134,8 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
         raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
     checkpoints = list_checkpoints(folder)
     available = ", ".join(c.folder.name for c in checkpoints) or "none"
-    if which == "best":
-        selected = best_checkpoint(checkpoints)
-    else:
-        selected = next((c for c in checkpoints if c.step == int(which.removeprefix("step-"))), None)
+    steps = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+    selected = best_checkpoint(checkpoints) if which == "best" else steps.get(int(which.removeprefix("step-")))
     if selected is None:
         raise UserError(f"{flag} {which}: not in {folder}; whole checkpoints there: {available}")
     if damage := selected.find_damage():
@@ -192,15 +189,13 @@ class CheckpointManager:
                     write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
                     if target.exists():
                         _delete_folder(target)
-                checkpoints = list_checkpoints(self.folder)
-                best = best_checkpoint(checkpoints)
+                best = best_checkpoint(checkpoints := list_checkpoints(self.folder))
                 for checkpoint in checkpoints[: -self.save_total_limit]:
                     if checkpoint is not best:
                         _delete_folder(checkpoint.folder)
             except OSError as error:
-                problem = (
-                    f"checkpoint {target} not written: {error.strerror or error}; the checkpoints before it are whole"
-                )
+                reason = error.strerror or error
+                problem = f"checkpoint {target} not written: {reason}; the checkpoints before it are whole"
         for _ in tensors:  # the gathering needs everybody, to its end
             pass
         if problem := self.dist_context.all_gather_object(problem)[0]:
@@ -256,11 +251,8 @@ def _delete_folder(folder: Path) -> None:
 
 
 def delete_checkpoints_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints after `step`, whole or damaged: a run that goes on from there takes another course.
-
-    Left there they would pass for the newest of the run, be kept in place of its own, and be resumed from.
-    TrainingError where they cannot be deleted.
-    """
+    """Delete the checkpoints after `step`, whole or damaged: a run that goes on from there takes another course, and
+    they would pass for its newest. TrainingError where they cannot be deleted."""
     try:
         _remove_temporary(folder)
         for number, path in reversed(_numbered_folders(folder)):  # newest first: a kill leaves no gap

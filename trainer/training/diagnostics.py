@@ -6,7 +6,6 @@ nothing twice. The rules on losses say the same on every machine; those on time 
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -104,7 +103,7 @@ class DiagnosticsMonitor:
         self.evals: list[EvalRecord] = []
         self.num_steps_at_eval = 0
         self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
-        self._seconds: Counter[str] = Counter()  # by what they were spent on
+        self.seconds = {"data": 0.0, "evaluation": 0.0}  #: that were spent waiting for rows, and on evaluations
         self._start_time: float | None = None  # time of the first row of this process
         self._previous_time = 0.0  # time of the row before
         self._num_evaluations = 0  # after the one before the first step
@@ -123,13 +122,10 @@ class DiagnosticsMonitor:
         if self._start_time is None:
             self._start_time = record.time
         elif isinstance(record, EvalRecord):
-            self.add_time("evaluation", record.time - self._previous_time)
+            self.seconds["evaluation"] += record.time - self._previous_time
             self._num_evaluations += 1
         self._previous_time = record.time
         return self._select_new([*self._apply_rules(record), *self._find_slow_parts(record.time - self._start_time)])
-
-    def add_time(self, category: str, seconds: float) -> None:
-        self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
 
     def _select_new(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
         new_ones = {d.code: d for d in diagnostics if d.code not in self.reported_codes}
@@ -145,8 +141,7 @@ class DiagnosticsMonitor:
             yield self._diverging(record.message.split(";", 1)[0])
 
     def _diverging(self, seen: str, *, lr_divisor: float = 3) -> Diagnostic:
-        precision = self.metadata["resolved"]["precision"]
-        cause = f"the learning rate {self.lr:g} is too high for {precision}"
+        cause = f"the learning rate {self.lr:g} is too high"
         return Diagnostic("diverging", seen, cause, f"--lr {self.lr / lr_divisor:.1g}")
 
     def _check_step(self, record: StepRecord) -> Iterator[Diagnostic]:
@@ -205,10 +200,9 @@ class DiagnosticsMonitor:
             self.train_loss_means.append(mean)
         self.num_steps_at_eval = len(self.losses)
         self.evals.append(replace(record, row_nll=None))
-        if not self.train_loss_means:
+        if len(self.train_loss_means) < 2:
             return
-        first, last, train_loss = self.evals[0], self.evals[-1], self.train_loss_means[-1]
-        start = max(first.loss, self.losses[0])  # of the training loss
+        last, train_loss, start = self.evals[-1], self.train_loss_means[-1], max(self.evals[0].loss, self.losses[0])
 
         # The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell by
         # two standard errors, from the stretch before the lowest evaluation to the last one. The first is the
@@ -217,10 +211,10 @@ class DiagnosticsMonitor:
         best_index, best = min(enumerate(self.evals), key=lambda pair: pair[1].loss)
         num_later, num_epochs = len(self.evals) - best_index - 1, last.epoch - best.epoch
         is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
-        before = self.train_loss_means[max(0, best_index - 1)] if len(self.train_loss_means) > 1 else None
-        if before is None or last.loss / best.loss - 1 < GENERALISATION_LOSS or not is_sustained:
-            return
-        if welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= start:
+        is_worse = last.loss / best.loss - 1 >= GENERALISATION_LOSS
+        before = self.train_loss_means[max(0, best_index - 1)]
+        has_learned = welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= start
+        if is_worse and is_sustained and has_learned:
             seen = f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step "
             seen += f"{best.step}): {best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: "
             seen += f"{before.value:.4f} -> {train_loss.value:.4f}"
@@ -232,18 +226,13 @@ class DiagnosticsMonitor:
     def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
         if elapsed_seconds < MIN_RUN_SECONDS:
             return
-        eval_every, rarer = self.settings["output"]["eval_every"], "--eval-every epoch"
-        frequent = f"they are frequent (--eval-every {eval_every}) or their batches small"
-        if eval_every == "epoch":
-            rarer = f"--eval-batch {2 * self.settings['train']['eval_batch']}"
-        waiting, disk = "the prepared data are read from a slow disk", "TRAINER_CACHE=FOLDER on a local disk"
-        # one evaluation is that of the last step, which every run has
-        max_evaluation = MAX_EVALUATION_SHARE if self._num_evaluations > 1 else math.inf
-        for code, category, max_share, spent, cause, remedy in (
-            ("waiting_for_data", "data", MAX_DATA_SHARE, "by waiting for training rows", waiting, disk),
-            ("much_evaluation", "evaluation", max_evaluation, "into evaluations and their samples", frequent, rarer),
-        ):
-            share = self._seconds[category] / elapsed_seconds
-            if share >= max_share:
-                seen = f"{share:.0%} of {elapsed_seconds:.0f} s went {spent}"
-                yield Diagnostic(code, seen, cause, remedy)
+        waiting, evaluating = (self.seconds[name] / elapsed_seconds for name in ("data", "evaluation"))
+        if waiting >= MAX_DATA_SHARE:
+            seen, cause = f"{waiting:.0%} of {elapsed_seconds:.0f} s went by waiting for training rows", "a slow disk"
+            yield Diagnostic("waiting_for_data", seen, cause, "TRAINER_CACHE=FOLDER on a local disk")
+        if evaluating >= MAX_EVALUATION_SHARE and self._num_evaluations > 1:  # each run has one after the last step
+            seen = f"{evaluating:.0%} of {elapsed_seconds:.0f} s went into evaluations and their samples"
+            rarer, larger = "--eval-every epoch", f"--eval-batch {2 * self.settings['train']['eval_batch']}"
+            is_rare = self.settings["output"]["eval_every"] == "epoch"
+            cause = f"their batches are small{', or they are frequent' * (not is_rare)}"
+            yield Diagnostic("much_evaluation", seen, cause, larger if is_rare else rarer)

@@ -80,19 +80,22 @@ def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) ->
     Of runs that had the same base, data and way of computing, by their run.json. `metadata`: this run's.
     """
     settings, evaluations = metadata["settings"], dict[str, list[float]]()
-    folder, keys = settings["output"]["base_from"], ["id", "occurrence", "targets"]
-    lora = settings["lora"]  # pissa changes the base in its last digits, other methods may start elsewhere
+    folder, keys, lora = settings["output"]["base_from"], ["id", "occurrence", "targets"], settings["lora"]
+    # pissa changes the base in its last digits, other methods may start elsewhere
     changes_base = metadata["mode"] == "lora" and (lora["adapter"] == "pissa" or lora["peft_config"])
-
-    def base_facts(run: Mapping[str, Any]) -> list[Any]:
-        """What two runs must share for the base's evaluation by one to be that by the other."""
-        model, resolved, hardware, data_info = run["model"], run["resolved"], run["hardware"], run["data"]
-        facts = [model["fingerprint"], run["settings"]["model"]["quant"], resolved["precision"], resolved["device"]]
-        facts += [hardware.get("gpu") or hardware.get("cpu"), run["versions"]["torch"]]
-        return [*facts, data_info["fingerprint"], data_info["val_fingerprint"]]
-
     if folder is None or settings["model"]["init"] != "pretrained" or changes_base:
         return {}
+
+    def base_facts(run: Mapping[str, Any]) -> list[Any]:
+        model, resolved, hardware, data_info = run["model"], run["resolved"], run["hardware"], run["data"]
+        facts = [
+            model["fingerprint"],
+            run["settings"]["model"]["quant"],
+            resolved["precision"],
+            run["versions"]["torch"],
+        ]
+        return [*facts, hardware["gpu"] or hardware["cpu"], data_info["fingerprint"], data_info["val_fingerprint"]]
+
     for split in ("val", *OTHER_SPLITS):
         for path in sorted(Path(folder).glob(f"*/{EVAL_RECORDS_FOLDER}/step-000000-{split}.parquet")):
             with contextlib.suppress(UserError, LookupError, TypeError):  # of a run that is going, or was damaged
@@ -124,17 +127,13 @@ def evaluate_other_splits(
         dataset = getattr(data, split)
         if not len(dataset):
             continue
-        num_bytes = data.num_target_bytes(split)
-        row_nll, loss, num_target_tokens, bits = evaluate(
-            engine, dataset, plan.settings.train.eval_batch, num_bytes=num_bytes, row_nll=base_nll.get(split)
-        )
+        options: Any = {"num_bytes": data.num_target_bytes(split), "row_nll": base_nll.get(split)}
+        row_nll, loss, num_target_tokens, bits = evaluate(engine, dataset, plan.settings.train.eval_batch, **options)
         folder = Path(plan.settings.run_folder) / EVAL_RECORDS_FOLDER
         write_rows = partial(write_evaluation, folder, step=step, split=split, nll=row_nll)
         plan.dist_context.on_rank_zero(lambda: write_rows(data.row_info(split)))  # noqa: B023  # called at once
         in_bytes = f", {bits:.4f} bits per byte" if bits is not None else ""
-        message = (
-            f"{name} {loss:.4f} nats per token{in_bytes} over {len(dataset)} rows, with the weights of step {step}"
-        )
+        message = f"{name} {loss:.4f} nats per token{in_bytes} over {len(dataset)} rows, weights of step {step}"
         facts = {"step": step, "loss": loss, "bits_per_byte": bits}
         facts |= {"num_target_tokens": num_target_tokens, "num_rows": len(dataset)}
         now = train_state.elapsed_seconds

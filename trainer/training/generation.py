@@ -125,9 +125,7 @@ class PromptRow(NamedTuple):
 
 def split_rows(dataset: TokenDataset, end_ids: Sequence[int], block_size: int) -> list[PromptRow]:
     """The records of a split: the last target tokens of each are the reference, what stands before is the prompt.
-
-    `end_ids`: the tokens at which a generated text ends.
-    """
+    `end_ids`: the tokens at which a generated text ends."""
     rows = []
     for i in range(len(dataset)):
         ids, is_target = dataset.row(i).tolist(), dataset.is_target(i)
@@ -176,12 +174,9 @@ def score_records(
     row_nll: Sequence[float],
     now: float,
 ) -> EventRecord:
-    """Generate a text for every record of a split and score it; rank 0 writes both beside the record's loss. All ranks
-    must call.
-
-    Equal prompts share a text. What fails is said in the event and costs these scores only. `row_nll`: the losses of
-    the records; `now`: seconds since the run began.
-    """
+    """Generate a text for every record of a split (equal prompts share one) and score it; rank 0 writes both beside the
+    record's loss, `row_nll`. What fails is said in the event and costs these scores only. All ranks must call.
+    `now`: seconds since the run began."""
     start_time, context = time.perf_counter(), engine.dist_context
     tokenizer, end_ids, rows, references = _load_rows(settings, data, split)
     event, records = f"{split}_scores", f"the {SPLIT_NAMES[split]} records"

@@ -55,7 +55,6 @@ class Recorder:
         previous_records = read_records(self.folder / METRICS_FILE) if self.loggers else ()
         #: what a process that was killed did not say
         self.unreported = self.diagnostics.replay(self.samples.replay(previous_records))
-        self._data_wait_seconds = 0.0  # of the engine's, up to the record before
         self._num_graph_checks = self._num_plan_changes = 0  # of the engine's, that were reported
 
     def _open_loggers(self, data: PreparedDataset, state: TrainState, *, is_resumed: bool) -> None:
@@ -117,11 +116,10 @@ class Recorder:
 
     def _events_after(self, record: Record) -> Iterator[EventRecord]:
         """What follows a record, in order; only rank 0's is written, but every rank must ask."""
-        self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
-        self._data_wait_seconds = self.engine.data_wait_seconds
+        self.diagnostics.seconds["data"] = self.engine.data_wait_seconds
         diagnostics = self.diagnostics.on_record(record)
         if isinstance(record, EvalRecord) and (samples := self.samples.evaluate(record)):
-            self.diagnostics.add_time("evaluation", samples.facts["seconds"])
+            self.diagnostics.seconds["evaluation"] += samples.facts["seconds"]
             yield samples
         for diagnostic in diagnostics:
             yield diagnostic.to_record(record.step, record.time)
@@ -168,10 +166,7 @@ class Recorder:
             lines.append(("model", f"{self.folder / 'model'}{step}: {facts['export'].partition(':')[0]}"))
         data_name = settings.run_name.removeprefix(f"{settings.method}-")
         other = self.folder.parent / f"{'lora' if settings.mode == 'full' else 'full'}-{data_name}"
-        runs = " ".join(sorted((folder, shlex.quote(str(other)))))
-        commands = [f"python launch/export.py {folder} --push NAMESPACE/NAME"]
+        command = f"python launch/generate.py {folder}"
         if (other / METRICS_FILE).exists():
-            commands.insert(0, f"python launch/compare.py {runs}")
-        else:
-            commands.insert(0, f"python launch/generate.py {folder}")
-        return [*lines, ("next", "\n".join(commands))]
+            command = f"python launch/compare.py {' '.join(sorted((folder, shlex.quote(str(other)))))}"
+        return [*lines, ("next", f"{command}\npython launch/export.py {folder} --push NAMESPACE/NAME")]

@@ -259,16 +259,12 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
         lock = Path(settings.run_folder, LOCK_FILE).read_text(encoding="utf-8")
     # `deepspeed` forwards no variable for these.
     folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
-    by_host = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True))
+    by_host, here = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True)), context.hosts[0]
     if len({other for other, _ in by_host.values()}) > 1:
-        folders = "; ".join([f"on {host} {other}" for host, (other, _) in by_host.items()][:MAX_HOSTS_SHOWN])
-    mode = context.on_rank_zero(lambda: wandb_mode(settings.output.wandb))
-    lines = [("environment", f"W&B {mode}; {folders}")]
-    if note := describe_clocks(context):
-        lines.append(("note", note))
-    here = context.hosts[0]
-    others = [host for host, (_, other) in by_host.items() if other != by_host[here][1]]
-    if without := list_some(others, MAX_HOSTS_SHOWN):
+        folders = list_some([f"on {host} {other}" for host, (other, _) in by_host.items()], MAX_HOSTS_SHOWN)
+    mode, clocks = context.on_rank_zero(lambda: wandb_mode(settings.output.wandb)), describe_clocks(context)
+    lines = [("environment", f"W&B {mode}; {folders}"), *(("note", note) for note in [clocks] if note)]
+    if without := list_some([h for h, (_, other) in by_host.items() if other != by_host[here][1]], MAX_HOSTS_SHOWN):
         only_here = f"only {here} holds the checkpoints and can be the first to resume"
         lines.append(("note", f"{settings.run_folder} of {here} is not seen on {without}: {only_here}"))
     return lines

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import Schedule
-from trainer.config.fields import Float, Int, NonNegativeFloat, NonNegativeInt, Switch
+from trainer.config.fields import Float, NonNegativeFloat, NonNegativeInt, Switch
 from trainer.config.settings import Settings
 from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import GlobalBatch, TrainBatches
@@ -36,8 +36,7 @@ class TrainState:
     elapsed_seconds: NonNegativeFloat = 0.0  #: since the run began, pauses between stop and resume left out
     skipped_steps: NonNegativeInt = 0  #: steps whose update fp16 left out; AdamW has not counted them
     eval_pending: Switch = True  #: the evaluation and the epoch's row that may be due after this step are still to come
-    val_loss: Float | None = None  #: of the newest evaluation
-    val_step: Int = -1  #: the step of that evaluation
+    val_loss: Float | None = None  #: of these weights, where they were evaluated
     best: BestCheckpoint | None = None
     evals_without_improvement: NonNegativeInt = 0  #: evaluations in a row since the best one
     stop_requested: bool = False  #: a rank wants the run to stop; of this process only, not kept
@@ -53,6 +52,7 @@ class TrainState:
             elapsed_seconds=elapsed_seconds,
             skipped_steps=self.skipped_steps + result.is_skipped,
             eval_pending=True,
+            val_loss=None,
             stop_requested=self.stop_requested or result.stop_requested,
         )
 
@@ -61,7 +61,7 @@ class TrainState:
         best, num_stale = self.best, self.evals_without_improvement + 1
         if best is None or loss < best.loss:
             best, num_stale = BestCheckpoint(step=self.step, epoch=epoch, loss=loss), 0
-        return replace(self, val_loss=loss, val_step=self.step, best=best, evals_without_improvement=num_stale)
+        return replace(self, val_loss=loss, best=best, evals_without_improvement=num_stale)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "stop_requested"}

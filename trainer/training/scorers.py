@@ -14,7 +14,6 @@ import signal
 import string
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -112,15 +111,15 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
     ours, theirs = multiprocessing.Pipe()
     command = [sys.executable, "-P", "-m", "trainer.training.scorers", str(theirs.fileno())]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with ours, tempfile.TemporaryFile() as output:
+    with ours:
         with theirs:
             process = subprocess.Popen(
                 command,
                 env={**without_launcher(os.environ), "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
 
@@ -135,12 +134,9 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
                         raise ScorerError(f"takes more than {seconds:g} s")
                 answer = json.loads(ours.recv_bytes())
             except (EOFError, OSError, ValueError):  # the process has ended, or sends no answer
-                output.seek(0)
-                lines = output.read()[-2000:].decode(errors="replace").split("\n")
-                last = next((f": {shorten(line, 200)}" for line in reversed(lines) if line.strip()), "")
                 with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the connection alone
                     process.wait(1)
-                raise ScorerError(f"its process ended with exit code {process.returncode}{last}") from None
+                raise ScorerError(f"its process ended with exit code {process.returncode}") from None
             if "error" in answer:
                 raise ScorerError(answer["error"])
             score: float | None = answer["score"]
