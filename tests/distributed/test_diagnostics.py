@@ -16,15 +16,12 @@ from typing import Any
 import pytest
 from helpers.engines import joined_ranks, start_engine
 from helpers.fake_runs import make_metadata as make_run_metadata
-from helpers.fake_runs import make_run_folder
 from helpers.launch_ranks import train as train_on_ranks
 from helpers.matrix import launch_jobs, make_job
 from helpers.process_groups import read_events, read_records, read_reproducible_records
 from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.config.errors import TrainingError
-from trainer.report.load import load_runs
-from trainer.report.page import compare, write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.diagnostics import TOPICS, Diagnostic, DiagnosticsMonitor, estimate_mean, fit_line, welch_t
@@ -334,15 +331,3 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
     assert repeated["facts"] == event["facts"], "of steps on both sides of the resume"
     assert repeated["step"] == 50
     assert not [row for row in read_records(again) if row.get("facts", {}).get("topic") == "too slow"]
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_comparison_shows_the_diagnostics_of_runs(tmp_path):
-    folder = make_run_folder(tmp_path / "run")
-    event = next(iter(diagnose(make_metadata(), make_run_records(loss=exploding_loss)).values())).to_record(50, 5.0)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "event", **vars(event)}) + "\n")
-    runs, problems = load_runs([str(folder)])
-    assert not problems
-    write_report(compare(runs), tmp_path / "out")
-    assert "the training loss rose to" in (tmp_path / "out" / "report.html").read_text()

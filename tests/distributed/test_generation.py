@@ -22,7 +22,7 @@ from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.prepare import prepare
@@ -228,15 +228,14 @@ def test_scores_do_not_depend_on_ranks_zero_files_packing_or_the_batch(precision
     assert facts["num_near_ties"] < 4 or precision == "bf16"
 
 
-def test_a_model_without_room_for_whole_weights_gives_a_reason_and_no_texts(argv):
+def test_texts_that_cannot_be_generated_cost_themselves_only(argv):
     settings, data = prepare_settings("--test-fraction 0.2 --score exact", *argv)
-    causal, state = SimpleNamespace(config=load_config(settings.model)), SimpleNamespace(fits_unsharded=lambda: False)
-    engine: Any = SimpleNamespace(model=SimpleNamespace(causal=causal), dist_context=None, state=state)
-    evaluator, reason = GenerationEvaluator(engine, data, settings), "the whole model does not fit on one rank beside"
-    assert (evaluator.prompts, evaluator.disabled_reason) == ([], f"{reason} its share of ZeRO-3")
+    causal, fail = SimpleNamespace(config=load_config(settings.model)), mock.Mock(side_effect=TrainingError("no room"))
+    engine: Any = SimpleNamespace(model=SimpleNamespace(causal=causal), dist_context=None, generate=fail)
+    evaluator, record = GenerationEvaluator(engine, data, settings), SimpleNamespace(step=2, time=1.0)
+    assert [event and event.message for event in map(evaluator.evaluate, [record] * 2)] == ["no samples: no room", None]
     event = score_records(settings, data, engine, step=1, row_nll=[0.0] * len(data.test), now=0.0)
-    message = f"no scores of the test records: {reason} its share of ZeRO-3"
-    assert (event.message, event.facts["scores"]) == (message, {})
+    assert (event.message, event.facts["scores"]) == ("no scores of the test records: no room", {})
 
 
 def test_tokens_that_are_equally_likely_are_noticed(tiny_model):

@@ -40,7 +40,7 @@ def read_run(folder: Path):
 def best_run(split_argv, session_dir) -> Path:
     """A run on two ranks whose best weights are exported."""
     out = session_dir / "tested-best"
-    train([*split_argv, "--export", "best", "--score", "f1"], out=out, world_size=2)
+    train([*split_argv, "--export", "best", "--score", "f1", "--ds-config", "zero3"], out=out, world_size=2)
     return out
 
 
@@ -68,20 +68,6 @@ def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights
     test_before, retain_before, test_after, retain_after = (event["facts"]["loss"] for event in events)
     assert test_after < test_before
     assert read_folder(best_run).forgetting == retain_after - retain_before != 0
-
-
-@pytest.mark.slow
-def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, split_argv, tmp_path):
-    """The best weights come back the same under ZeRO-3."""
-    train([*split_argv, "--export", "best", "--ds-config", "zero3"], out=tmp_path / "one", world_size=1)
-    alone, pair = read_run(tmp_path / "one"), read_run(best_run)
-    for mine, other in zip(alone[0], pair[0], strict=True):
-        assert (mine["step"], mine["event"]) == (other["step"], other["event"])
-        assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-3)
-    for key, rows in alone[1].items():
-        others = pair[1][key]
-        assert list(rows["id"]) == list(others["id"])
-        assert list(rows["nll"]) == pytest.approx(list(others["nll"]), rel=1e-2)
 
 
 @pytest.mark.slow

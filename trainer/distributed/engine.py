@@ -275,6 +275,8 @@ class Engine:
 
         The batches are the same for any number of ranks. TrainingError, on all ranks alike, where one of them fails.
         """
+        if not self.state.fits_unsharded():
+            raise TrainingError("the whole model does not fit on one rank beside its share of ZeRO-3")
         context, batches = self.dist_context, []
         order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)  # little padding
         for _, group in itertools.groupby(order, key=limits.__getitem__):

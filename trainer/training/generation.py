@@ -23,7 +23,6 @@ from trainer.training.scorers import ScorerError, check_references, score_texts
 
 ScoredSplit = Literal["test", "retain"]
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
-DOES_NOT_FIT = "the whole model does not fit on one rank beside its share of ZeRO-3"
 EXTRA_COMPLETION_TOKENS = 8  # tokens that a completion may be longer than the longest reference
 MAX_OPENING_TOKENS = 32  # tokens of a text without a prompt that serve as one, at most half of it
 MIN_COMPLETION_TOKENS = 8  # tokens that must be left for a completion
@@ -72,16 +71,12 @@ class GenerationEvaluator:
         self.engine, self.settings = engine, settings
         self.base_texts: dict[str, str] = {}  #: {prompt: completion} before the first step, where they are known
         self.prompts: list[EvalPrompt] = []
-        self.disabled_reason = ""  #: why none are made although they were asked for
         if not settings.output.num_samples:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
         self.end_token_ids = end_token_ids(self.tokenizer, data.metadata.get("chat_template"))
         max_positions = get_max_positions(engine.model.causal.config)
         self.prompts = make_prompts(data, self.tokenizer, max_positions)[: settings.output.num_samples]
-        if self.prompts and not engine.state.fits_unsharded():
-            self.prompts = []
-            self.disabled_reason = DOES_NOT_FIT
         self.max_new_tokens = completion_length(self.prompts, max_positions)
 
     def replay(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -98,7 +93,11 @@ class GenerationEvaluator:
             return None
         start_time, number = time.perf_counter(), len(self.prompts)
         prompt_ids, limits = [prompt.ids for prompt in self.prompts], [self.max_new_tokens] * number
-        completions = self.engine.generate(prompt_ids, limits, self.end_token_ids, batch_size=number)
+        try:
+            completions = self.engine.generate(prompt_ids, limits, self.end_token_ids, batch_size=number)
+        except TrainingError as error:
+            self.prompts = []
+            return EventRecord(event="samples_off", step=record.step, message=f"no samples: {error}", time=record.time)
         texts = [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
         seconds = time.perf_counter() - start_time
         if record.step == 0:
@@ -186,8 +185,6 @@ def score_records(
     limits = [limit if max_positions is None else min(limit, max_positions - len(prompt)) for prompt in prompts]
     facts: dict[str, Any] = {"step": step, "num_records": len(rows), "num_prompts": len(prompts), "scores": {}}
     try:
-        if not engine.state.fits_unsharded():
-            raise TrainingError(DOES_NOT_FIT)
         completions = engine.generate(prompts, limits, end_ids, batch_size=settings.train.eval_batch)
     except TrainingError as error:
         message = f"no scores of {records}: {error}"

@@ -99,8 +99,6 @@ class Recorder:
             self.log_event("resumed", state, "; ".join(parts), facts)
         for diagnostic in self.unreported:
             self.log(diagnostic.to_record(state.step, state.elapsed_seconds))
-        if self.samples.disabled_reason:
-            self.log_event("samples_off", state, f"no samples: {self.samples.disabled_reason}")
 
     def follow(self, stream: Generator[Record, None, TrainState]) -> TrainState:
         """Log all records of the loop and what follows from each; returns where the loop ended."""
@@ -119,7 +117,7 @@ class Recorder:
         self.diagnostics.seconds["data"] = self.engine.data_wait_seconds
         diagnostics = self.diagnostics.on_record(record)
         if isinstance(record, EvalRecord) and (samples := self.samples.evaluate(record)):
-            self.diagnostics.seconds["evaluation"] += samples.facts["seconds"]
+            self.diagnostics.seconds["evaluation"] += samples.facts.get("seconds", 0.0)
             yield samples
         for diagnostic in diagnostics:
             yield diagnostic.to_record(record.step, record.time)

@@ -57,11 +57,7 @@ def check_scorers(names: Sequence[str]) -> None:
             raise UserError(f"--score {name}: of several with the column score_{column}; expected each once")
         if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
-        if ":" in name:
-            try:
-                score_texts(name, (), ())
-            except ScorerError as error:
-                raise UserError(f"--score {name}: {error}") from None
+        _try_scorer(name, ())
 
 
 def check_references(names: Sequence[str], references: Sequence[str | None], source: str) -> None:
@@ -70,11 +66,16 @@ def check_references(names: Sequence[str], references: Sequence[str | None], sou
         found = [str(reference) for reference in references if has_reference(name, reference)][:1]
         if not found:
             raise UserError(f"--score {name}: no {source} has {NEEDS.get(name, 'a text')} to compare with")
-        if ":" in name:  # what comes with this program needs no trial
-            try:
-                score_texts(name, found, found)
-            except ScorerError as error:
-                raise UserError(f"--score {name}: {error}, where text and reference are equal") from None
+        _try_scorer(name, found)
+
+
+def _try_scorer(name: str, texts: Sequence[str]) -> None:
+    """UserError where a scorer fails for texts that are their own references; none is needed of our own scorers."""
+    if ":" in name:
+        try:
+            score_texts(name, texts, texts)
+        except ScorerError as error:
+            raise UserError(f"--score {name}: {error}") from None
 
 
 def has_reference(name: str, reference: str | None) -> bool:
