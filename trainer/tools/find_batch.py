@@ -19,13 +19,10 @@ from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.sampler import GlobalBatch, step_batches, step_counts
 from trainer.distributed.execution import NUM_WARMUP_CALLS
-from trainer.distributed.memory import required_bytes
 from trainer.distributed.process_group import DistContext
 from trainer.tools.trial_engine import run_job, start_trial
 from trainer.training.run_plan import RunPlan
 
-#: Of the memory that is free; on a CPU what is beyond it is taken from other programs, not refused.
-MEMORY_BUDGET_SHARE = 0.8
 OUT_OF_MEMORY_EXIT_CODE = 77
 #: How a rank ends that needs too much; -9: killed by the system, which is how a host's memory runs out.
 MEMORY_EXIT_CODES = {OUT_OF_MEMORY_EXIT_CODE: "out of memory", -9: "killed by the system"}
@@ -50,17 +47,9 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     per_rank, sizes = plan.schedule.batch.global_batch // context.world_size, [1]
     while size := next((n for n in range(2 * sizes[-1], per_rank + 1) if per_rank % n == 0), 0):
         sizes.append(size)
-    row_length, limit_bytes = int(data.train.lengths().max()), MEMORY_BUDGET_SHARE * context.free_host_bytes()
     speeds: dict[int, float] = {}
     print("micro-batch  tokens/s  memory of a rank", flush=True)
     for size in sizes:
-        if context.device.type == "cpu":  # a GPU says itself what fits
-            estimate = plan.estimate_memory(plan.deepspeed_file, row_length=row_length, micro_batch_size=size)
-            needed_bytes = required_bytes(estimate, plan.model_info, context.device)[0]
-            if needed_bytes > limit_bytes:
-                print(f"{size:>11}  not tried: estimated at {needed_bytes / 2**30:.1f} GiB of a rank, over ", end="")
-                print(f"{MEMORY_BUDGET_SHARE:.0%} of the {context.free_host_bytes() / 2**30:.1f} GiB free")
-                break
         trial = run_trial(plan, data.folder, size)
         if "problem" in trial:
             print(f"{size:>11}  does not fit: {trial['problem']}")
