@@ -14,8 +14,7 @@ from trainer.config.errors import UserError
 from trainer.config.fields import NonNegativeInt
 from trainer.report.wandb_report import parse_target
 from trainer.tools.program import program
-from trainer.tools.study.planning import plan_study
-from trainer.tools.study.study import run_study
+from trainer.tools.study.study import plan_study, run_study
 
 JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others would change the study that is joined
 

@@ -29,7 +29,7 @@ from helpers.study_rules import write_stub_plan
 from trainer.config.errors import UserError
 from trainer.tools import processes
 from trainer.tools.processes import make_slots
-from trainer.tools.study import planning, search
+from trainer.tools.study import search
 from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import Rule, read_rule, write_rule
 from trainer.tools.study.study import open_study, run_trials
@@ -89,7 +89,7 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
     (tmp_path / "launch" / "train.py").write_text(STUB)
     monkeypatch.setattr(processes, "TRAIN_SCRIPT", tmp_path / "launch" / "train.py")
     monkeypatch.setattr(processes, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
-    monkeypatch.setattr(planning, "write_plan", write_stub_plan)
+    monkeypatch.setattr(study_module, "write_plan", write_stub_plan)
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
@@ -172,9 +172,10 @@ import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
 from trainer.tools import processes
-from trainer.tools.study import planning, search
+from trainer.tools.study import search
+from trainer.tools.study import study as study_module
 from helpers.study_rules import write_stub_plan
-planning.write_plan = write_stub_plan
+study_module.write_plan = write_stub_plan
 processes.TRAIN_SCRIPT = Path({stub!r}) / "train.py"
 processes.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study

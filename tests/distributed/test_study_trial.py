@@ -13,7 +13,7 @@ from helpers.tiny_inputs import tiny_argv
 
 from trainer.tools import processes
 from trainer.tools.processes import Slot, run_environ, start_process, start_run
-from trainer.tools.study import planning
+from trainer.tools.study.study import write_plan
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, write_evaluation
 
 CPU = Slot(gpus=(), num_threads=1)
@@ -85,7 +85,7 @@ def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run_and_says_w
     argv = ["--mode", "lora", "--block-size", "64", "--max-steps", "7", "--output-dir", str(tmp_path / "run")]
     path = tmp_path / "plan.json"
     for more, exit_code in (["--test-fraction", "0.2"], 0), (["--lora-target-modules", "none"], 2):
-        process = start_process(planning.write_plan, (CPU, [*argv, *more], path), tmp_path, run_environ(CPU), False)
+        process = start_process(write_plan, (CPU, [*argv, *more], path), tmp_path, run_environ(CPU), False)
         process.join(100)
         assert process.exitcode == exit_code, (tmp_path / "log").read_text()
     num_steps, fingerprint, num_units, warning = json.loads(path.read_text())

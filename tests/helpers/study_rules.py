@@ -36,7 +36,7 @@ def make_trial(candidate: Candidate, *, num_steps: int = 16, seed: int = 1) -> T
 
 
 def write_stub_plan(_: object, argv: Sequence[str], path: Path) -> None:
-    """In place of `planning.write_plan`: what the test's variables say."""
+    """In place of `study.write_plan`: what the test's variables say."""
     num_steps = int(dict(itertools.pairwise(" ".join(argv).replace("=", " ").split())).get("--max-steps", 160))
     facts = [num_steps, os.environ.get("STUB_DATA", "d1" * 6), int(os.environ.get("STUB_TEST", 40)), ""]
     path.write_text(json.dumps(facts))

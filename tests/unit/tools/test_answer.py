@@ -15,8 +15,7 @@ from helpers.study_rules import make_rule as make_study_rule
 from trainer.config.errors import UserError
 from trainer.report.judge import Margin
 from trainer.report.page import write_report
-from trainer.tools.study.answer import compare_study, judge, read_groups
-from trainer.tools.study.power import describe_power, read_search_losses
+from trainer.tools.study.answer import compare_study, describe_power, judge, read_groups, read_search_losses
 from trainer.tools.study.rule import write_rule
 from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.timing import Timing

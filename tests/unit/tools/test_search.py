@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.study_rules import make_rule
 
-from trainer.tools.study.power import choice_noise
+from trainer.tools.study.answer import choice_noise
 from trainer.tools.study.rule import Rule, plan_rungs
 from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.trials import trial_argv
