@@ -1,11 +1,9 @@
 """Prepared rows of token ids: a writer for each split, and their folder, named when whole, hashed, mapped."""
 
-import contextlib
 import errno
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +28,6 @@ Int64 = NDArray[np.int64]
 FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
-ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
 #: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
@@ -47,15 +44,11 @@ PROBLEMS = {
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """The examples of one split; row i is ids[offsets[i]:offsets[i + 1]].
+    """The examples of one split; row i is ids[offsets[i]:offsets[i + 1]]."""
 
-    ids: [tokens] uint16 or uint32, memory-mapped; offsets: int64 [n + 1]; target_mask: uint8 [tokens], 1 for the target
-    tokens, None: all but the first of each row, which nothing stands before to predict.
-    """
-
-    ids: NDArray[np.unsignedinteger]
-    offsets: Int64
-    target_mask: NDArray[np.uint8] | None = None
+    ids: NDArray[np.unsignedinteger]  #: [tokens], memory-mapped
+    offsets: Int64  #: [n + 1]
+    target_mask: NDArray[np.uint8] | None = None  #: [tokens], 1 for target tokens; None: all but the first of each row
     #: (rows, share of the examples) of each data set of a mixture by weight, in the order of the rows
     mixture: tuple[tuple[int, float], ...] = ()
 
@@ -102,12 +95,11 @@ class PreparedDataset:
     val_sets: Mapping[str, TokenDataset] = field(default_factory=dict)  #: {name: rows} of each further --val-data
 
     def row_info(self, split: str) -> "pd.DataFrame":
-        """Who the rows of a split other than "train" are, by which a comparison pairs the losses of two runs.
+        """Who the rows of a split other than "train" are; ValueError where the folder is not whole.
 
-        id: 16 hex digits, a hash of the record's text, of the token ids where rows are blocks; occurrence: equal rows
-        before it; group: hash of what keeps rows together (--split-by, else the prompt), None where a row is a unit by
-        itself; targets: target tokens; bytes: UTF-8 bytes of their text; is_seen: whether it is a record that was seen
-        before (`trainer.data.unseen`), or a block with part of one. ValueError where the folder is not whole.
+        id: hash of the record's text, or of a block's token ids; occurrence: equal rows before it; group: hash of what
+        keeps rows together (--split-by, else the prompt) or None; targets: target tokens; bytes: UTF-8 bytes of their
+        text; is_seen: whether the record was seen before (`trainer.data.unseen`), or a part of the block.
         """
         import pandas as pd
 
@@ -125,7 +117,7 @@ class PreparedDataset:
 def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
     """What `prepare` left in `folder`, mapped, not read; ValueError where it is not whole.
 
-    `source`: what the user typed this time; equal contents under another name share a folder.
+    `source`: what the user typed this time, as equal contents share a folder.
     """
     manifest = read_manifest(folder)
     facts, file_hashes = manifest["facts"], manifest["sha256"]
@@ -166,8 +158,8 @@ def map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_m
 
 def resolve_cache_dir() -> Path:
     """The cache folder: TRAINER_CACHE, or gpt2-full-vs-lora under the user's cache folder; made here."""
-    cache_dir = path_from_environment("XDG_CACHE_HOME", "~/.cache") / "gpt2-full-vs-lora"
-    cache_dir = path_from_environment("TRAINER_CACHE", str(cache_dir))
+    default = path_from_environment("XDG_CACHE_HOME", "~/.cache") / "gpt2-full-vs-lora"
+    cache_dir = path_from_environment("TRAINER_CACHE", str(default))
     require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -194,11 +186,8 @@ def _content_checksum(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What facts.json holds; ValueError, naming the folder, where it is not what was written.
-
-    facts: the `data` block of run.json; dtype: numpy's name of the type of the ids; val_texts: the first validation
-    records as (prompt, completion); sha256: {file name: hash of its bytes}; checksum: the hash of all these.
-    """
+    """What facts.json holds: facts (the `data` block of run.json), dtype of the ids, val_texts (see PreparedDataset),
+    sha256 ({file name: hash}) and checksum, of all these. ValueError, naming the folder, where it is another."""
     try:
         content = read_json_object(folder / MANIFEST_FILE)
     except UserError as error:
@@ -215,10 +204,10 @@ def load_or_build(
     source: str,
     log: Callable[[str], None] = lambda line: None,
 ) -> PreparedDataset:
-    """What is in the folder, made anew where a file of it is missing or is not what was written there.
+    """What is in the folder, made anew where a file of it is not what was written there.
 
-    `write_contents` fills a new folder and returns its manifest; the folder is named once all is on the disk. Several
-    may make the same folder at once: the first to finish names it, the others throw theirs away.
+    `write_contents` fills a new folder, which is named once all is on the disk, and returns its manifest. Of several
+    that make the same folder at once the first to finish names it, the others throw theirs away.
     """
     was_there = folder.exists()
     try:
@@ -228,11 +217,6 @@ def load_or_build(
         return load(folder, source=source)
     except (OSError, ValueError) as error:
         problem = error
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of killed runs; a young one may still be written
-        with contextlib.suppress(OSError):
-            newest_mtime = max(file.stat().st_mtime for file in (leftover, *leftover.iterdir()))
-            if time.time() - newest_mtime > ABANDONED_AFTER_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
     try:
         if was_there:  # one that came since then is another run's, and whole
             log(f"prepared data are damaged and are made anew ({problem})")
@@ -292,7 +276,7 @@ class SplitWriter:
 
     def add(self, example: Example, row: Row | MaskError) -> None:
         """A record as a row, or joined to the text that is cut into blocks. A pair that is longer than a block is left
-        out, a conversation is cut; what cannot be trained on is counted."""
+        out, a conversation cut."""
         is_seen = next(self._is_seen, False)
         if isinstance(row, MaskError):
             self._add_problem("unusable", f"{example.where}: {row}")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -133,12 +132,6 @@ def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(tmp_path, 
         load(left)
     prepared, _ = prepare_pairs()
     assert prepared.metadata["train"]["records"] + prepared.metadata["val"]["records"] == 60
-    old = time.time() - 2 * store.ABANDONED_AFTER_SECONDS
-    for path in (*left.iterdir(), left):
-        os.utime(path, (old, old))
-    shutil.rmtree(prepared.folder)
-    prepare_pairs()  # which sweeps away what was left
-    assert os.listdir(prepared.folder.parent) == [prepared.folder.name]
 
 
 def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_pairs):
