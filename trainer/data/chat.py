@@ -1,9 +1,8 @@
 """A record -> a conversation -> token ids and which of them are targets; each mask is proven or refused.
 
-Where the target tokens stand comes from the template's own `{% generation %}` marks, or from comparing prefixes: what
-the template makes of the messages before a turn, with its generation prompt, must begin the whole text. Then the token
-ids of the text up to either end of the part must begin the ids of the whole text: so a target turn follows exactly
-the ids that a model is given when it is to write that turn.
+Where the target tokens stand comes from the template's own `{% generation %}` marks, or from prefixes: the text of the
+messages before a turn, with its generation prompt, must begin the whole text, and its ids the ids of the whole, so a
+target turn follows exactly the ids that a model is given when it is to write that turn.
 """
 
 import contextlib
@@ -67,10 +66,8 @@ def from_sharegpt(record: Record) -> Conversation:
     for number, message in enumerate(_read_list(record, "conversations", "messages"), start=1):
         sender = message.get("from", message.get("role")) if isinstance(message, dict) else message
         if not isinstance(message, dict) or not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-            raise RecordError(
-                f"message {number} of column 'conversations' is from {shorten(sender)}, expected one from "
-                f"{', '.join(SHAREGPT_ROLES)}"
-            )
+            expected = ", ".join(SHAREGPT_ROLES)
+            raise RecordError(f"message {number} of column 'conversations' is from {shorten(sender)}, not {expected}")
         messages.append({"role": SHAREGPT_ROLES[sender], "content": message.get("value", message.get("content"))})
     return _make_conversation(record, _read_messages({"conversations": messages}, "conversations"))
 
@@ -154,9 +151,7 @@ def load_template(tokenizer: Any, template_file: str | None, model: str) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
-        raise UserError(
-            f"--model {model}: its tokenizer has no chat template; pass --chat-template FILE, or data of another format"
-        ) from None
+        raise UserError(f"--model {model}: its tokenizer has no chat template; pass --chat-template FILE") from None
 
 
 class ChatTemplate:
@@ -193,10 +188,8 @@ class ChatTemplate:
             if max_tokens is not None and len(before) >= max_tokens:
                 break
             if not all(np.array_equal(ids[: len(prefix)], prefix) for prefix in (before, through)):
-                raise MaskError(
-                    f"assistant turn {number}: a token reaches over its edge, so the mask cannot be proven; pass a "
-                    "--chat-template that sets turns apart by special tokens"
-                )
+                remedy = "pass a --chat-template that sets turns apart by special tokens"
+                raise MaskError(f"assistant turn {number}: a token reaches over its edge, so no mask is sure; {remedy}")
             is_target[len(before) : len(through)] = True
         if max_tokens is not None and not is_target[1:max_tokens].any():
             raise MaskError(f"its assistant turns lie beyond --block-size {max_tokens} ({len(ids)} tokens)")
@@ -212,15 +205,12 @@ class ChatTemplate:
         prefix, _ = self._render(messages[:i], tools, add_generation_prompt=True)
         through, _ = self._render(messages[: i + 1], tools)
         start, content = len(prefix), messages[i]["content"].strip()
-        remedy = "so the mask cannot be proven; pass a --chat-template with generation marks"
+        where, remedy = f"message {i + 1}: the chat template writes", "pass a --chat-template with generation marks"
         if not (text.startswith(prefix) and through.startswith(prefix)):
-            raise MaskError(
-                f"message {i + 1}: the chat template writes the messages before it otherwise than a prompt for it, "
-                f"{remedy}"
-            )
+            raise MaskError(f"{where} the messages before it otherwise than a prompt for it; {remedy}")
         end = self._locate_end(text, through, start, content)
         if end is None or end <= start:  # or nothing of it
-            raise MaskError(f"message {i + 1}: the chat template writes it otherwise than as the last one, {remedy}")
+            raise MaskError(f"{where} it otherwise than as the last one; {remedy}")
         return start, start + len(text[start:end].rstrip()) or end
 
     def _locate_end(self, text: str, through: str, start: int, content: str) -> int | None:
@@ -259,9 +249,7 @@ class ChatTemplate:
             )  # type: ignore[misc, unused-ignore]
         except (TimeoutError, MemoryError) as error:  # as it would on the next record
             limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_SECONDS} s"
-            raise UserError(
-                f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
-            ) from None
+            raise UserError(f"--chat-template: takes more than {limit} for one conversation; pass another") from None
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         finally:

@@ -169,9 +169,9 @@ def resolve_cache_dir() -> Path:
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
     return UserError(
-        f"{folder}: prepared data cannot be written ({error.strerror or error}); make room, or name another folder "
-        "by the environment variable TRAINER_CACHE"
+        f"{folder}: prepared data cannot be written ({reason}); make room, or set TRAINER_CACHE to a folder"
     )
 
 

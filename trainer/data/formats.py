@@ -143,33 +143,26 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
             return candidate
     remedy = f"pass --prompt and --completion with columns in braces (columns: {list_columns(columns)})"
     if candidates:
-        raise UserError(
-            f"{where}: --objective {settings.objective} needs another format than {candidates[0].name}: {remedy}, or "
-            f"--objective {candidates[0].objectives[0]}"
-        )
-    raise UserError(
-        f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, or `instruction` and "
-        f"`output`, no ACLED export (and `chosen` and `rejected` are not trained on): {remedy}"
-    )
+        name, possible = candidates[0].name, candidates[0].objectives[0]
+        raise UserError(f"{where}: --objective {settings.objective} is not for {name}: {remedy}, or pass {possible}")
+    needs = ", ".join(dict.fromkeys(" and ".join(known.needs) for known in FORMATS if known.needs))
+    raise UserError(f"{where}: no ACLED export, and no column {needs} (preferences are not trained on): {remedy}")
 
 
 # --- templates with columns in braces ---
 
-Piece = tuple[bool, str]  # (whether it is a column of the record, its name or the text that stands as it is)
+PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # of a template: a brace that is meant literally, or a column
 
 
-def _parse_template(template: str, flag: str) -> list[Piece]:
-    """The parts of a template; `{{` and `}}` are literal braces; UserError for a stray one."""
-    pieces = []
-    for match in re.finditer(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+", template):
-        text = match[0]
-        if text in ("{", "}"):
-            raise UserError(
-                f"{flag} {template!r}: a brace stands alone at character {match.start() + 1}; "
-                "write {column}, or double a brace that is meant literally"
-            )
-        pieces.append((True, match[1]) if match[1] else (False, text[0] if text in ("{{", "}}") else text))
-    return pieces
+def _find_columns(template: str, flag: str) -> list[str]:
+    if stray := re.search("[{}]", PIECE.sub(lambda piece: " " * len(piece[0]), template)):
+        problem = f"a brace stands alone at character {stray.start() + 1}"
+        raise UserError(f"{flag} {template!r}: {problem}; write {{column}}, or double a brace that is meant literally")
+    return [piece[1] for piece in PIECE.finditer(template) if piece[1]]
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return PIECE.sub(lambda piece: values[piece[1]] if piece[1] else piece[0][0], template)
 
 
 def compile_templates(columns: Sequence[str], prompt: str, completion: str, where: str) -> RecordFormat:
@@ -178,33 +171,24 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
     Every column of --completion must be filled. A line of --prompt whose columns are all empty is left out, so that an
     optional part leaves nothing behind; not all of them may be.
     """
-    lines = [_parse_template(line, "--prompt") for line in prompt.splitlines(keepends=True)]
-    completion_pieces = _parse_template(completion, "--completion")
-    prompt_columns = [text for line in lines for is_column, text in line if is_column]
-    completion_columns = [text for is_column, text in completion_pieces if is_column]
+    lines = [(line, _find_columns(line, "--prompt")) for line in prompt.splitlines(keepends=True)]
+    prompt_columns = [column for _, columns_of_line in lines for column in columns_of_line]
+    completion_columns = _find_columns(completion, "--completion")
     for flag, names in (("--prompt", prompt_columns), ("--completion", completion_columns)):
         if unknown := next((name for name in names if name not in columns), None):
             raise UserError(f"{flag}: {where} has no column {unknown!r}; its columns are {list_columns(columns)}")
     if not completion_columns:
-        raise UserError(
-            f"--completion {completion!r}: has no {{column}}; expected one of {list_columns(columns)}, in braces"
-        )
-
-    def fill(pieces: Sequence[Piece], values: Mapping[str, str]) -> str:
-        return "".join(values[text] if is_column else text for is_column, text in pieces)
+        expected = f"expected one of {list_columns(columns)}, in braces"
+        raise UserError(f"--completion {completion!r}: has no {{column}}; {expected}")
 
     def render(record: Record) -> Example:
-        values = {name: value_text(record, name) for name in completion_columns}
-        completion_text = fill(completion_pieces, values)
+        completion_text = _fill(completion, {name: value_text(record, name) for name in completion_columns})
         if not completion_text.strip():
             raise RecordError("the text of --completion is empty: fill its columns or drop the row")
         values = {name: "" if is_missing(record.get(name)) else to_text(record[name], name) for name in prompt_columns}
         if values and not any(values.values()):
             value_text(record, prompt_columns[0])  # which raises
-        text = ""
-        for line in lines:
-            texts = [values[text] for is_column, text in line if is_column]
-            text += fill(line, values) if any(texts) or not texts else ""
+        text = "".join(_fill(line, values) for line, names in lines if not names or any(map(values.get, names)))
         return Example(prompt=text, completion=completion_text, group=text if prompt_columns else None)
 
     used_columns = tuple(dict.fromkeys(prompt_columns + completion_columns))

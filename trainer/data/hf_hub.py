@@ -53,9 +53,8 @@ def download_model(model: str, *, with_weights: bool, log: Callable[[str], None]
     try:
         huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:  # of the HTTP library, of the disk
-        raise UserError(
-            f"--model {model}: cannot be downloaded from the hub ({first_line(error)}); try again, or pass a folder"
-        ) from None
+        problem = f"cannot be downloaded from the hub ({first_line(error)})"
+        raise UserError(f"--model {model}: {problem}; try again, or pass a folder") from None
 
 
 def find_model_folder(path: str, revision: str | None = None) -> Path:
@@ -113,7 +112,5 @@ def download_dataset(flag: str, repo_id: str, config_name: str | None) -> dict[s
         if is_online:
             reason = " ".join(str(error).split("\n")[:2]).rstrip(". :") or first_line(error)  # the second: the choices
             reason = f"the hub says: {reason:.400}"
-        raise UserError(
-            f"{flag} {repo_id}: no such file or folder here, and {reason}; give {flag} a file, a folder, acled-demo, "
-            f"or the id of a data set that can be read, with its configuration as {repo_id}:NAME"
-        ) from None
+        expected = f"expected a file, a folder, acled-demo or a hub id, with its configuration as {repo_id}:NAME"
+        raise UserError(f"{flag} {repo_id}: no such file or folder here, and {reason}; {expected}") from None

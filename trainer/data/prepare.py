@@ -90,10 +90,9 @@ def prepare(
         record_format = other.record_format
         is_apart = record_format.is_chat != first.is_chat or (not first.is_chat and record_format.name != first.name)
         if is_apart if other.split != "retain" else record_format.is_chat and not first.is_chat:
-            raise UserError(
-                f"{sources[0].where()} and {other.where()}: one holds {first.name} ({first.meaning}), the other "
-                f"{record_format.name} ({record_format.meaning}); give both in one format"
-            )
+            names = [f"{each.name} ({each.meaning})" for each in (first, record_format)]
+            names_both = f"one holds {names[0]}, the other {names[1]}"
+            raise UserError(f"{sources[0].where()} and {other.where()}: {names_both}; give both in one format")
     settings = replace(settings, objective=settings.objective or first.objectives[0])
     tokenizer = load_tokenizer(model)
     is_templated = first.is_chat or settings.chat_template is not None  # refused where it cannot be read, though unused
@@ -135,9 +134,8 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
         settings = DataSettings(data=source.spec, block_size=settings.block_size)
     first, split_by = source.first_record(), settings.split_by
     if split_by is not None and split_by not in first:
-        raise UserError(
-            f"--split-by {split_by}: {source.where()} has no such column; expected one of {list_columns(tuple(first))}"
-        )
+        expected = f"expected one of {list_columns(tuple(first))}"
+        raise UserError(f"--split-by {split_by}: {source.where()} has no such column; {expected}")
     record_format = choose_format(first, settings, source.where())
     max_records = settings.max_samples if source.split == "train" and settings.max_samples else -1
     source = replace(source, split_by=split_by, fractions=fractions, hashes=_hash_files(source))
@@ -210,14 +208,13 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
             continue
         num_records, name, is_val = len(seen.reasons[split]), name_records(split), split.startswith("val")
         problem = f"{number:,} of {num_records:,} {name} records are not new: {seen.describe(split)}"
+        limit = ""
         if number > MAX_SHARED_FRACTION * num_records and (not is_val or seen.reasons["test"]):
-            remedy = "take them out, or name by --split-by the column whose values belong together"
-            raise UserError(
-                f"{name_split(settings, split)}: {problem}; expected at most {MAX_SHARED_FRACTION:.0%}: {remedy}"
-            )
-        if is_val and number >= LEAKAGE_FRACTION * num_records and not settings.allow_leakage:
-            limit = f"expected under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
-            raise UserError(f"{name_split(settings, split)}: {problem}; {limit}")
+            limit = f"at most {MAX_SHARED_FRACTION:.0%}: take them out, or name a column of groups by --split-by"
+        elif is_val and number >= LEAKAGE_FRACTION * num_records and not settings.allow_leakage:
+            limit = f"under {LEAKAGE_FRACTION:.0%}, or --allow-leakage"
+        if limit:
+            raise UserError(f"{name_split(settings, split)}: {problem}; expected {limit}")
         meaning = "means nothing" if number == num_records else "says little about new ones"
         is_many = number >= WARN_SHARED_FRACTION * num_records
         notices.append(f"warning: {problem}, so the {name} loss {meaning}" if is_many else problem)
@@ -338,18 +335,14 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
     metadata, num_examples = dataset.metadata, dataset.metadata["train"]["examples"]
     for part in metadata["mixture"]:
         if not part["examples"] or part["share"] * num_examples < 1:  # each epoch anew
-            share = f"{part['share'] * num_examples:.2g} of {num_examples:,} examples an epoch"
-            raise UserError(
-                f"--data {part['source']}: its {part['examples']:,} examples and weight make {share}; expected at "
-                "least 1, or leave it out"
-            )
+            share = f"{part['examples']:,} examples and weight make {part['share'] * num_examples:.2g} an epoch"
+            raise UserError(f"--data {part['source']}: its {share}; expected at least 1, or leave it out")
     least = {"train": global_batch, **dict.fromkeys(name_val_sets(settings.val_data) or ["val"], 1)}
     least |= {"test": bool(settings.test_data or settings.test_fraction), "retain": bool(settings.retain_data)}
     for split, expected in least.items():
         counts = metadata[split]
         if counts["examples"] < expected:
-            raise UserError(
-                f"{name_split(settings, split)}: {counts['records']} {name_records(split)} records make "
-                f"{counts['examples']} examples of {settings.block_size} tokens, and {expected:d} are needed; give "
-                "more, or another --block-size, --global-batch, --val-fraction or --test-fraction"
-            )
+            made = f"{counts['records']} {name_records(split)} records make {counts['examples']} examples"
+            remedy = "give more, or another --block-size, --global-batch, --val-fraction or --test-fraction"
+            needed = f"of {settings.block_size} tokens, and {expected:d} are needed"
+            raise UserError(f"{name_split(settings, split)}: {made} {needed}; {remedy}")

@@ -103,10 +103,8 @@ def _read_csv(stream: BinaryIO, kind: str, where: str) -> Iterator[PlacedRecord]
                 names = [name or f"column {number}" for number, name in enumerate(cells, start=1)]
                 _refuse_doubled_columns(names, where)
             elif len(cells) != len(names):
-                raise UserError(
-                    f"{where}, {place}: {len(cells)} fields where the header has {len(names)}; quote fields that hold "
-                    "a separator or a line break"
-                )
+                fields = f"{len(cells)} fields where the header has {len(names)}"
+                raise UserError(f"{where}, {place}: {fields}; quote those with a separator or a line break")
             else:
                 yield place, dict(zip(names, (cell or None for cell in cells), strict=True))
             row += 1
@@ -128,9 +126,8 @@ def _read_json(stream: BinaryIO, where: str, *, is_list: bool) -> Iterator[Place
             place, reason = "" if is_list else f", line {number}", str(error)
             if isinstance(error, json.JSONDecodeError):
                 place, reason = f", line {number + error.lineno - 1}, character {error.colno}", error.msg
-            raise UserError(
-                f"{where}{place}: not JSON ({reason}); expected one object a line, or one list of objects"
-            ) from None
+            expected = "expected one object a line, or one list of objects"
+            raise UserError(f"{where}{place}: not JSON ({reason}); {expected}") from None
         for row, record in enumerate(value if is_list else [value], start=1):
             place = f"row {row}" if is_list else f"line {number}"
             if not isinstance(record, dict):

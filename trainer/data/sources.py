@@ -112,9 +112,8 @@ def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
     for name in SPLITS_BY_FLAG[flag]:
         if name in splits:
             return splits[name]
-    raise UserError(
-        f"{flag} {spec}: holds no split `train`, only {', '.join(sorted(splits))}; name the file itself to train on it"
-    )
+    others = ", ".join(sorted(splits))
+    raise UserError(f"{flag} {spec}: holds no split `train`, only {others}; name the file itself to train on it")
 
 
 def _describe(source: Source, split: str) -> str:
@@ -155,9 +154,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
         kinds = {str(file_kind(file)): file.name for file in reversed(group)}
         if len(kinds) > 1:
             listed = ", ".join(sorted(f"{kind} ({name})" for kind, name in kinds.items()))
-            raise UserError(
-                f"{flag} {spec}: holds several kinds of data: {listed}; give files of one kind, for instance by a glob"
-            )
+            raise UserError(f"{flag} {spec}: holds several kinds of data: {listed}; name one kind, as by a glob")
         splits[split] = Source(flag=flag, spec=spec, files=tuple(group))
     return splits
 
@@ -165,10 +162,8 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
 def _find_hub_splits(spec: str, flag: str) -> dict[str, Source]:
     hub_id = HUB_ID.fullmatch(spec)
     if hub_id is None or file_kind(Path(spec)) is not None:
-        raise UserError(
-            f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, a hub id, or "
-            "several with weights: A=0.7 B=0.3"
-        )
+        expected = f"{ACCEPTED_FILES}, a folder or glob of them, a hub id, or several with weights: A=0.7 B=0.3"
+        raise UserError(f"{flag} {spec}: no such file or folder; expected {expected}")
     splits = hf_hub.download_dataset(flag, *hub_id.groups())
     return {
         SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)

@@ -101,10 +101,8 @@ def load_tokenizer(model: str) -> Any:
         problem = "no usable tokenizer in the folder"
         if not folder.is_dir():
             problem = f"no such folder, and {'the hub cannot be reached' if is_local else 'no tokenizer on the hub'}"
-        raise UserError(
-            f"--model {model}: {problem} ({first_line(error)}); pass --model FOLDER, with the model "
-            "and its tokenizer (tokenizer.json, or vocab.json and merges.txt), or a hub id"
-        ) from None
+        remedy = "pass --model FOLDER, with tokenizer.json or vocab.json and merges.txt, or a hub id"
+        raise UserError(f"--model {model}: {problem} ({first_line(error)}); {remedy}") from None
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -142,10 +140,8 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
             all_ids = (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
         return [np.asarray(ids, dtype=np.uint32) for ids in all_ids]
     except Exception as error:  # the Rust library raises plain ones, for a word without an id for instance
-        raise UserError(
-            f"--model {tokenizer.name_or_path}: its tokenizer cannot encode a text of the data ({first_line(error)}); "
-            "pass a model whose tokenizer takes any text"
-        ) from None
+        problem = f"its tokenizer cannot encode a text of the data ({first_line(error)})"
+        raise UserError(f"--model {tokenizer.name_or_path}: {problem}; pass a model that takes any text") from None
 
 
 def count_target_bytes(tokenizer: Any, dataset: "TokenDataset") -> list[int]:
