@@ -127,7 +127,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     hf_hub.go_offline()
     if args.show_example and context.rank == 0:
         tokenizer = load_tokenizer(settings.model.model)
-        for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
+        for line in show_examples(data.train, tokenizer, args.show_example):
             print(line)
     with watch_work():
         context.on_rank_zero(lambda: check_test_records(settings, data))

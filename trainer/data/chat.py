@@ -67,7 +67,8 @@ def from_sharegpt(record: Record) -> Conversation:
         sender = message.get("from", message.get("role")) if isinstance(message, dict) else message
         if not isinstance(message, dict) or not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
             expected = ", ".join(SHAREGPT_ROLES)
-            raise RecordError(f"message {number} of column 'conversations' is from {shorten(sender)}, not {expected}")
+            where = f"message {number} of column 'conversations'"
+            raise RecordError(f"{where} is from {shorten(sender)}, expected one from {expected}")
         messages.append({"role": SHAREGPT_ROLES[sender], "content": message.get("value", message.get("content"))})
     return _make_conversation(record, _read_messages({"conversations": messages}, "conversations"))
 
@@ -133,8 +134,6 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-# --- by a chat template ---
-
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_SECONDS = 10  # for one conversation by its template, which takes well under a millisecond
 Span = tuple[int, int]  # from and to, in characters
@@ -161,10 +160,8 @@ class ChatTemplate:
         self.tokenizer, self.template = tokenizer, template
 
     def encode(self, conversation: Conversation, max_tokens: int | None = None) -> Row:
-        """Ids and mask of a conversation; MaskError where the mask cannot be proven.
-
-        `max_tokens`: turns that begin behind so many tokens, which nobody trains on, are neither located nor marked.
-        """
+        """Ids and mask of a conversation; MaskError where the mask cannot be proven. Turns that begin behind
+        `max_tokens`, which nobody trains on, are neither located nor marked."""
         messages, tools, turns = conversation.messages, conversation.tools, conversation.target_turns()
         if _GENERATION_MARK.search(self.template):
             text, marked = self._render(messages, tools, return_assistant_tokens_mask=True)
@@ -214,10 +211,8 @@ class ChatTemplate:
         return start, start + len(text[start:end].rstrip()) or end
 
     def _locate_end(self, text: str, through: str, start: int, content: str) -> int | None:
-        """Where a turn that begins at `start` ends; `through` is the text as it would be with it as the last turn.
-
-        None where neither reading can be shown to hold the turn's content and its end.
-        """
+        """Where a turn that begins at `start` ends, None where that is not sure; `through`: the text with it as the
+        last turn."""
         if text.startswith(through):
             return len(through)
         for i in range(start, len(through)):  # the template leaves the beginning out: an earlier turn's thinking
@@ -249,7 +244,8 @@ class ChatTemplate:
             )  # type: ignore[misc, unused-ignore]
         except (TimeoutError, MemoryError) as error:  # as it would on the next record
             limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_SECONDS} s"
-            raise UserError(f"--chat-template: takes more than {limit} for one conversation; pass another") from None
+            problem = f"the chat template takes more than {limit} for one conversation"
+            raise UserError(f"{problem}; pass another --chat-template") from None
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         finally:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.files import new_folder, open_plain_file, path_from_environment, read_json_object, require_utf8_path
-from trainer.config.settings import DataSettings
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.formats import Example, content_hash
 from trainer.data.tokenizer import Row, TokenIds, count_target_bytes, mark_targets
@@ -109,16 +108,10 @@ class PreparedDataset:
         except OSError as error:
             raise ValueError(f"{file} is not whole ({error})") from error
 
-    def num_target_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the targets of a split other than "train", 0 where the text is not known."""
-        return int(self.metadata[split].get("target_bytes", 0))
-
 
 def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
-    """What `prepare` left in `folder`, mapped, not read; ValueError where it is not whole.
-
-    `source`: what the user typed this time, as equal contents share a folder.
-    """
+    """What `prepare` left in `folder`, mapped, not read; ValueError where it is not whole. `source`: what the user
+    typed this time, as equal contents share a folder."""
     manifest = read_manifest(folder)
     facts, file_hashes = manifest["facts"], manifest["sha256"]
     datasets = {
@@ -151,9 +144,6 @@ def map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_m
         offsets=map_file("offsets", "<i8", counts["examples"] + 1),
         target_mask=map_file("mask", "|u1", counts["tokens"]) if has_mask else None,
     )
-
-
-# --- the folder ---
 
 
 def resolve_cache_dir() -> Path:
@@ -232,9 +222,6 @@ def load_or_build(
     return load(folder, source=source)
 
 
-# --- what becomes of the records of one split ---
-
-
 class SplitWriter:
     """Writes the rows of one split and hashes them; memory does not grow with them, but for ids of evaluation records.
 
@@ -247,8 +234,8 @@ class SplitWriter:
         self,
         folder: Path,
         split: str,
-        settings: DataSettings,
         *,
+        block_size: int,
         is_blocks: bool,
         dtype: str,
         tokenizer: Any,
@@ -257,7 +244,7 @@ class SplitWriter:
     ):
         self.folder, self.split, self.dtype = folder, split, dtype
         self.tokenizer, self.chat, self._is_seen = tokenizer, chat, iter(is_seen)
-        self.block_size, self.is_blocks = settings.block_size, is_blocks
+        self.block_size, self.is_blocks = block_size, is_blocks
         self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
         self.parts: list[dict[str, Any]] = []
         self.problems: dict[str, tuple[int, str]] = {}
@@ -285,8 +272,11 @@ class SplitWriter:
         if not self.is_blocks:
             ids, is_target = ids[: self.block_size], (is_target & row.is_target)[: self.block_size]
         self.counts["records"] += 1
-        if self.split == "val":
-            self._keep_text(row)
+        key = row.prompt or f"record {self.counts['records']}"  # texts without a prompt share nothing
+        is_kept = self.split == "val" and len(row.prompt) + len(row.completion) <= MAX_SAMPLE_CHARACTERS
+        if is_kept and (key in self.texts or len(self.texts) < MAX_NUM_SAMPLES):
+            references = self.texts.setdefault(key, [])
+            references += [(row.prompt, row.completion)] if len(references) < MAX_REFERENCES else []
         if len(row.ids) > self.block_size and not self.is_blocks:
             self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
             if self.chat is None:
@@ -309,13 +299,6 @@ class SplitWriter:
         if self.split != "train":
             group = None if example.group is None else f"{content_hash(example.group):016x}"
             self.rows.append((f"{content_hash(example.content()):016x}", group, is_seen))
-
-    def _keep_text(self, row: Row) -> None:
-        key = row.prompt or f"record {self.counts['records']}"  # texts without a prompt share nothing
-        is_short = len(row.prompt) + len(row.completion) <= MAX_SAMPLE_CHARACTERS
-        if is_short and (key in self.texts or len(self.texts) < MAX_NUM_SAMPLES):
-            references = self.texts.setdefault(key, [])
-            references += [(row.prompt, row.completion)] if len(references) < MAX_REFERENCES else []
 
     def _add_blocks(self, ids: TokenIds, is_seen: bool) -> None:
         start = self.counts["tokens"] + len(self._pending)

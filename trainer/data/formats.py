@@ -19,9 +19,9 @@ from trainer.data.readers import (
     RecordError,
     is_missing,
     list_columns,
+    require,
     require_text,
     to_text,
-    value_text,
 )
 
 BLOCKS_OR_ROWS: tuple[Objective, ...] = ("blocks", "completion")
@@ -143,13 +143,13 @@ def choose_format(first: Record, settings: DataSettings, where: str) -> RecordFo
             return candidate
     remedy = f"pass --prompt and --completion with columns in braces (columns: {list_columns(columns)})"
     if candidates:
-        name, possible = candidates[0].name, candidates[0].objectives[0]
-        raise UserError(f"{where}: --objective {settings.objective} is not for {name}: {remedy}, or pass {possible}")
+        problem = f"--objective {settings.objective} needs another format than {candidates[0].name}"
+        raise UserError(f"{where}: {problem}: {remedy}, or --objective {candidates[0].objectives[0]}")
     needs = ", ".join(dict.fromkeys(" and ".join(known.needs) for known in FORMATS if known.needs))
-    raise UserError(f"{where}: no ACLED export, and no column {needs} (preferences are not trained on): {remedy}")
+    raise UserError(
+        f"{where}: no ACLED export, and no column {needs} (`chosen` and `rejected` are not trained on): {remedy}"
+    )
 
-
-# --- templates with columns in braces ---
 
 PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # of a template: a brace that is meant literally, or a column
 
@@ -166,11 +166,8 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def compile_templates(columns: Sequence[str], prompt: str, completion: str, where: str) -> RecordFormat:
-    """The format of --prompt and --completion; UserError for a column that is not there.
-
-    Every column of --completion must be filled. A line of --prompt whose columns are all empty is left out, so that an
-    optional part leaves nothing behind; not all of them may be.
-    """
+    """The format of --prompt and --completion; UserError for a column that is not there. Every column of --completion
+    must be filled; a line of --prompt whose columns are all empty is left out, but not all of them may be."""
     lines = [(line, _find_columns(line, "--prompt")) for line in prompt.splitlines(keepends=True)]
     prompt_columns = [column for _, columns_of_line in lines for column in columns_of_line]
     completion_columns = _find_columns(completion, "--completion")
@@ -182,12 +179,12 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
         raise UserError(f"--completion {completion!r}: has no {{column}}; {expected}")
 
     def render(record: Record) -> Example:
-        completion_text = _fill(completion, {name: value_text(record, name) for name in completion_columns})
+        completion_text = _fill(completion, {name: to_text(require(record, name), name) for name in completion_columns})
         if not completion_text.strip():
             raise RecordError("the text of --completion is empty: fill its columns or drop the row")
         values = {name: "" if is_missing(record.get(name)) else to_text(record[name], name) for name in prompt_columns}
         if values and not any(values.values()):
-            value_text(record, prompt_columns[0])  # which raises
+            require(record, prompt_columns[0])  # which raises
         text = "".join(_fill(line, values) for line, names in lines if not names or any(map(values.get, names)))
         return Example(prompt=text, completion=completion_text, group=text if prompt_columns else None)
 
@@ -196,8 +193,6 @@ def compile_templates(columns: Sequence[str], prompt: str, completion: str, wher
     meaning = "--prompt and --completion" if prompt else "--completion"
     return RecordFormat("template", render, meaning, objectives=objectives, columns=used_columns)
 
-
-# --- ACLED exports ---
 
 #: The fields of a prompt in their order, and the label each one gets.
 ACLED_FIELDS = {
@@ -215,19 +210,14 @@ ACLED_FIELDS = {
     "source": "Source",
 }
 NOTES = "notes"
-#: Old exports hold the code, newer ones a text in one of several spellings.
-INTER_NAMES = {
-    "0": "",  # no actor
-    "1": "State Forces",
-    "2": "Rebel Groups",
-    "3": "Political Militias",
-    "4": "Identity Militias",
-    "5": "Rioters",
-    "6": "Protesters",
-    "7": "Civilians",
-    "8": "External/Other Forces",
+#: By the code that old exports hold, where newer ones have a text in one of several spellings; 0 is no actor.
+INTER_NAMES = (
+    *("", "State Forces", "Rebel Groups", "Political Militias", "Identity Militias", "Rioters", "Protesters"),
+    *("Civilians", "External/Other Forces"),
+)
+_INTER_BY_TEXT = {name.casefold().rstrip("s"): name for name in INTER_NAMES} | {
+    str(code): name for code, name in enumerate(INTER_NAMES)
 }
-_INTER_BY_TEXT = INTER_NAMES | {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -250,10 +240,7 @@ def is_acled(columns: Iterable[str]) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def format_date(text: str) -> str | None:
-    """`5 January 2022` for `2022-01-05`, `05-January-2022` or `5 Jan 2022`; None where it is no such date.
-
-    This spelling, because most notes begin with it: a model can copy it.
-    """
+    """`5 January 2022`, as most notes begin, for `2022-01-05`, `05-January-2022` or `5 Jan 2022`; else None."""
     words = re.sub(r"[\s.,-]+", " ", re.sub(r"^(\d{4}-\d{1,2}-\d{1,2})[T ].*", r"\1", text))
     for spelling in ("%Y %m %d", "%d %B %Y", "%d %b %Y"):
         with contextlib.suppress(ValueError):

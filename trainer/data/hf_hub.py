@@ -64,10 +64,8 @@ def find_model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def find_adapter_folder(model: str) -> Path | None:
-    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none.
-
-    UserError where the download breaks off.
-    """
+    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none. UserError
+    where the download breaks off."""
     import huggingface_hub
 
     if Path(model).is_dir():
@@ -96,11 +94,8 @@ def _find_cached(repo_id: str, name: str, revision: str | None = None) -> Path |
 
 
 def download_dataset(flag: str, repo_id: str, config_name: str | None) -> dict[str, list[Path]]:
-    """{split: its Arrow files} of a data set of the hub, or of a local copy where it cannot be reached. UserError where
-    there is neither.
-
-    `config_name`: which of the repository's configurations (subsets); None where it has one alone, or names a default.
-    """
+    """{split: its Arrow files} of a data set of the hub, or of a local copy where it cannot be reached; UserError where
+    there is neither. `config_name`: a subset of the repository, None for its only or default one."""
     is_online = is_reachable()
     if not is_online:
         go_offline()

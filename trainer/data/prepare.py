@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.data import dataset as store
 from trainer.data.chat import ChatTemplate, MaskError, load_template
 from trainer.data.dataset import SPLITS, PreparedDataset, SplitWriter
 from trainer.data.formats import Example, choose_format, content_hash
-from trainer.data.readers import RecordError, list_columns, value_text
+from trainer.data.readers import RecordError, list_columns, require, to_text
 from trainer.data.sources import Source, find_sources
 from trainer.data.tokenizer import Row, encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.unseen import SeenRecords, name_records
@@ -41,7 +41,7 @@ def iter_examples(source: Source) -> Iterator[Example | None]:
         try:
             example = source.record_format.render(record)
             if source.split_by is not None:
-                example.group = value_text(record, source.split_by)
+                example.group = to_text(require(record, source.split_by), source.split_by)
         except (RecordError, RecursionError) as error:
             problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
             raise UserError(f"{source.flag} {where}: {problem}") from None
@@ -74,11 +74,9 @@ def prepare(
     log: Callable[[str], None] = lambda line: None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PreparedDataset:
-    """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
+    """The rows of `settings`, from the cache or made now; UserError for a mistake of the user's, before anything slow.
 
-    UserError for a mistake of the user's, before anything slow; also where there are fewer training examples
-    than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
-    the one that was taken stands in `metadata`. `heartbeat`: called at each record and file, while others wait.
+    `max_positions`: bounds a block size that is left to the data; `heartbeat`: called at each record and file.
     """
     cache_root = store.resolve_cache_dir()
     sources = find_sources(settings)
@@ -87,43 +85,42 @@ def prepare(
     sources = [open_source(replace(source, heartbeat=heartbeat), settings, fractions) for source in sources]
     first = sources[0].record_format
     for other in sources[1:]:  # the loss of one format says nothing of another; what is retained may have its own
-        record_format = other.record_format
-        is_apart = record_format.is_chat != first.is_chat or (not first.is_chat and record_format.name != first.name)
-        if is_apart if other.split != "retain" else record_format.is_chat and not first.is_chat:
-            names = [f"{each.name} ({each.meaning})" for each in (first, record_format)]
+        form = other.record_format
+        is_apart = form.is_chat != first.is_chat or (not first.is_chat and form.name != first.name)
+        if other.split == "retain":
+            is_apart = form.is_chat and not first.is_chat
+        if is_apart:
+            names = [f"{each.name} ({each.meaning})" for each in (first, form)]
             names_both = f"one holds {names[0]}, the other {names[1]}"
             raise UserError(f"{sources[0].where()} and {other.where()}: {names_both}; give both in one format")
     settings = replace(settings, objective=settings.objective or first.objectives[0])
     tokenizer = load_tokenizer(model)
-    is_templated = first.is_chat or settings.chat_template is not None  # refused where it cannot be read, though unused
-    template = load_template(tokenizer, settings.chat_template, model) if is_templated else ""
-    chat = ChatTemplate(tokenizer, template) if first.is_chat else None
-    try:
-        if not settings.block_size:
-            lengths = list[int]()
-            for source in (source for source in sources if source.split == "train"):  # the parts of a mixture
-                rows = (row for _, row in _iter_rows(source, tokenizer, chat, False, BLOCK_SIZES[-1]))
-                usable = (row for row in rows if isinstance(row, Row))
-                lengths += [len(row.ids) for row in islice(usable, NUM_SAMPLED_RECORDS)]
-            settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
-        key = {  # contents and settings: names and places of files do not decide which rows there are
-            "version": store.FORMAT_VERSION,
-            "sources": [[s.split, s.record_format.name, s.hashes, None, s.notices, s.share] for s in sources],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "fractions": fractions,
-            "chat_template": chat.template if chat is not None else None,
-            **{name: getattr(settings, name) for name in KEY_SETTINGS},
-            **({"allow_leakage": True} if settings.allow_leakage else {}),  # what was refused is not taken from there
-        }
-        dataset = store.load_or_build(
-            cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-            lambda folder: write_rows(folder, settings, sources, tokenizer, chat),
-            source=settings.data,
-            log=log,
-        )
-    except UserError:
-        refuse_changed(sources)  # a file that changed is the cause
-        raise
+    template = None
+    if first.is_chat or settings.chat_template is not None:  # refused where it cannot be read, though unused
+        template = load_template(tokenizer, settings.chat_template, model)
+    chat = ChatTemplate(tokenizer, template) if template is not None and first.is_chat else None
+    if not settings.block_size:
+        lengths = list[int]()
+        for source in (source for source in sources if source.split == "train"):  # the parts of a mixture
+            rows = (row for _, row in _iter_rows(source, tokenizer, chat, False, BLOCK_SIZES[-1]))
+            usable = (row for row in rows if isinstance(row, Row))
+            lengths += [len(row.ids) for row in islice(usable, NUM_SAMPLED_RECORDS)]
+        settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
+    key = {  # contents and settings: names and places of files do not decide which rows there are
+        "version": store.FORMAT_VERSION,
+        "sources": [[s.split, s.record_format.name, s.hashes, None, s.notices, s.share] for s in sources],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "fractions": fractions,
+        "chat_template": chat.template if chat is not None else None,
+        **{name: getattr(settings, name) for name in KEY_SETTINGS},
+        **({"allow_leakage": True} if settings.allow_leakage else {}),  # what was refused is not taken from there
+    }
+    dataset = store.load_or_build(
+        cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+        lambda folder: write_rows(folder, settings, sources, tokenizer, chat),
+        source=settings.data,
+        log=log,
+    )
     _check_sizes(dataset, settings, global_batch)
     return dataset
 
@@ -174,14 +171,9 @@ def block_size_for(lengths: Sequence[int], objective: Objective | None, max_posi
     return min(size, max_positions or size)
 
 
-# --- the first reading: every record is checked before one is tokenised ---
-
-
 def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[str, Any], dict[str, list[bool]]]:
-    """Render and compare all records, so that a mistake in the last row is found before the first one is tokenised.
-
-    Returns (what run.json says of them, {evaluation split: whether each of its records was seen before}).
-    """
+    """The first reading, before anything is tokenised: (what run.json says of the records, {evaluation split: whether
+    each of its records was seen before}); UserError for a mistake in any row."""
     seen = SeenRecords(settings.split_by, [*SPLITS, *name_val_sets(settings.val_data)])
     notices: list[str] = []
     for source in sources:
@@ -222,33 +214,20 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
     return facts, {split: [bool(reason) for reason in reasons] for split, reasons in seen.reasons.items()}
 
 
-# --- the second reading: tokenise and write ---
-
-
 def write_rows(
-    folder: Path,
-    settings: DataSettings,
-    sources: list[Source],
-    tokenizer: Any,
-    chat: ChatTemplate | None,
+    folder: Path, settings: DataSettings, sources: list[Source], tokenizer: Any, chat: ChatTemplate | None
 ) -> dict[str, Any]:
-    """Write the rows of all splits into `folder` and return what facts.json holds of them."""
+    """The second reading: write the rows of all splits into `folder` and return what facts.json holds of them."""
     checked, is_seen = check_records(settings, sources)
     vocabulary = vocabulary_size(tokenizer)
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     splits = list(dict.fromkeys([*SPLITS, *name_val_sets(settings.val_data)]))
     retained = [source.record_format.objectives[0] for source in sources if source.split == "retain"]
     objectives = {**dict.fromkeys(splits, settings.objective), "retain": retained[0] if retained else "blocks"}
+    options = {"block_size": settings.block_size, "dtype": dtype, "tokenizer": tokenizer, "chat": chat}
     writers = {
         split: SplitWriter(
-            folder,
-            split,
-            settings,
-            is_blocks=objectives[split] == "blocks",
-            dtype=dtype,
-            tokenizer=tokenizer,
-            chat=chat,
-            is_seen=is_seen.get(split, ()),
+            folder, split, is_blocks=objectives[split] == "blocks", is_seen=is_seen.get(split, ()), **options
         )
         for split in splits
     }
@@ -287,8 +266,7 @@ def write_rows(
         **{split: writers[split].counts | writers[split].write_row_info() for split in splits if split != "train"},
         "notices": [*notices, *checked["notices"]],
     }
-    texts = [text for references in writers["val"].texts.values() for text in references]
-    return {"dtype": dtype, "facts": facts, "val_texts": texts}
+    return {"dtype": dtype, "facts": facts, "val_texts": list(chain.from_iterable(writers["val"].texts.values()))}
 
 
 def _iter_rows(

@@ -160,9 +160,6 @@ def _read_arrow(file: Path, kind: str, where: str, columns: Sequence[str] | None
                 yield f"row {number}", record
 
 
-# --- the values of one record ---
-
-
 class RecordError(Exception):
     """What is wrong with a record: its column and the remedy; who reads the file adds file and row."""
 
@@ -203,11 +200,6 @@ def to_text(value: Any, column: str) -> str:
     if isinstance(value, (int, float, decimal.Decimal, datetime.date, datetime.time)):
         return str(value)
     raise RecordError(f"column {column!r} holds a {type(value).__name__}, expected text, a number or a date")
-
-
-def value_text(record: Record, column: str) -> str:
-    """The value of a column as text; RecordError where it is missing, empty or no text."""
-    return to_text(require(record, column), column)
 
 
 def require_valid_unicode(value: str, column: str) -> str:

@@ -34,7 +34,6 @@ class GlobalBatch:
 
     step: int  #: steps before it in the run
     epoch: int  #: from 0
-    step_in_epoch: int  #: from 0
     example_ids: list[int]  #: rows of the data set, of the whole global batch
     micro_batches: list[MicroBatch]  #: this rank's
     num_tokens: int  #: of the whole global batch, without padding
@@ -50,10 +49,8 @@ def _permutation(n: int, *key: int) -> Int64:
 
 def epoch_order(dataset: TokenDataset, *, seed: int, epoch: int, global_batch: int, group_by_length: bool) -> Int64:
     """The order of the examples in epoch number `epoch` (from 0), int64 [n]; each stands in it once, but in a mixture.
-
-    group_by_length: within windows of 64 global batches rows are sorted by length, so that a batch holds little
-    padding, and whole batches are shuffled; a ragged batch stays last.
-    """
+    group_by_length: within windows of 64 global batches rows are sorted by length, which leaves little padding, and
+    whole batches are shuffled; a ragged batch stays last."""
     n = len(dataset)
     order = _permutation(n, seed, epoch)
     if dataset.mixture:
@@ -68,11 +65,8 @@ def epoch_order(dataset: TokenDataset, *, seed: int, epoch: int, global_batch: i
 
 
 def _draw_mixture(mixture: Sequence[tuple[int, float]], *, seed: int, epoch: int) -> Int64:
-    """The rows of an epoch of a mixture, int64 [n]: as many as all parts have, of each part its share.
-
-    A part goes on where it stopped an epoch before, in a new order at each pass over it: with more than its own number
-    of rows some come again within an epoch, with fewer the rest comes in later ones.
-    """
+    """The rows of an epoch of a mixture, int64 [n]: as many as all parts have, of each part its share. A part goes on
+    where it stopped an epoch before, in a new order at each pass over it."""
     sizes = [size for size, _ in mixture]
     bounds = np.rint(np.cumsum([0.0, *(share for _, share in mixture)]) * sum(sizes)).astype(np.int64)
     rows = []
@@ -87,11 +81,8 @@ def _draw_mixture(mixture: Sequence[tuple[int, float]], *, seed: int, epoch: int
 
 def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int | None = None) -> MicroBatch:
     """The examples at `indices`, one a row, padded on the right; without any a row of padding that counts nothing.
-
-    packed_width: several examples share a row of at most so many tokens, each with positions from 0, which keep them
-    apart in the attention. Padding is masked by position, never by its id: GPT-2's is its end-of-text token, which
-    counts where it ends a text.
-    """
+    packed_width: several share a row of at most so many tokens, each with positions from 0, which keep them apart in
+    the attention. Padding is masked by position, not by id: GPT-2's is its end-of-text token, which may count."""
     if not len(indices):
         padding = np.full((1, 2), PAD_ID, dtype=np.int64)
         return MicroBatch(input_ids=padding, labels=np.full_like(padding, IGNORE_INDEX), tokens=0, index=index)
@@ -135,9 +126,8 @@ def _first_fit(lengths: Int64, width: int) -> list[list[int]]:
     free: list[int] = []
     for place in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[place])
-        row = next((i for i, room in enumerate(free) if room >= length), None)
-        if row is None:
-            row = len(rows)
+        row = next((i for i, room in enumerate(free) if room >= length), len(rows))
+        if row == len(rows):
             rows.append([])
             free.append(max(width, length))
         rows[row].append(place)
@@ -190,7 +180,6 @@ class TrainBatches:
             yield GlobalBatch(
                 step=step,
                 epoch=epoch,
-                step_in_epoch=step_in_epoch,
                 example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
                 micro_batches=step_batches(dataset, order, step_in_epoch, self.batch_config, self.rank),
                 num_tokens=num_tokens,

@@ -66,10 +66,8 @@ class Source:
         return f"{self.flag} {self.locate(file)}"
 
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Record]]:
-        """Every record in order, and where a user finds it; with these `columns` only where the kind lets us choose.
-
-        UserError names file and place of what cannot be read.
-        """
+        """Every record in order, and where a user finds it; of a binary kind with these `columns` only. UserError names
+        file and place of what cannot be read."""
         for file in self.files:
             for place, record in read_file(file, self.where(file), columns):
                 self.heartbeat()
@@ -82,10 +80,8 @@ class Source:
 
 
 def find_sources(settings: DataSettings) -> list[Source]:
-    """The training sources, and those of the other splits that are named or stand beside them.
-
-    Files are taken for what they are named: nothing named test is trained on. UserError where there is no data.
-    """
+    """The training sources, and those of the other splits that are named or stand beside them; UserError where there
+    is no data. Files are taken for what they are named: nothing named test is trained on."""
     trains, others = [], []
     given = {"val": None, **name_val_sets(settings.val_data), "test": settings.test_data}
     given["retain"] = settings.retain_data
@@ -179,10 +175,8 @@ def _refuse_closed_folders(paths: Iterator[Path] | list[Path], flag: str) -> Non
 
 
 def split_of(file: Path, root: Path) -> str:
-    """The split that a file's name, or a folder between `root` and it, stands for; "" where none does.
-
-    A name with words of several splits (`train_test.csv`) stands for the one that is not trained on.
-    """
+    """The split that a file's name, or a folder between `root` and it, stands for; "" where none does. A name with
+    words of several (`train_test.csv`) stands for the one that is not trained on."""
     relative = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
     for part in reversed(relative.parts):
         splits = {SPLIT_BY_WORD[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_BY_WORD}

@@ -66,15 +66,9 @@ def find_model(model: str) -> ModelSource:
     return ModelSource(base, base, None if Path(base).is_dir() else revision, adapter)
 
 
-def resolve_model_path(model: str) -> str:
-    return find_model(model).path
-
-
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder, of a hub id or of `demo-base`; a local copy does where the hub cannot be reached.
-
-    UserError where there is none, where it is broken, or where it has no end-of-text token.
-    """
+    """The tokenizer of a folder, of a hub id (a local copy where it cannot be reached) or of `demo-base`; UserError
+    where there is none, where it is broken, or where it has no end-of-text token."""
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
 
     source = find_model(model)
@@ -187,11 +181,10 @@ def mark_targets(tokenizer: Any, ids: NDArray[Any], is_target: NDArray[np.bool_]
     return text
 
 
-def show_examples(dataset: "TokenDataset", tokenizer: Any, number: int, is_coloured: bool) -> Iterator[str]:
-    """Lines that show the tokens of the first rows: the targets are coloured, or in brackets without colour."""
-    before, after = ("\033[1;32m", "\033[0m") if is_coloured else ("⟦", "⟧")
+def show_examples(dataset: "TokenDataset", tokenizer: Any, number: int) -> Iterator[str]:
+    """Lines that show the tokens of the first rows, `⟦targets⟧` in brackets."""
     for i in range(min(number, len(dataset))):
         ids, is_target = dataset.row(i), dataset.is_target(i)
         yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them target tokens"
         pieces = (escape_controls(tokenizer.decode([token_id])) for token_id in ids.tolist())
-        yield "|".join(f"{before}{p}{after}" if counts else p for p, counts in zip(pieces, is_target, strict=True))
+        yield "|".join(f"⟦{piece}⟧" if counts else piece for piece, counts in zip(pieces, is_target, strict=True))

@@ -44,10 +44,8 @@ def name_records(split: str) -> str:
 
 
 class SeenRecords:
-    """Finds the evaluation records that are not new: `add` every record, then `find`.
-
-    reasons: {split: [why each of its records is not new, empty where it is]}.
-    """
+    """Finds the evaluation records that are not new: `add` every record, then `find` sets `reasons`, {split: [why each
+    of its records is not new, empty where it is]}."""
 
     def __init__(self, split_by: str | None, splits: Iterable[str] = SPLITS) -> None:
         self._split_by = split_by
@@ -134,11 +132,9 @@ def _shingles(tokens: Hashes) -> list[int]:
 def find_near_copies(
     records: Sequence[tuple[int, Hashes]], candidates: Iterable[tuple[int, str, Hashes]], *, max_records: int
 ) -> dict[int, tuple[int, str]]:
-    """{number of a record: (split, place) of the first candidate of an earlier split that it is a near copy of}.
-
-    `records`: (number of the split, tokens); `candidates` have a place, too. A shingle that more than `max_records`
-    candidates of the training data (split 0) have does not count.
-    """
+    """{number of a record: (split, place) of the first candidate of an earlier split that it is a near copy of}, of
+    records (number of the split, tokens) and candidates, which have a place, too. A shingle that more than
+    `max_records` candidates of the training data (split 0) have does not count."""
     shingles_by_record = [set(_shingles(tokens)) for _, tokens in records]
     known = set().union(*shingles_by_record)
     if not known:

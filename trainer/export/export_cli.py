@@ -20,7 +20,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
-from trainer.data.tokenizer import resolve_model_path
+from trainer.data.tokenizer import find_model
 from trainer.distributed.process_group import config_digest
 from trainer.export import verify
 from trainer.export.folder import (
@@ -191,7 +191,7 @@ def load_model_at_checkpoint(
         changes |= {"model": str(base_folder), "init": "pretrained"}
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **changes))
     model = build_model(settings, with_fingerprint=settings.mode == "lora", device=device)
-    model_path = resolve_model_path(settings.model.model)
+    model_path = find_model(settings.model.model).path
     if settings.mode == "full":  # how to generate is no weight: it is the base's, where that is still there
         with contextlib.suppress(OSError):
             model.causal.generation_config = GenerationConfig.from_pretrained(model_path, local_files_only=True)

@@ -17,7 +17,7 @@ from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError
 from trainer.config.settings import ModelSettings, Settings
 from trainer.data import hf_hub
-from trainer.data.tokenizer import find_model, resolve_model_path
+from trainer.data.tokenizer import find_model
 from trainer.model import attention, lora, model_files, quantization
 
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
@@ -153,7 +153,7 @@ def load_config(settings: ModelSettings) -> Any:
         config: Any = GPT2Config()  # the published shape; the class's defaults are GPT-2's
     else:
         with _refuse_model(settings.model, "config.json"):
-            model_files.check_config_file(Path(resolve_model_path(settings.model)))
+            model_files.check_config_file(Path(find_model(settings.model).path))
             config = AutoConfig.from_pretrained(**_from_pretrained_kwargs(settings.model))
             model_files.check_config(config)
     if settings.dropout is not None:
@@ -189,7 +189,7 @@ def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
 def _load_pretrained(settings: ModelSettings, config: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model with the stored weights, every one of them and no other; on the meta device only their shapes."""
     with _refuse_model(settings.model, model_files.WEIGHTS_FILE):
-        model_files.check_weight_files(Path(resolve_model_path(settings.model)))
+        model_files.check_weight_files(Path(find_model(settings.model).path))
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
             **_from_pretrained_kwargs(settings.model),
             config=config,

@@ -127,7 +127,7 @@ def evaluate_other_splits(
         dataset = getattr(data, split)
         if not len(dataset):
             continue
-        options: Any = {"num_bytes": data.num_target_bytes(split), "row_nll": base_nll.get(split)}
+        options: Any = {"num_bytes": data.metadata[split].get("target_bytes", 0), "row_nll": base_nll.get(split)}
         row_nll, loss, num_target_tokens, bits = evaluate(engine, dataset, plan.settings.train.eval_batch, **options)
         folder = Path(plan.settings.run_folder) / EVAL_RECORDS_FOLDER
         write_rows = partial(write_evaluation, folder, step=step, split=split, nll=row_nll)

@@ -114,11 +114,11 @@ def _run_due_actions(
     """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
     settings, step = schedule.settings.train, state.step
     if schedule.is_eval_due(step):
-        num_bytes, batch = data.num_target_bytes("val"), settings.eval_batch
+        num_bytes, batch = data.metadata["val"].get("target_bytes", 0), settings.eval_batch
         try:
             results = {"": evaluate(engine, data.val, batch, should_stop, num_bytes=num_bytes, row_nll=row_nll)}
             for name, rows in data.val_sets.items():
-                num_bytes = data.num_target_bytes(f"val-{name}")
+                num_bytes = data.metadata[f"val-{name}"]["target_bytes"]
                 results[name] = evaluate(engine, rows, batch, should_stop, num_bytes=num_bytes)
         except StopRequested:
             return replace(state, stop_requested=True)

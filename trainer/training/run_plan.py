@@ -24,7 +24,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
-from trainer.data.tokenizer import resolve_model_path
+from trainer.data.tokenizer import find_model
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory import (
@@ -327,7 +327,7 @@ def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDatas
         )
 
     if precision == "bf16" and settings.model.init == "pretrained":
-        folder = hf_hub.find_model_folder(resolve_model_path(settings.model.model))
+        folder = hf_hub.find_model_folder(find_model(settings.model.model).path)
         model_info = {**model_info, "bf16_ties": dist_context.on_rank_zero(lambda: measure_bf16_ties(folder))}
     deepspeed_file, execution = dist_context.on_rank_zero(decide)
     schedule = TrainSchedule(

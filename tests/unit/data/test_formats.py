@@ -144,7 +144,11 @@ def test_templates_go_before_acled_before_text():
             for text in ("{mr", "{}")
         ),
         ("mr", {"completion": "done"}, r"--completion 'done': has no \{column\}; expected one of mr"),
-        ("mr ref", {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
+        (
+            "mr ref",
+            {},
+            r"d\.csv: no ACLED.*, text .*--prompt and --completion.*columns: mr, ref",
+        ),
         ("prompt chosen rejected", {}, r"`chosen` and `rejected` are not trained on"),
         ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),
         ("messages", {"objective": "blocks"}, "--objective blocks needs another format than messages"),

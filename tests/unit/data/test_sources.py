@@ -178,7 +178,7 @@ def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refusal_messa
     began = time.monotonic()
     line = refusal_message("nobody/nothing-of-that-name")
     assert "no such file or folder here, and the hub cannot be reached" in line
-    assert "give --data a file, a folder, acled-demo" in line
+    assert "expected a file, a folder, acled-demo or a hub id" in line
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     assert not hf_hub.is_reachable()
