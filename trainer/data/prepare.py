@@ -129,7 +129,9 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
     """The source with its format and the hashes of its files; UserError where its first record has no format."""
     if source.split == "retain":  # texts to join or prompts with references, whatever the training records are
         settings = DataSettings(data=source.spec, block_size=settings.block_size)
-    first, split_by = source.first_record(), settings.split_by
+    first, split_by = next((record for _, record in source.records()), None), settings.split_by
+    if first is None:
+        raise UserError(f"{source.where(source.files[0])}: holds no record; expected at least one")
     if split_by is not None and split_by not in first:
         expected = f"expected one of {list_columns(tuple(first))}"
         raise UserError(f"--split-by {split_by}: {source.where()} has no such column; {expected}")

@@ -73,11 +73,6 @@ class Source:
                 self.heartbeat()
                 yield f"{self.locate(file)}, {place}", record
 
-    def first_record(self) -> Record:
-        for _, record in self.records():
-            return record
-        raise UserError(f"{self.where(self.files[0])}: holds no record; expected at least one")
-
 
 def find_sources(settings: DataSettings) -> list[Source]:
     """The training sources, and those of the other splits that are named or stand beside them; UserError where there

@@ -72,9 +72,17 @@ class SeenRecords:
         self.reasons = {split: [""] * len(hashes) for split, hashes in self._contents.items() if split != "train"}
         self._mark(self._contents, "equal to {} records")
         records = [key for key in self._tokens if not self.reasons[key[0]][key[1]]]
+
+        def candidates() -> Iterator[tuple[int, str, Hashes]]:
+            contents: set[int] = set()
+            for example in examples:
+                if example.split in SPLITS[:3] and (content := _content_hash(example)) not in contents:
+                    contents.add(content)
+                    yield _number(example.split), example.where, _hash_tokens(example)
+
         near_copies = find_near_copies(
             [(_number(split), self._tokens[split, i]) for split, i in records],
-            _iter_distinct(examples),
+            candidates(),
             max_records=max(MIN_TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(set(self._contents["train"])))),
         )
         for number, (earlier, place) in near_copies.items():
@@ -113,15 +121,6 @@ def _hash_tokens(example: Example) -> Hashes:
     """A hash of each token of its text, uint64 [tokens]."""
     tokens = TOKEN.findall(normalise(example.text(with_system=False)))
     return np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens)).view(np.uint64)
-
-
-def _iter_distinct(examples: Iterable[Example]) -> Iterator[tuple[int, str, Hashes]]:
-    """(number of the split, place, tokens) of each content of the splits that others are compared with."""
-    contents: set[int] = set()
-    for example in examples:
-        if example.split in SPLITS[:3] and (content := _content_hash(example)) not in contents:
-            contents.add(content)
-            yield _number(example.split), example.where, _hash_tokens(example)
 
 
 def _shingles(tokens: Hashes) -> list[int]:
