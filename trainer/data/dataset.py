@@ -160,9 +160,7 @@ def resolve_cache_dir() -> Path:
 
 def _write_error(folder: Path, error: OSError) -> UserError:
     reason = error.strerror or error
-    return UserError(
-        f"{folder}: prepared data cannot be written ({reason}); make room, or set TRAINER_CACHE to a folder"
-    )
+    return UserError(f"{folder}: prepared data cannot be written ({reason}); make room, or set TRAINER_CACHE")
 
 
 def sha256(file: Path) -> str:
@@ -188,11 +186,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_or_build(
-    folder: Path,
-    write_contents: Callable[[Path], dict[str, Any]],
-    *,
-    source: str,
-    log: Callable[[str], None] = lambda line: None,
+    folder: Path, write_contents: Callable[[Path], dict[str, Any]], *, source: str, log: Callable[[str], None]
 ) -> PreparedDataset:
     """What is in the folder, made anew where a file of it is not what was written there.
 

@@ -14,15 +14,7 @@ from trainer.config.choices import Objective
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data.chat import Conversation, from_messages, from_prompt_completion, from_sharegpt
-from trainer.data.readers import (
-    Record,
-    RecordError,
-    is_missing,
-    list_columns,
-    require,
-    require_text,
-    to_text,
-)
+from trainer.data.readers import Record, RecordError, is_missing, list_columns, require, require_text, to_text
 
 BLOCKS_OR_ROWS: tuple[Objective, ...] = ("blocks", "completion")
 #: Stanford Alpaca's own two prompts (tatsu-lab/stanford_alpaca, train.py), with and without an input.

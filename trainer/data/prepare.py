@@ -131,7 +131,7 @@ def open_source(source: Source, settings: DataSettings, fractions: tuple[float, 
         settings = DataSettings(data=source.spec, block_size=settings.block_size)
     first, split_by = next((record for _, record in source.records()), None), settings.split_by
     if first is None:
-        raise UserError(f"{source.where(source.files[0])}: holds no record; expected at least one")
+        raise UserError(f"{source.where(*source.files[:1])}: holds no record; expected at least one")
     if split_by is not None and split_by not in first:
         expected = f"expected one of {list_columns(tuple(first))}"
         raise UserError(f"--split-by {split_by}: {source.where()} has no such column; {expected}")

@@ -143,11 +143,13 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_p
         shutil.copytree(copy, temp_folder, dirs_exist_ok=True)
         (temp_folder / "facts.json").unlink()
         if name == "late":  # another one finishes while this one is still writing
-            store.load_or_build(folder, lambda other: fill(other, "early"), source="x")
+            store.load_or_build(folder, lambda other: fill(other, "early"), source="x", log=print)
         manifest = store.read_manifest(copy)
         return {**manifest, "val_texts": [("made by", name)]}
 
-    assert store.load_or_build(folder, lambda other: fill(other, "late"), source="x").val_texts[0][1] == "early"
+    assert (
+        store.load_or_build(folder, lambda other: fill(other, "late"), source="x", log=print).val_texts[0][1] == "early"
+    )
     assert os.listdir(folder.parent) == [folder.name]
 
 
