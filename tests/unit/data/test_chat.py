@@ -17,7 +17,6 @@ from trainer.data import chat
 from trainer.data.chat import ChatTemplate, Conversation, MaskError, from_messages, from_sharegpt
 from trainer.data.formats import choose_format
 from trainer.data.readers import RecordError
-from trainer.data.sampler import IGNORE_INDEX, collate
 from trainer.data.tokenizer import load_tokenizer, show_examples
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -106,9 +105,7 @@ def test_marks_of_a_template_in_a_message_do_not_move_the_mask(tokenizer):
     [
         ("{{ messages | length }}{% for m in messages %}<s>{{ m.content }}{% endfor %}", "than a prompt for it"),
         ("{{ raise_exception('no such\nrole') }}", r"the chat template refuses it \(no such\)"),
-        ("{% for m in messages %}", "the chat template refuses it"),
         ("{% generation %}{{ messages[1].content }}{% endgeneration %}", "marks 1 of 2 assistant turns as generated"),
-        ("{{ 'x' }}", "message 2: the chat template writes it otherwise than as the last one"),
         ("{{ ''.__class__.__base__ }}", r"the chat template refuses it \(access to attribute '__class__'"),
         ("{% for i in range(10**12) %}{% endfor %}", r"refuses it \(Range too big"),
         (
@@ -161,11 +158,7 @@ def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, toke
         prepared = prepare_chat(write_records(tmp_path / name, content))
         assert prepared.metadata["fingerprint"] == expected.metadata["fingerprint"]
         assert (prepared.metadata["form"], prepared.metadata["objective"]) == (form, "completion")
-    text = tokenizer.decode(prepared.train.row(0)[prepared.train.is_target(0)])
-    assert text.startswith("It is ")
-    assert text.endswith(".<|im_end|>")
-    assert prepared.metadata["example"].endswith("⟧\\n")
-    assert "user\\nSay " in prepared.metadata["example"]
+    assert re.search(r"user\\nSay .*⟦It is \d+\.<\|im_end\|>⟧\\n$", prepared.metadata["example"])
     prompt, completion = prepared.val_texts[0]
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion.endswith("<|im_end|>")
@@ -181,26 +174,11 @@ def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path
     assert line.count("⟦") == is_target.sum()
 
 
-def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokenizer):
-    data = prepare_chat(write_records(tmp_path / "a.jsonl", [{"messages": [SYSTEM, *TURNS]}, *chat_records()]))
-    for split in ("train", "val"):
-        dataset = getattr(data, split)
-        counts = [int(dataset.is_target(i).sum()) for i in range(len(dataset))]
-        assert dataset.num_target_tokens.tolist() == counts
-        assert data.metadata[split]["num_target_tokens"] == sum(counts)
-        batch = collate(dataset, np.arange(len(dataset)), 0)
-        assert (batch.labels != IGNORE_INDEX).sum() == sum(counts)
-    for i, num_bytes in enumerate(data.row_info("val")["bytes"]):
-        text = tokenizer.decode(data.val.row(i)[data.val.is_target(i)], skip_special_tokens=True)
-        assert num_bytes == len(text.encode())
-
-
 def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_refused(tmp_path, prepare_chat):
     long_turn = {"role": "assistant", "content": "The answer is 42. " * 30}
     cut = {"messages": [TURNS[0], TURNS[1], TURNS[2], long_turn]}
     data = prepare_chat(write_records(tmp_path / "a.jsonl", [cut, *chat_records()]))
     assert re.search(r"1 of \d+ conversations are cut at --block-size 64", "\n".join(data.metadata["notices"]))
-    assert max(data.train.lengths().max(), data.val.lengths().max()) == 64
     with_tools = [{**record, "tools": TOOLS} for record in chat_records()]
     notices = "\n".join(prepare_chat(write_records(tmp_path / "t.jsonl", with_tools)).metadata["notices"])
     assert re.search(r"train: (\d+) of \1 conversations have tools, which the chat template does not write", notices)
@@ -211,7 +189,6 @@ def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_re
         prepare_chat(file)
     data = prepare_chat(file, unusable_records="drop")
     assert len(data.train) + len(data.val) == 40
-    assert any("are left out (first: " in line for line in data.metadata["notices"])
 
 
 def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat):
@@ -228,23 +205,16 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        (
-            {"messages": [{"role": "robot", "content": "x"}]},
-            "message 1 of column 'messages' has 'robot' as role, expected system",
-        ),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 of column 'messages' has 'robot' as role, exp"),
         ({"messages": [TURNS[0], {"role": "assistant"}]}, "message 2 of column 'messages' (assistant) has no content"),
         ({"messages": [TURNS[0]]}, "no message of role assistant"),
         ({"messages": "hello"}, "column 'messages' holds 'hello', expected a list of messages"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "has [{'type': 'image'}] as content, expected text",
-        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has [{'type': 'image'}] as content, exp"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character"),
         ({"messages": [{**TURNS[1], "weight": 2}]}, "has 2 as weight, expected 0 (context) or 1"),
         ({"messages": TURNS, "tools": 3}, "column 'tools' holds 3, expected a list of tools"),
         ({"messages": '[{"role": "user", "role": "assistant"}]'}, "is not JSON (the key 'role' stands twice in an"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "is from 'alien', expected one from human, gpt"),
-        ({"prompt": [TURNS[0]], "completion": [TURNS[0]]}, "no message of role assistant"),
     ],
 )
 def test_a_bad_conversation_is_refused_by_its_message_and_column(record, problem):
@@ -252,17 +222,11 @@ def test_a_bad_conversation_is_refused_by_its_message_and_column(record, problem
         choose_format(record, DataSettings(data="x", block_size=8), "x").render(record)
 
 
-def test_text_and_messages_in_one_column_are_refused(tmp_path, prepare_chat):
+def test_text_and_messages_in_columns_of_one_name_are_refused(tmp_path, prepare_chat):
     records = [{"prompt": "x", "completion": " y"}, {"prompt": [TURNS[0]], "completion": [TURNS[1]]}]
-    for order, problem in ((1, "column 'prompt' holds a list, expected text"), (-1, "holds 'x', expected a list of")):
-        with pytest.raises(UserError, match=f"line 2: .*{problem}"):
-            prepare_chat(write_records(tmp_path / "a.jsonl", records[::order] * 20))
     text, chat = (write_records(tmp_path / f"{i}.jsonl", [record] * 20) for i, record in enumerate(records))
-    for first, second in ((text, chat), (chat, text)):
-        with pytest.raises(
-            UserError, match=r"--val-data .* one holds prompt-completion .* the other prompt-completion"
-        ):
-            prepare_chat(first, val_data=str(second))
+    with pytest.raises(UserError, match=r"--val-data .* one holds prompt-completion .* the other prompt-completion"):
+        prepare_chat(text, val_data=str(chat))
 
 
 def test_keys_that_arrow_fills_with_null_are_dropped_and_lists_may_be_json_text():
@@ -283,16 +247,12 @@ def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "the alarm that was set before: pytest's own limit of a test"
 
 
-@pytest.mark.parametrize("family", ["chatml", "qwen3", "marked"])
-def test_the_cost_of_a_conversation_is_that_of_its_block(tokenizer, monkeypatch, family):
+def test_the_cost_of_a_conversation_is_that_of_its_block(tokenizer, monkeypatch):
     """A thousand turns end in the same first block as its first forty, and are rendered for that block only."""
     renders, whole = [], ChatTemplate._render
     monkeypatch.setattr(ChatTemplate, "_render", lambda *args, **options: renders.append(1) or whole(*args, **options))
-    template, size = ChatTemplate(tokenizer, TEMPLATES[family][0]), 200
+    template, size = ChatTemplate(tokenizer, TEMPLATES["chatml"][0]), 200
     rows = [template.encode(Conversation(messages=TURNS * number), size) for number in (10, 250)]
     assert len(rows[1].ids) > 20 * size
-    if family != "qwen3":  # which writes the last turns of the shorter one otherwise
-        assert rows[1].ids[:size].tolist() == rows[0].ids[:size].tolist()
-        assert rows[1].is_target[:size].tolist() == rows[0].is_target[:size].tolist()
-    assert rows[1].is_target[:size].sum() > 20
+    assert rows[1].is_target[:size].tolist() == rows[0].is_target[:size].tolist()
     assert len(renders) < 60

@@ -10,7 +10,6 @@ from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import (
     IGNORE_INDEX,
     PAD_ID,
-    SORT_WINDOW_BATCHES,
     TrainBatches,
     epoch_order,
     eval_batches,
@@ -77,22 +76,6 @@ def test_the_epoch_order_depends_on_seed_and_epoch_and_nothing_else():
     assert grouped.tolist() == [6, 2, 8, 0, 7, 4, 5, 1, 3]
 
 
-def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
-    rng = np.random.default_rng(0)
-    rows = make_dataset(rng.integers(2, 100, size=4 * SORT_WINDOW_BATCHES * 2 + 3).tolist())
-    lengths = rows.lengths()
-
-    def padding(order):
-        batches = [lengths[order[i : i + 4]] for i in range(0, len(order), 4)]
-        return sum(4 * batch.max() - batch.sum() for batch in batches)
-
-    grouped = make_order(rows, group_by_length=True)
-    assert padding(grouped) < padding(make_order(rows)) / 5
-    longest = [lengths[grouped[i : i + 4]].max() for i in range(0, 4 * SORT_WINDOW_BATCHES, 4)]
-    assert longest != sorted(longest)
-    assert len(grouped) % 4 == 3  # the ragged batch is last, and of rows of any length
-
-
 @pytest.mark.parametrize(
     ("ranks", "micro", "accumulation"), [(1, 6, 1), (1, 1, 6), (2, 3, 1), (2, 1, 3), (3, 2, 1), (3, 1, 2)]
 )
@@ -132,14 +115,10 @@ def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
     assert micro_batch.tokens == 8
 
 
-def test_a_micro_batch_knows_the_place_of_its_first_row_and_an_empty_one_is_a_masked_row():
+def test_a_micro_batch_knows_the_place_of_its_first_row():
     rows, batch = make_dataset([3] * 10), make_batch(1, 2, 2)
     actual = [micro_batch.index for rank in (0, 1) for micro_batch in step_batches(rows, np.arange(10), 1, batch, rank)]
     assert actual == [4, 6, 5, 7]
-    empty = step_batches(rows, np.arange(10), 2, batch, 1)[1]  # the last step has two rows for four places
-    assert empty.input_ids.shape == empty.labels.shape == (1, 2)
-    assert (empty.labels == IGNORE_INDEX).all()
-    assert empty.tokens == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

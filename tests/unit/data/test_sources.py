@@ -4,7 +4,6 @@ import json
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -16,7 +15,6 @@ from trainer.config.settings import DataSettings
 from trainer.data import hf_hub, readers, sources
 from trainer.data.sources import find_splits
 
-LONG = [{"i": i, "text": "[{]}" * 50_000} for i in range(12)]
 FIRST = '{"mr": "1", "ref": "2"}'
 AS_TEXT = {"prompt": None, "completion": None}  # without templates
 
@@ -34,7 +32,6 @@ def write_arrow(path, table):
         ("a.parquet", PAIRS, PAIRS),
         (os.fsdecode(b"\xff\xfe.csv"), PAIRS, PAIRS),
         ("a.json", "\n " + json.dumps(PAIRS, indent=2), PAIRS),
-        ("a.json", json.dumps(LONG), LONG),
         ("a.tsv", "mr\tref\n1\t2,3\n", [{"mr": "1", "ref": "2,3"}]),
         ("a.txt", "\ufeffone é\r\ntwo\n\nthree", [{"text": text} for text in ("one é", "two", "", "three")]),
         (
@@ -71,7 +68,6 @@ def test_both_formats_of_arrow_files_are_read(tmp_path):
     [
         ("./no", {}, "--data ./no: no such file or folder"),
         ("no*.csv", {}, "--data no*.csv: no file with a known ending; expected a CSV"),
-        ("empty", {"empty/x/.keep": ""}, "--data empty: no file with a known ending"),
         (".", {"a.csv": PAIRS, "b.jsonl": PAIRS}, "holds several kinds of data: CSV (a.csv), JSON (b.jsonl)"),
         ("*.csv", {"a.csv": PAIRS, "b.csv": "mr,text\nx,y\n"}, "b.csv, row 1 (line 2): column 'ref' is missing"),
         ("a.parquet", {"a.parquet": [*PAIRS, {"mr": "x", "ref": None}]}, "a.parquet, row 41: column 'ref' is null"),
@@ -86,26 +82,22 @@ def test_a_source_that_cannot_be_used_is_one_line(refusal_message, spec, files, 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        *((f"a.{kind}", "", ": holds no record") for kind in ("csv", "json", "txt")),
         ("a.parquet", "no parquet at all", ": not a whole Parquet file"),
         ("a.arrow", "no arrow", ": not a whole Arrow file"),
-        ("a.json", "[ ]", ": holds no record"),
+        ("a.json", "[ ]", ": holds no record; expected at least one"),
         ("a.csv", "mr,mr\n1,2\n", ": names column 'mr' twice"),
         ("a.csv", 'mr,ref\n1,"2\n2"\n1\n', ", row 2 (line 4): 1 fields where the header has 2"),
         ("a.csv", 'mr,ref\n1,2\n3,"4\n', ", row 2 (line 3): not CSV (unexpected end of data); look for a quotation"),
         ("a.csv", 'mr,ref\n"1\n1",2\n,4\n', ", row 2 (line 4): column 'mr' is null or empty: fill it, drop the row"),
-        ("a.csv", "mr,ref\r1,2\r", ", row 0 (line 1): not CSV (new-line character seen in unquoted field); look for"),
         ("a.csv", "mr;ref\n1;2\n", " has no column 'mr'; its columns are mr;ref (separated by ';'? save the file with"),
         ("a.jsonl", f'{FIRST}\n\n{{"mr": "1"}}\n', ", line 3: column 'ref' is missing"),
         ("a.jsonl", f'{FIRST}\n{{"mr": "1" "ref"}}\n', ", line 2, character 12: not JSON"),
-        ("a.jsonl", f"{FIRST}\n[1]\n", ", line 2: holds a list; expected a JSON object"),
         ("a.jsonl", '{"mr": "1", "ref": {"a": 1, "a": 2}}\n', ", line 1: not JSON (the key 'a' stands twice in an obj"),
         ("a.jsonl", '{"mr": "1", "ref": 1e999}\n', ", line 1: not JSON (the number 1e999 is larger than any float"),
         ("a.json", f"[{FIRST}][{FIRST}]", ", line 1, character 26: not JSON (Extra data)"),
         ("a.json", "[" * 200_000 + "]" * 200_000, ": not JSON (nested too deeply)"),
         ("a.json", f"[{FIRST},\n 3]", ", row 2: holds a int; expected a JSON object"),
         ("a.csv", "mr,ref\n1,2\n".encode("utf-16-le"), ", line 1: holds a NUL byte (UTF-16?)"),
-        ("a.txt", "one\ntwo é".encode()[:-1], ", line 2: not UTF-8 (byte 0xc3)"),  # a character cut off at the end
         ("a.txt", b"short\n" + b"x" * (3 * 2**20), ", line 2: longer than 1 MB"),
         ("a.txt", b"\n  \n\n", ": holds blank lines only"),
     ],
@@ -115,12 +107,11 @@ def test_bad_content_is_named_by_file_and_place(refusal_message, monkeypatch, na
     assert f"--data {name}{problem}" in refusal_message(name, {name: content}, **(AS_TEXT if "txt" in name else {}))
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
-def test_bytes_that_are_not_utf8_are_named_by_line(refusal_message, name):
-    row, lines = {"a.csv": "é,é"}.get(name, '{"text": "é"}').encode() + b"\n", 20_000
-    content = {"a.csv": b"text,b\n", "a.json": b"[\n"}.get(name, row) + row * (lines - 2)
-    line = refusal_message(name, {name: content + row.replace("é".encode(), b"\xe9", 1) + row}, **AS_TEXT)
-    assert f"{name}, line {lines}: not UTF-8 (byte 0xe9); save the file as UTF-8" in line
+@pytest.mark.parametrize(("name", "first"), [("a.jsonl", b'{"text": "x"}\n'), ("a.json", b"[\n")])
+def test_bytes_that_are_not_utf8_are_named_by_line(refusal_message, name, first):
+    row = '{"text": "é"}\n'.encode()
+    line = refusal_message(name, {name: first + 19_998 * row + row.replace("é".encode(), b"\xe9") + row}, **AS_TEXT)
+    assert f"{name}, line 20000: not UTF-8 (byte 0xe9); save the file as UTF-8" in line
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -128,7 +119,6 @@ def test_a_table_of_arrow_that_cannot_be_used_is_refused(refusal_message, tmp_pa
     date = pyarrow.array([2**30], type=pyarrow.date32())
     for number, (arrays, problem) in enumerate(
         (
-            (([], []), "holds no record"),
             ((["x"], ["y"], ["z"]), "names column 'mr' twice; rename one"),
             ((date, ["x"]), f"not a whole {suffix.capitalize()} file ("),  # beyond Python's years
         )
@@ -162,8 +152,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(refusal_message, tmp_pa
 
 
 def test_files_of_two_formats_are_refused_by_name(refusal_message):
-    files = {"mix/a.jsonl": [{"instruction": "x", "output": "y"}], "mix/b.jsonl": [{"text": "x"}]}
-    assert "mix/b.jsonl, line 1: column 'instruction' is missing" in refusal_message("mix", files, **AS_TEXT)
     files = {"two/train.jsonl": [{"prompt": "x", "completion": "y"}], "two/val.jsonl": [{"text": "x"}]}
     line = refusal_message("two", files, **AS_TEXT)
     assert "one holds prompt-completion (loss on the completion), the other text (" in line
@@ -185,20 +173,6 @@ def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refusal_messa
     assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize(("flag", "split"), [("--data", "train"), ("--val-data", "validation")])
-def test_a_hub_data_set_gives_the_split_of_the_flag(tmp_path, monkeypatch, flag, split):
-    splits = {}
-    for name in ("train", "validation"):
-        write_arrow(tmp_path / f"{name}.arrow", pyarrow.Table.from_pylist([{"text": f"{name} {i}"} for i in range(3)]))
-        splits[name] = SimpleNamespace(cache_files=[{"filename": str(tmp_path / f"{name}.arrow")}])
-    config = SimpleNamespace(HF_HUB_OFFLINE=False)
-    stand_in = SimpleNamespace(load_dataset=lambda *args, **options: splits, config=config)
-    monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
-    found = list(find_source("some/name", flag).records())
-    assert [record["text"] for _, record in found] == [f"{split} {i}" for i in range(3)]
-    assert found[1][0] == "some/name, row 2"
-
-
 # --- files are taken for the split that they are named ---
 
 
@@ -213,7 +187,6 @@ def find_files(spec, val_data=()):
     [
         ("train.csv", "validation.csv", "test.csv"),
         ("training/a.csv", "dev/b.csv", "eval/c.csv"),
-        ("my_train_set-00000-of-00001.csv", "my_valid_set.csv", "my_testing_set.csv"),
     ],
 )
 def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, names):

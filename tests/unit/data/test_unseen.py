@@ -63,7 +63,6 @@ NEAR, NEW = "near copies of training records", ""
             },
             COPIES,
         ),
-        ({"test": edit(TRAIN, "completion", str.swapcase), "val": OTHERS}, COPIES),
         (
             {"test": [{**other, "prompt": f" {pair['prompt']}"} for pair, other in zip(TRAIN, OTHERS, strict=True)]},
             PROMPTS,
@@ -175,33 +174,25 @@ def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refus
 def test_leaked_validation_records_are_a_note_a_warning_or_refused(tmp_path, prepare_file, objective):
     pairs = [{"mr": f"Town {i}", "ref": f"People met {i} times."} for i in range(400)]
     file, options = write_records(tmp_path / "a.csv", pairs[:200]), {**COMPLETION, "objective": objective}
+    sets = {n: str(write_records(tmp_path / f"v{n}.csv", pairs[200 - n : 400 - n])) for n in (0, 1, 2, 99, 100, 200)}
     for num_shared, start in ((1, ""), (2, "warning: "), (99, "warning: ")):
-        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
-        notices = prepare_file(file, val_data=str(val), **options).metadata["notices"]
+        notices = prepare_file(file, val_data=sets[num_shared], **options).metadata["notices"]
         problem = f"{start}{num_shared} of 200 validation records are not new: {num_shared} equal to training records ("
         assert sum(notice.startswith(problem) for notice in notices) == 1
     for num_shared in (100, 200):
-        val = write_records(tmp_path / "v.csv", pairs[200 - num_shared : 400 - num_shared])
-        problem = (
-            f"--val-data .*v.csv: {num_shared} of 200 validation records are not new: .* under 50%, or --allow-leakage"
-        )
-        with pytest.raises(UserError, match=problem):
-            prepare_file(file, val_data=str(val), **options)
-        prepared = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
-        assert prepared.metadata["val"]["records"] == 200
-        assert prepared.row_info("val")["is_seen"].all() == (num_shared == 200)
-        with pytest.raises(UserError, match=problem):
-            prepare_file(file, val_data=str(val), **options)
-        sets = (str(write_records(tmp_path / "new.csv", pairs[200:])), f"old={val}")
+        problem = f"{num_shared} of 200 validation records are not new: .* under 50%, or --allow-leakage"
+        alone = prepare_file(file, val_data=sets[num_shared], allow_leakage=True, **options)
+        assert alone.row_info("val")["is_seen"].all() == (num_shared == 200)
+        with pytest.raises(UserError, match=f"--val-data .*v{num_shared}.csv: {problem}"):
+            prepare_file(file, val_data=sets[num_shared], **options)
+        both = (sets[0], f"old={sets[num_shared]}")
         with pytest.raises(UserError, match=problem.replace("validation", r"validation \(old\)")):
-            prepare_file(file, val_data=sets, **options)
-        prepared = prepare_file(file, val_data=sets, allow_leakage=True, **options)
+            prepare_file(file, val_data=both, **options)
+        prepared = prepare_file(file, val_data=both, allow_leakage=True, **options)
         assert prepared.metadata["num_seen"] == {"val": 0, "test": 0, "retain": 0, "val-old": num_shared}
-        alone = prepare_file(file, val_data=str(val), allow_leakage=True, **options)
         assert np.array_equal(prepared.val_sets["old"].ids, alone.val.ids)
-        assert (
-            prepared.metadata["fingerprint"] != prepare_file(file, val_data=sets[0], **options).metadata["fingerprint"]
-        )
+        without = prepare_file(file, val_data=sets[0], **options)
+        assert prepared.metadata["fingerprint"] != without.metadata["fingerprint"]
     for name in ("train", "validation"):
         write_records(tmp_path / "folder" / f"{name}.csv", pairs)
     with pytest.raises(UserError, match=r"^--data .*folder: 400 of 400 validation records are not new"):
