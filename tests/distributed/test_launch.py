@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -121,6 +122,6 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
     time_before = (tmp_path / "runs/lora-train").stat().st_mtime_ns
     code, output = run_forked(["--mode", "lora", *argv, "--show-example", "1"], tmp_path)
     assert code == 0, output
-    assert "example 1: 16 tokens" in output
+    assert re.search(r"example 1: 16 tokens, 15 of them target tokens\n[^⟦⟧|]+(\|⟦[^⟦⟧]+⟧){15}\n", output)
     assert "runs/lora-train already holds a run; add --resume to continue it" in output
     assert (tmp_path / "runs/lora-train").stat().st_mtime_ns == time_before, "nothing was written beside the run"

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from helpers.any_inputs import check_inputs, many_inputs
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
@@ -21,11 +21,6 @@ BYTES = st.lists(st.sampled_from([*WORDS, *CHARACTERS]) | st.binary(max_size=6),
 KEYS = ["role", "content", "from", "value", "tool_calls"]
 OTHER_COLUMNS = ["input", "notes", "event_date", "fatalities", "tools", "system"]
 COLUMNS = st.sampled_from([*(name for known in FORMATS for name in known.needs), *OTHER_COLUMNS, *KEYS])
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(COLUMNS | st.text(max_size=4), inner, max_size=4),
-    max_leaves=10,
-)
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "robot"])
 MESSAGES = st.lists(
     st.fixed_dictionaries({}, optional={"role": ROLES, "content": JSON_VALUES, "from": ROLES}), max_size=3

@@ -17,7 +17,7 @@ from trainer.data import chat
 from trainer.data.chat import ChatTemplate, Conversation, MaskError, from_messages, from_sharegpt
 from trainer.data.formats import choose_format
 from trainer.data.readers import RecordError
-from trainer.data.tokenizer import load_tokenizer, show_examples
+from trainer.data.tokenizer import load_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
@@ -126,9 +126,6 @@ def test_a_token_over_the_edge_of_a_turn_is_refused(tokenizer):
         learnt_texts(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}", messages)
 
 
-# --- from files ---
-
-
 def chat_records(number=40):
     turns = [[("user", f"Say {i}."), ("assistant", f"It is {i}.")] for i in range(number)]
     return [{"messages": [SYSTEM, *({"role": r, "content": c} for r, c in turn)]} for turn in turns]
@@ -162,16 +159,6 @@ def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, toke
     prompt, completion = prepared.val_texts[0]
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion.endswith("<|im_end|>")
-
-
-def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path, prepare_chat, tokenizer):
-    data = prepare_chat(write_records(tmp_path / "a.jsonl", chat_records()))
-    headline, line = show_examples(data.train, tokenizer, 1)
-    is_target = data.train.is_target(0)
-    assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them target tokens"
-    text = line.replace("⟧|⟦", "").split("⟦")[1].partition("⟧")[0]
-    assert text == tokenizer.decode(data.train.row(0)[is_target])
-    assert line.count("⟦") == is_target.sum()
 
 
 def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_refused(tmp_path, prepare_chat):

@@ -80,9 +80,6 @@ def test_every_format_gives_the_same_tokens(tmp_path, prepare_file):
     assert len({fact["fingerprint"] for fact in facts}) == 1
 
 
-# --- what leaves no row ---
-
-
 def test_examples_that_are_too_long_are_dropped_counted_and_the_first_is_named(tmp_path, prepare_file):
     pairs = [*PAIRS, {"mr": "x", "ref": "long " * 50}, {"mr": "x", "ref": "longer " * 50}]
     prepared = prepare_file(write_records(tmp_path / "a.csv", pairs), **COMPLETION)
@@ -124,9 +121,6 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
     file = write_records(tmp_path / "a.jsonl", [*PAIRS, {"mr": "x", "ref": None}])
     with pytest.raises(UserError, match="line 61: column 'ref'"):
         prepare_file(file, **TEMPLATES)
-
-
-# --- the splits, and who the rows are ---
 
 
 def test_the_split_and_ids_do_not_move_when_rows_are_added_or_reordered(tmp_path, prepare_file, tokenizer):
@@ -253,9 +247,6 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
     with_pairs = prepare_file(pairs_csv, retain_data=str(pairs), **options)
     assert len(with_pairs.retain) == 2, "a prompt and its reference are a row"
     assert with_pairs.metadata["fingerprint"] == without.metadata["fingerprint"]
-
-
-# --- the block size that the lengths of the records ask for ---
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,7 @@ def test_the_same_contents_are_prepared_once_whatever_they_are_called(
     assert again.folder == first.folder
     assert again.metadata == {**first.metadata, "source": str(tmp_path / "b.csv")}
     assert np.array_equal(again.train.ids, first.train.ids)
-    loaded = load(first.folder)
-    assert (loaded.metadata, loaded.val_texts) == (first.metadata, first.val_texts)
-    assert isinstance(loaded.train.ids, np.memmap)
+    assert isinstance(load(first.folder).train.ids, np.memmap)
 
 
 def test_changed_contents_tokenizer_or_settings_are_prepared_again(prepare_pairs, tmp_path, model):
@@ -137,9 +135,8 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_p
         manifest = store.read_manifest(copy)
         return {**manifest, "val_texts": [("made by", name)]}
 
-    assert (
-        store.load_or_build(folder, lambda other: fill(other, "late"), source="x", log=print).val_texts[0][1] == "early"
-    )
+    prepared = store.load_or_build(folder, lambda other: fill(other, "late"), source="x", log=print)
+    assert prepared.val_texts[0][1] == "early"
     assert os.listdir(folder.parent) == [folder.name]
 
 

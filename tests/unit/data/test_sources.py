@@ -117,12 +117,9 @@ def test_bytes_that_are_not_utf8_are_named_by_line(refusal_message, name, first)
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_table_of_arrow_that_cannot_be_used_is_refused(refusal_message, tmp_path, suffix):
     date = pyarrow.array([2**30], type=pyarrow.date32())
-    for number, (arrays, problem) in enumerate(
-        (
-            ((["x"], ["y"], ["z"]), "names column 'mr' twice; rename one"),
-            ((date, ["x"]), f"not a whole {suffix.capitalize()} file ("),  # beyond Python's years
-        )
-    ):
+    doubled, beyond_years = (["x"], ["y"], ["z"]), (date, ["x"])
+    problems = ("names column 'mr' twice; rename one", f"not a whole {suffix.capitalize()} file (")
+    for number, (arrays, problem) in enumerate(zip((doubled, beyond_years), problems, strict=True)):
         table = pyarrow.Table.from_arrays(list(map(pyarrow.array, arrays)), ["mr", "ref", "mr"][: len(arrays)])
         write = write_arrow if suffix == "arrow" else lambda path, table: pyarrow.parquet.write_table(table, path)
         write(tmp_path / f"{number}.{suffix}", table)
@@ -157,9 +154,6 @@ def test_files_of_two_formats_are_refused_by_name(refusal_message):
     assert "one holds prompt-completion (loss on the completion), the other text (" in line
 
 
-# --- the hub ---
-
-
 def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refusal_message, monkeypatch):
     import huggingface_hub.constants
 
@@ -173,9 +167,6 @@ def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refusal_messa
     assert time.monotonic() - began < 20
 
 
-# --- files are taken for the split that they are named ---
-
-
 def find_files(spec, val_data=()):
     """({split: the names of its files}, the notices)."""
     found = sources.find_sources(DataSettings(data=str(spec), val_data=val_data, block_size=8))
@@ -185,7 +176,7 @@ def find_files(spec, val_data=()):
 @pytest.mark.parametrize(
     "names",
     [
-        ("train.csv", "validation.csv", "test.csv"),
+        ("train.csv", "my_valid_set.csv", "test.csv"),
         ("training/a.csv", "dev/b.csv", "eval/c.csv"),
     ],
 )

@@ -152,9 +152,7 @@ def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refus
     assert 0 < blocks.row_info("test")["is_seen"].sum() < 6, "the blocks with a part of the record"
     by_doc = prepare_file(train, test_data=str(few), split_by="doc", **COMPLETION).metadata["notices"]
     assert any("1 equal to validation records, 1 with the doc of training records" in notice for notice in by_doc)
-    upper = [*pairs, *({**pair, "mr": pair["mr"].upper()} for pair in pairs)]
     old = write_records(tmp_path / "old.txt", "".join(f"{pair['mr']}: {pair['ref']}\n" for pair in pairs[50:90]))
-    twice = write_records(tmp_path / "twice.csv", upper)
     cases = [
         (train, {"test_data": str(some)}, r"3 of 43 .* \(.*some.csv, row 41 \(line 42\), row 42"),
         (train, {"val_data": str(few), "test_data": str(few)}, "42 of 42 .*: 41 equal to validation records, 1 equal"),
@@ -163,7 +161,6 @@ def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refus
             {"test_data": str(few), "retain_data": str(old)},
             "--retain-data .*: 40 of 40 retained .* equal to test",
         ),
-        (twice, {"test_fraction": 0.2}, "--data .* 9 of 12 validation records are not new: 9 equal .*: take them"),
     ]
     for file, options, expected in cases:
         with pytest.raises(UserError, match=expected):
