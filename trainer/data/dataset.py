@@ -1,9 +1,11 @@
 """Prepared rows of token ids: a writer for each split, and their folder, named when whole, hashed, mapped."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +29,7 @@ Int64 = NDArray[np.int64]
 FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
+ABANDONED_AFTER_SECONDS = 48 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
 #: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
@@ -34,10 +37,7 @@ PROBLEMS = {
     "too long": ("records are longer than --block-size {} tokens and are left out", "raise --block-size"),
     "cut": ("conversations are cut at --block-size {} tokens", ""),
     "tools": ("conversations have tools, which the chat template does not write", ""),
-    "unusable": (
-        "conversations cannot be trained on and are left out",
-        "correct them, leave them out with --unusable-records drop, or pass another --chat-template",
-    ),
+    "unusable": ("conversations cannot be trained on and are left out", "correct them, or --unusable-records drop"),
 }
 
 
@@ -201,6 +201,10 @@ def load_or_build(
         return load(folder, source=source)
     except (OSError, ValueError) as error:
         problem = error
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of killed runs; a young one may still be written
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     try:
         if was_there:  # one that came since then is another run's, and whole
             log(f"prepared data are damaged and are made anew ({problem})")

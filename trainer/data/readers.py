@@ -1,8 +1,5 @@
-"""Files -> records, as strictly as their formats are defined, and the values of one record, checked.
-
-In text files every cell is text. A record comes with its place, `line 3` or `row 2 (line 3)`, both from 1. What is not
-allowed is a UserError with file, place and remedy; `where` is how it names the file.
-"""
+"""Files -> records, as strictly as their formats are defined, and the values of one record, checked. In text files
+every cell is text. A record comes with its place, `line 3` or `row 2 (line 3)`; a UserError names file and place."""
 
 import codecs
 import csv

@@ -1,7 +1,5 @@
-"""Which examples stand in which step, and one rank's share of them: pure functions of seed, epoch and step.
-
-The examples of a step are the same for every number of ranks, micro-batch and accumulation: only then it is cut up.
-"""
+"""Which examples stand in which step, and one rank's share of them: pure functions of seed, epoch and step. The
+examples of a step are the same for every number of ranks, micro-batch and accumulation: only then it is cut up."""
 
 import math
 from collections.abc import Iterator, Sequence
