@@ -99,7 +99,6 @@ def measure_size(job: dict[str, Any], context: DistContext) -> Iterator[dict[str
         step_batch = GlobalBatch(
             step=0,
             epoch=0,
-            step_in_epoch=0,
             example_ids=order[: batch.global_batch].tolist(),
             micro_batches=step_batches(data, order, 0, batch, context.rank),
             num_tokens=num_tokens,
