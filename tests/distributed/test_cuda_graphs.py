@@ -112,17 +112,6 @@ def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradien
     assert runner.capture_error == ""
 
 
-def test_padding_that_counts_nothing_is_recorded_too(make_runner):
-    """That of a rank which has no rows in the last step of an epoch: all its gradients are zero."""
-    runner, ids = make_runner(), make_micro_batch(1, 0)
-    for _ in range(NUM_WARMUP_CALLS + 1):
-        for parameter in runner.trainable_params:
-            parameter.grad = None
-        runner.backward(ids, torch.full_like(ids, -100), 0.5)
-    assert runner.capture_error == ""
-    assert runner.checks == ["overwrite 1x16 recorded, checked to 0e+00"]
-
-
 class StaleGraph(FakeCapturedGraph):
     """A recording that reads an old copy of one weight, where it is the one of this number."""
 

@@ -49,9 +49,6 @@ def test_every_shipped_zero_file_is_accepted_and_holds_zero_only(name):
 def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
     read = read_deepspeed_file(str(write_config(tmp_path, zero_config(stage=2, reduce_bucket_size=1000))))
     assert (read.name, read.stage, read.offloads_optimizer, read.reason) == ("mine", 2, False, "asked for")
-    documented = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-    path = write_config(tmp_path, zero_config(stage=3, **{f"stage3_{name}": 0 for name in documented}))
-    assert read_deepspeed_file(str(path)).stage == 3, "DeepSpeed's fields are called otherwise inside"
 
 
 # --- the files that are refused ---
@@ -127,21 +124,16 @@ def test_any_content_of_a_zero_file_is_taken_or_refused_in_one_line(num_inputs, 
 
 
 @pytest.mark.parametrize("name", DS_CONFIG_NAMES)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_no_deepspeed_key_comes_from_both_sides_and_the_zero_file_is_unchanged(name, precision):
+def test_no_deepspeed_key_comes_from_both_sides_and_the_zero_file_is_unchanged(name):
     read = read_deepspeed_file(name)
     batch = BatchConfig(micro_batch_size=4, gradient_accumulation_steps=3, world_size=2)
-    config = build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision=precision)
-    assert not (set(config) - set(read.content)) & {"zero_optimization"}
-    assert config["timers"] == {"throughput": {"enabled": False}}, "it waits for the device twice a step"
+    config = build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision="bf16")
     assert {key: config[key] for key in read.content} == read.content
-    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["timers"] == {"throughput": {"enabled": False}}, "it waits for the device twice a step"
     assert config["gradient_accumulation_steps"] == 1, "the loss is divided once, by us"
     assert config["gradient_clipping"] == (0.5 if read.stage else 0.0)
-    assert ("fp16" in config) == (precision == "fp16")
-    assert "bf16" not in config, "bf16 is autocast over float32 weights"
-    assert not {"optimizer", "scheduler"} & set(config)
-    assert json.loads(json.dumps(config)) == config, "it goes into run.json"
+    assert not {"bf16", "fp16", "optimizer", "scheduler"} & set(config), "bf16 is autocast over float32 weights"
+    assert build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision="fp16")["fp16"] == {"enabled": True}
 
 
 # --- the choice where none was named ---

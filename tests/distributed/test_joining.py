@@ -154,10 +154,6 @@ REFUSALS = {
         (1, 1),
         firewall,
     ),
-    "an interface that is not there": Refusal(
-        r"on rank 0: GLOO_SOCKET_IFNAME=none0: no such network interface; expected one of .*\blo\b",
-        env={"GLOO_SOCKET_IFNAME": "none0"},
-    ),
     "a GPU that torch cannot use": Refusal(
         r"on rank 1: torch \S+, built without CUDA, cannot use the GPU of this host; update the driver .*, or set "
         "CUDA_VISIBLE_DEVICES= to train on the CPU$",

@@ -157,31 +157,19 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, flags, hosts, 
     assert read_events(out, "resumed")[0]["step"] == checkpoint.step
 
 
-def write_launch_files(folder: Path, ranks_of_hosts: str, flags: list[str]) -> Path:
-    """The script of launch/cluster.py, with keys and settings in the environment."""
-    settings = {"WANDB_API_KEY": "secret-key", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    argv = ["python3", "launch/cluster.py", "--hosts", ranks_of_hosts, "--folder", str(folder), *flags]
-    environ = {**os.environ, **settings}
-    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
-    return folder / "run.sh"
-
-
 @needs_pdsh
 def test_the_files_for_ssh_start_two_hosts_with_their_variables(flags, hosts, out, tmp_path):
     argv = [*flags, "--output-dir", str(out), "--export", "none", "--max-steps", "2"]
     argv += ["--prompt", 'it\'s 5 %n of "$HOME" * {prompt}']
-    script = write_launch_files(tmp_path / "cluster", "h1:1,h2:1", argv)
-    with hosts.fast_python() as prefix:
-        for file in (script, script.with_name("environment")):
-            file.write_text(file.read_text().replace(f"{sys.prefix}/bin", f"{prefix}/bin"))
-        with open(script.with_name("environment"), "a") as file:
-            file.write(f"export TEST_PYTHON={prefix}/python\n")
-        env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "TEST_PYTHON": f"{prefix}/python"}
-        process = hosts.start("h1", ["bash", str(script)], tmp_path / "log", env)
-        commands = ""
-        while process.poll() is None:
-            commands += run_tool("ps", "axww", "-o", "args").stdout
-            time.sleep(0.2)
+    settings = {"WANDB_API_KEY": "secret-key", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    write = [sys.executable, "launch/cluster.py", "--hosts", "h1:1,h2:1", "--folder", str(tmp_path / "cluster"), *argv]
+    subprocess.run(write, cwd=ROOT, env={**os.environ, **settings}, check=True, capture_output=True, timeout=60)
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    process = hosts.start("h1", ["bash", str(tmp_path / "cluster" / "run.sh")], tmp_path / "log", env)
+    commands = ""
+    while process.poll() is None:
+        commands += run_tool("ps", "axww", "-o", "args").stdout
+        time.sleep(0.5)
     output = " ".join((tmp_path / "log").read_text().split())
     assert process.returncode == 0, output
     assert "h1: rank 0; h2: rank 1; gloo over eth0 (10.77.0.1)" in output

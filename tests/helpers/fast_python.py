@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +41,25 @@ sys.exit(code)
 
 
 @contextlib.contextmanager
-def serve_interpreter(
-    folder: Path, *, path: Path | None = None, before: Callable[[], None] | None = None
-) -> Iterator[str]:
-    """Path of an interpreter that works until the end of the block.
-
-    `path`: the folder's own, as its callers see it; `before`: what its server does first.
-    """
-    address = str((path or folder) / "socket")
+def serve_interpreter(folder: Path) -> Iterator[str]:
+    """Path of an interpreter that works until the end of the block."""
+    address = str(folder / "socket")
     program = folder / "python"
     program.write_text(CLIENT.format(python=sys.executable, address=address))
     program.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / "socket"))
+        listener.bind(address)
         listener.listen()
-        server: Any = make_process(target=_serve, args=(listener, os.getpid(), before))
+        server: Any = make_process(target=_serve, args=(listener, os.getpid()))
         server.start()
     yield str(program)
     server.kill()
     server.join()
 
 
-def _serve(listener: socket.socket, tests_pid: int, before: Callable[[], None] | None) -> None:
+def _serve(listener: socket.socket, tests_pid: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes below are nobody's
     end_of_tests = os.pidfd_open(tests_pid)
-    if before is not None:
-        before()
     while end_of_tests not in select.select([listener, end_of_tests], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:

@@ -6,7 +6,6 @@ Nothing of the real network is touched, and no address outside is reached. Where
 
 import contextlib
 import ctypes
-import functools
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from helpers.fast_python import serve_interpreter
 from helpers.launch_ranks import _run_worker, make_process, run_train_script
 from helpers.process_groups import Ranks, last_logged_step, wait_until
 
@@ -128,7 +126,6 @@ class Hosts:
         *,
         ranks: Sequence[str] = ("h1", "h2"),
         with_srun: bool = False,
-        env: Mapping[str, str] | None = None,
     ) -> "RanksOnHosts":
         logs.mkdir(exist_ok=True)
         size, rank_name = str(len(ranks)), "SLURM_PROCID" if with_srun else "RANK"
@@ -137,7 +134,7 @@ class Hosts:
             if with_srun
             else {"WORLD_SIZE": size, "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500"}
         )
-        shared = {**launch, **ENVIRON, **(env or {})}
+        shared = {**launch, **ENVIRON}
         logs_of_ranks = [logs / f"rank-{rank}" for rank in range(len(ranks))]
         processes = [
             make_process(target=_enter_host, args=(self.pids[name], {**shared, rank_name: str(rank)}, str(log), flags))
@@ -145,23 +142,6 @@ class Hosts:
         ]
         self.runs.append(RanksOnHosts(processes, logs_of_ranks))
         return self.runs[-1]
-
-    @contextlib.contextmanager
-    def fast_python(self) -> Iterator[Path]:
-        """A folder that each host has of its own, with `bin/python3` and `bin/deepspeed` that start at once there."""
-        path = self.private
-        assert path is not None
-        with contextlib.ExitStack() as stack:
-            for name, pid in self.pids.items():
-                folder = self.own_folder(name)
-                before = functools.partial(_join_namespaces, pid)
-                stack.enter_context(serve_interpreter(folder, path=path, before=before))
-                (folder / "bin").mkdir()
-                (folder / "bin" / "python3").symlink_to(path / "python")
-                main = "from deepspeed.launcher.runner import main; main()"
-                (folder / "bin" / "deepspeed").write_text(f"#!{path}/python\n{main}\n")
-                (folder / "bin" / "deepspeed").chmod(0o755)
-            yield path
 
     def processes_of(self, name: str) -> dict[int, str]:
         """{process id: command line} of all that runs on a host beside what makes it one (its first process, sshd)."""
@@ -174,10 +154,10 @@ class Hosts:
         return {pid: line for pid, line in rows.items() if line and not line.startswith(("sleep", "sshd: "))}
 
     def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
-        wait_until(lambda: not self.command_lines(names), timeout_seconds, lambda: self.command_lines(names))
+        def running() -> list[str]:
+            return [line for name in names for line in self.processes_of(name).values()]
 
-    def command_lines(self, names: Sequence[str]) -> list[str]:
-        return [line for name in names for line in self.processes_of(name).values()]
+        wait_until(lambda: not running(), timeout_seconds, running)
 
     def plug_in(self, name: str) -> None:
         self._in_switch(f"ip link set c{name[1:]} up")
