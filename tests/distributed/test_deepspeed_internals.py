@@ -28,8 +28,6 @@ def check_engines(argv: list[str], data: str) -> int:
 
 def check_engine(name: str, engine: Any) -> None:
     deepspeed_engine, zero_optimizer = engine.deepspeed_engine, engine.optimizer
-    assert deepspeed_engine.skipped_steps == 0
-    assert callable(deepspeed_engine.get_global_grad_norm)
     first = next(iter(engine.trainable_params.values()))
     if name != "zero0":
         stage = int(name[4])

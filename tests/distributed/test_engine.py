@@ -167,18 +167,13 @@ CHOICES = [
     (1, None, FULL_GPT2, "bf16", {}, "zero0"),  # a CPU
     (1, 4, FULL_GPT2, "bf16", {}, "zero2_offload"),  # 1.9 GiB of state and 2 of activations, of 3.6
     (1, 80, FULL_1_5B, "bf16", {}, "zero0"),  # 22.9 GiB of state
-    (1, 24, FULL_1_5B, "bf16", {}, "zero2_offload"),
     (1, 80, LORA_7B, "bf16", {}, "zero0"),  # 13 GiB of frozen weights in bfloat16
-    (1, 24, LORA_7B, "fp32", {}, "zero2_offload"),
-    (8, 80, FULL_1_5B, "bf16", {}, "zero0"),
     (8, 24, FULL_1_5B, "bf16", {}, "zero2"),  # (4 + 16 / 8) x 1.54 billion bytes = 8.6 GiB
     (8, 16, FULL_1_5B, "bf16", {}, "zero3"),
     (2, 24, LORA_7B, "bf16", {}, "zero3"),
     (2, 24, PACKED_7B, "bf16", {}, "zero0"),  # counted at its own size
     (1, None, FULL_GPT2, "fp16", {}, "zero1"),  # zero0 has no loss scale
-    (8, 8, FULL_1_5B, "fp16", {}, "zero3"),
     (8, 16, LORA_7B, "bf16", {"stages": (0, 1, 2)}, "zero2"),  # int8, and dora on packed weights, refuse ZeRO 3
-    (1, 4, FULL_1_5B, "bf16", {"stages": (0,)}, "zero0"),
 ]
 
 

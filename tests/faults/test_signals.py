@@ -14,7 +14,6 @@ import pytest
 from helpers.launch_ranks import train
 from helpers.process_groups import (
     FORWARD,
-    Fault,
     RankProcesses,
     fault_at,
     find_processes,
@@ -172,20 +171,14 @@ def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, pl
     assert not find_processes(str(out))
 
 
-def test_a_rank_that_waits_outside_of_gloo_ends_too(argv, tmp_path):
+def wait_or_die(rank: int) -> None:
+    fault_at(FORWARD, 4, hang_on, rank=1)(rank)
+    fault_at(FORWARD, 4)(rank)
+
+
+def test_a_rank_that_waits_outside_of_gloo_ends_too(argv, out):
     """As with NCCL, which does not notice that another rank is gone: here the wait is a sleep that nothing ends."""
-    waiting, runs = fault_at(FORWARD, 4, hang_on, rank=1), []
-    for name, end in (("killed", kill_self), ("failed", partial(raise_failure, "failure"))):
-        both = partial(inject_both, waiting, fault_at(FORWARD, 4, end))
-        runs.append(RankProcesses(argv, out=tmp_path / name, fault=both))
-    for run in runs:
-        codes = run.wait(40)
-        assert codes[1] == 1, run.output
-        assert codes[0] in (1, -signal.SIGKILL)
-        assert run.error_line
-    assert not find_processes(str(tmp_path))
-
-
-def inject_both(first: Fault, second: Fault, rank: int) -> None:
-    first(rank)
-    second(rank)
+    run = RankProcesses(argv, out=out, fault=wait_or_die)
+    assert run.wait(40) == [-signal.SIGKILL, 1], run.output
+    assert run.error_line
+    assert not find_processes(str(out))

@@ -82,7 +82,10 @@ def test_after_a_capture_that_fails_generator_stream_and_pool_are_put_back(monke
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "main")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch_internals, "release_capture_pool", lambda *place: released.append(place))
-    with pytest.raises(RuntimeError, match="capture"), execution._restored_on_failure(torch.device("cuda", 0), "pool"):
+    with (
+        pytest.raises(RuntimeError, match="capturing"),
+        execution._restored_on_failure(torch.device("cuda", 0), "pool"),
+    ):
         raise RuntimeError("operation not permitted when stream is capturing")
     generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
     assert (streams, released) == (["main"], [(0, "pool")])
