@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers.engines import joined_ranks, start_engine
+from helpers.engines import joined_ranks
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import (
     NUM_STEPS,
@@ -28,7 +28,6 @@ from helpers.matrix import (
 from helpers.process_groups import reproducible_records
 
 from trainer.distributed.execution import NUM_WARMUP_CALLS
-from trainer.model.attention import Dropout
 
 
 def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
@@ -190,32 +189,6 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(path, ranks,
         else:
             difference = RunDifference.between((planned, weights), (other, other_weights))
             assert difference.is_rounding(), difference
-
-
-def check_engines(jobs: list[dict[str, Any]]) -> int:
-    """On a rank: an engine has installed what its plan says, and nothing else."""
-    with joined_ranks() as context:
-        for job in jobs:
-            run = start_engine(job, context)
-            plan, module = run.plan, run.model.module
-            assert run.engine.plan == plan.execution
-            assert plan.to_metadata(run_id="x", wandb={})["execution"][0]["path"] == plan.execution.path
-            assert plan.execution.blockwise_attention == job["expected"], job
-            assert any(isinstance(layer, Dropout) for layer in module.modules()) == job["expected"], job
-            has_bf16 = torch.bfloat16 in {p.dtype for p in module.parameters()}
-            assert has_bf16 == (plan.execution.frozen_dtype == "bfloat16"), job
-    return 0
-
-
-def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, tmp_path):
-    """Also where only the adapters have a dropout (`--dropout 0 --lora-dropout 0.1`)."""
-    blockwise = ("--mode full --dropout 0.1", "--mode lora --dropout 0.1", "--mode lora --dropout 0 --lora-dropout 0.1")
-    others = ("--ds-config zero1", "--ds-config zero2", "--ds-config zero3", "--adapter dora", "--quant nf4")
-    jobs = []
-    for flags in (*blockwise, "--mode full", *(f"--mode lora {other}" for other in (*others, "--precision bf16"))):
-        argv = [*make_argv(tiny_model, data_files, "full", "completion"), *flags.split()]
-        jobs.append(make_job(tmp_path, "engine", argv, data=data_dir, expected=flags in blockwise))
-    launch_jobs(1, jobs, tmp_path / "log", check_engines)
 
 
 def train_with_failing_capture(argv: list[str]) -> int:

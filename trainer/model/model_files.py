@@ -42,8 +42,7 @@ def check_config_file(folder: Path) -> None:
             f"config.json: model_type {model_type!r} is not known to transformers, and code in the folder is never "
             "run; expected one of its causal language models, for instance gpt2 or llama"
         )
-    if type(num_labels) is not int or not 0 <= num_labels <= MAX_COUNT:  # transformers makes a name for each
-        raise UserError(f"config.json: num_labels {num_labels!r:.80}; expected a whole number up to {MAX_COUNT}")
+    _check_count("num_labels", num_labels, 0)  # transformers makes a name for each
 
 
 def check_config(config: Any) -> None:
@@ -61,9 +60,12 @@ def check_config(config: Any) -> None:
             f"config.json: {foreign[0]}: leave it out; weights are floats in {WEIGHTS_FILE} or the files of "
             f"{INDEX_FILE} (--quant packs them here), and code of the Hub is never run"
         )
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if num_layers is not None and (type(num_layers) is not int or not 1 <= num_layers <= MAX_COUNT):
-        raise UserError(f"config.json: {num_layers!r} layers; expected a whole number from 1 to {MAX_COUNT}")
+    _check_count("num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", 1), 1)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or not least <= value <= MAX_COUNT:
+        raise UserError(f"config.json: {name} {value!r:.80}; expected a whole number from {least} to {MAX_COUNT}")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -75,10 +77,10 @@ def check_weight_files(folder: Path) -> None:
     if not files and (folder / INDEX_FILE).exists():
         weight_map = read_json_object(folder / INDEX_FILE, INDEX_FILE).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        for file in files:
-            path = PurePosixPath(file if isinstance(file, str) else "")
-            if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-                raise UserError(f"{INDEX_FILE}: weight_map has {file!r}; expected .safetensors files inside the folder")
+    for file in files:
+        path = PurePosixPath(file if isinstance(file, str) else "")
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise UserError(f"{INDEX_FILE}: weight_map has {file!r}; expected .safetensors files inside the folder")
     for file in sorted(set(files)):
         if problem := weights_file_problem(folder / file):
             raise UserError(f"{file}: {problem}")
@@ -135,15 +137,11 @@ def describe_bf16_ties(share: float) -> str:
 
 def check_loading_info(loading_info: Mapping[str, Any]) -> None:
     """UserError for weights that were missing, left over or of another shape; transformers' own exceptions aside."""
-    problems = [
-        f"{name} has shape {[*stored]} and not {[*wanted]}"
-        for name, stored, wanted in sorted(loading_info["mismatched_keys"])
-    ]
+    mismatched, left_over = sorted(loading_info["mismatched_keys"]), sorted(loading_info["unexpected_keys"])
+    problems = [f"{name} has shape {[*stored]} and not {[*wanted]}" for name, stored, wanted in mismatched]
     problems += [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
-    left_over = [name for name in sorted(loading_info["unexpected_keys"]) if not name.endswith(OBSOLETE_BUFFERS)]
-    problems += [f"{name} has no place" for name in left_over]
-    problems += map(str, loading_info["error_msgs"])
-    if problems:
+    problems += [f"{name} has no place" for name in left_over if not name.endswith(OBSOLETE_BUFFERS)]
+    if problems := [*problems, *map(str, loading_info["error_msgs"])]:
         raise UserError(f"the weights do not fit config.json: {list_some(problems, 3)}; copy the model again")
 
 

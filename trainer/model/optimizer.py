@@ -41,11 +41,8 @@ def build_optimizer(
 def iter_named_state(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one weight's state, by the names of a checkpoint: the moments, and the scales of 8-bit ones."""
     for moment in MOMENTS:
-        if moment in state:
-            yield moment, state[moment]
-            continue
         codes_key, scales_key = _BNB_STATE_KEYS[moment]
-        yield moment, state[codes_key]
+        yield moment, state[moment] if moment in state else state[codes_key]
         if scales_key in state:
             yield f"{moment}.absmax", state[scales_key]
 

@@ -41,9 +41,8 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
 
 
 def _packable_layers(causal: PreTrainedModel) -> dict[str, Any]:
-    output_layer = causal.get_output_embeddings()
-    layers = {n: m for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
-    return {name: layer for name, layer in layers.items() if layer is not output_layer}
+    output, kinds = causal.get_output_embeddings(), (Conv1D, nn.Linear)
+    return {n: m for n, m in causal.named_modules() if isinstance(m, kinds) and m is not output}
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
@@ -70,14 +69,12 @@ def count_quantized_bytes(causal: PreTrainedModel, settings: ModelSettings) -> i
     4-bit kinds one for each 64 elements; packed doubly, those are bytes with a float32 scale for each 256 of them."""
     num_bytes = sum(4 * parameter.numel() for parameter in causal.parameters())
     for layer in _packable_layers(causal).values():
-        num_elements = layer.weight.numel()
-        num_bytes -= 4 * num_elements
+        num_elements, num_blocks = layer.weight.numel(), math.ceil(layer.weight.numel() / 64)
+        scale_bytes = num_blocks + 4 * math.ceil(num_blocks / 256) if settings.quant_double else 4 * num_blocks
+        packed_bytes = math.ceil(num_elements / 2) + scale_bytes
         if settings.quant == "int8":
-            num_bytes += num_elements + 4 * layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-        else:
-            num_blocks = math.ceil(num_elements / 64)
-            scale_bytes = num_blocks + 4 * math.ceil(num_blocks / 256) if settings.quant_double else 4 * num_blocks
-            num_bytes += math.ceil(num_elements / 2) + scale_bytes
+            packed_bytes = num_elements + 4 * layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+        num_bytes += packed_bytes - 4 * num_elements
     return num_bytes
 
 

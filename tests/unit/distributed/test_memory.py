@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from trainer.config import cli
-from trainer.distributed import memory
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
 from trainer.distributed.execution import cast_frozen_weights
 from trainer.distributed.memory import LiveBytes, MemoryEstimate, PassMemory, count_pass_memory, estimate_memory
@@ -67,12 +66,6 @@ def test_offload_moves_bytes_and_loses_none():
     assert state_bytes(offloaded) + offloaded.host == state_bytes(estimate(1000, stage=2, ranks=2))
     assert state_bytes(offloaded) == 4 * 1000, "the weights stay"
     assert state_bytes(estimate(1000, stage=3, ranks=2, offload_optimizer=CPU, offload_param=CPU)) == 0
-
-
-def test_weights_that_full_does_not_train_are_frozen():
-    model_info = {"parameters": 1000, "trainable": 400, "lora_targets": []}
-    assert memory.count_frozen(model_info) == 600
-    assert memory.count_frozen({**model_info, "lora_targets": ["c_attn"]}) == 1000
 
 
 @pytest.mark.parametrize(
