@@ -54,9 +54,8 @@ def parse_args(
     problems, args = [*translation.problems, *problems], vars(parsed)
     flags = [_flag_in(word) for word in argv]
     for flag in ("--data", "--test-data"):  # of which the last one alone would count
-        if (times := flags.count(flag)) > 1:
-            remedy = "expected once, several with weights: --data A=0.7 B=0.3" if flag == "--data" else "expected once"
-            problems.append(f"{flag}: stands there {times} times; {remedy}")
+        if flags.count(flag) > 1:
+            problems.append(f"{flag}: stands there twice; expected once, several with weights as --data A=0.7 B=0.3")
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
@@ -66,9 +65,6 @@ def parse_args(
                 overridden_flags.append(flag_of(field))
     if args["mode"] is None and not re.search("--(mode|use_peft|check-run|upload)[: ]", " ".join(problems)):
         problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
-    actions = [f"--{name.replace('_', '-')}" for name in ("dry_run", "show_example", "resume") if args[name]]
-    if args["find_batch"] and actions:
-        problems.append(f"--find-batch and {actions[0]}: one at a time")
     try:
         # --mode lora refuses least
         settings = resolve(args["mode"] or "lora", args["preset"], overrides, tuple(overridden_flags))
@@ -78,12 +74,10 @@ def parse_args(
         raise UserError(*dict.fromkeys(problems))
     return CliArgs(
         settings=settings,
-        resume=args["resume"],
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
         dry_run=args["dry_run"] or args["show_example"] > 0,
-        show_example=args["show_example"],
-        find_batch=args["find_batch"],
         notes=tuple(translation.notes),
+        **{name: args[name] for name in ("resume", "show_example", "find_batch")},
     )
 
 
@@ -102,8 +96,8 @@ def to_argv(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> lis
         values = {**settings.overrides[name], **changes.get(name, {})}
         for field in dataclasses.fields(group):
             value = values.get(field.name)
-            if unwrap(field.type) is bool:  # a switch turns its default round
-                argv += [flag_of(field)] if field.name in values and value != field.default else []
+            if unwrap(field.type) is bool:
+                argv += [flag_of(field)] if value else []
             elif field.metadata["is_repeated"]:
                 argv += [f"{flag_of(field)}={item}" for item in value or ()]
             elif value is not None:  # in one word, as a value may begin with a dash
@@ -150,8 +144,8 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
 def _add_flag(add: Any, group: str, field: dataclasses.Field[Any]) -> None:
     kind, help_text = unwrap(field.type), field.metadata["help"]
     options: dict[str, Any] = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    if kind is bool:  # a switch turns its default round
-        add(flag_of(field), action="store_false" if field.default else "store_true", help=help_text, **options)
+    if kind is bool:
+        add(flag_of(field), action="store_true", help=help_text, **options)
         return
     presets = field.metadata["presets"]
     if presets and field.default is not None:

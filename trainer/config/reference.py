@@ -57,21 +57,18 @@ def disagreements(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str
 
     `data`, `model`: these blocks of its run.json. Each reason begins with its short form, details follow in brackets.
     """
-    reasons, examples, block_size = [], data["train"]["examples"], data["block_size"]
+    reasons, examples = [], data["train"]["examples"]
     if examples not in EXAMPLES_PER_EPOCH:
         reasons.append(f"other data ({data['source']}: {examples:,} examples, the card's epoch has 13,241 or 13,242)")
     if data["vocabulary"] != KNOWN_DATA["vocabulary"]:
         reasons.append(f"other tokenizer ({data['vocabulary']:,} tokens, the card's has 50,257)")
-    if data["objective"] != KNOWN_DATA["objective"] or block_size != KNOWN_DATA["block_size"]:
-        row_kind = "blocks of" if data["objective"] == "blocks" else "completions of at most"
-        reasons.append(f"other rows ({row_kind} {block_size:,} tokens, the card's are blocks of 1,024)")
-    name, parameters = model["name"].rstrip("/").rsplit("/", 1)[-1], model["parameters"]
-    if name != SETTINGS["model"]:
-        reasons.append(f"other base model ({name}, the card's is gpt2)")
-    elif model["init"] != "pretrained":
-        reasons.append(f"other base model ({model['init']} weights, the card's were pretrained)")
-    elif parameters != SETTINGS["trainable_parameters"]:
-        reasons.append(f"other base model ({parameters:,} parameters, the card's has 124,439,808)")
+    if any(data[name] != KNOWN_DATA[name] for name in ("objective", "block_size")):
+        rows = f"{data['objective']} of at most {data['block_size']:,} tokens"
+        reasons.append(f"other rows ({rows}, the card's are blocks of 1,024)")
+    base = model["name"].rstrip("/").rsplit("/", 1)[-1], model["init"], model["parameters"]
+    if base != (SETTINGS["model"], "pretrained", SETTINGS["trainable_parameters"]):
+        named = f"{base[0]}, {base[1]}, {base[2]:,} parameters"
+        reasons.append(f"other base model ({named}; the card's is gpt2, pretrained, 124,439,808 parameters)")
     return reasons
 
 

@@ -1,11 +1,11 @@
-"""run.json: its shape as pydantic models, and the one reader of it, which trusts nothing that it reads."""
+"""run.json: its shape, and the one reader of it, which trusts nothing that it reads."""
 
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError, conlist, create_model
 
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
@@ -18,99 +18,53 @@ from trainer.config.text import flatten, shorten
 SCHEMA_VERSION = 6
 
 
-class SplitBlock(BaseModel):
-    """Counts of the training or validation data."""
-
-    records: Int
-    examples: Int
-    tokens: Int
-    num_target_tokens: Int
+def _block(*groups: tuple[Any, str], **base: Any) -> Any:
+    """A model of an object, in which the values of the keys in each text are of the type before it."""
+    fields: dict[str, Any] = {name: (annotation, ...) for annotation, names in groups for name in names.split()}
+    return create_model("Block", **fields, **base)
 
 
-class DataBlock(BaseModel):
-    """What the data were."""
-
-    source: Text
-    fingerprint: Text
-    train_fingerprint: Text
-    val_fingerprint: Text
-    split: Text
-    tokenizer: Text | None
-    vocabulary: Int
-    objective: Text
-    block_size: Int
-    train: SplitBlock
-    val: SplitBlock
-
-
-class _ModelBlock(BaseModel):
-    name: Text
-    init: Text
-    class_name: Annotated[Text, Field(alias="class")]
-    parameters: Int
-    trainable: PositiveInt
-    share: Float
-    fingerprint: Text
-    lora_targets: list[Text]
-
-
-class _ResolvedBlock(BaseModel):
-    lr: Float
-    precision: Precision
-    ds_config: Text
-    ranks: Int
-    nodes: Int
-    device: Text
-    micro_batch: Int
-    accumulation: Int
-    global_batch: Int
-    steps_per_epoch: Int
-    total_steps: Int
-    warmup_steps: Int
-    dropout: Float
-
-
-class _ExecutionEntry(BaseModel):
-    path: Text
-
-
-class _WandbBlock(BaseModel):
-    id: RunId
-    project: WandbProject
-    group: Text
-    mode: WandbMode
-
-
-class _ResumedBlock(BaseModel):
-    """The settings with which the run last went on, and {name: [at the start, now]} of what was changed."""
-
-    settings: Settings
-    changed: dict[str, tuple[Any, Any]]
-
-
-class _RunMetadata(BaseModel):
-    """The content of run.json, as far as anything here relies on it; it may hold more keys."""
-
-    schema_version: Int
-    run_id: RunId
-    name: Text
-    mode: Mode
-    preset: Preset
-    started: Text
-    command: list[Text]
-    settings: Settings
-    overridden: list[Text]
-    resolved: _ResolvedBlock
-    execution: Annotated[list[_ExecutionEntry], Field(min_length=1)]
-    deepspeed: dict[str, Any]
-    data: DataBlock
-    model: _ModelBlock
-    not_comparable_with_card: list[Text]
-    versions: dict[str, Text | None]
-    git: dict[str, Any] | None
-    hardware: dict[str, Any]
-    wandb: _WandbBlock
-    resumed: _ResumedBlock = Field(default=None)  # type: ignore[assignment]  # absent, never null
+_Split = _block((Int, "records examples tokens num_target_tokens"))
+_Data = _block(
+    (Text, "source fingerprint train_fingerprint val_fingerprint split tokenizer objective"),
+    (Int, "vocabulary block_size"),
+    (_Split, "train val"),
+)
+_Model = _block(
+    (Text, "name init class fingerprint"),
+    (Int, "parameters"),
+    (PositiveInt, "trainable"),
+    (Float, "share"),
+    (list[Text], "lora_targets"),
+)
+_Resolved = _block(
+    (Text, "ds_config device"),
+    (Precision, "precision"),
+    (Float, "lr dropout"),
+    (Int, "ranks nodes micro_batch accumulation global_batch steps_per_epoch total_steps warmup_steps"),
+)
+_Wandb = _block((RunId, "id"), (WandbProject, "project"), (Text, "group"), (WandbMode, "mode"))
+#: The settings with which the run last went on, and {name: [at the start, now]} of what was changed.
+_Resumed = _block((Settings, "settings"), (dict[str, tuple[Any, Any]], "changed"))
+#: The content of run.json, as far as anything here relies on it; it may hold more keys.
+_RunMetadata = _block(
+    (Int, "schema_version"),
+    (RunId, "run_id"),
+    (Text, "name started"),
+    (Mode, "mode"),
+    (Preset, "preset"),
+    (list[Text], "command overridden not_comparable_with_card"),
+    (Settings, "settings"),
+    (_Resolved, "resolved"),
+    (conlist(_block((Text, "path")), min_length=1), "execution"),
+    (dict[str, Any], "deepspeed hardware"),
+    (_Data, "data"),
+    (_Model, "model"),
+    (dict[str, Text | None], "versions"),
+    (dict[str, Any] | None, "git"),
+    (_Wandb, "wandb"),
+    resumed=(_Resumed, None),  # absent, never null
+)
 
 
 def read_run_metadata(path: Path) -> dict[str, Any]:

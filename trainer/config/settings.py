@@ -59,9 +59,7 @@ RunName = Annotated[
 Seed = Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)]
 Scorer = Annotated[str, Accepts(choices.SCORERS, choices.check_scorer)]
 NumSamples = Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)]
-HangTimeout = Annotated[
-    float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
-]
+HangTimeout = Annotated[float, Accepts("seconds from 5 to 1800", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)]
 Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 
 
@@ -75,9 +73,7 @@ def _refuse(*rules: tuple[Any, str]) -> None:
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: UserPath = option(
-        "hub id or folder, or demo-base, the built-in toy", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2"
-    )
+    model: UserPath = option("hub id, folder or demo-base, the built-in toy", demo=DEMO_MODEL, card="gpt2", gpt2="gpt2")
     init: choices.Init = option("start from its weights, or from random ones", "pretrained")
     quant: Literal["nf4", "int8"] | None = option("with --mode lora: hold frozen layers in 4 bits or 8", None)
     quant_double: Switch = option("with nf4: hold its scales in 8 bits too", False)
@@ -91,9 +87,7 @@ class LoraSettings:
     rank: PositiveInt = option("inner dimension of each adapter", 8, flag="--lora-rank")
     alpha: PositiveFloat = option("adapters are scaled by alpha / rank", 16.0, flag="--lora-alpha")
     dropout: ShareOrZero = option("dropout before each adapter", 0.0, flag="--lora-dropout")
-    target_modules: tuple[Name, ...] = option(
-        "all (default), or names of layers, or the ends of them", (), flag="--lora-target-modules"
-    )
+    target_modules: tuple[Name, ...] = option("all, or (ends of) names of layers", (), flag="--lora-target-modules")
     adapter: choices.Adapter = option(
         "dora: magnitude and direction apart; rslora: alpha / sqrt(rank); pissa: starts from singular vectors", "lora"
     )
@@ -130,7 +124,7 @@ class DataSettings:
     test_fraction: ShareOrZero = option("share of the training records split off for a test, likewise", 0.0)
     allow_leakage: Switch = option("train even if half or more of the validation records are training records", False)
     retain_data: UserPath | None = option(
-        "text or prompts with completions of the base's kind (demo-base: its text): shows forgetting", None
+        "text or records like the base's: shows forgetting (demo-base: its text)", None
     )
     split_by: Text | None = option("column: equal values stay in one split and count as one in an interval", None)
     prompt: Text | None = option("template of a record's prompt, for instance '{mr}'", None)
@@ -142,12 +136,8 @@ class DataSettings:
         None,
         card="blocks",
     )
-    unusable_records: Literal["refuse", "drop"] = option(
-        "conversations whose target tokens are not sure or lie beyond the block size: refuse or drop", "refuse"
-    )
-    block_size: NonNegativeInt = option(
-        "tokens of a row at most; 0: by the data", demo=256, card=1024, gpt2=1024, finetune=0
-    )
+    unusable_records: Literal["refuse", "drop"] = option("chats with unsure or too late target tokens", "refuse")
+    block_size: NonNegativeInt = option("most tokens a row; 0: by the data", demo=256, card=1024, gpt2=1024, finetune=0)
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
 
     def __post_init__(self) -> None:
@@ -169,24 +159,16 @@ class TrainSettings:
     max_steps: PositiveInt | None = option("optimizer steps in place of --epochs; the schedule ends here too", None)
     global_batch: PositiveInt = option("examples per step over all ranks", demo=8, card=2, gpt2=8, finetune=16)
     micro_batch: PositiveInt | None = option("examples of a forward on one rank (default: global batch / ranks)", None)
-    eval_batch: PositiveInt = option(
-        "the same in an evaluation; changes no number", demo=16, card=2, gpt2=8, finetune=8
-    )
-    lr: PositiveFloat = option(
-        "peak learning rate; for LoRA 10 times that", demo=5e-4, card=3e-5, gpt2=3e-5, finetune=2e-5
-    )
+    eval_batch: PositiveInt = option("the same in evaluations; changes no number", demo=16, card=2, gpt2=8, finetune=8)
+    lr: PositiveFloat = option("peak learning rate; for LoRA tenfold", demo=5e-4, card=3e-5, gpt2=3e-5, finetune=2e-5)
     warmup_steps: NonNegativeInt = option("steps of linear warm-up before the schedule", 0)
     warmup_ratio: ShareOrZero = option("warm-up as a share of all steps, rounded up", 0.0, finetune=0.03)
-    schedule: choices.Schedule = option(
-        "after the warm-up: linear or half a cosine to --min-lr, or constant", "linear", finetune="cosine"
-    )
+    schedule: choices.Schedule = option("linear or half a cosine to --min-lr, or constant", "linear", finetune="cosine")
     min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
     weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
     max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
     seed: Seed = option("seed of initial weights, data order and dropout", 42)
-    optim: choices.Optimizer = option(
-        "torch's AdamW, fused or plain, or bitsandbytes' with moments in 8 bits, not divided by ZeRO", "adamw_fused"
-    )
+    optim: choices.Optimizer = option("AdamW of torch or of bitsandbytes in 8 bits, not divided by ZeRO", "adamw_fused")
     early_stop: PositiveInt | None = option("end after so many evaluations in a row without a lower loss", None)
     beta1: ShareOrZero = option("AdamW's decay of the first moment", 0.9, flag="--adam-beta1")
     beta2: ShareOrZero = option("AdamW's decay of the second moment", 0.999, flag="--adam-beta2")
@@ -219,9 +201,7 @@ class EngineSettings:
     precision: choices.Precision | None = option("arithmetic (default: bf16 on a GPU that has it, else fp32)", None)
     hang_timeout: HangTimeout = option("end the run if no rank moves for so many seconds, and name who hangs", 600.0)
     grace: Grace = option("end the run if it has not saved and ended so many seconds after a signal", 60.0)
-    execution: Literal["auto", "eager", "graphs"] = option(
-        "graphs: CUDA graphs, each compared once with the eager step; auto: those on a GPU under ZeRO 0", "auto"
-    )
+    execution: Literal["auto", "eager", "graphs"] = option("graphs: CUDA graphs; auto: on a GPU under ZeRO 0", "auto")
     activation_checkpointing: Switch = option("compute blocks again in backward: less memory, more work", False)
 
 
@@ -238,12 +218,8 @@ class OutputSettings:
     wandb_group: Name | None = option("its group (default: WANDB_RUN_GROUP, or full-vs-lora-<data>)", None)
     wandb_tags: tuple[WandbTag, ...] = option("its tags, beside mode, model, data and those of WANDB_TAGS", ())
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
-    export: Literal["last", "best", "none"] = option(
-        "weights to export: the last, or those of the lowest validation loss; none: test records stay unseen", "last"
-    )
-    base_from: UserPath | None = option(
-        "folder of runs: take over their evaluation of the same base before the first step (default: evaluate it)", None
-    )
+    export: Literal["last", "best", "none"] = option("weights to export; none: test records stay unseen too", "last")
+    base_from: UserPath | None = option("folder of runs with an evaluation of this base, to take it from there", None)
     num_samples: NumSamples = option("validation prompts completed at each evaluation; 0: none", 2)
     score: tuple[Scorer, ...] = option(
         f"score a greedy text for each test record at the end, 0 to 1; repeatable: {choices.SCORERS}; launch/README.md "
@@ -251,9 +227,7 @@ class OutputSettings:
         (),
         is_repeated=True,
     )
-    score_tokens: PositiveInt | None = option(
-        "most tokens of such a text (default: 8 more than the longest completion of the test records)", None
-    )
+    score_tokens: PositiveInt | None = option("most tokens of such a text (default: longest completion + 8)", None)
 
 
 GROUPS: dict[str, Any] = {
@@ -402,11 +376,9 @@ def resolve(
         is_own_data = overrides.get("data", {}).get("data", DEMO_DATA) != DEMO_DATA
         chosen = model or ("gpt2" if is_own_data else DEMO_MODEL)
         preset = "demo" if chosen == DEMO_MODEL else "gpt2" if chosen in GPT2_NAMES else "finetune"
-    problems = []
     if preset == "finetune" and model is None:
-        problems.append("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
-        preset = "demo"  # to look at the other values
-    settings: dict[str, Any] = {}
+        raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
+    settings, problems = dict[str, Any](), list[str]()
     for name, group in GROUPS.items():
         presets = {field.name: field.metadata["presets"] for field in dataclasses.fields(group)}
         values = {key: by_name[preset] for key, by_name in presets.items() if preset in by_name}

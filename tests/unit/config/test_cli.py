@@ -106,7 +106,6 @@ def test_commands_are_read_and_the_launchers_rank_changes_nothing():
         ("--mode full --preset gpt3", "--preset gpt3: expected demo, card, gpt2 or finetune"),
         ("--mode full --preset finetune", "--preset finetune without --model: expected --model"),
         ("--mode full --lr fast", "--lr fast: expected a number above 0"),
-        ("--mode full --find-batch --resume", "--find-batch and --resume: one at a time"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, message):

@@ -25,10 +25,10 @@ def test_the_reference_curve_is_the_published_one():
     [
         ("train", {"examples": 240}, "other data (export.csv: 240 examples"),
         ("data", {"vocabulary": 4096}, "other tokenizer (4,096 tokens"),
-        ("data", {"block_size": 256}, "other rows (blocks of 256 tokens"),
+        ("data", {"block_size": 256}, "other rows (blocks of at most 256 tokens"),
         ("model", {"name": "some/where/demo-base/"}, "other base model (demo-base"),
-        ("model", {"init": "random"}, "other base model (random weights"),
-        ("model", {"parameters": 9}, "other base model (9 parameters"),
+        ("model", {"init": "random"}, "other base model (gpt2, random, 124,439,808 parameters"),
+        ("model", {"parameters": 9}, "other base model (gpt2, pretrained, 9 parameters"),
         ("model", {}, None),
         ("train", {"examples": 13_241}, None),
     ],

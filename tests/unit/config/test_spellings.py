@@ -179,7 +179,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--lr_scheduler_typ polynomial", ["--lr_scheduler_typ polynomial: did you mean --schedule?"]),
         ("--torch_compil", ["--torch_compil: steps are not compiled here"]),
         ("--learning_rate --dataset_name", ["--dataset_name: expected one argument", "--lr: expected one argument"]),
-        ("--data A=0.7 --data B=0.3", ["--data: stands there 2 times; expected once, several with w"]),
+        ("--data A=0.7 --data B=0.3", ["--data: stands there twice; expected once, several with w"]),
         ("--val_data=a/x.csv --val-data b/x.jsonl", ["--val-data b/x.jsonl: a second set named x"]),
         ("--eval_strategy --save_steps", ["--eval_strategy: expected one argument", "--save_steps: expected one arg"]),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
