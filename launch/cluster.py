@@ -36,11 +36,8 @@ def sbatch_option(text: str) -> tuple[str, str]:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="cluster.py",
-        usage="cluster.py --slurm --nodes N --ranks-per-node N [flags of train.py]\n"
-        "       cluster.py --hosts NAME:RANKS,... [--folder DIR] [flags of train.py]",
         description="Write a batch script for SLURM, or host list and command for `deepspeed --hostfile`, complete "
         "for the flags given; submits nothing. Takes every flag of train.py beside its own.",
-        epilog="python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--slurm", action="store_true", help="a batch script for sbatch: torchrun in one task a node")
@@ -51,10 +48,9 @@ def build_parser() -> ArgumentParser:
     add("--ranks-per-node", type=whole_number, metavar="N", help="ranks, and GPUs, of each node")
     sbatch_help = "an option of sbatch, such as time=2:00:00, exclusive or gpus-per-node=0; may be repeated"
     add("--sbatch", type=sbatch_option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
-    setup_help = "shell lines for each host before the ranks start, such as `module load cuda`"
-    parser.add_argument("--setup", type=Path, metavar="FILE", help=setup_help)
-    folder_help = "where the files go (default: cluster)"
-    parser.add_argument("--folder", type=output_folder, default="cluster", metavar="DIR", help=folder_help)
+    add = parser.add_argument
+    add("--setup", type=Path, metavar="FILE", help="shell lines for each host before its ranks, as `module load cuda`")
+    add("--folder", type=output_folder, default="cluster", metavar="DIR", help="of the files (default: cluster)")
     return parser
 
 

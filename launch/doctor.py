@@ -17,21 +17,16 @@ from trainer.tools.program import prepare_libraries, program
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
-        "       doctor.py --check-run RUN\n"
-        "       doctor.py --upload RUN",
         description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
         "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
-        epilog="python launch/train.py --help lists the flags of the run.",
     )
-    add = parser.add_argument
-    memory_help = "plan for GPUs with so much memory, which this machine need not have"
+    add, gib = parser.add_argument, value_type(PositiveFloat, float)
     prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
     prove_help += "PyTorch loop on this machine"
     check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help="of the run (default: one for each GPU, else 1)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--gpu-memory", type=value_type(PositiveFloat, float), metavar="GIB", help=memory_help)
+    add("--gpu-memory", type=gib, metavar="GIB", help="plan for GPUs of this memory, which need not be here")
     add("--prove", action="store_true", help=prove_help)
     add("--check-run", type=Path, metavar="RUN", help=check_help)
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")

@@ -23,8 +23,6 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     per_trial = value_type(NonNegativeInt, int)
-    ranks_help = "LoRA ranks to judge, each at its own best rate (default: 8)"
-    seeds_help = "of the answer's runs (default: 101,102,103)"
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
     margin_help += "2%%); of a score points of 100 (default: 2pt)"
@@ -33,14 +31,14 @@ def build_parser() -> ArgumentParser:
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
     add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
     add("--gpus-per-trial", type=per_trial, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")
-    add("--lora-ranks", type=whole_numbers, default=(8,), metavar="N,N", help=ranks_help)
+    add("--lora-ranks", type=whole_numbers, default=(8,), metavar="N,N", help="sizes of LoRA to judge (default: 8)")
+    seeds_help = "of the answer's runs (default: 101,102,103)"
     add("--seeds", type=whole_numbers, default=(101, 102, 103), metavar="N,N", help=seeds_help)
     add("--max-lr", action="append", default=[], metavar="METHOD=LR", help=max_lr_help)
     add("--decide-by", default="loss", metavar="MEASURE", help=decide_help)
     add("--margin", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
-    dry_run_help = "print trials, steps, minutes and the difference that can be shown; run no trial"
-    add("--dry-run", action="store_true", help=dry_run_help)
+    add("--dry-run", action="store_true", help="print trials, steps, minutes and what can be shown; run no trial")
     return parser
 
 

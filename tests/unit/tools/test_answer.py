@@ -18,8 +18,7 @@ from trainer.report.page import write_report
 from trainer.tools.study.answer import compare_study, describe_power, judge, read_groups, read_search_losses
 from trainer.tools.study.rule import write_rule
 from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec, study_state
-from trainer.tools.study.timing import Timing
-from trainer.tools.study.trials import run_folder
+from trainer.tools.study.trials import Timing, run_folder
 
 SEEDS = (101, 102, 103)
 TARGETS = np.random.default_rng(1).integers(5, 60, 60).tolist()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trainer.tools.study import timing as timing_module
-from trainer.tools.study.timing import NUM_ROUNDS, NUM_STEPS, Timing, read_timing, time_finalists
+from trainer.tools.study import trials as trials_module
+from trainer.tools.study.trials import NUM_ROUNDS, NUM_STEPS, Timing, read_timing, time_finalists
 
 FIELDS = {"peak_memory_bytes": {"full": 4, "lora": 3}, "machine": "a machine"}
 
@@ -42,9 +42,9 @@ def test_finalists_take_turns_and_a_run_that_fails_leaves_no_ratio(monkeypatch, 
         times = np.arange(NUM_STEPS) * (1.0 if folder.parent.name == "full" else 0.5)
         return SimpleNamespace(steps={"time": times}, summary={"peak_memory_bytes": 7}, get=lambda _: "a machine")
 
-    monkeypatch.setattr(timing_module, "start_run", start)
-    monkeypatch.setattr(timing_module, "read_folder", read)
-    monkeypatch.setattr(timing_module, "method_argv", lambda *_: [])
+    monkeypatch.setattr(trials_module, "start_run", start)
+    monkeypatch.setattr(trials_module, "read_folder", read)
+    monkeypatch.setattr(trials_module, "method_argv", lambda *_: [])
     timing = time_finalists(tmp_path, None, {"full": None, "lora": None}, None, threading.Event())
     assert methods == ["full", "lora", "lora", "full"] * (1 if fails_at else NUM_ROUNDS // 2)
     assert timing.cost.ratio == ratio

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,53 +44,54 @@ def run_doctor(
 
     For GPUs that are planned for and not here, what this machine has is not looked at.
     """
-    dist_context = simulated_context(world_size or max(1, torch.cuda.device_count()), gpu_memory_bytes=gpu_memory_bytes)
-    console, counts = make_console(), dict.fromkeys(LEVELS, 0)
+    context = simulated_context(world_size or max(1, torch.cuda.device_count()), gpu_memory_bytes=gpu_memory_bytes)
+    console, counts, title = make_console(), dict.fromkeys(LEVELS, 0), ""
 
-    def print_line(line: str) -> None:
-        console.print(line, soft_wrap=True)
-
-    def add(check: Check) -> None:
+    def show(check: Check) -> None:
         counts[check.level] += 1
-        colour = COLOURS[check.level]
-        print_line(f"  [{colour}]{check.level:<8}[/{colour}] {check.name:<13} {escape(check.message)}")
+        colour, texts = COLOURS[check.level], (f"{check.name:<13} {check.message}", f"{'remedy':<13} {check.remedy}")
+        console.print(f"  [{colour}]{check.level:<8}[/{colour}] {escape(texts[0])}", soft_wrap=True)
         if check.remedy:
-            print_line(f"  {'':<8} {'remedy':<13} {escape(check.remedy)}")
+            console.print(f"  {'':<8} {escape(texts[1])}", soft_wrap=True)
 
-    def add_section(title: str, results: Iterable[Check]) -> None:
-        print_line(f"\n[bold]{title}[/bold]")
-        try:
-            for check in results:
-                add(check)
-        except UserError as error:
-            message, _, remedy = str(error).partition("; ")
-            add(Check(ERROR, title, message, remedy))
-
-    run: dict[str, Any] = {}  # plan and data, once the settings have passed
-    if gpu_memory_bytes is None:
-        add_section("environment", [check_gpus(dist_context.world_size)])
-    add_section("run", _resolve_run(cli_args, dist_context, run))
-    if run:
-        plan, data = run["plan"], run["data"]
-        check, lines = check_memory(plan, int(data.train.lengths().max()))
-        add_section("memory, counted", [check])
-        print_line("\n".join(["", *lines]))
-        if proves:
-            add_section(f"proof in {plan.precision}", prove(plan, data))
-        elif gpu_memory_bytes is None and check.level != ERROR:
-            add_section("rehearsal", rehearse(cli_args, plan))
-    print_line("\n{ok} ok, {warning} warnings, {error} errors".format(**counts))
+    try:
+        for part in look(cli_args, context, is_here=gpu_memory_bytes is None, proves=proves):
+            if isinstance(part, Check):
+                show(part)
+            elif part.startswith("  "):
+                console.print(part, soft_wrap=True)
+            else:
+                title = part
+                console.print(f"\n[bold]{title}[/bold]")
+    except UserError as error:
+        message, _, remedy = str(error).partition("; ")
+        show(Check(ERROR, title, message, remedy))
+    console.print("\n{ok} ok, {warning} warnings, {error} errors".format(**counts))
     return int(counts[ERROR] > 0)
 
 
-def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, Any]) -> Iterator[Check]:
-    """The plan of the run, as train.py would make it, and its data; they are left in `run`."""
+def look(cli_args: CliArgs, context: DistContext, *, is_here: bool, proves: bool) -> Iterator[Check | str]:
+    """Headings, checks, and the lines of the memory's table, which are indented; UserError where a run is refused."""
+    if is_here:
+        yield "environment"
+        yield check_gpus(context.world_size)
+    yield "run"
     folder = Path(cli_args.settings.run_folder)
     problem, _, remedy = ("" if cli_args.resume else describe_use(folder)).partition("; ")
     yield judge(bool(problem), ERROR, "run folder", problem or str(folder), remedy)
-    run["plan"], run["data"] = plan_run(cli_args.settings, dist_context)
-    for name, text in run["plan"].summary_lines():
+    plan, data = plan_run(cli_args.settings, context)
+    for name, text in plan.summary_lines():
         yield Check(WARNING if name == "warning" else OK, name, text)
+    yield "memory, counted"
+    memory, lines = check_memory(plan, int(data.train.lengths().max()))
+    yield memory
+    yield from ["  ", *lines]
+    if proves:
+        yield f"proof in {plan.precision}"
+        yield from prove(plan, data)
+    elif is_here and memory.level != ERROR:
+        yield "rehearsal"
+        yield from rehearse(cli_args, plan)
 
 
 def check_gpus(world_size: int) -> Check:

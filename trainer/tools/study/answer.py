@@ -32,8 +32,7 @@ from trainer.report.page import Comparison, compare
 from trainer.report.run_data import LOSS, MatchedRecords, MatchError, RunData, match_records, read_folder, read_records
 from trainer.tools.study.rule import RULE_FILE, Rule
 from trainer.tools.study.search import Candidate, MethodSearch, Results, StudyState, TrialSpec
-from trainer.tools.study.timing import Timing
-from trainer.tools.study.trials import run_folder
+from trainer.tools.study.trials import Timing, run_folder
 
 NUM_DRAWS = 4000
 #: Assumed before a search: of LoRA's excess in nats per token, standard deviations of seed, record and rest...

@@ -30,8 +30,15 @@ from trainer.tools.study import answer
 from trainer.tools.study.answer import describe_power, read_search_losses
 from trainer.tools.study.rule import METHODS, RULE_FILE, Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.search import expected_trials, study_state
-from trainer.tools.study.timing import time_finalists
-from trainer.tools.study.trials import RunningTrial, finish_trial, read_results, read_trials, run_argv, start_trial
+from trainer.tools.study.trials import (
+    RunningTrial,
+    finish_trial,
+    read_results,
+    read_trials,
+    run_argv,
+    start_trial,
+    time_finalists,
+)
 from trainer.tracking.eval_records import score_name
 
 POLL_SECONDS = 1.0  # between two looks at what other machines have done
