@@ -1,8 +1,6 @@
 """`--find-batch`: real steps that no run goes on from, and what is suggested after them."""
 
-import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,26 +71,6 @@ def test_no_size_that_fits_and_several_hosts_are_errors(planned, capsys, monkeyp
     plan = replace(planned.plan, dist_context=replace(planned.plan.dist_context, world_size=16, hosts=hosts))
     with pytest.raises(UserError, match=r"--find-batch: 16 ranks on several hosts; expected one host: try its 8 ranks"):
         find_batch.find_micro_batch_size(plan, planned.data)
-
-
-def measure_where_rank_1_ends(job: dict[str, Any], context: DistContext) -> Any:
-    """The other rank waits, as in a collective with the one that is gone."""
-    if context.rank == 0:
-        time.sleep(600)
-    ending = job["size"]
-    if ending == "boom":
-        raise ValueError("boom: no such thing")
-    os.kill(os.getpid(), 9)
-    yield
-
-
-def test_a_batch_trial_whose_rank_ends_ends_all(planned, monkeypatch):
-    monkeypatch.setattr(
-        find_batch, "run_job", lambda _, *rest, **more: run_job(measure_where_rank_1_ends, *rest, **more)
-    )
-    assert find_batch.run_trial(planned.plan, Path("data"), 4)["problem"] == "killed by the system on rank 1"
-    with pytest.raises(TrainingError, match="micro-batch boom failed: ValueError: boom: no such thing"):
-        find_batch.run_trial(planned.plan, Path("data"), "boom")
 
 
 def measure_without_memory(job: dict[str, Any], context: DistContext) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from helpers.study_rules import make_rule
 
 from trainer.tools.study.answer import choice_noise
-from trainer.tools.study.rule import Rule, plan_rungs
+from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.trials import trial_argv
 
@@ -180,11 +180,3 @@ def test_the_answers_runs_have_fresh_seeds_in_pairs_and_full_length_and_they_alo
         argvs = [" ".join(trial_argv(rule, spec, Path("run"))) for spec in specs]
         assert argvs
         assert all(("--export none" in argv) != is_exported for argv in argvs)
-
-
-@pytest.mark.parametrize(
-    ("steps", "rungs"),
-    [(160, (10, 40, 160)), (48, (6, 12, 48)), (20, (6, 20)), (5, (5,))],
-)
-def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs):
-    assert plan_rungs(steps) == rungs

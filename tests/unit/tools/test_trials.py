@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,30 +49,6 @@ def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial:
     assert running is not None
     finish_trial(folder, RULE, running, is_stopping=is_stopping)
     return read_trials(folder)[SPECS[0].name]
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from trainer.tracking.run_lock import RunLock
-lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up(tmp_path, exit_codes):
-    folder = tmp_path / "trials" / SPECS[0].name
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdout.readline() == "held\n"
-        (folder / "trial.json").write_text(Trial(rule_sha256=RULE.sha256, num_failures=1).model_dump_json())
-        assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
-        exit_codes += [1, 1]
-        assert start_trial(tmp_path, RULE, SLOT, SPECS).spec == SPECS[1]
-        worker.kill()
-    own = start_trial(tmp_path, RULE, SLOT, SPECS[:1])
-    assert (own.spec, own.trial.num_failures) == (SPECS[0], 2), "the attempt whose worker died counts"
 
 
 def test_a_finished_trial_is_not_run_again_and_a_finished_run_is_taken_for_its_result(tmp_path, exit_codes):

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -13,7 +13,6 @@ from trainer.config.files import read_json_object, write_atomically
 from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
-SCHEMA_VERSION: Final = 2  # of rule.json and of the trials by it
 METHODS = ("full", "lora")
 RUNG_FACTOR = 4  # each rung's runs are this many times as long as the previous rung's, and a fourth of them goes on
 MIN_RUNG_STEPS = 6  # a shorter run says nothing about a rate
@@ -50,8 +49,6 @@ class Rule(BaseModel):
                     f"--max-lr {method}={lr:g}: expected METHOD=LR with one of {', '.join(self.methods)} and a rate "
                     f"from {MIN_MAX_LR:g}"
                 )
-        if self.rungs[-1:] != (self.total_steps,) or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
-            raise UserError(f"rungs {self.rungs}: expected growing numbers of steps up to {self.total_steps}")
         return self
 
     @property
@@ -75,7 +72,7 @@ class Rule(BaseModel):
 class _RuleFile(BaseModel):
     """The content of rule.json."""
 
-    schema_version: Literal[2]  # SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     rule: Rule
     sha256: str
     working_dir: str
@@ -98,7 +95,7 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
                     stored, value = (f"{m.describe()} (by {m.measure})" for m in (Margin(**stored), rule.margin))
                 raise UserError(f"{path}: {name} is {stored} there and {value} now; name another folder (--output-dir)")
         return
-    content = _RuleFile(schema_version=SCHEMA_VERSION, rule=rule, sha256=rule.sha256, working_dir=working_dir)
+    content = _RuleFile(rule=rule, sha256=rule.sha256, working_dir=working_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if other_file := next(iter(folder.iterdir()), None):
@@ -119,7 +116,7 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
         content = _RuleFile.model_validate(stored)
     except (UserError, ValidationError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{path}: not the rule of a study of version {SCHEMA_VERSION} ({problem})") from None
+        raise UserError(f"{path}: not the rule of a study of version 2 ({problem})") from None
     if (now := content.rule.sha256) != content.sha256:
         raise UserError(
             f"{path}: was changed after the study began: its hash is {now[:12]} now and was {content.sha256[:12]} "
