@@ -1,6 +1,5 @@
 """Texts of validation prompts at each evaluation, and of all test records to be scored: they change no number."""
 
-import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -20,7 +19,6 @@ from helpers.process_groups import read_events, read_reproducible_records
 from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.config import cli
-from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, TokenDataset
@@ -54,19 +52,6 @@ def prepare_settings(text: str, *flags: str) -> tuple[Settings, PreparedDataset]
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_path):
-    pairs = itertools.product(range(1, 61), (20, 30, 40))
-    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n, m in pairs]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    flags = f"--preset demo --model {tiny_model} --data {path} --val-data {path}"
-    _, data = prepare_settings(f"{flags} --block-size 16 --allow-leakage")
-    prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
-    assert len(prompts) == MAX_NUM_SAMPLES, "as many as --num-samples allows are stored"
-    assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
-    with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
-        cli.parse_args(["--mode", "full", "--num-samples", "33"])
 
 
 def test_the_opening_of_a_text_without_a_prompt_is_a_prompt_for_a_sample(tiny_model, tmp_path):
@@ -274,7 +259,6 @@ def test_the_reference_of_a_conversation_is_its_last_assistant_turn():
     ("flags", "message"),
     [
         ("--val-fraction 0.2", "there are no test records; expected --test-data, or --test-fraction 0.1"),
-        ("--test-fraction 0.2 --objective blocks", "the test records are joined into blocks; expected --objective"),
         ("--test-fraction 0.2 --completion {completion}", "the records have no prompts; expected --prompt beside"),
         ("--test-fraction 0.2 --score json", "--score json: no test record has a JSON value to compare with"),
     ],
@@ -283,8 +267,7 @@ def test_test_records_that_cannot_be_scored_are_refused_before_the_model_is_buil
     flags, message, tiny_model, data_files
 ):
     text = f"--score exact --model {tiny_model} --data {data_files[0]} --preset demo --block-size 24 {flags}"
-    more = "" if "--objective" in flags else "--objective completion"
-    settings, data = prepare_settings(f"{text} {more}")
+    settings, data = prepare_settings(f"{text} --objective completion")
     with pytest.raises(UserError, match=re.escape(message)):
         check_test_records(settings, data)
     unseen = replace(settings, output=replace(settings.output, export="none"))

@@ -138,11 +138,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
     ("rank", "place", "number"),
     [
         (0, FORWARD, MID_ACCUMULATION_CALL),
-        pytest.param(1, "trainer.distributed.engine:Engine.launch_update", 5, marks=pytest.mark.sweep),
-        pytest.param(1, "trainer.distributed.engine:Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.training.checkpoint:_write_chunks", 40),  # within the tensors of the first save
-        pytest.param(1, "trainer.training.checkpoint:CheckpointManager.save", 2, marks=pytest.mark.sweep),
-        pytest.param(0, "trainer.training.checkpoint:best_checkpoint", 3, marks=pytest.mark.sweep),
         (0, "trainer.export.verify:verify_folder", 1),
     ],
 )
@@ -157,10 +153,9 @@ def test_a_killed_rank_ends_the_run_and_loses_nothing(rank, place, number, argv,
     assert_resumes(argv, out, uninterrupted_records)
 
 
-@pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 3)), 5])
-def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrupted_records, out):
+def test_a_run_whose_ranks_are_all_killed_at_once_resumes(argv, uninterrupted_records, out):
     group = RankProcesses(argv, out=out)
-    group.wait_until(lambda: last_logged_step(out) >= step)
+    group.wait_until(lambda: last_logged_step(out) >= 5)
     group.send_signal(signal.SIGKILL)
     assert group.wait() == [-signal.SIGKILL] * 2
     assert not find_processes(str(out))
@@ -178,15 +173,10 @@ def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_
     assert_resumes(argv, out, uninterrupted_records)
 
 
-def command_lines(out: Path) -> dict[int, str]:
-    """{process id: command line} of the ranks of this run and of what they have started."""
-    lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in find_processes(str(out))}
-    return {pid: line.read_text() for pid, line in lines.items() if line.exists()}
-
-
 def has_child_program(out: Path, program: str) -> bool:
     """Whether a program with this name runs that a rank of this run has started."""
-    return any(program in line for line in command_lines(out).values())
+    lines = [Path(f"/proc/{pid}/cmdline") for pid in find_processes(str(out))]
+    return any(program in line.read_text() for line in lines if line.exists())
 
 
 def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninterrupted_records, out, tmp_path):
@@ -227,36 +217,14 @@ def assert_saved(out: Path, output: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "whom", "codes"),
-    [
-        (signal.SIGINT, "all", {-signal.SIGINT, 1}),  # Ctrl-C
-        pytest.param(signal.SIGTERM, "a rank", {143}, marks=pytest.mark.sweep),
-        pytest.param(signal.SIGTERM, "all", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
-        pytest.param(signal.SIGINT, "a rank", {130}, marks=pytest.mark.sweep),
-        pytest.param(signal.SIGTERM, "the command", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
-    ],
-)
-def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, argv, out):
-    """It signals the ranks once more in its own order, the W&B service of each before the rank.
-
-    A rank's code is passed on. Where both of DeepSpeed's processes are signalled, its own code is by the signal, or 1
-    where the inner one, which ends with 1, is waited for first.
-    """
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep)])
+def test_a_signal_under_the_deepspeed_launcher_saves_first(number, argv, out):
+    """It signals the ranks once more in its own order, the W&B service of each before the rank; its own code is by the
+    signal, or 1 where its inner process, which ends with 1, is waited for first."""
     with launched_run("deepspeed", argv, out, WANDB_MODE="offline") as run:
-        if whom == "all":
-            os.killpg(run.process.pid, number)
-        else:
-            os.kill(run.process.pid if whom == "the command" else last_rank_pid(out), number)
-        assert run.wait()[0] in codes, run.output
+        os.killpg(run.process.pid, number)  # as Ctrl-C does
+        assert run.wait()[0] in {-number, 1}, run.output
     assert_saved(out, run.output)
-
-
-def last_rank_pid(out: Path) -> int:
-    """Process id of the last rank that the `deepspeed` command started into `out`."""
-    lines = command_lines(out)
-    (pid,) = [pid for pid, line in lines.items() if "--local_rank=1" in line and "launcher" not in line]
-    return pid
 
 
 @contextlib.contextmanager
