@@ -24,20 +24,9 @@ from helpers.tiny_inputs import tiny_argv, write_records
 from trainer.config.errors import TrainingError
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_logger import wandb_block
-from trainer.training.diagnostics import TOPICS, Diagnostic, DiagnosticsMonitor, estimate_mean, fit_line, welch_t
+from trainer.training.diagnostics import TOPICS, Diagnostic, DiagnosticsMonitor
 from trainer.training.loop import train
 from trainer.training.recorder import Recorder
-
-
-def test_slopes_and_differences_of_means_are_those_of_the_textbook():
-    """x 1..5, y 2 4 5 4 5: slope 0.6, residual 2.4, so its standard error is sqrt(0.8 / 10), worked out by hand."""
-    slope, variance, t = fit_line(range(1, 6), [2, 4, 5, 4, 5])
-    assert (slope, variance, t) == pytest.approx((0.6, 0.8, 0.6 / math.sqrt(0.08)))
-    assert fit_line([1], [1.0])[2] == fit_line(range(4), [1.0] * 4)[2] == 0.0
-    a, b = estimate_mean([1, 2, 3]), estimate_mean([4, 6])
-    assert (*a, *b) == pytest.approx((2, 1 / 3, 5, 1))
-    assert welch_t(a, b) == pytest.approx(-3 / math.sqrt(4 / 3))
-
 
 # --- rows as a run would leave them ----------------------------------------------------------------------------------
 

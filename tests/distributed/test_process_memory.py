@@ -39,13 +39,6 @@ with joined_ranks() as context:
     estimate = run.plan.estimate_memory(run.plan.deepspeed_file, row_length=width)
     print(json.dumps({"grown": grown, "estimate": estimate.peak}))
 """
-CASES = [
-    ("--mode full --ds-config zero0", 4),
-    ("--mode full --ds-config zero2", 4),
-    ("--mode lora --ds-config zero3", 4),
-    ("--mode full --ds-config zero1", 8),
-    ("--mode lora --ds-config zero0 --activation-checkpointing", 16),
-]
 #: What is freed goes back at once, else the C library keeps a part of every size that ever was.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -63,13 +56,11 @@ def medium_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "micro_batch"), [CASES[0], *(pytest.param(*case, marks=pytest.mark.sweep) for case in CASES[1:])]
-)
-def test_a_process_grows_by_the_estimated_bytes(medium_model, case, micro_batch, session_dir, tmp_path):
+@pytest.mark.parametrize("case", ["full", pytest.param("lora --activation-checkpointing", marks=pytest.mark.sweep)])
+def test_a_process_grows_by_the_estimated_bytes(medium_model, case, session_dir, tmp_path):
     data_files = [write_records(tmp_path / f"{n}.jsonl", num_records=400, seed=n) for n in (1, 2)]
-    flags = f"--init random --objective blocks --block-size 256 --micro-batch {micro_batch} {case}"
-    argv = tiny_argv(medium_model, (data_files[0], data_files[1]), f"{flags} --global-batch {max(4, micro_batch)}")
+    flags = f"--init random --objective blocks --block-size 256 --micro-batch 4 --ds-config zero0 --mode {case}"
+    argv = tiny_argv(medium_model, (data_files[0], data_files[1]), f"{flags} --global-batch 4")
     process = subprocess.run(
         [sys.executable, "-c", MEASURE_MEMORY_CODE, json.dumps(make_job(tmp_path, "case", argv))],
         capture_output=True,
@@ -80,5 +71,4 @@ def test_a_process_grows_by_the_estimated_bytes(medium_model, case, micro_batch,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(process.stdout.splitlines()[-1])
-    print(f"{case} micro-batch {micro_batch}: estimate {result['estimate'] / result['grown']:.3f} of the growth")
     assert result["estimate"] == pytest.approx(result["grown"], rel=MEMORY_TOLERANCE)

@@ -36,13 +36,12 @@ from helpers.matrix import (
 from helpers.process_groups import read_events, read_records, read_reproducible_records, reproducible_records
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
-from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.training import checkpoint, run_plan
-from trainer.training.run_folder import find_resume_source, resolve_output_dir
+from trainer.training.run_folder import find_resume_source
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")
@@ -337,12 +336,6 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
     assert not list(folder.rglob("*.tmp"))
     assert read_reproducible_records(folder) == read_reproducible_records(finished_run)
     assert [event["step"] for event in read_events(folder, "checkpoint")] == list(range(1, STEPS + 1))
-
-
-def test_allow_change_without_resume_is_refused(argv, tmp_path):
-    request = cli.parse_args(["--mode", "full", *argv, "--allow-change", "lr", "--output-dir", str(tmp_path / "new")])
-    with pytest.raises(UserError, match="--allow-change lr: goes with --resume"):
-        resolve_output_dir(request)
 
 
 def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:

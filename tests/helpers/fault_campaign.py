@@ -65,9 +65,10 @@ class Campaign:
         text += " --save-every 2 --save-total-limit 2 --ds-config zero2"
         self.argv = tiny_argv(make_tiny_gpt2(folder / "tiny", dropout=0.1), (data_files[0], data_files[1]), text)
         self.args, self.rng, self.counts = args, random.Random(args.seed), Counter[str]()
-        start_time = time.monotonic()
-        assert not any(self.start([], folder / "whole").wait(300)), "a run that nobody kills ends well"
-        self.run_seconds = time.monotonic() - start_time
+        for name in ("cold", "whole"):  # the second one counts
+            start_time = time.monotonic()
+            assert not any(self.start([], folder / name).wait(300)), "a run that nobody kills ends well"
+            self.run_seconds = time.monotonic() - start_time
         self.expected_records = read_reproducible_records(folder / "whole")
 
     def start(self, flags: list[str], out: Path, fault: Any = None) -> RankProcesses:
