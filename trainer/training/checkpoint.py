@@ -41,7 +41,6 @@ STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 TensorLayout = tuple[tuple[int, ...], torch.dtype | str]  #: shape and type, one that is none of ours by its name
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
-NO_RECORDS = {"records": {"num_rows": 0, "sha256": ""}, "evaluations": {"num_evaluations": 0, "sha256": ""}}
 SCALE_BLOCK = 256  # elements of 8-bit moments that share a scale
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
@@ -170,7 +169,7 @@ class CheckpointManager:
         *,
         save_total_limit: int,
         identity: Mapping[str, Any],
-        record_digests: Callable[[], Mapping[str, Any]] = lambda: NO_RECORDS,
+        record_digests: Callable[[], Mapping[str, Any]] = dict,
     ):
         self.folder, self.dist_context = folder, dist_context
         self.save_total_limit, self.identity, self.record_digests = save_total_limit, identity, record_digests

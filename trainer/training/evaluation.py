@@ -87,14 +87,9 @@ def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) ->
         return {}
 
     def base_facts(run: Mapping[str, Any]) -> list[Any]:
-        model, resolved, hardware, data_info = run["model"], run["resolved"], run["hardware"], run["data"]
-        facts = [
-            model["fingerprint"],
-            run["settings"]["model"]["quant"],
-            resolved["precision"],
-            run["versions"]["torch"],
-        ]
-        return [*facts, hardware["gpu"] or hardware["cpu"], data_info["fingerprint"], data_info["val_fingerprint"]]
+        facts = [run["model"]["fingerprint"], run["data"]["fingerprint"], run["data"]["val_fingerprint"]]
+        facts += [run["settings"]["model"]["quant"], run["resolved"]["precision"], run["versions"]["torch"]]
+        return [*facts, run["hardware"]["gpu"] or run["hardware"]["cpu"]]
 
     for split in ("val", *OTHER_SPLITS):
         for path in sorted(Path(folder).glob(f"*/{EVAL_RECORDS_FOLDER}/step-000000-{split}.parquet")):

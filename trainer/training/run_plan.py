@@ -308,10 +308,8 @@ def make_plan(settings: Settings, dist_context: DistContext, data: PreparedDatas
     def decide() -> tuple[DeepSpeedFile, ExecutionPlan]:
         if settings.engine.ds_config:
             file = read_deepspeed_file(settings.engine.ds_config)
-        elif settings.train.optim in EIGHT_BIT_OPTIMIZERS:
-            file = read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
-        elif settings.engine.execution == "graphs":
-            file = read_deepspeed_file("zero0", "--execution graphs needs it")
+        elif settings.train.optim in EIGHT_BIT_OPTIMIZERS or settings.engine.execution == "graphs":
+            file = read_deepspeed_file("zero0", "8-bit optimizers and --execution graphs need it")
         else:
             file = choose_deepspeed_file(
                 model_info=model_info,
