@@ -18,7 +18,6 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config import reference
 from trainer.report.run_data import read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
-from trainer.tracking.records import EventRecord, to_line
 from trainer.tracking.wandb_keys import AXES
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
@@ -62,11 +61,7 @@ def test_a_wandb_report_has_verdict_tables_panels_and_the_card_and_is_updated(
 ) -> None:
     """The run set is by config.mode, the card dashed and grey, and logged once."""
     for mode in ("full", "lora"):
-        folder = make_run_folder(tmp_path / mode, mode)
-        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {mode}."}]
-        event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(to_line(event) + "\n")
+        make_run_folder(tmp_path / mode, mode)
     num_upserts = []
     for _ in range(2):
         process = run_compare("full", "lora", "--wandb-report", f"{ENTITY}/p", server=server)
@@ -79,7 +74,6 @@ def test_a_wandb_report_has_verdict_tables_panels_and_the_card_and_is_updated(
     spec = view["spec"]
     text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
     assert "Cannot tell whether LoRA (rank 8, lr 0.005) is as good as full (lr 0.0005)" in text
-    assert re.search(r"Where\?.*Here\..*a a a.*By full\..*By lora\.", text, re.DOTALL)
     assert re.search(r"\| +1 \| +30 \| 1\.2262 \| 2\.4463 \|", text)
     assert "unknown of the card" in text.lower()
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")

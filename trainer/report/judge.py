@@ -130,13 +130,12 @@ def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRatio:
-    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
+    """LoRA's time of a step or memory over full's, None with the reason where there is none; both beside it."""
 
     ratio: float | None
     reason: str
-    full: float | None  #: mean over runs, in seconds or bytes
+    full: float | None  #: seconds of a step, or bytes as a mean over runs
     lora: float | None
-    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,6 @@ from trainer.report.load import LoadProblem
 from trainer.report.run_data import TRAINER_MODE, RunData
 from trainer.report.sentence import Verdict, build_verdict
 from trainer.report.tables import (
-    NO_VALUE,
     REFERENCE_LABEL,
     Table,
     build_diagnostics_table,
@@ -161,38 +160,26 @@ def json_text(content: Any) -> str:
 
 
 def markdown_sections(comparison: Comparison) -> list[tuple[str, str]]:
-    """(title, Markdown) of the sections of a W&B Report, the verdict first; every text of a run is escaped."""
-    verdict, differing = comparison.verdict, comparison.settings[0]
-    texts = [f"**{escape_markdown(verdict.sentence)}**", escape_markdown(verdict.next_step)]
-    texts += map(_markdown_list, (map(str, verdict.headlines), verdict.details))
-    sections = [("Verdict", "\n\n".join(filter(None, texts)))]
-    if comparison.problems:
-        problems = _markdown_list(problem.without_place for problem in comparison.problems)
-        sections.append(("Problems", problems))
-    tables = (comparison.by_epoch, *comparison.by_run, comparison.diagnosis)
-    sections += [(table.title, _markdown_section(table)) for table in tables if table.rows or table.notes]
-    if comparison.samples:
-        lines = []
-        for prompt, answers in comparison.samples.items():
-            lines.append(f"- {_markdown_lines(prompt)}")
-            lines += [f"  - **{escape_markdown(name)}**: {_markdown_lines(text)}" for name, text in answers.items()]
-        sections.append(("Samples", "\n".join([*lines, "", SAMPLES_NOTE])))
-    notes = _markdown_list(comparison.comparability_notes)
-    sections.append(("Same and different", f"{notes}\n\n### {differing.title}\n\n{_markdown_section(differing)}"))
-    return sections
-
-
-def _markdown_list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {escape_markdown(line)}" for line in lines)
-
-
-def _markdown_lines(text: str) -> str:
-    return "<br>".join(map(escape_markdown, text.splitlines())) or NO_VALUE
-
-
-def _markdown_section(table: Table) -> str:
-    rows = [markdown_table(table.headings, table.rows)] if table.rows else []
-    return "\n\n".join([*rows, *map(escape_markdown, table.notes)]) or "(nothing)"
+    """(title, Markdown) of the sections of a W&B Report, whose panels have the rest; every text of a run is escaped."""
+    verdict, table = comparison.verdict, comparison.by_epoch
+    numbers, details, problems, notes = (
+        "\n".join(f"- {escape_markdown(line)}" for line in lines)
+        for lines in (
+            map(str, verdict.headlines),
+            verdict.details,
+            [problem.without_place for problem in comparison.problems],
+            comparison.comparability_notes,
+        )
+    )
+    sentence, advice = f"**{escape_markdown(verdict.sentence)}**", escape_markdown(verdict.next_step)
+    by_epoch = [markdown_table(table.headings, table.rows), *map(escape_markdown, table.notes)]
+    sections = {
+        "Verdict": [sentence, advice, numbers, details],
+        "Problems": [problems],
+        table.title: by_epoch,
+        "What may be compared": [notes],
+    }
+    return [(title, "\n\n".join(filter(None, texts))) for title, texts in sections.items() if any(texts)]
 
 
 def render_html(comparison: Comparison) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trainer.config.text import capitalize, format_bytes, format_duration, format_percent, join_words, shorten
+from trainer.config.text import capitalize, format_bytes, format_percent, join_words, shorten
 from trainer.report.advice import describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
@@ -231,19 +231,13 @@ def _describe_scope(
         scope += f"; {other.lora.label_with_lr} is not ranked ({other.blockers[0]})" if other.blockers else ""
     if (len(ranked) > 1 or len(full_groups) > 1) and judged.split != "test":
         scope += "; exploratory, for the settings were chosen on these records"
-    return scope + _describe_rates(pair, full_groups, lora_groups)
-
-
-def _describe_rates(pair: FullVsLora, full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup]) -> str:
-    """A clause where a mode may be under-tuned: one rate, or the best at the edge of those that were tried."""
-    text = ""
     for chosen, groups in ((pair.full, full_groups), (pair.lora, lora_groups)):
         tried = [group.lr for group in groups]
         if min(tried) == max(tried):
-            text += f"; one rate of {chosen.name} was tried"
+            scope += f"; one rate of {chosen.name} was tried"
         elif chosen.lr in (min(tried), max(tried)):
-            text += f"; {chosen.name}'s best rate is at the edge of those tried, so a better one may lie beyond"
-    return text
+            scope += f"; {chosen.name}'s best rate is at the edge of those tried, so a better one may lie beyond"
+    return scope
 
 
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
@@ -277,48 +271,49 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         headlines.insert(0, Headline("Score", values, f"{judged.measure.partition(':')[2]}, points of 100"))
     for mode, tradeoff in pair.tradeoffs.items():
         headlines.append(Headline(f"Forgotten by {MODE_NAMES[mode]}", f"{tradeoff.forgetting.estimate:+.4f}", UNIT))
-    for label, cost, format_value in (("Time", pair.time, format_duration), ("Memory", pair.memory, format_bytes)):
-        if cost.ratio is not None:
-            values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
-            if cost.is_of_a_step:
-                values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
-            headlines.append(Headline(label, f"{cost.ratio:.2f}x", values))
+    time, memory = pair.time, pair.memory
+    if time.ratio is not None:
+        values = f"{time.lora:.3g} s a step against {time.full:.3g} s, in alternation"
+        headlines.append(Headline("Time", f"{time.ratio:.2f}x", values))
+    if memory.ratio is not None:
+        values = f"{format_bytes(memory.lora)} against {format_bytes(memory.full)}"
+        headlines.append(Headline("Memory", f"{memory.ratio:.2f}x", values))
     if pair.parameters is not None:
         headlines.append(Headline("Trained weights", format_percent(pair.parameters), "LoRA's, of full's"))
     return tuple(headlines)
 
 
 def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
-    """What is behind a comparison and the sentence does not say of it, and what cannot be had."""
-    losses, judged, unit = pair.losses, pair.judged, pair.unit
-    names = "" if pair is primary else f"exploratory, {pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
+    """What is behind a comparison and the sentence does not say of it, and what cannot be had; of others one line."""
+    losses, judged, unit, lines = pair.losses, pair.judged, pair.unit, []
+    names = "" if pair is primary else f"Exploratory, {pair.lora.label_with_lr} against {pair.full.label_with_lr}: "
     if judged is None or losses is None or pair.excess is None:  # of the primary the sentence has it
-        return [capitalize(f"{names}not ranked ({'; '.join(pair.blockers) or pair.no_losses}).")] if names else []
-    parts = []
-    if names:
-        parts.append(f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit}")
-        parts.append(f"difference {pair.excess} {unit}")
+        return [f"{names}not ranked ({'; '.join(pair.blockers) or pair.no_losses})."] if names else []
+    margin = f"whether it is within the margin is not known: {pair.margin.why_not(judged)}"
     if pair.contrast is not None:
-        bound = f"at most {pair.contrast.upper:+.4f} {unit} (one-sided {100 * LEVEL:.3g} %)"
-        parts.append(f"beyond the margin of {pair.margin.describe(judged, pair.full.name)} {bound}")
-    else:
-        parts.append(f"whether it is within the margin is not known: {pair.margin.why_not(judged)}")
-    lines = [f"{names}{'; '.join(parts)}."]
+        margin = (
+            f"beyond the margin of {pair.margin.describe(judged, pair.full.name)} at most {pair.contrast.upper:+.4f} "
+        )
+        margin += f"{unit} (one-sided {100 * LEVEL:.3g} %)"
+    if names:
+        about = f"{pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f} {losses.unit}"
+        return [f"{names}{about}; difference {pair.excess} {unit}; {margin}."]
+    lines.append(f"{capitalize(margin)}.")
     if losses.num_seen:
-        lines.append(f"{names}{losses.num_seen:,} records that are not new (see the plan) are left out.")
+        lines.append(f"{losses.num_seen:,} records that are not new (see the plan) are left out.")
     if losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
         lines.append(
-            f"{names}records of one {column} may stand in several blocks, which the interval takes for independent; "
-            "it may be too narrow, and --objective completion keeps records apart."
+            f"Records of one {column} may stand in several blocks, which the interval takes for independent; it may be "
+            "too narrow, and --objective completion keeps records apart."
         )
     if judged.measure == LOSS:
-        records = ", ".join(f"{shorten(unit, 24)} ({excess:+.4f})" for unit, excess in pair.decisive)
+        records = ", ".join(f"{shorten(name, 24)} ({excess:+.4f})" for name, excess in pair.decisive)
         lines.append(
-            f"{names}{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal "
-            f"ones, a tenth of them has {pair.excess.top_tenth:.0%} of the spread; {pair.lora.name}'s excess ({unit}) "
-            f"where it counts most: {records}."
+            f"{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal ones, "
+            f"a tenth of them has {pair.excess.top_tenth:.0%} of the spread; {pair.lora.name}'s excess ({unit}) where "
+            f"it counts most: {records}."
         )
-    return [capitalize(line) for line in lines]
+    return lines
 
 
 # --- how much LoRA is enough: its excess by rank, and by length of training ---

@@ -176,5 +176,5 @@ def test_the_samples_of_a_whole_run_are_shown(tmp_path):
     runs, problems = load_runs([write_edited(tmp_path / "samples")])
     assert runs[0].scores == {"f1": 0.5}
     comparison = compare(runs, problems)
-    assert "- a\n  - **reference**: c\n  - **LoRA**: b\n" in dict(markdown_sections(comparison))["Samples"]
+    assert comparison.samples == {"a": {"reference": "c", "LoRA": "b"}}
     assert "f1, test records" in comparison.by_run[0].headings

@@ -228,7 +228,7 @@ class Timing(BaseModel):
     def cost(self) -> CostRatio:
         """LoRA's time of a step beside full's; no ratio where none was taken, or on a machine that did other work."""
         if self.reason:
-            return CostRatio(ratio=None, reason=self.reason, full=None, lora=None, is_of_a_step=True)
+            return CostRatio(ratio=None, reason=self.reason, full=None, lora=None)
         (full, lora), (low, *_, high) = map(self._mean_seconds, METHODS), self.ratios
         reason = ""
         if high > MAX_SPREAD * low:
@@ -237,7 +237,7 @@ class Timing(BaseModel):
             )
             reason += f"out; without {TIMING_FILE} they are timed again"
         ratio = None if reason else lora / full
-        return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora, is_of_a_step=True)
+        return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora)
 
     @property
     def memory(self) -> CostRatio:
