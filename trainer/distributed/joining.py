@@ -4,7 +4,6 @@ torch's own `env://` waits for late ranks without naming them, and for ever wher
 """
 
 import ipaddress
-import itertools
 import json
 import os
 import socket
@@ -23,7 +22,7 @@ from trainer.distributed.launch_environment import LaunchEnvironment, hosts_of_r
 from trainer.distributed.watch import call_with_timeout
 
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
-MAX_HOSTS_SHOWN = 4
+MAX_HOSTS_SHOWN, MAX_RANKS_SHOWN = 4, 8
 PORT_HINT = "pass a free one, as --master_port of the launcher or in MASTER_PORT"
 
 
@@ -63,12 +62,13 @@ def meet(
             present = [other for other, key in enumerate(keys) if store.check([key])]
         except dist.DistError:  # rank 0 has left, with its own line
             present = [0]
-        missing_ranks = [other for other in range(launch.world_size) if other not in present]
-        missing = describe_ranks(missing_ranks, hosts_of_ranks(os.environ, launch.world_size))
+        missing = [other for other in range(launch.world_size) if other not in present]
+        hosts = hosts_of_ranks(os.environ, launch.world_size)
+        host_names = list_some(dict.fromkeys(hosts[other] for other in missing if hosts), MAX_HOSTS_SHOWN)
         message = (
             f"of {launch.world_size} ranks these did not join {launch.master_addr}:{launch.master_port} within "
-            f"{timeout_seconds:g} s (--hang-timeout): {missing}"
-        )
+            f"{timeout_seconds:g} s (--hang-timeout): {list_some(map(str, missing), MAX_RANKS_SHOWN)}"
+        ) + f" (on {host_names})" * bool(host_names)
         give_up(TrainingError(message), is_reporting_rank=rank == min(present))
 
     addresses = [launch.master_addr if _is_loopback(other["address"]) else other["address"] for other in ranks]
@@ -155,15 +155,6 @@ def refuse_unequal_hosts(hosts: Sequence[str], ranks: Sequence[Mapping[str, Any]
     if len(set(kinds)) > 1:
         with_gpu, without = where[kinds.index("cuda")], where[kinds.index("cpu")]
         raise UserError(f"there is a GPU on {with_gpu} and none on {without}: all ranks must have one, or none")
-
-
-def describe_ranks(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
-    """`1, 4-7`, and the hosts of these ranks where `hosts` has one for each rank of the run."""
-    groups = itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])  # of consecutive ranks
-    parts = [[rank for _, rank in group] for _, group in groups]
-    texts = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
-    names = list(dict.fromkeys(hosts[rank] for rank in ranks if rank < len(hosts)))
-    return list_some(texts, MAX_HOSTS_SHOWN) + (f" (on {list_some(names, MAX_HOSTS_SHOWN)})" if names else "")
 
 
 def _connection_problem(address: tuple[str, int], timeout_seconds: float) -> str:

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError, permission_denied
 from trainer.config.files import open_plain_file
+from trainer.config.text import list_some
 from trainer.distributed import deepspeed_internals, machine
 from trainer.distributed.joining import (
     MAX_HOSTS_SHOWN,
-    describe_ranks,
+    MAX_RANKS_SHOWN,
     give_up,
     meet,
     name_hosts,
@@ -113,9 +114,6 @@ class DistContext:
                 own_error = error
             except PermissionError as error:
                 own_error = permission_denied(error)
-            except BaseException as error:
-                self.all_gather_object((None, TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")))
-                raise
         results = self.all_gather_object((value, own_error))
         failures = {rank: failure for rank, (_, failure) in enumerate(results) if failure is not None}
         for rank, failure in failures.items():
@@ -146,10 +144,10 @@ class DistContext:
 
     def describe_hosts(self) -> str:
         """The hosts, the ranks of each, and what they talk over, for people."""
-        ranks: dict[str, list[int]] = {}
+        ranks: dict[str, list[str]] = {}
         for rank, host in enumerate(self.hosts):
-            ranks.setdefault(host, []).append(rank)
-        texts = [f"{host}: rank{'s' * (len(ranks[host]) > 1)} {describe_ranks(ranks[host])}" for host in ranks]
+            ranks.setdefault(host, []).append(str(rank))
+        texts = [f"{host}: rank{'s' * (len(own) > 1)} {list_some(own, MAX_RANKS_SHOWN)}" for host, own in ranks.items()]
         more = [f"{len(texts) - MAX_HOSTS_SHOWN} more hosts"] if len(texts) > MAX_HOSTS_SHOWN else []
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         return "; ".join([*texts[:MAX_HOSTS_SHOWN], *more, backend + f" over {self.network}" * bool(self.network)])
@@ -308,10 +306,10 @@ def program_facts(context: DistContext, settings: Mapping[str, Any], request: Ma
 
 def _source_version() -> str:
     """Of the program's files: a checkout may have been changed since its commit."""
-    package_dir, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(package_dir.rglob("*.py")):
-        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"version {digest.hexdigest()[:12]}"
+    package_dir = Path(__file__).parents[1]
+    files = sorted(package_dir.rglob("*.py"))
+    content = b"".join(str(path.relative_to(package_dir)).encode() + path.read_bytes() for path in files)
+    return f"version {short_digest(content)}"
 
 
 def config_digest(config: Any) -> str:

@@ -13,7 +13,7 @@ from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import machine, process_group
-from trainer.distributed.joining import describe_ranks, name_hosts, refuse_unequal_hosts
+from trainer.distributed.joining import name_hosts, refuse_unequal_hosts
 from trainer.distributed.machine import assign_devices
 from trainer.distributed.process_group import simulated_context
 from trainer.training import run_folder
@@ -111,10 +111,8 @@ def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
 
 def test_many_ranks_and_hosts_fit_a_line():
     hosts = [f"node{number:02d}" for number in range(64) for _ in range(8)]
-    assert describe_ranks(range(8, 512), hosts) == "8-511 (on node01, node02, node03, node04 and 59 more)"
-    assert describe_ranks([1, 3, 5, 6, 7, 9, 11]) == "1, 3, 5-7, 9 and 1 more"
     text = replace(simulated_context(512), hosts=tuple(hosts)).describe_hosts()
-    assert text.startswith("node00: ranks 0-7; node01: ranks 8-15; node02: ranks 16-23; ")
+    assert text.startswith("node00: ranks 0, 1, 2, 3, 4, 5, 6, 7; node01: ranks 8, 9, ")
     assert text.endswith("; 60 more hosts; gloo")
 
 
