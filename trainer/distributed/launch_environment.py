@@ -110,6 +110,9 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
                         f"RANK={rank} of WORLD_SIZE={world_size}, but {outer.rank}={task} of {outer.world_size}="
                         f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
                     )
+        if "LOCAL_RANK" not in environ and (number := environ.get("PET_NPROC_PER_NODE", "1")) not in ("0", "1", "auto"):
+            # PyTorchJob, whose WORLD_SIZE counts pods: GPUs of each would be idle.
+            raise UserError(f"PET_NPROC_PER_NODE={number}, but one process a pod: start `torchrun launch/train.py`")
     return LaunchEnvironment(
         rank=rank,
         world_size=world_size,

@@ -114,6 +114,10 @@ REFUSED = {
     "a rank that is no number": ({**SBATCH_LINES, "RANK": "one"}, "RANK=one: .* whole number"),
     "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: .* 65535"),
     "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without MASTER_ADDR"),
+    "PyTorchJob with several GPUs a pod": (
+        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8"},
+        "PET_NPROC_PER_NODE=8, .*torchrun",
+    ),
     "SkyPilot without torchrun": (
         {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"},
         "SKYPILOT_NUM_NODES=2: .*torchrun",
