@@ -217,7 +217,7 @@ def test_an_adapter_is_trained_further_on_its_base_and_is_one_adapter_again(
         ("--model BROKEN", "adapter_model.safetensors: not a whole safetensors file"),
         ("--model OTHER", "does not fit its base: .*size mismatch"),
         ("--peft-config OFT", r"--peft-config: peft refuses OFT for this model \(TypeError: Target module Conv1D"),
-        ("--peft-config PROMPT", "PROMPT_TUNING is not trained here; expected a method that adapts layers"),
+        ("--peft-config PROMPT", "PROMPT_TUNING is not trained here; expected one that adapts layers"),
         ("--peft-config VERA --lora-rank 4", "--lora-rank: not with --peft-config"),
         ("--peft-config VERA --mode full", "--peft-config: is about adapters; expected --mode lora"),
         ("--peft-config NOWHERE", "--peft-config NOWHERE: expected an adapter_config.json of peft"),

@@ -93,7 +93,6 @@ def build_model(
             "lora_targets": [],
         }
         module: Any = causal
-        initial_adapter: dict[str, Tensor] = {}
         if settings.mode == "lora":
             target_modules = lora.resolve_target_modules(causal, settings.lora)
             if quant:
@@ -117,12 +116,12 @@ def build_model(
                     metadata["fingerprint"] = hashlib.sha256(both).hexdigest()[:16]
             if quant:  # what is trained of the base is not packed
                 metadata["frozen_bytes"] -= 4 * sum(p.numel() for p in base_parameters if p.requires_grad)
-            if settings.lora.adapter == "pissa" and with_values:
-                # The base lacks what pissa's adapters hold: an adapter for the untouched base must take them off again.
-                adapter = ((n, p) for n, p in module.named_parameters() if ".lora_" in n)
-                initial_adapter = {name: p.detach().cpu().clone() for name, p in adapter}
         if settings.engine.activation_checkpointing:  # the other kind gives the first block's adapters no gradient
             causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    initial_adapter = {}
+    if settings.lora.adapter == "pissa" and with_values:
+        # The base lacks what pissa's adapters hold: an adapter for the untouched base must take them off again.
+        initial_adapter = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if ".lora_" in n}
     metadata["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     metadata["share"] = metadata["trainable"] / metadata["parameters"]
     return TrainableModel(

@@ -113,27 +113,23 @@ def add_peft_adapters(causal: PreTrainedModel, settings: LoraSettings, source: s
     peft_type, init = values["peft_type"], values.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(f"{source}: init_lora_weights {init} changes the base; expected true, or --adapter pissa")
-    unsupported = f"{source}: {peft_type} is not trained here; expected a method that adapts layers, for instance VERA"
     own, has_conv1d = list(causal.parameters()), any(isinstance(layer, Conv1D) for layer in causal.modules())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Unexpected keyword arguments")
             config: Any = PeftConfig.from_peft_type(**values, task_type=TaskType.CAUSAL_LM)
-        if peft_type in UNSUPPORTED_TYPES or config.is_prompt_learning:
-            raise UserError(unsupported)
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = has_conv1d
-        module = _wrap(causal, config)
-    except UserError:
-        raise
+        can_train = peft_type not in UNSUPPORTED_TYPES and not config.is_prompt_learning
+        module = _wrap(causal, config) if can_train else causal
     except Exception as error:  # peft's own kinds, of its methods as well
         raise UserError(f"{source}: peft refuses {peft_type} for this model ({reason(error)})") from None
     adapted = sorted({name.rsplit(".", 1)[-1] for name, m in causal.named_modules() if isinstance(m, BaseTunerLayer)})
     kept = {id(parameter) for parameter in module.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     adds_floats = sum(p.numel() for p in trained) and all(p.is_floating_point() for p in trained)
-    if not adds_floats or any(id(p) not in kept for p in own):  # it trains nothing, or replaces weights of the base
-        raise UserError(unsupported)
+    if not (can_train and adds_floats) or any(id(p) not in kept for p in own):  # or it replaces weights of the base
+        raise UserError(f"{source}: {peft_type} is not trained here; expected one that adapts layers, such as VERA")
     return module, adapted
 
 
