@@ -1,4 +1,4 @@
-"""Chat templates in the shape of seven families, written for these tests, and a tokenizer that knows their marks."""
+"""Chat templates in the shape of six families, written for these tests, and a tokenizer that knows their marks."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from helpers.data_helpers import make_tokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <s> </s> [INST] [/INST] <|begin_of_text|> <|start_header_id|> "
-    "<|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn> <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
+    "<|end_header_id|> <|eot_id|> <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
     "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
 )
 
@@ -34,13 +34,6 @@ TEMPLATES = {
         "{{ m.content.strip() }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
         "<|eot_id|>",
-    ),
-    "gemma": (
-        "<s>{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        "<end_of_turn>",
     ),
     "mistral": (
         "<s>{% set ns = namespace(first=true) %}{% for m in messages %}{% if m.role == 'user' %}"

@@ -1,4 +1,4 @@
-"""A conversation's learnt tokens are the assistant's, by the templates of seven families; each mask is proven."""
+"""A conversation's learnt tokens are the assistant's, by the templates of six families; each mask is proven."""
 
 import itertools
 import json
@@ -51,16 +51,15 @@ def learnt_texts(tokenizer, family, messages, **options):
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_every_assistant_turn_and_its_end_is_learnt_and_nothing_else(tokenizer, family):
-    messages = TURNS if family == "gemma" else [SYSTEM, *TURNS]
     end = TEMPLATES[family][1]
-    learnt, rest = learnt_texts(tokenizer, family, messages)
+    learnt, rest = learnt_texts(tokenizer, family, [SYSTEM, *TURNS])
     space = " " if family == "mistral" else ""
     think = "<think>\n\n</think>\n\n" if family == "qwen3" else ""
     last_end = f"{end}\n<|endoftext|>" if family == "phi3" else end  # which ends a whole conversation by another mark
     assert learnt == [f"{space}I am fine.{end}", f"{space}{think}The answer is 42.{last_end}"]
     assert "Hello, how are you?" in rest
     assert "What is the answer?" in rest
-    assert ("Be brief." in rest) == (family not in ("gemma", "mistral"))
+    assert ("Be brief." in rest) == (family != "mistral")
     assert "fine" not in rest
     assert "42" not in rest
 

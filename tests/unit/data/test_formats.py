@@ -9,39 +9,20 @@ from trainer.config.settings import DataSettings
 from trainer.data.formats import ACLED_FIELDS, choose_format, format_field
 from trainer.data.readers import RecordError
 
-OLD_EXPORT = {
-    "EVENT_ID_CNTY": "1ALG",
-    "EVENT_DATE": "18-December-2019",
-    "EVENT_TYPE": "Protests",
-    "SUB_EVENT_TYPE": "Peaceful protest",
-    "ACTOR1": "Protesters (Algeria)",
-    "INTER1": 6,
-    "ACTOR2": None,
-    "INTER2": 0,
-    "COUNTRY": "Algeria",
-    "LOCATION": "Bejaia",
-    "FATALITIES": 0,
-    "SOURCE": "A; B",
-    "NOTES": "On 18 December 2019, students met in Bejaia.",
-}
-NEW_EXPORT = {
-    "event_id_cnty": "1ALG",
-    "event_date": "2019-12-18",
-    "disorder_type": "Demonstrations",
-    "event_type": "Protests",
-    "sub_event_type": "Peaceful protest",
-    "actor1": "Protesters (Algeria)",
-    "assoc_actor_1": "",
-    "inter1": "Protesters",
-    "actor2": "",
-    "inter2": "",
-    "country": "Algeria",
-    "location": "Bejaia",
-    "source": "A; B",
-    "fatalities": 0.0,
-    "tags": "crowd size=no report",
-    "notes": "On 18 December 2019, students met in Bejaia.",
-}
+
+def read_export(header, row):
+    return dict(zip(header.split(","), row.split(","), strict=True))
+
+
+OLD_EXPORT = read_export(
+    "EVENT_ID_CNTY,EVENT_DATE,EVENT_TYPE,SUB_EVENT_TYPE,ACTOR1,INTER1,ACTOR2,COUNTRY,LOCATION,FATALITIES,SOURCE,NOTES",
+    "1A,18-December-2019,Protests,Peaceful protest,Protesters (Algeria),6,,Algeria,Bejaia,0,A; B,Students met in Bejaia.",
+)
+NEW_EXPORT = read_export(
+    "event_id_cnty,event_date,event_type,sub_event_type,actor1,inter1,actor2,country,location,source,fatalities,notes",
+    "1A,2019-12-18,Protests,Peaceful protest,Protesters (Algeria),Protesters,,Algeria,Bejaia,A; B,0.0,Students met in "
+    "Bejaia.",
+)
 EVENT_PROMPT = (
     "Date: 18 December 2019\nType: Protests\nSub-type: Peaceful protest\nActor 1: Protesters (Algeria)\n"
     "Inter 1: Protesters\nCountry: Algeria\nLocation: Bejaia\nFatalities: 0\nSource: A; B\nNotes:"
@@ -92,8 +73,7 @@ def test_a_value_that_is_no_text_is_refused_with_its_column(record, problem):
 @pytest.mark.parametrize("rename", [str, lambda name: f" {name.title().replace('_', ' ')} "])
 def test_acled_exports_of_one_event_become_the_same_text_in_any_case_and_with_columns_missing(rename):
     event = {rename(name): value for name, value in NEW_EXPORT.items()}
-    expected = (EVENT_PROMPT, " On 18 December 2019, students met in Bejaia.")
-    assert render(OLD_EXPORT) == render(event) == expected
+    assert render(OLD_EXPORT) == render(event) == (EVENT_PROMPT, " Students met in Bejaia.")
     for name in ("event_date", "actor1"):
         fewer = {other: value for other, value in event.items() if other != rename(name)}
         lines = [line for line in EVENT_PROMPT.splitlines() if not line.startswith(f"{ACLED_FIELDS[name]}:")]
@@ -132,16 +112,9 @@ def test_templates_go_before_acled_before_text():
     ("columns", "settings", "problem"),
     [
         ("mr ref", {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
-        *(
-            ("mr", {"completion": text}, r"--completion .* brace stands alone at character \d")
-            for text in ("{mr", "{}")
-        ),
+        ("mr", {"completion": "{{{mr"}, r"--completion .* brace stands alone at character 3"),
         ("mr", {"completion": "done"}, r"--completion 'done': has no \{column\}; expected one of mr"),
-        (
-            "mr ref",
-            {},
-            r"d\.csv: no ACLED.*, text .*--prompt and --completion.*columns: mr, ref",
-        ),
+        ("mr ref", {}, r"d\.csv: no ACLED.*, text .*--prompt and --completion.*columns: mr, ref"),
         ("prompt chosen rejected", {}, r"`chosen` and `rejected` are not trained on"),
         ("text", {"objective": "completion"}, "--objective completion needs .*--completion"),
         ("messages", {"objective": "blocks"}, "--objective blocks needs another format than messages"),

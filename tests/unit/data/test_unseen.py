@@ -16,9 +16,8 @@ COMPLETION = {"objective": "completion", "prompt": "{mr}:", "completion": " {ref
 
 def make_pairs(seed, number=20, num_words=80):
     rng = np.random.default_rng(seed)
-    return [
-        {"prompt": f"{seed}-{i}", "completion": " ".join(rng.choice(500, num_words).astype(str))} for i in range(number)
-    ]
+    texts = (" ".join(rng.choice(500, num_words).astype(str)) for _ in range(number))
+    return [{"prompt": f"{seed}-{i}", "completion": text} for i, text in enumerate(texts)]
 
 
 TRAIN, OTHERS, LONG = make_pairs(1), make_pairs(2), "Answer in one word, as a sailor would. " * 20
@@ -32,21 +31,20 @@ def replace_words(text, *places):
     return " ".join("other" if i in places else word for i, word in enumerate(text.split()))
 
 
-def chats(pairs, last="Yes.", system=LONG):
-    turns = [[pair["prompt"], pair["completion"], "Sure?", last] for pair in pairs]
-    roles = ("user", "assistant", "user", "assistant")
-    return [
-        {
-            "messages": [
-                {"role": "system", "content": system},
-                *({"role": r, "content": c} for r, c in zip(roles, t, strict=True)),
-            ]
-        }
-        for t in turns
-    ]
+def chats(pairs, last="Yes."):
+    roles = ("system", "user", "assistant", "user", "assistant")
+    all_texts = ((LONG, pair["prompt"], pair["completion"], "Sure?", last) for pair in pairs)
+    return [{"messages": [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]} for texts in all_texts]
+
+
+def chinese(start):
+    return [{"text": start + "".join(map(chr, range(0x4E00 + 40 * i, 0x4E28 + 40 * i)))} for i in range(20)]
 
 
 NEW_PROMPTS = edit(TRAIN, "prompt", "x{}".format)
+OLD_PROMPTS = [{**other, "prompt": f" {pair['prompt']}"} for pair, other in zip(TRAIN, OTHERS, strict=True)]
+ACCENTS, OTHER_ACCENTS = (edit(TRAIN, "prompt", text.format) for text in ("Caf\u00e9 {}", "CAFE\u0301 {}"))
+TEMPLATED, OTHERS_TEMPLATED = (edit(make_pairs(seed, num_words=3), "prompt", LONG.__add__) for seed in (1, 2))
 COPIES, PROMPTS = "equal to training records", "with the prompt of training records"
 NEAR, NEW = "near copies of training records", ""
 
@@ -54,45 +52,19 @@ NEAR, NEW = "near copies of training records", ""
 @pytest.mark.parametrize(
     ("records", "reason"),
     [
-        ({"test": TRAIN}, COPIES),
         ({"test": edit(TRAIN, "completion", lambda text: "\u200b" + text.replace(" ", "\u00a0\u3000"))}, COPIES),
-        (
-            {
-                "train": edit(TRAIN, "prompt", "Caf\u00e9 {}".format),
-                "test": edit(TRAIN, "prompt", "CAFE\u0301 {}".format),
-            },
-            COPIES,
-        ),
-        (
-            {"test": [{**other, "prompt": f" {pair['prompt']}"} for pair, other in zip(TRAIN, OTHERS, strict=True)]},
-            PROMPTS,
-        ),
+        ({"train": ACCENTS, "test": OTHER_ACCENTS}, COPIES),
+        ({"test": OLD_PROMPTS}, PROMPTS),
         ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 40))}, NEAR),
         ({"test": edit(NEW_PROMPTS, "completion", lambda text: replace_words(text, 30, 60))}, NEW),
-        ({"test": OTHERS, "val": OTHERS}, "equal to validation records"),
         ({"test": edit(OTHERS, "prompt", "x{}".format), "val": OTHERS}, "near copies of validation records"),
         # under 13 tokens, and what a template or a system message says: records differ where they have their own words
         ({"train": make_pairs(1, num_words=5), "test": make_pairs(2, num_words=5)}, NEW),
-        (
-            {
-                "train": edit(make_pairs(1, num_words=3), "prompt", LONG.__add__),
-                "test": edit(make_pairs(2, num_words=3), "prompt", LONG.__add__),
-            },
-            NEW,
-        ),
+        ({"train": TEMPLATED, "test": OTHERS_TEMPLATED}, NEW),
         ({"train": chats(TRAIN), "test": chats(OTHERS)}, NEW),
         ({"train": chats(TRAIN), "test": chats(TRAIN, last="No.")}, NEAR),
         ({"train": chats(TRAIN), "test": chats(edit(TRAIN, "completion", str), last=LONG)}, PROMPTS),
-        (
-            {
-                "train": [
-                    {"text": "\u6c34\u706b" + "".join(map(chr, range(0x4E00 + 40 * i, 0x4E28 + 40 * i)))}
-                    for i in range(20)
-                ],
-                "test": [{"text": "".join(map(chr, range(0x4E00 + 40 * i, 0x4E28 + 40 * i)))} for i in range(20)],
-            },
-            NEAR,
-        ),
+        ({"train": chinese("\u6c34\u706b"), "test": chinese("")}, NEAR),
     ],
 )
 def test_records_that_are_not_new_are_found_in_whatever_form(records, reason):
@@ -153,18 +125,13 @@ def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refus
     by_doc = prepare_file(train, test_data=str(few), split_by="doc", **COMPLETION).metadata["notices"]
     assert any("1 equal to validation records, 1 with the doc of training records" in notice for notice in by_doc)
     old = write_records(tmp_path / "old.txt", "".join(f"{pair['mr']}: {pair['ref']}\n" for pair in pairs[50:90]))
-    cases = [
-        (train, {"test_data": str(some)}, r"3 of 43 .* \(.*some.csv, row 41 \(line 42\), row 42"),
-        (train, {"val_data": str(few), "test_data": str(few)}, "42 of 42 .*: 41 equal to validation records, 1 equal"),
-        (
-            train,
-            {"test_data": str(few), "retain_data": str(old)},
-            "--retain-data .*: 40 of 40 retained .* equal to test",
-        ),
-    ]
-    for file, options, expected in cases:
+    for options, expected in (
+        ({"test_data": str(some)}, r"3 of 43 .* \(.*some.csv, row 41 \(line 42\), row 42"),
+        ({"val_data": str(few), "test_data": str(few)}, "42 of 42 .*: 41 equal to validation records, 1 equal"),
+        ({"test_data": str(few), "retain_data": str(old)}, "--retain-data .*: 40 of 40 retained .* equal to test"),
+    ):
         with pytest.raises(UserError, match=expected):
-            prepare_file(file, **options, **COMPLETION)
+            prepare_file(train, **options, **COMPLETION)
 
 
 @pytest.mark.parametrize("objective", ["blocks", "completion"])
