@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from helpers import data_helpers as samples
 from helpers.data_helpers import write_records
 
 from trainer.config import cli
@@ -68,16 +67,6 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prep
     assert set(alone.row_info("val")["group"]) == {None}
 
 
-def test_every_format_gives_the_same_tokens(tmp_path, prepare_file):
-    typed = [{**event, "fatalities": int(event["fatalities"])} for event in samples.EVENTS]
-    old = [{name.upper(): value for name, value in event.items()} for event in samples.EVENTS]
-    contents = {"a.csv": samples.EVENTS, "a.tsv": samples.EVENTS, "a.jsonl": typed, "a.parquet": typed, "old.csv": old}
-    files = [write_records(tmp_path / name, records) for name, records in contents.items()]
-    facts = [prepare_file(file, objective="completion", block_size=200).metadata for file in files]
-    assert {fact["form"] for fact in facts} == {"acled"}
-    assert len({fact["fingerprint"] for fact in facts}) == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -114,8 +103,7 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
 
 
 def test_the_split_and_ids_do_not_move_when_rows_are_added_or_reordered(tmp_path, prepare_file, tokenizer):
-    # sha256("abc") = ba7816bf 8f01cfea ... (FIPS 180-2, appendix B.1); 0xba78 / 2^16 = 0.72839
-    assert (split_of("abc", 0.7285), split_of("abc", 0.7283)) == ("val", "train")
+    assert (split_of("abc", 0.7285), split_of("abc", 0.7283)) == ("val", "train")  # FIPS 180-2: its SHA-256 is ba78...
     few, more, turned = (
         prepare_file(write_records(tmp_path / f"{name}.csv", pairs), val_fraction=0.3, **COMPLETION)
         for name, pairs in (("few", PAIRS[:40]), ("more", PAIRS), ("turned", PAIRS[::-1]))
@@ -187,12 +175,9 @@ def test_a_mixture_keeps_its_parts_apart_and_is_other_data_under_other_weights(t
 def test_a_test_split_is_taken_from_the_training_records_only(pairs_csv, prepare_file):
     without = prepare_file(pairs_csv, **COMPLETION)
     prepared = prepare_file(pairs_csv, test_fraction=0.3, **COMPLETION)
-    assert len(without.test) == 0
-    assert len(prepared.test) > 5
+    assert len(prepared.test) > len(without.test) == 0
     assert prepared.metadata["val_fingerprint"] == without.metadata["val_fingerprint"]
     assert len(prepared.train) + len(prepared.test) == len(without.train)
-    rows = [{tuple(side.row(i)) for i in range(len(side))} for side in (prepared.train, prepared.val, prepared.test)]
-    assert len(set().union(*rows)) == sum(map(len, rows))
     assert prepared.metadata["fingerprint"] != without.metadata["fingerprint"]
 
 
