@@ -19,7 +19,7 @@ ANSWER = "I am fine."
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA run on conversations with a template of the user's, on a model whose tokenizer has another."""
     folder = tmp_path_factory.mktemp("chat")
-    make_chat_tokenizer(folder / "base", TEMPLATES["llama3"][0])
+    make_chat_tokenizer(folder / "base", TEMPLATES["mistral"][0])
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     torch.manual_seed(0)
     config = LlamaConfig(

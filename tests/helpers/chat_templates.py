@@ -1,12 +1,11 @@
-"""Chat templates in the shape of six families, written for these tests, and a tokenizer that knows their marks."""
+"""Chat templates in the shape of five families, written for these tests, and a tokenizer that knows their marks."""
 
 from pathlib import Path
 
 from helpers.data_helpers import make_tokenizer
 
 SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <s> </s> [INST] [/INST] <|begin_of_text|> <|start_header_id|> "
-    "<|end_header_id|> <|eot_id|> <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
+    "<|endoftext|> <|im_start|> <|im_end|> <s> </s> [INST] [/INST] <|user|> <|assistant|> <|system|> <|tool|> <|end|> "
     "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
 )
 
@@ -28,12 +27,6 @@ TEMPLATES = {
         "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
         "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "<|im_end|>",
-    ),
-    "llama3": (
-        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content.strip() }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        "<|eot_id|>",
     ),
     "mistral": (
         "<s>{% set ns = namespace(first=true) %}{% for m in messages %}{% if m.role == 'user' %}"

@@ -1,4 +1,4 @@
-"""A conversation's learnt tokens are the assistant's, by the templates of six families; each mask is proven."""
+"""A conversation's learnt tokens are the assistant's, by the templates of five families; each mask is proven."""
 
 import itertools
 import json
@@ -126,8 +126,8 @@ def test_a_token_over_the_edge_of_a_turn_is_refused(tokenizer):
 
 
 def chat_records(number=40):
-    turns = [[("user", f"Say {i}."), ("assistant", f"It is {i}.")] for i in range(number)]
-    return [{"messages": [SYSTEM, *({"role": r, "content": c} for r, c in turn)]} for turn in turns]
+    turns = [({"role": "user", "content": f"Say {i}."}, {**TURNS[1], "content": f"It is {i}."}) for i in range(number)]
+    return [{"messages": [SYSTEM, *turn]} for turn in turns]
 
 
 @pytest.fixture
@@ -182,9 +182,9 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
     file = write_records(tmp_path / "a.jsonl", chat_records())
     with pytest.raises(UserError, match=r"its tokenizer has no chat template; pass --chat-template FILE"):
         prepare_chat(file, model=str(bare))
-    (tmp_path / "c.jinja").write_text(TEMPLATES["llama3"][0])
+    (tmp_path / "c.jinja").write_text(TEMPLATES["mistral"][0])
     data = prepare_chat(file, chat_template=str(tmp_path / "c.jinja"))
-    assert data.metadata["chat_template"] == TEMPLATES["llama3"][0]
+    assert data.metadata["chat_template"] == TEMPLATES["mistral"][0]
     assert data.folder != prepare_chat(file).folder
 
 
