@@ -21,6 +21,8 @@ def prepare_file(tmp_path, model, monkeypatch):
 
     def prepare_with_cache(data, model=model, global_batch=2, log=lambda line: None, **settings):
         options = {"data": str(data), "block_size": 32, **settings}
+        if isinstance(options.get("val_data"), str):
+            options["val_data"] = (options["val_data"],)
         return prepare(DataSettings(**options), model=model, global_batch=global_batch, log=log)
 
     return prepare_with_cache
