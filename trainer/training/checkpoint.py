@@ -19,14 +19,16 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from trainer.config.choices import Mode, Precision
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.fields import Float, NonNegativeInt, RunId, Text
 from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
 from trainer.model import optimizer
 from trainer.tracking.run_lock import LOCK_FILE
@@ -41,11 +43,39 @@ STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 TensorLayout = tuple[tuple[int, ...], torch.dtype | str]  #: shape and type, one that is none of ours by its name
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
+NO_RECORDS = {"records": {"num_rows": 0, "sha256": ""}, "evaluations": {"num_evaluations": 0, "sha256": ""}}
 SCALE_BLOCK = 256  # elements of 8-bit moments that share a scale
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 
 # --- which checkpoints there are -------------------------------------------------------------------------------------
+
+
+class _RowsDigest(BaseModel):
+    num_rows: NonNegativeInt
+    sha256: Text
+
+
+class _EvaluationsDigest(BaseModel):
+    num_evaluations: NonNegativeInt
+    sha256: Text
+
+
+class _StateJson(BaseModel):
+    format: Literal[4]
+    run_id: RunId
+    mode: Mode
+    base: Text | None
+    data: Text
+    fixed: dict[str, Any]  #: the settings that may not change when the run is resumed
+    precision: Precision
+    device: Text
+    bytes: NonNegativeInt
+    sha256: Text
+    loss_scale: dict[Literal["cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"], Float] | None = None
+    progress: TrainState
+    records: _RowsDigest
+    evaluations: _EvaluationsDigest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +122,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those under `folder` with a whole state.json, oldest first. Half-written ones have other names."""
     checkpoints = []
     for step, path in _numbered_folders(folder):
-        with contextlib.suppress(UserError, KeyError, RecursionError):
+        with contextlib.suppress(UserError, ValidationError, RecursionError):
             metadata = read_json_object(path / METADATA_FILE)
-            is_whole = metadata["self"] == _metadata_digest(metadata) and metadata["format"] == FORMAT_VERSION
-            if is_whole and metadata["progress"]["step"] == step:
+            progress = _StateJson.model_validate(metadata).progress
+            is_whole = metadata.get("self") == _metadata_digest(metadata) and progress.as_dict() == metadata["progress"]
+            if is_whole and progress.step == step:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
     return checkpoints
 
@@ -169,7 +200,7 @@ class CheckpointManager:
         *,
         save_total_limit: int,
         identity: Mapping[str, Any],
-        record_digests: Callable[[], Mapping[str, Any]] = dict,
+        record_digests: Callable[[], Mapping[str, Any]] = lambda: NO_RECORDS,
     ):
         self.folder, self.dist_context = folder, dist_context
         self.save_total_limit, self.identity, self.record_digests = save_total_limit, identity, record_digests

@@ -1,8 +1,10 @@
 """Which checkpoints are kept; one whose content was edited, with every checksum made right again, is refused in one
 line."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from trainer.config.errors import TrainingError, UserError
 from trainer.training.checkpoint import (
     _metadata_digest,
+    best_checkpoint,
+    list_checkpoints,
     load_weights,
     resolve_checkpoint,
 )
@@ -53,6 +57,23 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, monkeypatch):
 def write_state_json(folder: Path, metadata: dict[str, Any]) -> None:
     """With its own checksum made right, so that only the content lies."""
     (folder / "state.json").write_text(json.dumps({**metadata, "self": _metadata_digest(metadata)}))
+
+
+def test_no_edit_of_state_json_ends_in_a_traceback(folder):
+    whole = json.loads((folder / "state.json").read_text())
+    num_refused = 0
+    for block in ("", "progress", "records", "evaluations"):
+        for name in whole[block] if block else whole:
+            for value in ("x", None, -1, 0.5, 2**70, math.nan, [], {"x": 1}):
+                metadata = json.loads(json.dumps(whole))
+                (metadata[block] if block else metadata)[name] = value
+                write_state_json(folder, metadata)
+                best_checkpoint(list_checkpoints(folder.parent))
+                with contextlib.suppress(UserError):
+                    assert resolve_checkpoint(folder.parent, "latest").train_state.step == 3
+                    continue
+                num_refused += 1
+    assert num_refused > 100, "most of these values are of another type"
 
 
 def rename(tensors: dict[str, Tensor]) -> None:
