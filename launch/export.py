@@ -10,11 +10,11 @@ from typing import get_args
 
 from trainer.config.argument_parser import ArgumentParser, output_folder
 from trainer.config.choices import ExportDtype
+from trainer.config.errors import TrainingError, UserError
 from trainer.tools.program import prepare_libraries, program
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
     parser = ArgumentParser(
         prog="export.py",
         description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again with transformers "
@@ -38,12 +38,24 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Parse and do what was asked."""
     args = build_parser().parse_args(argv)
+    push, is_private = vars(args).pop("push"), vars(args).pop("private")
+    if push is None and is_private:
+        raise UserError("--private: goes with --push NAMESPACE/NAME")
     prepare_libraries()
-    from trainer.export.export_cli import run_export_command
+    from trainer.export.export_cli import export_checkpoint
+    from trainer.export.folder import check_push, push_folder
 
-    return run_export_command(**vars(args))
+    if push is not None:
+        check_push(push)
+    result = export_checkpoint(**vars(args))
+    summary = f"{result['checkpoint']} of {args.run_folder} -> {result['folder']}: {result['summary']}"
+    if result["problems"]:
+        raise TrainingError(summary + ("; nothing is pushed" if push else ""))
+    print(summary, flush=True)
+    if push is not None:
+        print(f"pushed to {push_folder(Path(result['folder']), push, is_private=is_private)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def assert_promises(
     assert_resumed_bitwise(out, name, f"{name}-again", STOP_STEP)
     for merge in (False, True) if merges else (False,):
         result = export_cli.export_checkpoint(out / name, data_folder=job["data"], merge=merge)
-        pattern = r"differ by at most (\S+?)(?: \(the largest is (\S+)\))?, validation loss (\S+) \(recorded (\S+)\)"
+        pattern = r"at most (\S+?)(?: \(the largest is (\S+)\))?, float32, validation loss (\S+) \(recorded (\S+)\)"
         numbers = re.search(pattern, result["summary"])
         assert numbers is not None, (name, result)
         difference, largest, loss, recorded = (float(number or 1) for number in numbers.groups())

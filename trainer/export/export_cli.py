@@ -25,9 +25,7 @@ from trainer.distributed.process_group import config_digest
 from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,
-    check_push,
     find_base,
-    push_folder,
     refuse_lost_files,
     save_adapter,
     save_plain_model,
@@ -37,25 +35,8 @@ from trainer.export.folder import (
 from trainer.export.model_card import read_license, render_model_card
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, load_config
-from trainer.tracking.records import read_records
+from trainer.tracking.records import METRICS_FILE, read_records
 from trainer.training.checkpoint import Checkpoint, load_weights, resolve_checkpoint
-
-
-def run_export_command(*, push: str | None, private: bool, **options: Any) -> int:
-    """What `launch/export.py` does with its flags: export, say where and how it went, push; 0, or TrainingError where
-    the folder is not the model that was trained: then nothing is pushed."""
-    if push is None and private:
-        raise UserError("--private: goes with --push NAMESPACE/NAME")
-    if push is not None:
-        check_push(push)
-    result = export_checkpoint(**options)
-    summary = f"{result['checkpoint']} of {options['run_folder']} -> {result['folder']}: {result['summary']}"
-    if result["problems"]:
-        raise TrainingError(summary + ("; nothing is pushed" if push else ""))
-    print(summary, flush=True)
-    if push is not None:
-        print(f"pushed to {push_folder(Path(result['folder']), push, is_private=private)}")
-    return 0
 
 
 def export_checkpoint(
@@ -69,12 +50,12 @@ def export_checkpoint(
     data_folder: str | None = None,
     is_own_export: bool = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint as a folder, load it again, and write what came out into its card.
+    """Write a checkpoint as a folder, load it again, and write what came out into its card; {"checkpoint", "folder",
+    "summary", "problems"}, of which a folder that fails its check has some: it is kept, and its card says so.
 
     `merge`: fold the adapters into the weights; `answer`: answer.json, whose sentence the card repeats; `data_folder`:
     the run's prepared data, else they are looked for; `is_own_export`: the run's own, which replaces an earlier one.
-    A folder that fails its check is kept, and its card says so: `problems` of the result, beside `checkpoint`,
-    `folder` and `summary`. TrainingError where it cannot be written; an earlier folder of that name then stays.
+    TrainingError where it cannot be written; an earlier folder of that name then stays.
     """
     run_folder = Path(run_folder)
     metadata = read_run_metadata(run_folder / "run.json")
@@ -88,10 +69,10 @@ def export_checkpoint(
     is_adapter = settings.mode == "lora" and not merge
     if dtype != "fp32" and is_adapter and settings.lora.adapter == "pissa":
         raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
-    default_name = f"{'merged' if merge else 'export'}-{source.folder.name}" + f"-{dtype}" * (dtype != "fp32")
-    destination = Path(output_dir).absolute() if output_dir is not None else run_folder / default_name
-    is_used = destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
-    if output_dir is not None and is_used and not is_own_export:
+    name = f"{'merged' if merge else 'export'}-{source.folder.name}" + f"-{dtype}" * (dtype != "fp32")
+    destination = run_folder / name if output_dir is None else Path(output_dir).absolute()
+    is_empty = not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+    if output_dir is not None and not is_empty and not is_own_export:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
     refuse_lost_files(destination)
     base = find_base(metadata["model"], run_folder, names_place=is_own_export) if is_adapter else None
@@ -107,7 +88,7 @@ def export_checkpoint(
     state_dict = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
     causes = []  # of another validation loss than that of the trained weights, beyond rounding of its sums
     if merge and settings.model.quant:
-        causes.append("merged onto the float32 base instead of the quantised one")
+        causes = ["merged onto the float32 base instead of the quantised one"]
     if dtype != "fp32":  # what is stored is held against the rounded model, and that before against the trained one
         causes.append(f"rounded to {dtype}")
         if problem := verify.compare_logits(verify.compute_logits(module, input_ids, device), logits)[1]:
@@ -138,22 +119,23 @@ def export_checkpoint(
             loss_missing_reason=loss_missing_reason,
             loss_changes=causes,
         )
-        records = run_folder / "metrics.jsonl"
+        path = run_folder / METRICS_FILE
         try:
-            card = render_model_card(
-                {**metadata, "settings": settings.as_dict(), "data": data_info},
-                read_records(records, with_steps=False) if records.exists() else (),
-                result,
-                step=source.step,
-                is_merged=merge,
-                answer=sentence,
-                license=read_license(settings.model.model) if settings.model.init == "pretrained" else None,
-            )
-        except ValueError as error:  # of the records
+            records = list(read_records(path, with_steps=False)) if path.exists() else []
+        except ValueError as error:
             raise UserError(str(error)) from error
+        card = render_model_card(
+            {**metadata, "settings": settings.as_dict(), "data": data_info},
+            records,
+            result,
+            step=source.step,
+            is_merged=merge,
+            answer=sentence,
+            license=read_license(settings.model.model) if settings.model.init == "pretrained" else None,
+        )
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
-    answers = {"summary": result.summary, "problems": list(result.problems)}
-    return {"checkpoint": source.folder.name, "folder": str(destination), **answers}
+    result_facts = {"summary": result.summary, "problems": list(result.problems)}
+    return {"checkpoint": source.folder.name, "folder": str(destination), **result_facts}
 
 
 def _find_data(settings: Settings, source: Checkpoint, data_folder: str | None) -> tuple[PreparedDataset | None, str]:
@@ -172,8 +154,7 @@ def _find_data(settings: Settings, source: Checkpoint, data_folder: str | None) 
 
 
 def trained_settings(metadata: Mapping[str, Any], source: Checkpoint) -> Settings:
-    """Those by which the run last went on, and what no resume may change as the checkpoint was trained with it: a later
-    resume may have been allowed to, or run.json was edited."""
+    """Those by which the run last went on, but as the checkpoint was trained with what no resume may change unasked."""
     return Settings(**metadata.get("resumed", metadata)["settings"]).as_trained(source.metadata["fixed"])
 
 

@@ -1,8 +1,5 @@
-"""Weights and tokenizer as a folder of Hugging Face's form, which gets its name only when it is whole; and on the Hub.
-
-The token of a push is huggingface_hub's business: it reads HF_TOKEN or what `hf auth login` kept, and nothing here
-prints or writes it.
-"""
+"""Weights and tokenizer as a folder of Hugging Face's form, which gets its name only when it is whole; and on the Hub,
+whose token is huggingface_hub's business: nothing here reads, prints or writes it."""
 
 import contextlib
 import copy
@@ -40,11 +37,12 @@ EXPORTED_NAMES = re.compile(
 
 
 class BaseModel(NamedTuple):
-    """What an adapter is an adapter of."""
+    """What an adapter is an adapter of: `path`, a hub id or the folder of the untouched weights here; `name`, how the
+    exported folder calls it; `revision`, its commit on the hub, where known."""
 
-    path: str  #: hub id or folder from which the untouched weights are loaded here
-    name: str  #: how the exported folder calls it: a hub id, else a name without the place of the folder
-    revision: str | None  #: commit of the hub, where known
+    path: str
+    name: str
+    revision: str | None
 
 
 def refuse_lost_files(folder: Path) -> None:
@@ -58,10 +56,8 @@ def refuse_lost_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination`, which takes its place at the end and is thrown away on any error.
-
-    TrainingError where it cannot be written; an earlier folder of that name then stays.
-    """
+    """A new folder beside `destination`, which takes its place at the end. TrainingError where it cannot be written; an
+    earlier folder of that name then stays."""
     for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of an export that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     previous_folder = destination.with_name(f".{destination.name}.old.tmp")
@@ -93,9 +89,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter that plain peft loads onto the untouched base, and beside a packed base how it was packed.
 
-    `state_dict`: the trained weights, by the names of `model.module`. What was trained of the base itself stands in the
-    same file under its own name, and peft puts it there; tied weights are stored once. pissa's become an ordinary
-    adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
+    `state_dict`: the trained weights, by the names of `model.module`, those of the base itself too. pissa's become an
+    ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
     """
     torch_dtype = getattr(torch, STORED_DTYPES[dtype][0])
     weights = {n: w.to(torch_dtype) for n, w in lora.adapter_state_dict(model.module, state_dict).items()}
@@ -135,14 +130,12 @@ def save_tokenizer(folder: Path, model: str, chat_template: str | None, generati
 
 def find_base(model_info: Mapping[str, Any], run_folder: Path, *, names_place: bool = False) -> BaseModel:
     """What an adapter stands on: the hub id or folder of the run's model (`model` of its run.json), or the random
-    weights that the run kept; UserError where these are gone.
-
-    `names_place`: whether a folder's name is its place on this machine, by which peft finds it.
+    weights that the run kept; UserError where these are gone. `names_place`: a folder's name is its place, by which
+    peft finds it on this machine.
     """
     base_folder, source = run_folder / "base", find_model(model_info["name"])
     if model_info["init"] == "random" and not base_folder.is_dir():
-        problem = "the random weights that its adapters stand on are gone"
-        raise UserError(f"{base_folder}: {problem}; restore the folder, or pass --merge")
+        raise UserError(f"{base_folder}: the random weights that its adapters stand on are gone; restore the folder")
     path = str(base_folder) if base_folder.is_dir() else source.path
     location = str(hf_hub.find_model_folder(path, source.revision)) if is_hub_id(path) else path
     # as the hub's own cache names its folders
@@ -158,15 +151,14 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business; of a
-    mixture each part with its share."""
+    """A hub id as it is, a path by its last part: where files lay is nobody's business; of a mixture each part."""
     if len(parts := split_weights(name)) > 1:
         return " ".join(f"{public_name(part)}={share:g}" for part, share in parts)
     return escape_controls(name if is_hub_id(name) else Path(name).name or name)
 
 
 def check_push(repo_id: str) -> None:
-    """UserError where a push cannot work, found before anything slow: the name, the login, the hub."""
+    """UserError where a push cannot work: the name, the login, the hub."""
     import huggingface_hub
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or len(repo_id) > 96:
@@ -181,10 +173,8 @@ def check_push(repo_id: str) -> None:
 
 
 def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
-    """Upload a folder, in one commit, to a repository that is made where there is none; returns its address.
-
-    `is_private` counts for a new repository only. TrainingError where the hub does not take it; the folder stays.
-    """
+    """Upload a folder, in one commit, to a repository that is made where there is none (`is_private`: a private one);
+    its address. TrainingError where the hub does not take it."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi()

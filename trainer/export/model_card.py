@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from trainer.data.hf_hub import find_model_folder
 from trainer.data.tokenizer import find_model
 from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import VerificationResult
-from trainer.model.lora import QUANTIZATION_FILE
 from trainer.tracking.eval_records import score_name
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, is_number, perplexity
 from trainer.training.schedule import describe_schedule
@@ -32,13 +32,10 @@ def render_model_card(
     answer: str = "",
     license: str | None = None,
 ) -> str:
-    """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
+    """The card's Markdown; names and texts of the run are data, and none of it is markup.
 
     `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
-    they stood; `is_merged`: adapters folded in; `answer`: the sentence of a comparison of LoRA with full; `license`: of
-    the base. ValueError for records that cannot be read.
-
-    Names and texts of the run are data: whatever they hold, none of it is markup of the card.
+    they stood; `answer`: the sentence of a comparison of LoRA with full; `license`: of the base.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -52,9 +49,8 @@ def render_model_card(
             resolved = resolved | changed if isinstance(changed, dict) else resolved
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
     is_adapter = metadata["mode"] == "lora" and not is_merged
-    base_name, base_model = model.get("base", model["name"]), None
-    if model["init"] == "pretrained" and is_hub_id(base_name):
-        base_model = base_name
+    base_name = model.get("base", model["name"])
+    base_model = base_name if model["init"] == "pretrained" and is_hub_id(base_name) else None
     losses = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
     tests = [r.facts for r in records if isinstance(r, EventRecord) and r.event == "test_scores" and r.step == step]
     scores = {}
@@ -62,6 +58,8 @@ def render_model_card(
         if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
             scores[public_name(scorer) if scorer_file(scorer) else scorer] = score
     architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
+    source = public_name(data["source"])
+    make_result = partial(EvalResult, task_type="text-generation", dataset_type=source, dataset_name=source)
     datasets = [part.partition(":")[0] for part, _ in split_weights(data["source"])]
     card_data = ModelCardData(
         license=license,
@@ -72,10 +70,7 @@ def render_model_card(
         tags=[architecture, metadata["mode"], "deepspeed", *["lora-merged"] * is_merged],
         model_name=escape_controls(metadata["name"]),
         eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=public_name(data["source"]),
-                dataset_name=public_name(data["source"]),
+            make_result(
                 dataset_split=split,
                 metric_type=escape_controls(name),
                 metric_name=escape_controls(f"{split} {name}"),
@@ -98,7 +93,7 @@ def render_model_card(
         **{**metadata, "resolved": resolved},
         evals=[evals[number] for number in sorted(evals)],
         train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
-        events=[record for record in records if isinstance(record, EventRecord)],
+        events=[record for record in records if record.kind == "event"],
         lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
         scores=scores,
         verification=verification,
@@ -109,7 +104,6 @@ def render_model_card(
         not_comparable=not_comparable,
         reference=reference,
         answer=answer,
-        quantization_file=QUANTIZATION_FILE,
         perplexity=perplexity,
         public_name=public_name,
         plain=lambda text: escape_markdown(escape_controls(text)),
@@ -122,17 +116,14 @@ def read_license(model: str) -> str | None:
     """The license that the card of a model's base names, where it lies beside the weights."""
     from huggingface_hub import ModelCard
 
-    source = find_model(model)
-    file = find_model_folder(source.path, source.revision) / "README.md"
+    source, license = find_model(model), None
     with contextlib.suppress(Exception):  # anybody's text
-        license = ModelCard.load(file).data.license if file.is_file() else None
-        return license if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,40}", str(license)) else None
-    return None
+        license = ModelCard.load(find_model_folder(source.path, source.revision) / "README.md").data.license
+    return license if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,40}", str(license)) and license else None
 
 
 def _code(text: str) -> str:
     """Text as a code span, in a fence longer than any run of backticks in it."""
     text = escape_controls(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
+    return f"{fence} {text} {fence}" if "`" in (text[:1], text[-1:]) else f"{fence}{text}{fence}"

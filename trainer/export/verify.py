@@ -1,8 +1,5 @@
-"""An exported folder is loaded as its user would load it, and its answers are compared with the trained model's.
-
-Runs in a process that has trained nothing (`trainer.export.fresh_process`, `launch/export.py`) and uses no model code
-of the training: the folder is loaded by plain transformers or peft.
-"""
+"""An exported folder is loaded as its user would, by plain transformers or peft in a process that has trained nothing,
+and its answers are compared with the trained model's."""
 
 import json
 import math
@@ -26,11 +23,7 @@ from trainer.model.model_files import FLOATS
 from trainer.training.checkpoint import Checkpoint
 
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
-STORED_DTYPES: dict[ExportDtype, tuple[str, str]] = {
-    "fp32": ("float32", "F32"),
-    "bf16": ("bfloat16", "BF16"),
-    "fp16": ("float16", "F16"),
-}
+STORED_DTYPES = {"fp32": ("float32", "F32"), "bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16")}
 #: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller).
 LOGITS_BOUND = 1e-5
 #: Relative: another process may choose other kernels, which add in another order.
@@ -43,12 +36,13 @@ NUM_RANDOM_TOKENS = 64  # of a row, where the run's data are gone
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationResult:
-    """What the reloaded folder answered; without `problems` it is the model that was trained."""
+    """What the reloaded folder answered; without `problems` it is the model that was trained. `summary`: one line for
+    people; `loss`: its validation loss, nats per target token; `is_tied`: its input and output embeddings are one."""
 
-    summary: str = ""  #: one line for people
+    summary: str = ""
     problems: tuple[str, ...] = ()
-    loss: float | None = None  #: validation loss of the folder, nats per target token
-    is_tied: bool | None = None  #: whether its input and output embeddings are one tensor
+    loss: float | None = None
+    is_tied: bool | None = None
 
 
 def fixed_input_ids(data: PreparedDataset | None, config: Any = None) -> np.ndarray:
@@ -90,12 +84,11 @@ def verify_folder(
 ) -> VerificationResult:
     """Load the folder and judge its answers, and its loss by that of the checkpoint; never raises for a bad folder.
 
-    `logits`: float32 [rows, width, vocabulary] of the trained model on `input_ids`; `is_tied`: whether its input and
-    output embeddings are one tensor; `base_path`: where the base of an adapter is; `dtype`: in which the weights must
-    be stored; `val`: rows to evaluate, None where they are gone, for `loss_missing_reason`; `loss_changes`: what the
-    export did to the weights, so that the losses may differ.
+    `logits`: float32 [rows, width, vocabulary] of the trained model on `input_ids`; `base_path`: where the base of an
+    adapter is; `dtype`: in which the weights must be stored; `val`: rows to evaluate, None where they are gone, for
+    `loss_missing_reason`; `loss_changes`: what the export did to the weights, so that the losses may differ.
     """
-    recorded_loss, precision = source.val_loss, source.metadata["precision"]
+    recorded_loss, precision, expected = source.val_loss, source.metadata["precision"], STORED_DTYPES[dtype]
     try:
         model = load_folder(folder, base_path, device)
         embedding = model.get_input_embeddings().weight
@@ -105,53 +98,44 @@ def verify_folder(
         if val is not None:
             row_nll = compute_row_losses(model, val, eval_batch, precision, device)
             loss = math.fsum(row_nll) / int(val.num_target_tokens.sum())
-        stored: dict[str, str] = {}  # {name of a tensor: its type}, but of indices
+        stored: dict[str, str] = {}  # {name of a tensor: its type}
         for path in folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
-                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
-                stored |= {name: type for name, type in types.items() if type in FLOATS}
+                stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
         config = folder / "config.json"  # an adapter's config names no dtype
-        expected = STORED_DTYPES[dtype]
         config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else expected[0]
         tied_names = {n for n, p in model.named_parameters(remove_duplicate=False) if is_tied and p is embedding}
     except Exception as error:  # as many kinds as there are ways to damage a folder
         problem = f"it could not be loaded again: {first_line(error)}"
         return VerificationResult(summary=f"CHECK FAILED: {problem}", problems=(problem,))
     problems = [problem] if problem else []
-    dtypes = ", ".join(sorted(set(stored.values())))
+    dtypes = ", ".join(sorted({type for type in stored.values() if type in FLOATS}))  # indices are none
     if (config_dtype, dtypes) != expected:
         problems.append(f"stored as {dtypes}, its config says {config_dtype}, expected {expected[0]}")
     if (num_copies := len(tied_names & stored.keys())) > 1:
         problems.append(f"the tied embedding is stored {num_copies} times")
     if is_tied_now != is_tied:
         problems.append(f"input and output embeddings are {'no longer' if is_tied else 'now'} tied")
+    change = "" if recorded_loss is not None else " (none was recorded)"
+    if loss is not None and recorded_loss is not None:
+        change = f" (recorded {recorded_loss:.6f})"
+        bound = LOSS_BOUND[precision] * (CROSS_DEVICE_FACTOR if source.metadata["device"] != device.type else 1)
+        if loss_changes:
+            change = f", before {recorded_loss:.6f} ({loss - recorded_loss:+.6f})"
+        elif not abs(loss - recorded_loss) <= bound * recorded_loss:
+            problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
     losses = f"validation loss not evaluated again ({loss_missing_reason})"
-    if loss is not None:
-        losses = f"validation loss {loss:.6f}"
-        if recorded_loss is not None and not loss_changes:
-            losses += f" (recorded {recorded_loss:.6f})"
-            bound = LOSS_BOUND[precision] * (CROSS_DEVICE_FACTOR if source.metadata["device"] != device.type else 1)
-            if not abs(loss - recorded_loss) <= bound * recorded_loss:
-                problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
-        elif not loss_changes:
-            losses += " (none was recorded)"
+    losses = losses if loss is None else f"validation loss {loss:.6f}{change}"
     verdict = "reloaded and checked" if not problems else "CHECK FAILED: " + "; ".join(problems)
     scale = f" (the largest is {float(np.abs(logits).max()):.1f})" if difference > LOGITS_BOUND else ""
-    summary = f"{verdict}: logits differ by at most {difference:.1e}{scale}, {losses}, {STORED_DTYPES[dtype][0]}"
-    if loss_changes:
-        change = "how its validation loss changed by that is not known"
-        if loss is not None and recorded_loss is not None:
-            change = f"validation loss {loss:.6f}, before {recorded_loss:.6f} ({loss - recorded_loss:+.6f})"
-        summary += f"; {' and '.join(loss_changes)}: {change}"
+    changes = f"; {' and '.join(loss_changes)}: " if loss_changes else ", "
+    summary = f"{verdict}: logits differ by at most {difference:.1e}{scale}, {expected[0]}{changes}{losses}"
     return VerificationResult(summary=summary, problems=tuple(problems), loss=loss, is_tied=is_tied_now)
 
 
 def load_folder(folder: Path, base_path: str | None, device: torch.device) -> Any:
-    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one; in float32.
-
-    A packed base is packed again by transformers from the untouched weights, on the device it computes on. `base_path`:
-    where the weights of an adapter's base are, which the folder names without their place.
-    """
+    """The model of an exported folder in float32: a plain one, or an adapter on its base, which lies at `base_path`; a
+    packed base is packed again by transformers from the untouched weights, on the device it computes on."""
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
