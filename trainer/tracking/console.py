@@ -42,11 +42,8 @@ def make_console() -> Console:
 
 
 class ProgressBar:
-    """A logger that shows where a run of `total_steps` and `num_epochs` is.
-
-    Evaluations, epochs and events are always shown; of the steps a terminal has a bar with the newest, and anything
-    else a line for the first, the last and one a minute.
-    """
+    """A logger that shows where a run of `total_steps` and `num_epochs` is: all evaluations, epochs and events; of the
+    steps a terminal has a bar with the newest, and anything else a line for the first, the last and one a minute."""
 
     def __init__(self, total_steps: int, num_epochs: float) -> None:
         self._total_steps = total_steps
@@ -71,7 +68,7 @@ class ProgressBar:
             self._show_step(record)
         elif isinstance(record, EvalRecord | OtherEvalRecord):
             name = f"{record.val_set}: " if isinstance(record, OtherEvalRecord) else ""
-            losses = f"{name}validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
+            losses = f"{name}validation loss {record.loss:.4f}  perplexity {record.perplexity:.4g}"
             self.print_line(f"{self._position('eval', record)}  {losses}")
         elif isinstance(record, EpochRecord):
             self.print_line(f"{self._position('train', record)}  mean loss {record.train_loss:.4f}")
@@ -98,8 +95,7 @@ class ProgressBar:
         if record.step > first_step or not steps_left:  # else no speed is known yet
             time_left = format_clock((now - start_time) / max(1, record.step - first_step) * steps_left)
         self.speeds.append(record.tokens_per_second)
-        speed = _format_short(record.tokens_per_second)
-        text = f"loss {record.loss:.4f}  lr {record.lr:.1e}  {speed} tok/s  ETA {time_left}"
+        text = f"loss {record.loss:.4f}  lr {record.lr:.1e}  {record.tokens_per_second:,.0f} tok/s  ETA {time_left}"
         is_line_due = now - self._last_print_time >= LINE_INTERVAL_SECONDS or not steps_left
         line = f"{self._position('step', record)}  {text}"
         if is_line_due:
@@ -127,11 +123,8 @@ class LogLines(logging.Handler):
     def __init__(self, progress_bar: ProgressBar) -> None:
         super().__init__(logging.INFO)
         self._progress_bar = progress_bar
-        self._logger = logging.getLogger("trainer")
-        self._previous = (self._logger.level, self._logger.propagate)
-        self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False  # no second line where the root logger has a handler
-        self._logger.addHandler(self)
+        logging.getLogger("trainer").setLevel(logging.INFO)
+        logging.getLogger("trainer").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
@@ -139,9 +132,8 @@ class LogLines(logging.Handler):
         self._progress_bar.print_line(mask_credentials(record.getMessage()), is_warning=is_warning)
 
     def close(self) -> None:
-        """Leave the logging as it was."""
-        self._logger.removeHandler(self)
-        self._logger.level, self._logger.propagate = self._previous
+        """Let go of the logging."""
+        logging.getLogger("trainer").removeHandler(self)
         super().close()
 
 
@@ -217,13 +209,3 @@ def show_lines(lines: Sequence[tuple[str, str]], min_width: int = 0, *, folds: b
     if is_terminal() and folds:
         make_console().print(grid)
     sys.stdout.flush()
-
-
-def _format_short(value: float) -> str:
-    """At most five characters for a count or a perplexity: 3.41, 24.9, 950, 12.3k, 1.2M."""
-    if value < 1e4:
-        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
-        if value < size * 1e3:
-            return f"{value / size:.1f}{unit}"
-    return f"{value:.0e}" if value < math.inf else "inf"

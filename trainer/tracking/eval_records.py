@@ -68,11 +68,12 @@ def write_evaluation(
     texts: Sequence[str | None] | None = None,
     scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Path:
-    """Write the rows of one evaluation, in place of an earlier one of the same step and split; the file.
+    """Write the rows of one evaluation, in place of an earlier one of the same step and split; the file. TrainingError
+    where it cannot be written.
 
     `rows`: what is known of each record before any model sees it (`PreparedDataset.row_info`); `nll`: the summed
     negative log-likelihood of each in nats, in their order; `texts`: what was generated for each; `scores`:
-    {`score_name` of a scorer: the score of each}. TrainingError where the file cannot be written.
+    {`score_name` of a scorer: the score of each}.
     """
     table = pa.Table.from_pandas(rows.assign(step=step, split=split, nll=nll), schema=SCHEMA, preserve_index=False)
     if texts is not None:
@@ -92,7 +93,6 @@ def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -
     """The rows of all evaluations, by step; empty where there are none. UserError where a file is damaged.
 
     `text` and `score_<name>` are columns where a file has them, without a value in the rows of the others.
-
     `val_steps`: of the validation split, read the evaluations at these steps only.
     """
     tables = [SCHEMA.empty_table()]
@@ -117,11 +117,8 @@ def find_damaged_evaluations(folder: Path) -> dict[Path, str]:
 
 
 def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -> None:
-    """Delete the evaluations after `step`, which a resumed run makes again.
-
-    With `eval_pending` also those at `step`. Evaluations of the test and retained splits after the first step belong
-    to a run's end and are always made again.
-    """
+    """Delete the evaluations that a resumed run makes again: after `step`, with `eval_pending` also at it, and those of
+    the test and retained splits after the first step, which belong to a run's end."""
     with writing(folder):
         remove_leftovers(folder)
         for path, eval_step, split in _list_evaluations(folder):
@@ -159,8 +156,7 @@ def _list_evaluations(folder: Path) -> list[tuple[Path, int, str]]:
 
 
 def _comes_again(eval_step: int, split: str, step: int, eval_pending: bool) -> bool:
-    is_final = split != "val" and eval_step > 0
-    return is_final or eval_step > step or (eval_pending and eval_step == step)
+    return (split != "val" and eval_step > 0) or eval_step > step or (eval_pending and eval_step == step)
 
 
 def _read_file(path: Path) -> pa.Table:

@@ -54,11 +54,8 @@ class StepRecord(_Axes):
 
 @dataclass(frozen=True, kw_only=True)
 class _Evaluation(_Axes):
-    """One pass over a whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
-
-    `bits_per_byte`: the same sum over the UTF-8 bytes of the targets, for models with other tokenizers; None where the
-    text is not known.
-    """
+    """One pass over a whole validation set; `eval_tokens`: of which the loss is the mean; `bits_per_byte`: the same sum
+    over the UTF-8 bytes of the targets, for models with other tokenizers; None where the text is not known."""
 
     kind: ClassVar = "eval"
     loss: Float
@@ -199,8 +196,8 @@ def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
 class JsonlLogger:
     """Appends records to `path`; with `resume` a file that already holds rows is continued, else it is refused.
 
-    Each row goes to the system in one call, so a killed process leaves whole rows only. A row that cannot be
-    written (full disk, read-only folder) is a TrainingError; one that holds NaN is `to_line`'s ValueError.
+    Each row goes to the system in one call, so a killed process leaves whole rows only. A row that cannot be written is
+    a TrainingError; one that holds NaN is `to_line`'s ValueError.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -270,10 +267,8 @@ def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eva
 def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     """Drop the rows after `step` (and an earlier end of the run), so that a resumed run continues them; how many went.
 
-    `eval_pending`: what is due after the step is still to come, so its evaluation and epoch rows go too.
-
-    A run killed between two checkpoints leaves rows of steps that will be done again, and may leave half a row. The
-    file is replaced whole or not at all, and read a line at a time. A line within it that is no record is a UserError.
+    `eval_pending`: what is due after the step is still to come, so its evaluation and epoch rows go too. The file is
+    replaced whole or not at all, and read a line at a time. A line within it that is no record is a UserError.
     """
     num_dropped = 0
     try:

@@ -1,6 +1,5 @@
 """One process writes into a run folder at a time."""
 
-import contextlib
 import fcntl
 import os
 import socket
@@ -34,36 +33,24 @@ class RunLock:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while self._file < 0:
-                file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-                try:
-                    is_locked = _lock(file)
-                    with contextlib.suppress(FileNotFoundError):
-                        # Else the holder has just ended, and removed the file that was opened.
-                        if not is_locked or os.path.samestat(os.fstat(file), os.lstat(self.path)):
-                            holder = f"process {os.getpid()} on {socket.gethostname()}"
-                            os.ftruncate(file, 0)
-                            os.pwrite(file, f"{holder} (since {time.strftime('%Y-%m-%d %H:%M:%S')})".encode(), 0)
-                            self._file, self.is_held = file, is_locked
-                finally:
-                    if self._file != file:
-                        os.close(file)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self.is_held = _lock(self._file)
+            holder = f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})"
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, holder.encode(), 0)
         except BlockingIOError:
-            holder = ""
-            with contextlib.suppress(OSError):
-                holder = shorten(self.path.read_bytes()[:1000].decode(errors="replace"), 120)
-            message = f"{folder}: {holder or 'another process'} is writing there; wait until it ends, or pass another "
-            raise FolderInUseError(f"{message}--output-dir") from None
+            holder = shorten(os.pread(self._file, 1000, 0).decode(errors="replace"), 120) or "another process"
+            self.release()
+            message = f"{folder}: {holder} is writing there; wait until it ends, or pass another --output-dir"
+            raise FolderInUseError(message) from None
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-            ) from error
+            self.release()
+            message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+            raise UserError(message) from error
 
     def release(self) -> None:
-        """Let go of the folder; a second call does nothing."""
+        """Let go of the folder, whose lock file stays; a second call does nothing."""
         if self._file >= 0:
-            with contextlib.suppress(OSError):
-                self.path.unlink()  # while it is held: whoever opened the file sees that it is gone, and opens another
             os.close(self._file)
             self._file, self.is_held = -1, False
 

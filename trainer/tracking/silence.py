@@ -5,12 +5,9 @@ import os
 import warnings
 
 ENVIRONMENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
+    **{f"{library}_VERBOSITY": "error" for library in ("TRANSFORMERS", "DATASETS", "HF_HUB")},
+    **{f"{library}_DISABLE_PROGRESS_BARS": "1" for library in ("HF_HUB", "HF_DATASETS")},
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "DATASETS_VERBOSITY": "error",
-    "HF_HUB_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",  # the bar over the weights that transformers loads asks none of the above
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo and the process groups, from C++
 }

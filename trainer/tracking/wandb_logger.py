@@ -7,7 +7,6 @@ import logging
 import netrc
 import os
 import secrets
-import string
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -42,8 +41,7 @@ def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
 
     UserError where a variable holds what is no id, no project or no folder.
     """
-    random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    run_id = os.environ.get("WANDB_RUN_ID") or random_id
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
     project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     for name, annotation, value in (("WANDB_RUN_ID", RunId, run_id), ("WANDB_PROJECT", WandbProject, project)):
         if expected := what_is_expected(annotation, value):

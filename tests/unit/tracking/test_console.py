@@ -57,8 +57,8 @@ def test_plain_progress_lines_come_first_last_and_once_a_minute(show):
 
 def test_a_plain_progress_line_has_step_loss_speed_and_time_left(show):
     assert show([step_record(10), step_record(20)], [0.0, 60.0]) == [
-        "step   10/100  epoch 0.30/3  loss 2.5000  lr 3.0e-05  12.3k tok/s  ETA --:--",
-        "step   20/100  epoch 0.60/3  loss 2.5000  lr 3.0e-05  12.3k tok/s  ETA 8:00",  # 80 steps of 6 s
+        "step   10/100  epoch 0.30/3  loss 2.5000  lr 3.0e-05  12,345 tok/s  ETA --:--",
+        "step   20/100  epoch 0.60/3  loss 2.5000  lr 3.0e-05  12,345 tok/s  ETA 8:00",  # 80 steps of 6 s
     ]
     assert [format_clock(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
 
