@@ -205,22 +205,6 @@ def test_other_zero_stages_export_what_was_evaluated_and_hold_one_gathered_tenso
 # --- launch/export.py ---
 
 
-def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script):
-    code, output = run_export_script(lora_run, "--merge")
-    folder = lora_run / "merged-step-000004"
-    assert code == 0, output
-    assert f"-> {folder}: reloaded and checked" in output
-    merged = AutoModelForCausalLM.from_pretrained(folder)
-    assert merged.lm_head.weight is merged.transformer.wte.weight
-    assert not [name for name in load_file(folder / "model.safetensors") if name == "lm_head.weight" or "lora" in name]
-    difference = max_difference(merged, run_card(lora_run / "model", lora_run / "base")["model"])
-    assert difference < 1e-4, "W + BA against Wx + BAx; logits up to 30"
-    card = ModelCard.load(folder / "README.md")
-    assert "one tensor, stored once after the adapters were folded in" in card.text
-    assert card.data.library_name == "transformers"
-    assert (lora_run / "model" / "adapter_model.safetensors").exists(), "the run's own export stays"
-
-
 def test_an_export_is_held_to_the_recorded_loss_of_its_checkpoint_or_says_that_there_is_none(
     full_run, lora_run, run_export_script, tmp_path
 ):

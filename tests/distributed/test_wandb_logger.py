@@ -23,7 +23,7 @@ from trainer.config.reference import CURVE
 from trainer.config.settings import OutputSettings
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, OtherEvalRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import AXES, reference_row, wandb_row
-from trainer.tracking.wandb_logger import upload_run, wandb_block, wandb_mode
+from trainer.tracking.wandb_logger import check_wandb, upload_run, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -104,9 +104,11 @@ def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variabl
     environ |= variables
     block = wandb_block(OutputSettings(wandb_project=flag, wandb_group=flag), "exports/acled 2024.csv")
     assert {name: block[name] for name in expected} == expected
-    environ["WANDB_RUN_ID"] = "a/b"
+    environ |= {"WANDB_RUN_ID": "a/b", "WANDB_LOG_MODEL": "checkpoint"}
     with pytest.raises(UserError, match="WANDB_RUN_ID a/b: expected "):
         wandb_block(OutputSettings(), "events.csv")
+    with pytest.raises(UserError, match="WANDB_LOG_MODEL checkpoint: expected end "):
+        check_wandb(OutputSettings())
 
 
 def test_an_upload_without_a_login_or_a_run_is_one_line(tmp_path: Path, environ) -> None:
@@ -155,15 +157,9 @@ KILL_CODE = "os.kill(os.getpid(), signal.SIGKILL)\n"
 def start_child(folder: Path, *arguments: object, code: str, **variables: str) -> "subprocess.Popen[str]":
     """A process in which `code` runs with these arguments, folder/run being there."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=folder,
-        env=child_env(HOME=str(folder), **variables),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=child_env(HOME=str(folder), **variables), text=True, **pipes)
 
 
 def run_child(
@@ -172,12 +168,12 @@ def run_child(
     *,
     first_step: int = 0,
     last_step: int = LAST_STEP,
-    last_code: str = CLOSE_CODE,
+    code: str = CLOSE_CODE,
     **variables: str,
 ) -> tuple[int, str]:
     """(exit code, output) of a process that logs the rows of these steps of a lora run into folder/run, and has said
     nothing on stderr."""
-    process = start_child(folder, mode, first_step, last_step, code=CHILD_CODE + last_code, **variables)
+    process = start_child(folder, mode, first_step, last_step, code=CHILD_CODE + code, **variables)
     output, errors = process.communicate(timeout=60)
     assert errors == ""
     return process.returncode, output
@@ -211,26 +207,18 @@ def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None
 
 def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    variables = {
-        "WANDB_ENTITY": "team",
-        "WANDB_NAME": "mine",
-        "WANDB_NOTES": "a note",
-        "WANDB_TAGS": "night, second",
-        "WANDB_JOB_TYPE": "sweep",
-        "WANDB_DIR": str(tmp_path / "elsewhere"),
-        "WANDB_RUN_ID": "other",
-        "WANDB_CONSOLE": "wrap",
-        "WANDB_SAVE_CODE": "true",
-    }
-    exit_code, output = run_child(tmp_path, "offline", first_step=80, **variables)
+    variables = {"ENTITY": "team", "NAME": "mine", "NOTES": "a note", "TAGS": "night, second", "JOB_TYPE": "sweep"}
+    variables |= {"DIR": str(tmp_path / "elsewhere"), "RUN_ID": "other", "CONSOLE": "wrap", "SAVE_CODE": "true"}
+    environ = {f"WANDB_{name}": value for name, value in variables.items()}
+    exit_code, output = run_child(tmp_path, "offline", first_step=80, **environ)
     assert exit_code == 0
     assert "W&B: WANDB_RUN_ID other is ignored: --resume continues " in output
     assert [file.parts[-4] for file in run_files(tmp_path)] == ["elsewhere"]
     with FakeWandb() as server:
         sync_offline_runs(server, tmp_path)
     run = server.runs[METADATA["run_id"]]
-    names = ["team", *(run.fields[name] for name in ("displayName", "notes", "jobType"))]
-    assert names == [run.entity, "mine", "a note", "sweep"]
+    names = [run.entity, *(run.fields[name] for name in ("displayName", "notes", "jobType"))]
+    assert names == ["team", "mine", "a note", "sweep"]
     assert run.fields["tags"] == ["lora", "demo-base", "acled-demo", "night", "second"]
     assert "output.log" in run.files, "WANDB_CONSOLE brings the console back"
 
@@ -260,24 +248,6 @@ def test_an_offline_run_opens_no_connection_and_sync_sends_every_row_axes_and_co
     assert (run.project, run.exit_code, server.unknown_requests) == ("gpt2-full-vs-lora", 0, [])
 
 
-def test_an_online_wandb_run_sends_rows_axes_config_no_secret_and_nothing_unknown(tmp_path: Path) -> None:
-    hub_token, git_token = "hf_" + "Tq9" * 12, "ghs_" + "aB3" * 12
-    remote = ["git", "remote", "add", "origin", f"https://{git_token}:x-oauth-basic@example.org/a/b.git"]
-    author = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
-    for command in (["git", "init", "-q"], ["git", *author, "commit", "-qm", "x", "--allow-empty"], remote):
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    with FakeWandb() as server:
-        exit_code, output = run_child(tmp_path, "online", HF_TOKEN=hub_token, **server.env(tmp_path))
-        run = server.runs[METADATA["run_id"]]
-    assert_history(run.history, RECORDS)
-    assert (exit_code, run.exit_code, server.unknown_requests) == (0, 0, [])
-    assert output == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
-    contents = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    for secret in (API_KEY, hub_token, git_token):
-        assert secret not in repr(run)
-        assert not any(secret.encode() in content for content in contents)
-
-
 EXTRAS_CODE = """
 from trainer.tracking.records import EventRecord
 run["data"]["source"] = "a" * 65 + ".csv"  # W&B takes no tag that is longer than 64
@@ -294,16 +264,28 @@ records.sort(key=lambda record: record.step)
 
 
 @pytest.mark.parametrize("unanswered", [(), ("ArtifactType", "CreateArtifact", "NotifyScriptableRunAlert")])
-def test_a_table_or_an_alert_that_fails_costs_itself_only(unanswered: tuple[str, ...], tmp_path: Path) -> None:
-    code = CHILD_CODE.replace("previous = ", EXTRAS_CODE + "previous = ")
+def test_an_online_run_sends_all_but_secrets_and_a_table_or_an_alert_that_fails_costs_itself_only(
+    unanswered: tuple[str, ...], tmp_path: Path
+) -> None:
+    hub_token, git_token = "hf_" + "Tq9" * 12, "ghs_" + "aB3" * 12
+    remote = ["git", "remote", "add", "origin", f"https://{git_token}:x-oauth-basic@example.org/a/b.git"]
+    author = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for command in (["git", "init", "-q"], ["git", *author, "commit", "-qm", "x", "--allow-empty"], remote):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    code = CHILD_CODE.replace("previous = ", EXTRAS_CODE + "previous = ") + CLOSE_CODE
     with FakeWandb(unanswered) as server:
-        process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
+        variables = {"HF_TOKEN": hub_token, **server.env(tmp_path)}
+        process = start_child(tmp_path, "online", 0, LAST_STEP, code=code, **variables)
         output, errors = process.communicate(timeout=60)
     run = server.runs[METADATA["run_id"]]
     assert (process.returncode, run.exit_code, errors) == (0, 0, "")
+    assert output.startswith(f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n")
     assert run.fields["tags"] == ["lora", "demo-base", "a" * 64]
     rows = [{name: x for name, x in row.items() if not name.startswith("sample/")} for row in run.history]
     assert_history(rows, RECORDS)
+    contents = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for secret in (API_KEY, hub_token, git_token):
+        assert not any(secret.encode() in content for content in [repr(run).encode(), *contents])
     if unanswered:
         assert output.count("failed (") == output.count("W&B: the table of samples failed (") == 1
     else:
@@ -391,7 +373,7 @@ def test_a_killed_wandb_run_loses_a_second_and_its_resume_repeats_no_step(tmp_pa
     Resumed from a checkpoint of step 30: the rows 31 to 49 lie in the first file already.
     """
     code = "time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE
-    assert run_child(tmp_path, "offline", last_step=50, last_code=code)[0] == -signal.SIGKILL
+    assert run_child(tmp_path, "offline", last_step=50, code=code)[0] == -signal.SIGKILL
     time.sleep(1.1)  # run folders are named by the second
     assert run_child(tmp_path, "offline", first_step=30)[0] == 0
     with FakeWandb() as server:

@@ -50,12 +50,9 @@ def show(monkeypatch, capsys):
     return show
 
 
-def test_plain_progress_lines_come_first_last_and_once_a_minute(show):
+def test_plain_progress_lines_come_first_last_and_once_a_minute_with_speed_and_time_left(show):
     lines = show([step_record(n) for n in range(1, 101)], [n * 12.0 for n in range(1, 101)])
     assert [int(line.split("/")[0].removeprefix("step")) for line in lines] == [*range(1, 101, 5), 100]
-
-
-def test_a_plain_progress_line_has_step_loss_speed_and_time_left(show):
     assert show([step_record(10), step_record(20)], [0.0, 60.0]) == [
         "step   10/100  epoch 0.30/3  loss 2.5000  lr 3.0e-05  12,345 tok/s  ETA --:--",
         "step   20/100  epoch 0.60/3  loss 2.5000  lr 3.0e-05  12,345 tok/s  ETA 8:00",  # 80 steps of 6 s

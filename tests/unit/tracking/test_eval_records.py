@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from helpers.any_inputs import check_inputs, many_inputs
 from hypothesis import strategies as st
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import UserError
 from trainer.config.files import folder_size
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
@@ -185,17 +184,3 @@ def test_texts_and_scores_stand_beside_the_losses_of_the_evaluation_that_has_the
     rewrite(path, lambda table: table.append_column("other", pa.array([1.0] * 5)))
     with pytest.raises(UserError, match=r"columns step, .*other"):
         read_evaluations(tmp_path)
-
-
-def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_one(tmp_path, monkeypatch):
-    write(tmp_path, 0)
-    before = read_evaluations(tmp_path)
-
-    def fail(file_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(TrainingError, match=r"step-000000-val\.parquet: No space left on device"):
-        write(tmp_path, 0, seed=1)
-    assert read_evaluations(tmp_path).equals(before)
-    assert len(list(tmp_path.iterdir())) == 1

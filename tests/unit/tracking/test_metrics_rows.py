@@ -30,21 +30,10 @@ from trainer.tracking.records import (
 )
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
-STEP = StepRecord(
-    step=7,
-    epoch=0.1,
-    samples=56,
-    tokens=14_336,
-    loss=0.1 + 0.2,
-    lr=1e-3,
-    grad_norm=1e-300,
-    tokens_per_second=100.0,
-    time=1.0,
-)
-EVAL = EvalRecord(
-    step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
-)
-EPOCH = EpochRecord(epoch=1.0, train_loss=2.5, step=70, samples=560, tokens=143_360, time=3.0)
+AXES = {"step": 7, "epoch": 1 / 3, "samples": 56, "tokens": 14_336, "time": 1.0}
+STEP = StepRecord(**AXES, loss=0.1 + 0.2, lr=1e-3, grad_norm=1e-300, tokens_per_second=100.0)
+EVAL = EvalRecord(**AXES, loss=2.0, perplexity=math.exp(2), eval_tokens=99)
+EPOCH = EpochRecord(**AXES, train_loss=2.5)
 EVENT = EventRecord(event="e", step=7, message='schräg, "quoted"\nand broken', time=4.0, facts={"scale": [1, None]})
 
 
