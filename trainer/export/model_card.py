@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ def render_model_card(
     answer: str = "",
     license: str | None = None,
 ) -> str:
-    """The card's Markdown; names and texts of the run are data, and none of it is markup.
+    """The card's Markdown; names and texts of the run are data, none of it markup.
 
     `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
     they stood; `answer`: the sentence of a comparison of LoRA with full; `license`: of the base.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     model, data, train = metadata["model"], metadata["data"], metadata["settings"]["train"]
     lora = metadata["settings"]["lora"]
@@ -48,7 +47,6 @@ def render_model_card(
             changed = record.facts.get("resolved")
             resolved = resolved | changed if isinstance(changed, dict) else resolved
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}  # of one step evaluated twice the later
-    is_adapter = metadata["mode"] == "lora" and not is_merged
     base_name = model.get("base", model["name"])
     base_model = base_name if model["init"] == "pretrained" and is_hub_id(base_name) else None
     losses = {} if (loss := verification.loss) is None else {"loss": loss, "perplexity": perplexity(loss)}
@@ -57,48 +55,26 @@ def render_model_card(
     for scorer in metadata["settings"]["output"]["score"] if tests else ():
         if is_number(score := tests[-1]["scores"].get(score_name(scorer))):
             scores[public_name(scorer) if scorer_file(scorer) else scorer] = score
-    architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", model["class"]).lower()
-    source = public_name(data["source"])
-    make_result = partial(EvalResult, task_type="text-generation", dataset_type=source, dataset_name=source)
     datasets = [part.partition(":")[0] for part, _ in split_weights(data["source"])]
-    card_data = ModelCardData(
-        license=license,
-        datasets=[d for d in datasets if is_hub_id(d) and not Path(d).suffix and d != DEMO_DATA] or None,
-        metrics=["perplexity"] if losses else None,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[architecture, metadata["mode"], "deepspeed", *["lora-merged"] * is_merged],
-        model_name=escape_controls(metadata["name"]),
-        eval_results=[
-            make_result(
-                dataset_split=split,
-                metric_type=escape_controls(name),
-                metric_name=escape_controls(f"{split} {name}"),
-                metric_value=value,
-            )
-            for split, values in (("validation", losses), ("test", scores))
-            for name, value in values.items()
-        ],
-        base_model=base_model,
-        base_model_relation=base_model and ("adapter" if is_adapter else "finetune"),
-    )
     not_comparable = ""
     if reference.is_asked_for(metadata["preset"], metadata["not_comparable_with_card"]):
         not_comparable = "; ".join(metadata["not_comparable_with_card"])
         for name in (data["source"], model["name"]):
             not_comparable = not_comparable.replace(name, public_name(name))
     card = ModelCard.from_template(
-        card_data,
+        ModelCardData(),
         template_path=str(Path(__file__).with_suffix(".md")),
         **{**metadata, "resolved": resolved},
         evals=[evals[number] for number in sorted(evals)],
         train_losses={record.step: record.train_loss for record in records if isinstance(record, EpochRecord)},
         events=[record for record in records if record.kind == "event"],
         lr_shape=describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"]),
-        scores=scores,
+        license=license,
+        datasets=[d for d in datasets if is_hub_id(d) and not Path(d).suffix and d != DEMO_DATA],
+        results={"validation": losses, "test": scores},
         verification=verification,
         step=step,
-        is_adapter=is_adapter,
+        is_adapter=metadata["mode"] == "lora" and not is_merged,
         adapter_kind=LoraSettings(**{key: lora[key] for key in ("adapter", "peft_config") if key in lora}).kind,
         base_model=base_model,
         not_comparable=not_comparable,
@@ -106,6 +82,7 @@ def render_model_card(
         answer=answer,
         perplexity=perplexity,
         public_name=public_name,
+        printable=escape_controls,
         plain=lambda text: escape_markdown(escape_controls(text)),
         code=_code,
     )
