@@ -14,8 +14,6 @@ from typing import Any
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import set_library_environment, without_launcher
 
-TIMEOUT_SECONDS = 20 * 3600  # less than the other ranks wait for rank 0
-
 
 def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails.
@@ -34,9 +32,7 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": environment}
     read_end, write_end = os.pipe()
     try:
-        process = subprocess.run(command, stdin=read_end, timeout=TIMEOUT_SECONDS, **options)
-    except subprocess.TimeoutExpired as error:
-        raise TrainingError(f"{request['output_dir']} not written: no end within {error.timeout:g} s") from None
+        process = subprocess.run(command, stdin=read_end, **options)
     finally:
         os.close(read_end)
         os.close(write_end)

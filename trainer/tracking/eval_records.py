@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import open_plain_file, remove_leftovers, write_atomically
-from trainer.tracking.records import EvalRecord, Record, writing
+from trainer.tracking.records import writing
 
 EvalSplit = Literal["val", "test", "retain"]
 EVAL_RECORDS_FOLDER = "eval_records"
@@ -33,24 +33,6 @@ SCHEMA = pa.schema([pa.field(name, kind, nullable=name == "group") for name, kin
 SCORE_PREFIX = "score_"
 _FILE_NAME = re.compile(r"step-(\d{6,9})-(val|test|retain)\.parquet")
 _CHECKSUM = b"sha256_of_rows"
-
-
-class EvalRecordsLogger:
-    """Writes the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`)."""
-
-    def __init__(self, run_folder: Path, rows: pd.DataFrame) -> None:
-        self._folder, self._rows = run_folder / EVAL_RECORDS_FOLDER, rows
-
-    def log(self, record: Record) -> None:
-        if isinstance(record, EvalRecord) and record.row_nll is not None:
-            write_evaluation(self._folder, self._rows, step=record.step, split="val", nll=record.row_nll)
-
-    def digest(self) -> dict[str, Any]:
-        """How many evaluations there are, and the SHA-256 of their files' names and hashes; a checkpoint keeps it."""
-        return _digest([path for path, _, _ in _list_evaluations(self._folder)])
-
-    def close(self, exit_code: int) -> None:
-        pass
 
 
 def score_name(scorer: str) -> str:
@@ -135,12 +117,14 @@ def find_changed_evaluations(
     if len(paths) != expected["num_evaluations"]:
         return f"it has {len(paths)} evaluations where {expected['num_evaluations']} were written"
     try:
-        return None if _digest(paths) == expected else "an evaluation was changed"
+        return None if digest_evaluations(folder, paths) == expected else "an evaluation was changed"
     except OSError as error:
         return f"an evaluation cannot be read: {error.strerror}"
 
 
-def _digest(paths: Sequence[Path]) -> dict[str, Any]:
+def digest_evaluations(folder: Path, paths: Sequence[Path] | None = None) -> dict[str, Any]:
+    """How many evaluations there are, and the SHA-256 of their files' names and hashes; a checkpoint keeps it."""
+    paths = [path for path, _, _ in _list_evaluations(folder)] if paths is None else paths
     digest = hashlib.sha256()
     for path in paths:
         with open_plain_file(path) as file:

@@ -116,11 +116,7 @@ def start_wandb(
         return None
     if is_resumed and (ignored := os.environ.get("WANDB_RUN_ID", run_id)) != run_id:
         logger.warning(f"W&B: WANDB_RUN_ID {ignored} is ignored: --resume continues {run_id}")
-    try:
-        run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
-    except Exception:
-        _teardown()
-        raise
+    run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
     offline = f"offline, send it later with `wandb sync {os.path.relpath(run.settings.sync_dir)}`"
     logger.info(f"W&B: {run.url if mode == 'online' else offline}")
     last_step = run.step - 1  # of the server
@@ -218,7 +214,7 @@ class OptionalLogger:
 
     def __init__(self, start: Callable[[], RecordLogger | None]) -> None:
         self._has_failed = False
-        self._logger: RecordLogger | None = self._attempt(start)
+        self._logger: RecordLogger | None = self._attempt(start, is_edge=True)
 
     def log(self, record: Record) -> None:
         if (active := self._logger) is not None and not self._has_failed:
@@ -228,12 +224,14 @@ class OptionalLogger:
         """A second call does nothing."""
         closing, self._logger = self._logger, None
         if closing is not None:
-            self._attempt(lambda: closing.close(1 if self._has_failed else exit_code))
+            self._attempt(lambda: closing.close(1 if self._has_failed else exit_code), is_edge=True)
 
-    def _attempt(self, call: Callable[[], Any]) -> Any:
+    def _attempt(self, call: Callable[[], Any], *, is_edge: bool = False) -> Any:
         try:
             return call()
         except Exception as error:  # whatever happens in there, it must not cost the run
+            if is_edge:
+                _teardown()
             if not self._has_failed:
                 self._has_failed = True
                 sending = "metrics.jsonl has every row, and launch/doctor.py --upload sends them later"
@@ -271,12 +269,8 @@ class WandbLogger:
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout."""
         self._log_extra("the console", self._log_console)
-        try:
-            self._run.finish(exit_code=exit_code)
-            _check_upload(self._run)
-        except Exception:
-            _teardown()
-            raise
+        self._run.finish(exit_code=exit_code)
+        _check_upload(self._run)
 
     def _log_samples(self, record: EventRecord) -> None:
         import wandb

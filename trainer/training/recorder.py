@@ -14,7 +14,7 @@ from trainer.config.text import format_bytes, format_clock
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.console import LogLines, ProgressBar, printed_lines, show_lines, show_plan, show_summary
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, rewind_evaluations
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluations, rewind_evaluations, write_evaluation
 from trainer.tracking.records import (
     METRICS_FILE,
     EvalRecord,
@@ -67,17 +67,19 @@ class Recorder:
             rewind_evaluations(evaluations, state.step or -1, eval_pending=state.eval_pending)
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._progress_bar, self._log_lines = progress_bar, LogLines(progress_bar)
-        self._evaluations = EvalRecordsLogger(self.folder, data.row_info("val"))
+        self._val_rows = data.row_info("val")
         self._rows = JsonlLogger(rows_file, resume=is_resumed)
         previous = read_records(rows_file) if is_resumed else None
         self.loggers = [
-            self._evaluations,  # before the line that says so
             self._rows,
             progress_bar,
             OptionalLogger(partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
 
     def log(self, record: Record) -> None:
+        if self.loggers and isinstance(record, EvalRecord) and record.row_nll is not None:  # before the line says so
+            place = self.folder / EVAL_RECORDS_FOLDER
+            write_evaluation(place, self._val_rows, step=record.step, split="val", nll=record.row_nll)
         for logger in self.loggers:
             logger.log(record)
 
@@ -132,7 +134,7 @@ class Recorder:
         self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
 
     def digests(self) -> dict[str, Any]:
-        return {"records": self._rows.digest(), "evaluations": self._evaluations.digest()}
+        return {"records": self._rows.digest(), "evaluations": digest_evaluations(self.folder / EVAL_RECORDS_FOLDER)}
 
     def close(self, exit_code: int) -> None:
         if not self.loggers:

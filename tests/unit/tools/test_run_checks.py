@@ -21,7 +21,7 @@ from trainer.config.errors import UserError
 from trainer.config.settings import Settings
 from trainer.tools.doctor.checks import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, run_check
-from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalRecordsLogger, write_evaluation
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluations, write_evaluation
 from trainer.tracking.records import EventRecord, JsonlLogger, StepRecord
 from trainer.training import checkpoint
 from trainer.training.schedule import TrainState
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
         "sha256": hashlib.sha256(content).hexdigest(),
         "progress": TrainState(step=step, eval_pending=False).as_dict(),
         "records": logger.digest(),
-        "evaluations": EvalRecordsLogger(folder, None).digest(),
+        "evaluations": digest_evaluations(folder / EVAL_RECORDS_FOLDER),
     }
     metadata["self"] = checkpoint._metadata_digest(metadata)
     (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))

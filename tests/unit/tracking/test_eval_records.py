@@ -18,7 +18,7 @@ from trainer.config.errors import UserError
 from trainer.config.files import folder_size
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
-    EvalRecordsLogger,
+    digest_evaluations,
     find_changed_evaluations,
     find_damaged_evaluations,
     read_evaluations,
@@ -26,7 +26,6 @@ from trainer.tracking.eval_records import (
     score_name,
     write_evaluation,
 )
-from trainer.tracking.records import EvalRecord, EventRecord
 
 
 def make_rows(num_rows: int = 5) -> pd.DataFrame:
@@ -53,11 +52,6 @@ def write(folder: Path, step: int, split: str = "val", *, seed: int = 0) -> None
     write_evaluation(folder, make_rows(), step=step, split=split, nll=make_nll(seed=seed))
 
 
-def log(logger: EvalRecordsLogger, step: int, nll: list[float], loss: float = 1.0) -> None:
-    axes = {"step": step, "epoch": 0.5, "samples": 1, "tokens": 2, "time": 0.0}
-    logger.log(EvalRecord(**axes, loss=loss, perplexity=1.0, eval_tokens=5, row_nll=nll))
-
-
 def steps_and_splits(folder: Path) -> list[tuple[int, str]]:
     frame = read_evaluations(folder)
     return list(dict.fromkeys(zip(frame["step"], frame["split"], strict=True)))
@@ -66,10 +60,8 @@ def steps_and_splits(folder: Path) -> list[tuple[int, str]]:
 def test_the_stored_sums_give_the_reported_loss_to_the_last_bit(tmp_path):
     nll, rows = make_nll(1000), make_rows(1000)
     reported = math.fsum(nll) / rows["targets"].sum()
-    logger = EvalRecordsLogger(tmp_path, rows)
-    log(logger, 3, nll, reported)
-    logger.log(EventRecord(event="x", step=3, message="", time=0.0))
-    frame = read_evaluations(tmp_path / EVAL_RECORDS_FOLDER)
+    write_evaluation(tmp_path, rows, step=3, split="val", nll=nll)
+    frame = read_evaluations(tmp_path)
     assert math.fsum(frame["nll"]) / frame["targets"].sum() == reported
     assert list(frame) == ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "is_seen"]
     assert list(frame["nll"]) == nll
@@ -161,7 +153,7 @@ def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_folder, tmp_pat
 def test_evaluations_that_are_not_those_of_the_checkpoint_are_known(whole_folder, tmp_path, damage, answer):
     folder = tmp_path / EVAL_RECORDS_FOLDER
     shutil.copytree(whole_folder, folder)
-    saved = EvalRecordsLogger(tmp_path, None).digest()
+    saved = digest_evaluations(folder)
     write(folder, 4)
     write(folder, 4, "test")
     assert find_changed_evaluations(folder, saved, 2) is None, "what came later is dropped by a resume"
