@@ -23,12 +23,11 @@ def build_parser() -> ArgumentParser:
     add, gib = parser.add_argument, value_type(PositiveFloat, float)
     prove_help = "instead of the rehearsal: three steps of every ZeRO stage x ranks x way to run steps beside a plain "
     prove_help += "PyTorch loop on this machine"
-    check_help = "instead: read a run folder whole and say what is damaged and still possible"
     add("--ranks", type=whole_number, metavar="N", help="of the run (default: one for each GPU, else 1)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--gpu-memory", type=gib, metavar="GIB", help="plan for GPUs of this memory, which need not be here")
     add("--prove", action="store_true", help=prove_help)
-    add("--check-run", type=Path, metavar="RUN", help=check_help)
+    add("--check-run", type=Path, metavar="RUN", help="instead: say what in a run folder is damaged and still possible")
     add("--upload", type=Path, metavar="RUN", help="instead: send the rows of a run that W&B's server does not have")
     return parser
 

@@ -15,7 +15,6 @@ DATA_FLAGS = ("prompt", "completion", "objective", "block_size", "split_by", "ch
 
 
 def build_parser() -> ArgumentParser:
-    """The command line; how records are read is said as to launch/train.py."""
     parser = ArgumentParser(
         prog="judge.py",
         description="Score the same records with models that anybody trained, and judge each by the first: the same "
@@ -27,10 +26,9 @@ def build_parser() -> ArgumentParser:
     model_help += "or a run folder; NAME=MODEL names it, NAME=MODEL,MODEL gives its seeds"
     margin_help = "how much worse is good enough: 2%% of what the first gained over the base, 0.01nats a token, or "
     margin_help += "0.005bpb (default: 2%%)"
-    data_help = "records that none of them was trained on, in any form that launch/train.py --data takes"
     add("models", nargs="+", metavar="MODEL", help=model_help)
     add("--base", required=True, metavar="MODEL", help="what they were trained from, a folder or hub id")
-    add("--data", required=True, metavar="FILE", help=data_help)
+    add("--data", required=True, metavar="FILE", help="records that none was trained on, as launch/train.py takes them")
     add("--margin", metavar="X", help=margin_help)
     add("--eval-batch", type=whole_number, default=4, metavar="N", help="records at a time (default: 4)")
     add("--output-dir", type=output_folder, default=Path("judgement"), metavar="DIR", help="default: judgement")
@@ -42,7 +40,6 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Parse and do what was asked."""
     args = build_parser().parse_args(argv)
     prepare_libraries()
     from trainer.tools.judge import judge

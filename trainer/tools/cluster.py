@@ -51,6 +51,7 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
     lines = [
         f"#SBATCH --{name}{f'={value}' if value != '' else ''}" for name, value in options.items() if value is not None
     ]
+    max_seconds = max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
     marker, checkpoints = (shlex.quote(f"{settings.run_folder}/{name}") for name in ("requeue", "checkpoints"))
     attempts = f"{shlex.quote(str(folder))}/attempts-$SLURM_JOB_ID"
     torchrun = (
@@ -78,7 +79,7 @@ trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher"
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done; wait $launcher'
 
 cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
-srun --export=ALL --wait={_straggler_seconds(settings)} $cores bash -c "$task" task \\
+srun --export=ALL --wait={max_seconds} $cores bash -c "$task" task \\
     {shlex.join(command)}
 code=$?
 # The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
@@ -124,7 +125,7 @@ def ssh_files(
     if len(ranks_of_hosts) > 1:  # deepspeed passes flags on unquoted and changes blanks, pdsh changes any %;
         command = [quote(word) for word in command]  # the ranks of one host are started without pdsh
     hosts = shlex.join(ranks_of_hosts)
-    max_seconds = _straggler_seconds(settings)
+    max_seconds = max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
     names = sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
     exports = [MARK, setup + PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
     hosts_text = ",".join(f"{host}:{number}" for host, number in ranks_of_hosts.items())
@@ -173,11 +174,6 @@ wait $launcher
         "environment": ("\n".join(exports) + "\n", 0o600),
         "run.sh": (script, 0o755),
     }
-
-
-def _straggler_seconds(settings: Settings) -> int:
-    """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
-    return max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
 
 
 def parse_hosts(text: str) -> dict[str, int]:

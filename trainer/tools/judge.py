@@ -114,8 +114,16 @@ def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
             if not has_files(source):
                 if source.adapter is None:
                     raise UserError(f"{name}: not here in full precision, nor on the Hub; {EXPECTED_MODEL}")
-                model.path = str(put_on_base(source.adapter, base, folder / str(len(models))))
-                model.source = find_model(model.path)
+                moved = folder / str(len(models))  # the adapter, naming --base as its base
+                moved.mkdir()
+                for file in source.adapter.iterdir():
+                    if file.is_file() and file.name != ADAPTER_CONFIG_FILE:
+                        (moved / file.name).symlink_to(file.absolute())
+                config = source.adapter / ADAPTER_CONFIG_FILE
+                content = read_json_object(config, f"{source.adapter}: {ADAPTER_CONFIG_FILE}")
+                content |= {"base_model_name_or_path": base.source.path, "revision": base.source.revision}
+                (moved / ADAPTER_CONFIG_FILE).write_text(json.dumps(content))
+                model.path, model.source = str(moved), find_model(str(moved))
                 named = f"{contestant} names the base {name_data(source.name)}"
                 model.note = f"{named}, which is not here in full precision: --base was used"
             models.append(model)
@@ -144,18 +152,6 @@ def has_files(source: ModelSource) -> bool:
             hf_hub.download_model(source.path, with_weights=True, log=print, revision=source.revision)
     config = hf_hub.find_model_folder(source.path, source.revision) / "config.json"
     return config.exists() and "quantization_config" not in read_json_object(config)
-
-
-def put_on_base(adapter: Path, base: Model, folder: Path) -> Path:
-    """The adapter in `folder`, where it names --base as its base."""
-    folder.mkdir()
-    for file in adapter.iterdir():
-        if file.is_file() and file.name != ADAPTER_CONFIG_FILE:
-            (folder / file.name).symlink_to(file.absolute())
-    config = read_json_object(adapter / ADAPTER_CONFIG_FILE, f"{adapter}: {ADAPTER_CONFIG_FILE}")
-    config |= {"base_model_name_or_path": base.source.path, "revision": base.source.revision}
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config))
-    return folder
 
 
 def prepare_records(models: Sequence[Model], settings: Settings) -> bool:

@@ -22,7 +22,6 @@ from trainer.report.interval import (
     LEVEL,
     MIN_UNITS,
     ONE_SIDED,
-    PairedInterval,
     VarianceComponents,
     paired_interval,
     predict_half_width,
@@ -123,14 +122,23 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         }
         for method, outcome in outcomes.items()
     }
-    primary = list(outcomes.values())[:2]
+    primary, curves = list(outcomes.values())[:2], []
+    for search in primary:  # a curve a rung: means over seeds
+        trials = pd.DataFrame([(s.num_steps, s.candidate.lr, results[s.name]) for s in search.trials])
+        for num_steps in rule.rungs:
+            means = trials[trials[0] == num_steps].groupby(1)[2].mean()
+            losses = means[np.isfinite(means)].to_dict()
+            curves.append(RateCurve(mode=search.method, losses=losses, num_steps=num_steps))
     num_full, num_lora = (len(outcome.trials) for outcome in primary)
-    noise, by_length = choice_noise(primary, results), excess_by_length(study_folder, primary)
+    noise, by_length = choice_noise(primary, results), []
+    for stage, num_steps in zip((*range(len(rule.rungs) - 1), -1), rule.rungs, strict=True):  # the last with all seeds
+        if (known := read_search_losses(study_folder, primary, stage)) is not None:
+            by_length.append((num_steps, paired_interval(known[0].lora - known[0].full, known[0].weights)))
     moved = "" if noise is None else f"; choosing again would move the loss by about {noise:.2g}"
     study = StudyContext(
         choice=f"rates chosen by validation loss ({num_full} trials of full, {num_lora} of LoRA{moved}), fresh seeds",
         lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
-        rate_curves=rate_curves(state, results),
+        rate_curves=tuple(curves),
         step_time=timing.cost,
         memory=timing.memory,
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
@@ -140,19 +148,6 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
     )
     runs = [run for group in groups.values() for run in group.runs]
     return compare(runs, with_reference=False, margin=rule.margin, study=study, groups=list(groups.values()))
-
-
-def rate_curves(state: StudyState, results: Results) -> tuple[RateCurve, ...]:
-    """Validation losses by rate of full and of the LoRA that is judged first, a curve a rung: means over seeds."""
-    curves = []
-    for search in list(state.outcomes.values())[:2]:
-        trials = pd.DataFrame([(s.num_steps, s.candidate.lr, results[s.name]) for s in search.trials])
-        for num_steps in search.rule.rungs:
-            means = trials[trials[0] == num_steps].groupby(1)[2].mean()
-            losses = means[np.isfinite(means)].to_dict()
-            mode = "full" if search.method == "full" else "lora"
-            curves.append(RateCurve(mode=mode, losses=losses, num_steps=num_steps))
-    return tuple(curves)
 
 
 # --- what a study can show: by its number of seeds and test records, and by the noise of its choice of rates ---
@@ -190,21 +185,17 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
         f"{seeds} and {num_records:,} test records can show about {shown:.2g} nats per token ({source}), or {points:g} "
     )
     line += f"point{'s' * (points != 1)} of a score (assumed: 1 record of 8 is right with one method only)"
-    return f"{line}; {_describe_needed(beyond, num_seeds, num_records, size, name)}"
-
-
-def _describe_needed(components: VarianceComponents, num_seeds: int, num_records: int, size: float, name: str) -> str:
 
     def is_enough(seeds: int, records: int) -> bool:
-        return predict_half_width(components, seeds, records, quantile=ONE_SIDED) < size
+        return predict_half_width(beyond, seeds, records, quantile=ONE_SIDED) < size
 
     sizes = (digits * 10**power for power in range(5) for digits in range(10, 100))  # two digits are enough to plan by
     needed = next((n for n in sizes if is_enough(num_seeds, n)), None)
     more_seeds = next((n for n in range(num_seeds, 65) if is_enough(n, num_records)), None)
     if more_seeds == num_seeds:
-        return f"a margin of {name} is within reach"
+        return f"{line}; a margin of {name} is within reach"
     options = [f"about {needed:,} records" if needed else "", f"{more_seeds} seeds" if more_seeds else ""]
-    return f"a margin of {name} needs {' or '.join(filter(None, options)) or 'more records and more seeds'}"
+    return f"{line}; a margin of {name} needs {' or '.join(filter(None, options)) or 'more records and more seeds'}"
 
 
 def read_search_losses(
@@ -223,17 +214,6 @@ def read_search_losses(
         return match_records(pairs, read_records(pairs), "val"), int(full[0].get("data.test.units"))
     except (UserError, MatchError, LookupError, TypeError, ValueError):  # it costs a line of text, not the study
         return None
-
-
-def excess_by_length(study_folder: Path, searches: Sequence[MethodSearch]) -> list[tuple[int, PairedInterval]]:
-    """LoRA's excess over full on validation records, each at its best rate, by the steps of a rung's runs."""
-    points = []
-    for rung, num_steps in enumerate(searches[0].rule.rungs):
-        is_last = num_steps == searches[0].rule.total_steps
-        known = read_search_losses(study_folder, searches, -1 if is_last else rung)
-        if known is not None:
-            points.append((num_steps, paired_interval(known[0].lora - known[0].full, known[0].weights)))
-    return points
 
 
 def choice_noise(searches: Sequence[MethodSearch], results: Results) -> float | None:

@@ -83,12 +83,19 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
         own_argv.append(f"--peft-config={settings.lora.peft_config}")
         if len(args.lora_ranks) > 1:
             raise UserError("--peft-config: takes LoRA's place; expected no --lora-ranks")
+    max_lrs: dict[str, float] = {}
+    for text in args.max_lr:
+        method, _, rate = text.partition("=")
+        try:
+            max_lrs[method] = float(rate)
+        except ValueError:
+            raise UserError(f"--max-lr {text}: expected METHOD=LR, such as lora=5.6e-3") from None
     rule = Rule(  # without what the data decide: a mistake is found before they are read
         lora_ranks=args.lora_ranks,
         total_steps=1,
         rungs=(1,),
         answer_seeds=args.seeds,
-        max_lrs=dict(map(parse_max_lr, args.max_lr)),
+        max_lrs=max_lrs,
         margin=margin,
         train_argv=tuple(own_argv),
         data="",
@@ -127,15 +134,6 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
     else:
         write_rule(args.output_dir, rule, working_dir=str(Path.cwd()))
         print(f"rule {rule.sha256[:12]} in {args.output_dir / RULE_FILE}", flush=True)
-
-
-def parse_max_lr(text: str) -> tuple[str, float]:
-    """(method, rate) of `lora=5.6e-3`; UserError otherwise."""
-    method, _, rate = text.partition("=")
-    try:
-        return method, float(rate)
-    except ValueError:
-        raise UserError(f"--max-lr {text}: expected METHOD=LR, such as lora=5.6e-3") from None
 
 
 def write_plan(slot: Slot, argv: Sequence[str], path: Path) -> None:
