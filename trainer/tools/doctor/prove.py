@@ -108,9 +108,8 @@ def judge_row(measured: dict[str, Any], precision: str) -> str:
     if "loss_difference" not in measured:
         return "failed"
     bound, weight_bound = MAX_DIFFERENCE[precision], WEIGHT_BOUNDS[precision][0]
-    if max(measured["loss_difference"], measured["norm_difference"]) > bound:
-        return "differs"
-    if measured["weight_difference"] > weight_bound:
+    losses_and_norms = max(measured["loss_difference"], measured["norm_difference"])
+    if losses_and_norms > bound or measured["weight_difference"] > weight_bound:
         return "differs"
     return "fell back" if measured["problem"] else "equal"
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -206,11 +207,12 @@ def read_search_losses(
     None where they are not known.
     """
     try:
-        full, lora = (
-            [read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(search.best_at(stage), stage)]
-            for search in searches
-        )
-        pairs = list(zip(full, lora, strict=True))
+        runs = []
+        for search in searches:
+            candidates = sorted({spec.candidate for spec in search.trials})
+            best = min(candidates, key=partial(search.mean_loss, stage=stage))
+            runs.append([read_folder(run_folder(study_folder, spec)) for spec in search.specs_at(best, stage)])
+        full, pairs = runs[0], list(zip(*runs, strict=True))
         return match_records(pairs, read_records(pairs), "val"), int(full[0].get("data.test.units"))
     except (UserError, MatchError, LookupError, TypeError, ValueError):  # it costs a line of text, not the study
         return None

@@ -102,25 +102,10 @@ class MethodSearch:
     def chosen_among(self) -> list[Candidate]:
         return [] if self.winner is None else [self.winner, *self._neighbours(self.winner)]
 
-    def best_at(self, stage: int) -> Candidate:
-        """The candidate with the lowest loss of a stage, of those with all its runs."""
-        return min(
-            {spec.candidate for spec in self.trials}, key=lambda candidate: (self._loss(candidate, stage), candidate)
-        )
-
     def answer_specs(self) -> list[TrialSpec]:
         assert self.winner is not None
         num_steps, seeds = self.rule.total_steps, self.rule.answer_seeds
         return [TrialSpec(phase="answer", candidate=self.winner, num_steps=num_steps, seed=seed) for seed in seeds]
-
-    def describe_divergence(self, number: int) -> str:
-        """`lora at 0.01 diverged in 1 of 5 seeds; run the study at 0.00562 ...`."""
-        assert self.winner is not None
-        lower = self.winner.at(self.winner.rate_index - 1).lr
-        return (
-            f"{self.name} at {self.winner.lr:g} diverged in {number} of {len(self.rule.answer_seeds)} seeds; run the "
-            f"study at {lower:g} (--max-lr {self.method}={lower:g}, another --output-dir)"
-        )
 
     def _walk(self) -> None:
         """Note what is needed, stage by stage, until results are missing or nothing can be trained."""
@@ -133,7 +118,7 @@ class MethodSearch:
                 self.missing = [spec for spec in specs if spec.name not in self._results]
                 if self.missing:
                     return
-                ranked = sorted((self._loss(candidate, stage), candidate) for candidate in candidates)
+                ranked = sorted((self.mean_loss(candidate, stage), candidate) for candidate in candidates)
                 loss, leader = ranked[0]
                 if math.isinf(loss):
                     lowest = min(candidates, key=lambda candidate: candidate.rate_index)
@@ -167,7 +152,8 @@ class MethodSearch:
         low, high = self.bounds
         return [leader.at(i) for i in (leader.rate_index - 1, leader.rate_index + 1) if low <= i <= high]
 
-    def _loss(self, candidate: Candidate, stage: int) -> float:
+    def mean_loss(self, candidate: Candidate, stage: int) -> float:
+        """Over the runs of a stage; infinity where one is missing or failed."""
         losses = [self._results.get(spec.name, math.inf) for spec in self.specs_at(candidate, stage)]
         return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
@@ -209,8 +195,12 @@ def study_state(rule: Rule, results: Results) -> StudyState:
         values = [results.get(spec.name) for spec in specs]
         if math.inf in values:  # an outcome of the method: in how many seeds, its other runs say
             missing = tuple(spec for spec, value in zip(specs, values, strict=True) if value is None)
-            refusal = None if missing else search.describe_divergence(values.count(math.inf))
-            return StudyState(needed=missing, outcomes=outcomes, refusal=refusal)
+            lower = specs[0].candidate.at(specs[0].candidate.rate_index - 1).lr
+            refusal = (
+                f"{search.name} at {specs[0].candidate.lr:g} diverged in {values.count(math.inf)} of {len(specs)} "
+                f"seeds; run the study at {lower:g} (--max-lr {search.method}={lower:g}, another --output-dir)"
+            )
+            return StudyState(needed=missing, outcomes=outcomes, refusal=None if missing else refusal)
         failed = [spec.name for spec in specs if math.isnan(results.get(spec.name, 0.0))]
         if failed:
             refusal = f"{failed[0]} failed, and each pair of seeds is needed"
