@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.fields import flag_of
-from trainer.config.files import data_name, name_data, split_weights
+from trainer.config.files import name_data, split_weights
 from trainer.config.settings import GROUPS
 from trainer.training.run_plan import collect_notes
 
@@ -53,16 +53,18 @@ def test_the_flags_are_those_of_the_contract_each_a_settings_field_or_a_command(
     assert set(FIELDS) == set(VALUES)
 
 
-def test_the_words_of_a_mixture_are_one_setting_which_is_handed_on(tmp_path):
-    argv = ["--mode", "full", "--max-steps", "3", "--model", "m", "--data", "a.csv=0.7", "~/b.csv=0.3"]
+def test_a_mixture_is_one_setting_and_scorers_one_a_flag_in_flags_and_yaml_and_handed_on(tmp_path):
+    scorers = ("exact", "regex:a,b ", "-x.py:f")
+    argv = ["--mode", "full", "--model", "m", "--data", "a.csv=0.7", "~/b.csv=0.3", *(f"--score={s}" for s in scorers)]
     settings = cli.parse_args(argv).settings
+    assert settings.output.score == scorers
     assert split_weights(settings.data.data) == [("a.csv", 0.7), (str(Path("~/b.csv").expanduser()), 0.3)]
     assert [name_data(data) for data in (settings.data.data, "/x/c.csv")] == ["a.csv=0.7 b.csv=0.3", "c.csv"]
-    assert data_name(settings.data.data) == "a-b"
     assert settings.run_name == "full-a-b"
-    (tmp_path / "c.yaml").write_text("data: [a.csv=0.7, ~/b.csv=0.3]\nmode: full\nmodel: m\nmax_steps: 3")
+    yaml = "data: [a.csv=0.7, ~/b.csv=0.3]\nmode: full\nmodel: m\nscore: [exact, 'regex:a,b ', -x.py:f]"
+    (tmp_path / "c.yaml").write_text(yaml)
     for again in (cli.to_argv(settings, {}), ["--config", str(tmp_path / "c.yaml")]):
-        assert cli.parse_args(again).settings.data == settings.data
+        assert cli.parse_args(again).settings.overrides == settings.overrides
 
 
 @pytest.mark.parametrize("flag", sorted(FIELDS))
@@ -77,15 +79,6 @@ def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
     assert set(settings.overridden) == {flag, *more[:1]}
 
 
-def test_scorers_are_one_a_flag_as_their_patterns_may_hold_commas(tmp_path):
-    scorers = ("exact", "regex:a,b ", "-x.py:f")
-    settings = parse("--mode full", *(f"--score={name}" for name in scorers)).settings
-    assert settings.output.score == scorers
-    assert cli.parse_args(cli.to_argv(settings, {})).settings.output.score == scorers
-    (tmp_path / "flags.yaml").write_text("score: [exact, 'regex:a,b ', -x.py:f]\n")
-    assert parse("--mode full --config", str(tmp_path / "flags.yaml")).settings.output.score == scorers
-
-
 def test_commands_are_read_and_the_launchers_rank_changes_nothing():
     args = parse("--mode full")
     assert (args.settings.preset, args.resume, args.dry_run, args.allow_change) == ("demo", None, False, ())
@@ -98,26 +91,9 @@ def test_commands_are_read_and_the_launchers_rank_changes_nothing():
     assert (settings.overridden, settings.train.lr) == (("--lr",), 3e-5), "the preset's own value counts as given"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "--mode is missing"),
-        ("--mode qlora", "--mode qlora: expected full or lora"),
-        ("--mode full --preset gpt3", "--preset gpt3: expected demo, card, gpt2 or finetune"),
-        ("--mode full --preset finetune", "--preset finetune without --model: expected --model"),
-        ("--mode full --lr fast", "--lr fast: expected a number above 0"),
-    ],
-)
-def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, message):
-    with pytest.raises(UserError) as caught:
-        parse(words)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("flag", ["--data", "--output-dir", "--config"])
 def test_a_name_that_no_file_can_have_is_refused(flag):
-    for value in ("a" * 256, "a/" * 2048 + "a", "a\0", "a\ud800"):
+    for value in ("a" * 256, "a\0", "a\ud800"):
         with pytest.raises(UserError, match=rf"^{flag} a.*: expected a name"):
             parse("--mode full", flag, value)
     assert parse("--mode full --completion", "a" * 5000).settings.data.completion == "a" * 5000
@@ -131,12 +107,7 @@ def test_help_shows_every_flag_with_the_presets_defaults_in_80_columns(capsys, m
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    for part in (
-        "LoRA (with --mode lora):",
-        "demo 256, card 1024, gpt2 1024, finetune 0)",
-        "gpt2 3e-05, finetune 2e-05)",
-    ):
-        assert part in text
+    assert "demo 256, card 1024, gpt2 1024, finetune 0)" in text
     for flag in {*VALUES, *COMMANDS.split()} - {"--local_rank", "--local-rank"}:
         assert f"{flag} " in text, flag
     assert "local_rank" not in text, "it is the launcher's, not the user's"
@@ -146,13 +117,10 @@ def test_help_shows_every_flag_with_the_presets_defaults_in_80_columns(capsys, m
     ("words", "preset", "lr", "notes"),
     [
         ("", "demo", 5e-4, []),
-        ("--model demo-base", "demo", 5e-4, []),
-        ("--model gpt2", "gpt2", 3e-5, ["learning rate 3e-05: of --preset gpt2, a guess"]),
         ("--data a.csv", "gpt2", 3e-5, ["learning rate 3e-05: of --preset gpt2, a guess"]),
         ("--data a.csv --preset card", "card", 3e-5, []),
         ("--data a.csv --preset demo", "demo", 5e-4, ["--preset demo trains demo-base, the embedded toy, on"]),
         ("--model org/m", "finetune", 2e-5, ["learning rate 2e-05: of --preset finetune"]),
-        ("--model some/folder --preset demo", "demo", 5e-4, ["learning rate 0.0005: of --preset demo"]),
     ],
 )
 def test_the_preset_is_the_one_that_fits_the_model_and_says_what_is_a_guess(words, preset, lr, notes):
@@ -164,18 +132,7 @@ def test_the_preset_is_the_one_that_fits_the_model_and_says_what_is_a_guess(word
 # --- --config FILE ---
 
 
-@pytest.fixture
-def write_config(tmp_path):
-    def write(text: str) -> str:
-        (tmp_path / "config.yaml").write_text(text)
-        return str(tmp_path / "config.yaml")
-
-    return write
-
-
-def test_a_yaml_file_gives_the_settings_of_its_flags(write_config):
-    path = write_config(
-        """
+YAML = """
 mode: lora
 lr: 1e-4            # a text in YAML 1.1, a number here
 global_batch: 16    # with - or _
@@ -186,14 +143,14 @@ packing: true
 quant-double: false
 max-steps:
 """
-    )
+
+
+def test_yaml_gives_the_settings_of_its_flags_which_win_over_it_as_a_second_file_does(tmp_path):
+    path, second = tmp_path / "config.yaml", tmp_path / "second.yaml"
+    path.write_text(YAML)
     flags = "--mode lora --lr 1e-4 --global-batch 16 --prompt {a} --completion {b}"
-    flags += " --lora-target-modules c_attn,c_fc --packing"
-    assert parse("--config", path) == parse(flags)
-
-
-def test_flags_win_over_the_file_wherever_they_stand_and_the_last_of_two_files_over_the_first(write_config, tmp_path):
-    path, second = write_config("mode: full\nlr: 1e-4\nseed: 3\nval_data: [a, b]"), tmp_path / "second.yaml"
+    assert parse(f"--config {path}") == parse(f"{flags} --lora-target-modules c_attn,c_fc --packing")
+    path.write_text("mode: full\nlr: 1e-4\nseed: 3\nval_data: [a, b]")
     second.write_text("lr: 2e-4\nval_data: c\n")
     flags = "--lr 2e-4 --val_data c"
     for words in (f"--config {path} {flags}", f"{flags} --config={path}", f"--config {path} --config {second}"):
@@ -208,31 +165,22 @@ def test_flags_win_over_the_file_wherever_they_stand_and_the_last_of_two_files_o
         ("mode: full\nprompt: {a}", ', line 2: prompt: YAML reads {a} as a mapping; write prompt: "{a}"'),
         ("mode: full\nconfig: other.yaml", ", line 2: --config: is for the command line alone"),
         ("? [a, b]\n: 1", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
-        ("- mode", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
         ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
-        ("\x00", ": is not YAML (damaged); expected lines like `lr: 1e-4`"),
         ("lr: 1\nlr: 2", ", line 2: lr stands there twice"),
         ("mode: full\nseed: !!python/object/apply:os.getpid []", None),  # no tag is looked at
-        ("mode: full\nlr: fast", None),
-        ("mode: full\npacking: 3", None),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line_that_names_it(write_config, text, answer):
-    path = write_config(text)
+def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, text, answer):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
     with pytest.raises(UserError) as caught:
-        parse("--config", path)
+        parse(f"--config {path}")
     names = f"--config {path}{answer}" if answer else f"--{text.splitlines()[1].partition(':')[0]} "
     assert str(caught.value).startswith(names)
     assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
     for name, problem in {"no.yaml": "cannot be read", "no.json": "no such file"}.items():
-        with pytest.raises(UserError, match=rf"^--config {tmp_path}/{name}: {problem}"):
-            parse("--config", str(tmp_path / name))
-    with pytest.raises(UserError, match="schema_version is missing"):
-        parse("--config", str(tmp_path / "run.json"))
+        with pytest.raises(UserError, match=f"^--config {name}: {problem}"):
+            parse(f"--config {name}")
 
 
 def test_a_run_json_runs_it_again_in_another_folder(tmp_path):

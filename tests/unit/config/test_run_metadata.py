@@ -38,34 +38,21 @@ def edit(*changes: tuple[Any, Any]) -> dict[str, Any]:
     return metadata
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
-    metadata = json.loads(json.dumps(make_metadata(mode)))
-    (tmp_path / "run.json").write_text(json.dumps(metadata))
-    assert read_run_metadata(tmp_path / "run.json") == metadata
-    assert Settings(**metadata["settings"]).mode == mode
-
-
 @pytest.mark.parametrize(
     ("path", "value", "answer"),
     [
         ("data.fingerprint", ABSENT, "data.fingerprint is missing; expected what a run writes"),
-        ("settings.train.lr", ABSENT, "settings.train.lr is missing; expected what a run writes"),
         ("settings.lora", {}, "settings.lora.adapter is missing; expected what a run writes"),
         ("schema_version", 2, "schema_version is 2, expected 6; the run was written by another version"),
         ("model.trainable", 0, "model.trainable is 0; expected a whole number from 1"),
-        ("data.train.examples", "9", 'data.train.examples is "9"; expected a whole number'),
         ("settings", None, "settings is null; expected an object"),
-        ("settings.train.lr", 10**400, "settings.train.lr is 100000000000000000000000000000000000000…; expect"),
         ("settings.lora.rank", True, "settings.lora.rank is true; expected a whole number from 1"),
         ("settings.train.unknown", 1, "settings.train.unknown is 1; expected no setting of this name"),
         ("settings.data.data", "a\0b", 'settings.data.data is "a\\u0000b"; expected a name'),
         ("settings.mode", "full", "mode is lora; expected that of settings, full"),
         ("settings.model.quant_double", True, "settings: --quant-double: expected with --quant nf4"),
-        ("execution", [], "execution is []; expected a list of at least one"),
         ("execution", [{}], "execution.0.path is missing; expected what a run writes"),
         ("run_id", "../x", 'run_id is "../x"; expected 1 to 64 letters, digits, _ and -'),
-        ("wandb.mode", "x", 'wandb.mode is "x"; expected online, offline or disabled'),
         ("resumed", {"settings": METADATA["settings"], "changed": []}, "resumed.changed is []; expected an object"),
     ],
 )
@@ -80,7 +67,6 @@ def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(path, 
     ("content", "answer"),
     [
         (b"[]", "not a JSON object; expected one"),
-        (b"{}", "schema_version is missing; expected what a run writes"),
         (b'{"format": 1}', "schema_version is 1, expected 6; the run was written by another version"),
         *((text, "not JSON") for text in (b"", b"9" * 5000, b"[" * 200_000, b'{"schema_version": NaN}')),
         (b"\xff", "cannot be read (not UTF-8); expected JSON"),

@@ -164,16 +164,13 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ),
         ("--lr 0 --epochs 0 --block-size 1 --lrr 3", ["--lr 0: ", "--epochs 0: ", "--lrr 3: did", "--block-size 1: "]),
         ("--quant nf4 --min-lr 1", ["--min-lr 1.0: expected at most", "--quant nf4: a quantised weight"]),
-        ("--show-example x --lr 0", ["--show-example x: expected a whole", "--lr 0: "]),
         ("--learning_rate 1e-4 stray {mr}", ["stray {mr}: expected a flag (--help lists the flags); quote a text"]),
-        ("--lr_scheduler_type cosine_with_restarts", ["--schedule cosine_with_restarts: expected linear, cosine"]),
         ("--lr_scheduler_type constant --warmup_steps 5", ["--lr_scheduler_type constant: has no warm-up in transf"]),
         (
             "--global-batch 8 --per_device_train_batch_size 3 --gradient_accumulation_steps 2",
             ["--global-batch 8: per dev"],
         ),
         ("--bf16 --fp16", ["--bf16 and --fp16: exclude one another; expected one of them"]),
-        ("--use_dora --use_rslora", ["--use_dora and --use_rslora: exclude one another", "--adapter dora: is about"]),
         ("--gradient_accumulation 8", ["--gradient_accumulation 8: derived here from --global-batch"]),
         ("--peft_use_dora False", ["--peft_use_dora False: leave it out; --adapter dora would turn it on"]),
         ("--lr_scheduler_typ polynomial", ["--lr_scheduler_typ polynomial: did you mean --schedule?"]),
@@ -181,13 +178,11 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--learning_rate --dataset_name", ["--dataset_name: expected one argument", "--lr: expected one argument"]),
         ("--data A=0.7 --data B=0.3", ["--data: stands there twice; expected once, several with w"]),
         ("--val_data=a/x.csv --val-data b/x.jsonl", ["--val-data b/x.jsonl: a second set named x"]),
-        ("--eval_strategy --save_steps", ["--eval_strategy: expected one argument", "--save_steps: expected one arg"]),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         (
             '--mode lora --peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',
             ["--warmup-ratio 0.1: not with", "--lora-rank: not with --peft-config, which says what is trained"],
         ),
-        ("--wandb-tags ,", ["--wandb-tags ,: expected tags of 1 to 64 characters"]),
     ],
 )
 def test_what_has_no_equivalent_and_all_other_mistakes_are_told_at_once_a_line_each(words, answers):
@@ -211,11 +206,8 @@ def test_every_flag_that_an_answer_names_exists(monkeypatch):
     import cluster
     import study
 
-    texts = [
-        *TABLE["elsewhere"].values(),
-        *(answer for _, answer in TABLE["only"].values()),
-        *TABLE["switches"].values(),
-    ]
+    answers = (answer for _, answer in TABLE["only"].values())
+    texts = [*TABLE["elsewhere"].values(), *answers, *TABLE["switches"].values()]
     words = {word.strip(";,()'").partition("=")[0] for text in texts for word in text.split()}
     named = {word for word in words if word.startswith("--")}
     other_programs = {*study.build_parser().flags(), *cluster.build_parser().flags(), "--card", "--push"}
@@ -223,28 +215,22 @@ def test_every_flag_that_an_answer_names_exists(monkeypatch):
 
 
 STRANGE = ("", "nan", "1e999", "-1", "\u00b2", "9" * 5000, "a\nb\0\ud800", "%(prog)s")
-
-
-PROGRAMS = ("train", "bench", "cluster", "compare", "doctor", "export", "generate", "judge", "study")
+PROGRAMS = ("train", "cluster", "compare", "doctor", "export", "generate", "judge", "study")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
-    parsers = [cli.build_parser()]
+    parser, parse = cli.build_parser(), lambda word: cli.parse_args(["--mode", "lora", word])
     if program != "train":
-        build_parser = runpy.run_path(str(LAUNCH / f"{program}.py"))["build_parser"]
-        parsers = [build_parser(name) for name in ("steps", "memory")] if program == "bench" else [build_parser()]
-    for parser in parsers:
-        for flag, value in itertools.product(sorted({*parser.flags()} - {"-h", "--help"}), STRANGE):
-            message = ""
-            try:
-                if program == "train":
-                    cli.parse_args(["--mode", "lora", f"{flag}={value}"])
-                else:
-                    parser.parse_args([f"{flag}={value}"])
-            except UserError as error:
-                message = str(error)
-            assert "\n" not in message
+        parser = runpy.run_path(str(LAUNCH / f"{program}.py"))["build_parser"]()
+        parse = lambda word: parser.parse_args([word])  # noqa: E731
+    for flag, value in itertools.product(sorted({*parser.flags()} - {"-h", "--help"}), STRANGE):
+        message = ""
+        try:
+            parse(f"{flag}={value}")
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -254,7 +240,6 @@ def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
         ("study", "--seed 3", "--seed=3: the study sets it for each of its runs; expected --seeds"),
         ("doctor", "--mode full --rank 2", "--rank 2: did you mean --ranks?"),
         ("generate", "RUN --num 0", "--num 0: expected a whole number from 1 to 32"),
-        ("doctor", "--mode full --gpu-memory nan", "--gpu-memory nan: expected a number above 0"),
         ("bench", "speed", "speed: expected steps or memory"),
     ],
 )
