@@ -16,7 +16,8 @@ def build_parser() -> ArgumentParser:
         epilog="Exit code: 0 done, 2 a mistake in what was asked, 3 refused: not to be ranked.",
     )
     add = parser.add_argument
-    runs_help = "a run folder; an output folder of Hugging Face's Trainer is plotted, never ranked"
+    runs_help = "a run folder; an output folder of Hugging Face's Trainer, or a run on W&B (entity/project/run_id) "
+    runs_help += "with its keys, is plotted, never ranked"
     margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: "
     margin_help += "2%%); of a score points of 100 (default: 2pt)"
     decide_help = "loss, or score:NAME of a run's --score NAME, such as score:exact (default: loss)"

@@ -56,6 +56,41 @@ def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(ser
     assert (tmp_path / "comparison" / "report.html").exists()
 
 
+LOG_CODE = """
+import sys, wandb
+from transformers.integrations.integration_utils import rewrite_logs
+run = wandb.init(project="p", id=sys.argv[1])
+logs = [{"loss": 4 - n / 9, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": n / 9, "step": 10 * n} for n in (1, 9)]
+for log in [*logs, {"eval_loss": 2.25, "eval_runtime": 1.0, "epoch": 1.0, "step": 90}]:
+    row = rewrite_logs({key: value for key, value in log.items() if key != "step"})
+    old = {"val/loss": 1.0} if sys.argv[1] == "old" else {}
+    run.log({**row, **old, "train/global_step": log["step"]})
+run.finish()
+"""
+
+
+def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_is_a_line(
+    server: FakeWandb, run_compare: Any, tmp_path: Path
+) -> None:
+    for mode in ("full", "lora"):
+        make_run_folder(tmp_path / mode, mode)
+    for name in ("theirs", "old"):
+        process = run_python(tmp_path, "-c", LOG_CODE, name, server=server)
+        assert process.returncode == 0, process.stderr
+    for name, message in (("old", "has keys of an older version (val/loss)"), ("gone", "W&B does not give it: ")):
+        process = run_compare("full", f"{ENTITY}/p/{name}", server=server)
+        assert process.returncode == 2
+        assert f"error: {ENTITY}/p/{name}: {message}" in process.stderr
+        assert "Traceback" not in process.stderr
+    process = run_compare("full", "lora", f"{ENTITY}/p/theirs", server=server)
+    assert process.returncode == 0, process.stderr
+    name = server.runs["theirs"].fields.get("displayName", "theirs")
+    assert f"{name} is a run of Hugging Face's Trainer: plotted, never ranked." in process.stdout
+    page = (tmp_path / "comparison" / "report.html").read_text()
+    assert f"{name}: 2.2500" in page
+    assert "var(--trainer)" in page
+
+
 def test_a_wandb_report_has_verdict_tables_panels_and_the_card_and_is_updated(
     server: FakeWandb, run_compare: Any, tmp_path: Path
 ) -> None:

@@ -277,12 +277,17 @@ def save_alert(server: FakeWandb, variables: Json) -> Json:
 
 
 def read_run(server: FakeWandb, variables: Json) -> Json:
-    """Whether there is a run, as wandb.Api().run() asks."""
-    run = server.runs.get(variables["name"])
+    """A run as wandb.Api().run() reads it, whole or a page of its rows."""
+    run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
+    if run is None or run.project != variables["project"]:
+        return {"project": {"run": None}}
     more = {"createdAt": TIMESTAMP, "heartbeatAt": TIMESTAMP, "projectId": "1", "state": "finished", "readOnly": False}
     more |= {"user": {"name": ENTITY, "username": ENTITY}, "systemMetrics": "{}"}
-    is_there = run is not None and run.project == variables["project"]
-    return {"project": {"run": run.to_graphql() | more if run and is_there else None}}
+    more["historyKeys"] = {"lastStep": max((row["_step"] for row in run.history), default=-1), "sets": [], "keys": {}}
+    steps = range(variables.get("minStep", 0), variables.get("maxStep", 2**62))
+    more["history"] = [json.dumps(row) for row in run.history if row["_step"] in steps][: variables.get("pageSize")]
+    more["parquetHistory"] = {"parquetUrls": [], "liveData": run.history}
+    return {"project": {"run": run.to_graphql() | more}}
 
 
 OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
@@ -303,8 +308,9 @@ OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     "CommitArtifact": commit_artifact,
     "ArtifactType": lambda server, variables: {"project": {"artifact": None}},
     "NotifyScriptableRunAlert": save_alert,
-    # reports, and whether the card is there
-    "Run": read_run,
+    # runs read back
+    **dict.fromkeys(("Run", "RunHistoryKeys", "RunParquetHistory", "HistoryPage"), read_run),
+    # reports
     "ProjectInternalId": get_project,
     "CreateProject": create_project,
     "upsertView": save_view,

@@ -1,17 +1,21 @@
-"""The runs that a command line names, each read from its folder.
+"""The runs that a command line names, each read from its folder; those of Hugging Face's Trainer from W&B too.
 
-What cannot be read is one line (`LoadProblem`), not an exception.
+What cannot be read is one line (`LoadProblem`), not an exception. wandb is imported only when a run there is named.
 """
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import read_json_object
+from trainer.config.text import shorten
 from trainer.report.run_data import TRAINER_MODE, RunData, RunRows, read_folder
 from trainer.tracking.records import EvalRecord, StepRecord
+from trainer.tracking.wandb_logger import is_logged_in
 
 
 class LoadProblem(NamedTuple):
@@ -32,13 +36,15 @@ class LoadProblem(NamedTuple):
 def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]:
     """The runs that can be read, with names of their own, and what is wrong with these and the others.
 
-    UserError for a run that does not exist: without it the comparison is another one.
+    UserError for a run that does not exist, or that W&B does not give: without it the comparison is another one.
     """
     runs: list[RunData] = []
     problems: list[LoadProblem] = []
     for source in sources:
-        if not Path(source).exists():
-            raise UserError(f"{source}: no such run folder: expected one, or an output folder of HF's Trainer")
+        is_wandb_path = re.fullmatch(r"[\w-][\w.-]*/[\w. -]+/[\w.-]+", source) and is_logged_in()
+        if not Path(source).exists() and not is_wandb_path:
+            expected = "expected one, an output folder of HF's Trainer, or entity/project/run_id on W&B if logged in"
+            raise UserError(f"{source}: no such run folder: {expected}")
     for source in sources:
         try:
             run = read_run(source)
@@ -47,6 +53,8 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
                     f"same run id as {Path(other.source).name} ({run.run_id}): the same run, or a copy of it"
                 )
         except UserError as error:
+            if not Path(source).exists():
+                raise UserError(f"{source}: {error}") from error
             problems.append(LoadProblem(source, f"{error}; left out"))
             continue
         runs.append(run)
@@ -64,22 +72,36 @@ def read_run(source: str) -> RunData:
     if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
         return read_folder(path)
     if states := [*path.glob("checkpoint-*/trainer_state.json"), *path.glob("trainer_state.json")]:
-        return read_trainer_state(source, states)
-    raise UserError("holds neither run.json and metrics.jsonl nor a trainer_state.json of Hugging Face's Trainer")
+        histories = [read_json_object(file).get("log_history") for file in states]
+        return _trainer_run(source, path.name, max((h for h in histories if isinstance(h, list)), key=len, default=[]))
+    if path.exists():
+        raise UserError("holds neither run.json and metrics.jsonl nor a trainer_state.json of Hugging Face's Trainer")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    try:
+        run = wandb.Api(timeout=30).run(source)
+        history = list(run.scan_history())
+    except Exception as error:  # whatever the client raises: this run cannot be had, others may
+        raise UserError(f"W&B does not give it: {shorten(str(error), 200)}") from error
+    if any("val/loss" in row for row in history):
+        raise UserError("has keys of an older version (val/loss); expected those of Hugging Face's Trainer (eval/loss)")
+    names = {"train/global_step": "step", "eval/loss": "eval_loss"}
+    rows = [{names.get(key, key.removeprefix("train/")): value for key, value in row.items()} for row in history]
+    return _trainer_run(source, run.name, rows)
 
 
-def read_trainer_state(source: str, files: Sequence[Path]) -> RunData:
-    """The run of Hugging Face's Trainer in an output folder or one of its checkpoints: the file with the most steps."""
-    histories = [read_json_object(file).get("log_history") for file in files]
-    history = max((rows for rows in histories if isinstance(rows, list)), key=len, default=[])
+def _trainer_run(source: str, name: str, history: Sequence[Any]) -> RunData:
+    """A run of Hugging Face's Trainer, of which only the rows of its log are known; UserError where there are none."""
     rows = RunRows()
     for row in (row for row in history if isinstance(row, dict)):
-        if "eval_loss" in row:
+        if row.get("eval_loss") is not None:
             rows.add(EvalRecord, row | {"loss": row["eval_loss"]})
-        elif "loss" in row:
+        if row.get("loss") is not None:
             rows.add(StepRecord, row | {"lr": row.get("learning_rate")})
     steps, evals, epochs = rows.all_series()
-    name = escape_controls(Path(source).name)
+    name = escape_controls(name)
     return RunData(
         source=source, run_id=source, name=name, mode=TRAINER_MODE, metadata={}, steps=steps, evals=evals, epochs=epochs
     )
