@@ -85,7 +85,7 @@ def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, 
 
 
 def test_every_stage_on_one_and_two_ranks_gives_the_plain_loops_numbers(tiny_model, data_files, tmp_path, capsys):
-    flags = ("--output-dir", str(tmp_path / "run"))
+    flags = ("--label-smoothing", "0.1", "--output-dir", str(tmp_path / "run"))
     code, levels, messages = run_prove(make_argv(tiny_model, data_files, "full", *flags), 2, capsys)
     assert code == 0, messages
     rows = [f"zero{stage} x {ranks}" for ranks in (1, 2) for stage in range(4)]

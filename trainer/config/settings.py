@@ -167,6 +167,7 @@ class TrainSettings:
     min_lr: NonNegativeFloat = option("learning rate at which the schedule ends", 0.0)
     weight_decay: NonNegativeFloat = option("AdamW's decoupled weight decay", 0.0)
     max_grad_norm: NonNegativeFloat = option("largest norm of the global gradient; 0: no clipping", 1.0)
+    label_smoothing: ShareOrZero = option("share of each label spread over the vocabulary, in training only", 0.0)
     seed: Seed = option("seed of initial weights, data order and dropout", 42)
     optim: choices.Optimizer = option("AdamW of torch or of bitsandbytes in 8 bits, not divided by ZeRO", "adamw_fused")
     early_stop: PositiveInt | None = option("end after so many evaluations in a row without a lower loss", None)

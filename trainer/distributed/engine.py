@@ -79,7 +79,7 @@ class Engine:
         quantization.set_compute_dtype(model.module, self._autocast_dtype or torch.float32)
         if plan.frozen_dtype == "bfloat16":  # before a GPU has to hold them in float32
             cast_frozen_weights(model)
-        self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype)
+        self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype, train_settings.label_smoothing)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         params, embeddings = self.trainable_params.values(), model.embedding_weights

@@ -68,12 +68,16 @@ def make_sample(causal: PreTrainedModel) -> Tensor:
 
 
 class CausalLMLoss(nn.Module):
-    """A causal LM as a function from rows to their summed negative log-likelihood, in float32."""
+    """A causal LM as a function from rows to their summed negative log-likelihood, in float32.
 
-    def __init__(self, causal: PreTrainedModel, autocast_dtype: torch.dtype | None):
+    In training `label_smoothing` e takes (1 - e) of it and e times the mean over the vocabulary, as torch does.
+    """
+
+    def __init__(self, causal: PreTrainedModel, autocast_dtype: torch.dtype | None, label_smoothing: float = 0.0):
         super().__init__()
         self.causal = causal
         self.autocast_dtype = autocast_dtype
+        self.label_smoothing = label_smoothing
         self.uses_head = has_linear_head(causal)  #: else the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
 
@@ -117,17 +121,20 @@ class CausalLMLoss(nn.Module):
         inputs = {} if position_ids is None else {"position_ids": position_ids}
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
-        dtype = self.autocast_dtype
+        dtype, smoothing = self.autocast_dtype, self.label_smoothing if self.training else 0.0
         autocast = torch.autocast(input_ids.device.type, dtype) if dtype else contextlib.nullcontext()
         with autocast, rows_of_one_text() if position_ids is None else contextlib.nullcontext():
             if self.uses_head:
-                nll_sum, nll = self._chunked_loss(input_ids, targets, inputs)
+                nll_sum, nll = self._chunked_loss(input_ids, targets, inputs, smoothing)
             else:
-                nll = _nll(self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1), targets)
+                logits = self.causal(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
+                nll = _nll(logits, targets, smoothing)
                 nll_sum = nll.sum()
         return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
-    def _chunked_loss(self, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _chunked_loss(
+        self, input_ids: Tensor, targets: Tensor, inputs: dict[str, Tensor], smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         config = self.causal.config.get_text_config()
         max_rows, scale = MAX_LOGITS_BYTES // (4 * config.vocab_size), logit_scale(config)
@@ -148,11 +155,11 @@ class CausalLMLoss(nn.Module):
             num_chunks = math.ceil(len(targets) / max_rows)
             chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
             return LinearCrossEntropy.apply(
-                hidden, layer.weight, layer.bias, targets, chunk_size, needs_grad, tied_weight_grads
+                hidden, layer.weight, layer.bias, targets, chunk_size, needs_grad, tied_weight_grads, smoothing
             )
 
         def chunk_nll(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _nll(layer(hidden), targets)
+            return _nll(layer(hidden), targets, smoothing)
 
         compute: Any = chunk_nll
         if needs_grad and len(targets) > max_rows:  # the logits are made a second time in the backward
@@ -206,6 +213,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         needs_grad: bool,
         tied_weight_grads: list[Tensor] | None,
+        smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         """Hidden [positions, d], weight [vocabulary, d], bias [vocabulary], targets [positions] -> (sum [], nll
         [positions]). `tied_weight_grads`: where the weight's gradient is left for `TiedEmbedding`; None: returned."""
@@ -231,7 +239,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     words.add_(bias)
                 logits[:, vocab_size:] = -torch.inf  # of no word: their probabilities and gradients are 0
-                nll[chunk] = _nll_inplace(logits, targets[chunk], needs_grad)
+                nll[chunk] = _nll_inplace(logits, targets[chunk], vocab_size, needs_grad, smoothing)
                 if not needs_grad:
                     continue
                 if grad_hidden is not None:
@@ -263,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = None
         grad_hidden = grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None
         grad_bias = grad_bias * grad_output if grad_bias is not None else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -295,11 +303,12 @@ class TiedEmbedding(torch.autograd.Function):
         return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None, None
 
 
-def _nll_inplace(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+def _nll_inplace(logits: Tensor, targets: Tensor, vocab_size: int, needs_grad: bool, smoothing: float) -> Tensor:
     """Logits [n, vocabulary and padding], targets [n] -> nll [n] in float32, 0 where not counted.
 
     In the place of the logits stands then, where it is needed, the gradient of each row's nll as if it were counted:
-    softmax - labels, where the target's p - 1 = expm1(log p) keeps its digits in bfloat16.
+    softmax - labels, where the target's p - 1 = expm1(log p) keeps its digits in bfloat16. Smoothed labels are e / V,
+    and 1 - e more at the target.
     """
     # So many rows at a time that a processor keeps them in its cache from one operation to the next.
     num_rows = len(logits) if uses_gpu_form(logits.device) else max(1, CPU_CHUNK_LOGITS // logits.shape[1])
@@ -311,12 +320,20 @@ def _nll_inplace(logits: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
             log_probs = torch.log_softmax(chunk, dim=1, dtype=torch.float32)
         target_index = chunk_targets.clamp(min=0)[:, None]
         target_log_probs, is_target = log_probs.gather(1, target_index), chunk_targets != IGNORE_INDEX
-        nll.append(-target_log_probs[:, 0] * is_target)
+        row_nll, gap = -target_log_probs[:, 0], torch.expm1(target_log_probs)
+        if smoothing:
+            row_nll = (1 - smoothing) * row_nll - smoothing * log_probs[:, :vocab_size].mean(1)
+            gap += smoothing * (1 - 1 / vocab_size)
+        nll.append(row_nll * is_target)
         if needs_grad:
-            gap = torch.expm1(target_log_probs)
-            torch.exp(log_probs, out=chunk).scatter_(1, target_index, gap.to(chunk.dtype))
+            torch.exp(log_probs, out=chunk)
+            if smoothing:
+                chunk[:, :vocab_size] -= smoothing / vocab_size
+            chunk.scatter_(1, target_index, gap.to(chunk.dtype))
     return torch.cat(nll)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+def _nll(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    return functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+    )

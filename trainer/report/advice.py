@@ -71,6 +71,8 @@ def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext 
     lora_train, full_train = (_final_train_loss(group) for group in (pair.lora, pair.full))
     lora_run = pair.lora.runs[0]
     rank = None if lora_run.get("settings.lora.peft_config") else lora_run.get("settings.lora.rank")
+    if len({run.get("settings.train.label_smoothing") for run in (*pair.lora.runs, *pair.full.runs)}) > 1:
+        rank = None  # the training losses are of two kinds
     if (
         lora_train is not None
         and full_train is not None

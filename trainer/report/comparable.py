@@ -57,6 +57,7 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "resolved.warmup_steps": "{} warm-up steps".format,
     "settings.train.weight_decay": "weight decay {:g}".format,
     "settings.train.max_grad_norm": "clipping {:g}".format,
+    "settings.train.label_smoothing": "label smoothing {:g}".format,
     "resolved.dropout": "dropout {}".format,
     "resolved.micro_batch": "micro-batch {}".format,
     "settings.train.global_batch": "batch {}".format,
@@ -125,6 +126,7 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "clipping": str(train.get("max_grad_norm")),
         "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
         "dropout": run.get("resolved.dropout"),
+        "label smoothing": train.get("label_smoothing"),
     }
 
 

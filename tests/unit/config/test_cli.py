@@ -33,7 +33,7 @@ SETTINGS = """
 --block-size=77 --packing
 --epochs=1.5 --max-steps=9 --global-batch=10 --micro-batch=5 --eval-batch=7 --lr=1e-3 --min-lr=1e-6 --schedule=cosine
 --warmup-steps=3 --warmup-ratio=0.1 --weight-decay=0.1 --max-grad-norm=0 --seed=1 --optim=adamw --early-stop=2
---adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
+--label-smoothing=0.1 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
 --wandb-group=g --wandb-tags=t,u --export=best --num-samples=5 --score=f1

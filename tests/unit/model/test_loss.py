@@ -108,6 +108,32 @@ def test_the_loss_sum_and_its_gradients_in_chunks_of_any_size_are_those_of_huggi
         torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("head", "dtype"), [("tied", None), ("divided", torch.bfloat16), ("unknown", None)])
+def test_smoothed_labels_are_torchs_in_training_and_not_in_evaluation(causal, limit_positions, head, dtype):
+    limit_positions(7)
+    ids, labels = make_batch()
+    module, plain = CausalLMLoss(causal, dtype, label_smoothing=0.3), CausalLMLoss(causal, dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        logits = causal(ids).logits[:, :-1].float().flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    expected = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.3)
+    causal.zero_grad()
+    expected.backward()
+    gradients = [p.grad.clone() for p in causal.parameters()]
+    if head == "divided":
+        causal.lm_head.weight.ds_id = 0
+    elif head == "unknown":
+        module.uses_head = plain.uses_head = False
+    sums, grads = compute_gradients(module.train(), ids, labels)
+    rel, atol = (1e-5, 1e-5) if dtype is None else (5e-3, 2e-2)
+    assert float(sums.sum()) == pytest.approx(float(expected.detach()), rel=rel)
+    for actual, other in zip(grads, gradients, strict=True):
+        torch.testing.assert_close(actual, other, rtol=rel, atol=atol * float(other.abs().max()))
+    with torch.no_grad():
+        assert torch.equal(module.eval()(ids, labels)[1], plain.eval()(ids, labels)[1])
+        assert not torch.equal(module.train()(ids, labels)[1], plain(ids, labels)[1])
+
+
 def test_a_step_reads_no_value_from_its_device():
     """A GPU would be waited for; transformers looks whether rows are packed."""
     causal = AutoModelForCausalLM.from_config(transformers.MistralConfig(**GROUPED, sliding_window=8))
@@ -140,14 +166,16 @@ def test_a_tied_embedding_makes_one_gradient_and_not_two(causal):
 # --- bf16 ---
 
 
-def test_gradients_of_likely_targets_keep_their_digits_in_bfloat16():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_of_likely_targets_keep_their_digits_in_bfloat16(smoothing):
     """p - 1 of a target that is nearly certain keeps its digits in bfloat16, where p alone would be 1."""
     logits = torch.zeros(1, 64)
     logits[0, 3] = 10.0
     exact = torch.softmax(logits.double(), 1)
-    exact[0, 3] -= 1
+    exact -= smoothing / 64
+    exact[0, 3] -= 1 - smoothing
     gradients = logits.bfloat16()
-    loss_module._nll_inplace(gradients, torch.tensor([3]), needs_grad=True)
+    loss_module._nll_inplace(gradients, torch.tensor([3]), 64, needs_grad=True, smoothing=smoothing)
     torch.testing.assert_close(gradients.double(), exact, rtol=2**-8, atol=0)
 
 

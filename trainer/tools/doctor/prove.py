@@ -171,7 +171,7 @@ def _run_plain(job: dict[str, Any], settings: Settings, data: PreparedDataset, d
     counted = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
     losses, norms = [], []
     for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
-        losses.append(_plain_backward(module, batch, uses_bf16=job["precision"] == "bf16"))
+        losses.append(_plain_backward(module, batch, train.label_smoothing, uses_bf16=job["precision"] == "bf16"))
         for name, p in params.items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             root_mean_square = gradient.square().mean().sqrt()
@@ -187,7 +187,7 @@ def _run_plain(job: dict[str, Any], settings: Settings, data: PreparedDataset, d
     torch.save({"losses": losses, "norms": norms, "weights": weights, "counted": counted}, job["reference"])
 
 
-def _plain_backward(module: Any, batch: GlobalBatch, *, uses_bf16: bool) -> float:
+def _plain_backward(module: Any, batch: GlobalBatch, label_smoothing: float, *, uses_bf16: bool) -> float:
     total, device = 0.0, module.device
     for micro_batch in batch.micro_batches:
         arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
@@ -202,6 +202,7 @@ def _plain_backward(module: Any, batch: GlobalBatch, *, uses_bf16: bool) -> floa
             labels[:, 1:].flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
+            label_smoothing=label_smoothing,
         )
         (nll / batch.num_target_tokens).backward()
         total += nll.item()
