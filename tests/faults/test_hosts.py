@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers.hosts import ROOT, SSHD, Hosts, RanksOnHosts, run_tool, started_hosts
-from helpers.process_groups import last_logged_step, read_events, read_records, read_reproducible_records
+from helpers.process_groups import last_logged_step, read_events, read_records, read_reproducible_records, wait_until
 from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.training.checkpoint import resolve_checkpoint
@@ -140,7 +140,7 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, flags, hosts, 
         hosts.plug_in("h3")
     if fault == "rank stopped":
         run.send_signal(signal.SIGKILL, 2)
-    hosts.wait_until_idle(list(hosts.pids))
+    wait_until(lambda: not hosts.running(), 20, hosts.running)
     run.processes[2].join(10)
     assert run.processes[2].exitcode not in (0, None)
     lines = [line for line in run.error_lines if message in line]
@@ -153,7 +153,9 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, flags, hosts, 
     if fault == "cable cut":  # of the plain tests, which resume elsewhere
         return
     again = hosts.train(argv, tmp_path / "again", ranks=("h1", "h2"))
-    again.stop_after_step(out, checkpoint.step + 10)
+    again.wait_until(lambda: last_logged_step(out) >= checkpoint.step + 10, 240)
+    again.send_signal(signal.SIGTERM, 0)  # an export would take longer than all the rest
+    assert set(again.wait()) == {128 + signal.SIGTERM}, again.output
     assert read_events(out, "resumed")[0]["step"] == checkpoint.step
 
 

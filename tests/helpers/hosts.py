@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from helpers.launch_ranks import _run_worker, make_process, run_train_script
-from helpers.process_groups import Ranks, last_logged_step, wait_until
+from helpers.process_groups import Ranks, wait_until
 
 ROOT = Path(__file__).parents[2]
 SSHD, SSH_CONFIG = "/usr/sbin/sshd", "/etc/ssh/ssh_config"
@@ -39,7 +39,7 @@ def skip_without_namespaces() -> None:
 class Hosts:
     """h1, h2, ... at 10.77.0.1, 10.77.0.2, ...; `private`: a path under which each has a folder of its own."""
 
-    def __init__(self, folder: Path, count: int, *, private: Path | None = None, etc_hosts: str = ""):
+    def __init__(self, folder: Path, count: int, *, private: Path, etc_hosts: str):
         self.folder, self.private = folder, private
         self.processes: list[subprocess.Popen[bytes]] = []
         self.runs: list[RanksOnHosts] = []
@@ -70,7 +70,7 @@ class Hosts:
         self.own_folder(name).mkdir()
         init = [
             f"hostname {name}",
-            f"mount --bind {self.own_folder(name)} {self.private}" if self.private else "",
+            f"mount --bind {self.own_folder(name)} {self.private}",
             f"mount --bind {home}/etc-hosts /etc/hosts",
             f"test -e {SSH_CONFIG} && mount --bind {self.folder}/ssh_config {SSH_CONFIG}",
             "mount -t tmpfs tmpfs /dev/shm",
@@ -143,21 +143,15 @@ class Hosts:
         self.runs.append(RanksOnHosts(processes, logs_of_ranks))
         return self.runs[-1]
 
-    def processes_of(self, name: str) -> dict[int, str]:
-        """{process id: command line} of all that runs on a host beside what makes it one (its first process, sshd)."""
-        namespace, rows = os.readlink(f"/proc/{self.pids[name]}/ns/pid"), {}
+    def running(self) -> list[str]:
+        """Command lines of all that runs on the hosts beside what makes them (their first processes, sshd)."""
+        namespaces, lines = {os.readlink(f"/proc/{pid}/ns/pid") for pid in self.pids.values()}, []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
-                if os.readlink(folder / "ns/pid") == namespace:
-                    rows[int(folder.name)] = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
+                if os.readlink(folder / "ns/pid") in namespaces:
+                    lines.append((folder / "cmdline").read_text(errors="replace").replace("\0", " "))
         # Without a command line: one that has ended, for which nobody here waits.
-        return {pid: line for pid, line in rows.items() if line and not line.startswith(("sleep", "sshd: "))}
-
-    def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
-        def running() -> list[str]:
-            return [line for name in names for line in self.processes_of(name).values()]
-
-        wait_until(lambda: not running(), timeout_seconds, running)
+        return [line for line in lines if line and not line.startswith(("sleep", "sshd: "))]
 
     def plug_in(self, name: str) -> None:
         self._in_switch(f"ip link set c{name[1:]} up")
@@ -183,12 +177,6 @@ class RanksOnHosts(Ranks):
     def wait(self, timeout_seconds: float = 240) -> list[int]:
         """Exit codes; those of a signal are 128 + its number."""
         return super().wait(timeout_seconds)
-
-    def stop_after_step(self, out: Path, step: int) -> None:
-        """By a signal to rank 0: an export would take longer than all the rest."""
-        self.wait_until(lambda: last_logged_step(out) >= step, 240)
-        self.send_signal(signal.SIGTERM, 0)
-        assert set(self.wait()) == {128 + signal.SIGTERM}, self.output
 
     def pid(self, rank: int) -> int:
         parent = super().pid(rank)
@@ -226,10 +214,9 @@ ENVIRON = {
 
 
 @contextlib.contextmanager
-def started_hosts(folder: Path, count: int = 2, **options: object) -> Iterator[Hosts]:
+def started_hosts(folder: Path, count: int, *, private: Path, etc_hosts: str) -> Iterator[Hosts]:
     skip_without_namespaces()
-    folder.mkdir(exist_ok=True)
-    hosts = Hosts(folder, count, **options)  # type: ignore[arg-type]
+    hosts = Hosts(folder, count, private=private, etc_hosts=etc_hosts)
     try:
         yield hosts
     finally:
