@@ -93,19 +93,28 @@ def _find_cached(repo_id: str, name: str, revision: str | None = None) -> Path |
     return Path(file) if isinstance(file, str) else None
 
 
-def download_dataset(flag: str, repo_id: str, config_name: str | None) -> dict[str, list[Path]]:
-    """{split: its Arrow files} of a data set of the hub, or of a local copy where it cannot be reached; UserError where
-    there is neither. `config_name`: a subset of the repository, None for its only or default one."""
-    is_online = is_reachable()
+def find_dataset_files(
+    flag: str, name: str, config_name: str | None = None, *, is_saved: bool = False
+) -> dict[str, list[Path]]:
+    """{split: its Arrow files} of a data set of the hub, or of a local copy where it cannot be reached, or of a folder
+    that `save_to_disk` wrote, "" for one without splits; UserError where there is none, or not all of it.
+    `config_name`: a subset of the repository, None for its only or default one."""
+    is_online = is_saved or is_reachable()
     if not is_online:
         go_offline()
     try:
-        splits = import_datasets().load_dataset(repo_id, config_name, keep_in_memory=False)
-        return {name: sorted(Path(file["filename"]) for file in split.cache_files) for name, split in splits.items()}
+        library = import_datasets()
+        load, names = (library.load_from_disk, (name,)) if is_saved else (library.load_dataset, (name, config_name))
+        loaded = load(*names, keep_in_memory=False)
+        splits = loaded if isinstance(loaded, dict) else {"": loaded}
+        return {split: sorted(Path(file["filename"]) for file in data.cache_files) for split, data in splits.items()}
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
+        if is_saved:
+            problem = f"not a whole saved data set ({first_line(error)})"
+            raise UserError(f"{flag} {name}: {problem}; save it again") from None
         reason = "the hub cannot be reached, and there is no local copy of a data set of that name"
         if is_online:
             reason = " ".join(str(error).split("\n")[:2]).rstrip(". :") or first_line(error)  # the second: the choices
             reason = f"the hub says: {reason:.400}"
-        expected = f"expected a file, a folder, acled-demo or a hub id, with its configuration as {repo_id}:NAME"
-        raise UserError(f"{flag} {repo_id}: no such file or folder here, and {reason}; {expected}") from None
+        expected = f"expected a file, a folder, acled-demo or a hub id, with its configuration as {name}:NAME"
+        raise UserError(f"{flag} {name}: no such file or folder here, and {reason}; {expected}") from None

@@ -120,8 +120,9 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     path = Path(spec)
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],), names_files=False)}
-    if not (path.exists() or glob.has_magic(spec)):
-        return _find_hub_splits(spec, flag)
+    is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    if is_saved or not (path.exists() or glob.has_magic(spec)):
+        return _find_dataset_splits(spec, flag, is_saved)
     root = path
     if path.is_dir():
         paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
@@ -150,14 +151,15 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     return splits
 
 
-def _find_hub_splits(spec: str, flag: str) -> dict[str, Source]:
+def _find_dataset_splits(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
     hub_id = HUB_ID.fullmatch(spec)
-    if hub_id is None or file_kind(Path(spec)) is not None:
+    if not is_saved and (hub_id is None or file_kind(Path(spec)) is not None):
         expected = f"{ACCEPTED_FILES}, a folder or glob of them, a hub id, or several with weights: A=0.7 B=0.3"
         raise UserError(f"{flag} {spec}: no such file or folder; expected {expected}")
-    splits = hf_hub.download_dataset(flag, *hub_id.groups())
+    names = hub_id.groups() if hub_id is not None and not is_saved else [spec]
+    splits = hf_hub.find_dataset_files(flag, *names, is_saved=is_saved)
     return {
-        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)
+        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=is_saved)
         for name, files in splits.items()
     }
 

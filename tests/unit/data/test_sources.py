@@ -63,6 +63,19 @@ def test_both_formats_of_arrow_files_are_read(tmp_path):
         assert read_records(tmp_path / f"{name}.arrow") == PAIRS
 
 
+def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_not_whole(tmp_path):
+    import datasets
+
+    whole = datasets.Dataset.from_list(PAIRS)
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": whole, "test": whole.select([3])}).save_to_disk(str(tmp_path / "two"))
+    assert read_records(tmp_path / "one") == read_records(tmp_path / "two") == PAIRS
+    assert [record for _, record in find_source(tmp_path / "two", "--test-data").records()] == [PAIRS[3]]
+    (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"one: not a whole saved data set .*; save it again"):
+        read_records(tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("spec", "files", "problem"),
     [
