@@ -1,7 +1,4 @@
-"""Texts of a base and of runs on it side by side: `python launch/generate.py runs/full-demo runs/lora-demo`.
-
-Without prompts: the runs' own validation prompts.
-"""
+"""Texts of a base and of runs on it side by side: `python launch/generate.py runs/full-demo runs/lora-demo`."""
 
 import sys
 from collections.abc import Sequence

@@ -39,7 +39,6 @@ from trainer.report.tables import Table
 from trainer.tracking.eval_records import write_evaluation
 from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
 
-BASE = "base"
 DATA_FACTS = ("source", "fingerprint", "val_fingerprint", "split", "tokenizer", "objective", "block_size", "split_by")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 EXPECTED_MODEL = "expected a folder or hub id of a whole model (config.json) or of an adapter (adapter_config.json)"
@@ -97,7 +96,7 @@ def judge(args: argparse.Namespace) -> int:
 
 def find_models(args: argparse.Namespace, folder: Path) -> list[Model]:
     """The base, and the models of each contestant in order; `folder`: for adapters whose base is not where they say."""
-    base = Model(BASE, args.base, 1, find_model(locate(args.base)), locate(args.base))
+    base = Model("base", args.base, 1, find_model(locate(args.base)), locate(args.base))
     if not has_files(base.source):
         raise UserError(f"--base {args.base}: not here in full precision, nor on the Hub; {EXPECTED_MODEL}")
     if len(args.models) < 2:

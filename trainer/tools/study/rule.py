@@ -69,15 +69,6 @@ class Rule(BaseModel):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-class _RuleFile(BaseModel):
-    """The content of rule.json."""
-
-    schema_version: Literal[2] = 2
-    rule: Rule
-    sha256: str
-    working_dir: str
-
-
 def plan_rungs(total_steps: int) -> tuple[int, ...]:
     """The steps of each rung, shortest first: a sixteenth, a fourth and all; none is too short to tell rates apart."""
     lengths = (max(MIN_RUNG_STEPS, -(-total_steps // RUNG_FACTOR**power)) for power in (2, 1))
@@ -95,13 +86,13 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
                     stored, value = (f"{m.describe()} (by {m.measure})" for m in (Margin(**stored), rule.margin))
                 raise UserError(f"{path}: {name} is {stored} there and {value} now; name another folder (--output-dir)")
         return
-    content = _RuleFile(rule=rule, sha256=rule.sha256, working_dir=working_dir)
+    content = {"schema_version": 2, "rule": rule.model_dump(mode="json"), "sha256": rule.sha256}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if other_file := next(iter(folder.iterdir()), None):
             raise UserError(f"{folder} holds {other_file.name} and no study; name an empty folder with --output-dir")
         # json, not pydantic: the bytes of a path that is not UTF-8 are lone surrogates, which pydantic refuses.
-        write_atomically(path, json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
+        write_atomically(path, json.dumps(content | {"working_dir": working_dir}, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot write there ({error.strerror}); name another folder") from error
 
@@ -113,13 +104,15 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
         raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
     stored = read_json_object(path)
     try:
-        content = _RuleFile.model_validate(stored)
+        if (version := stored.get("schema_version")) != 2:
+            raise UserError(f"its schema_version is {version}")
+        rule, sha256 = Rule.model_validate(stored.get("rule")), stored.get("sha256")
     except (UserError, ValidationError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{path}: not the rule of a study of version 2 ({problem})") from None
-    if (now := content.rule.sha256) != content.sha256:
+    if rule.sha256 != sha256:
         raise UserError(
-            f"{path}: was changed after the study began: its hash is {now[:12]} now and was {content.sha256[:12]} "
-            "then; restore it, or start another study"
+            f"{path}: was changed after the study began: its hash is {rule.sha256[:12]} now and was "
+            f"{str(sha256)[:12]} then; restore it, or start another study"
         )
-    return content.rule, content.working_dir
+    return rule, str(stored.get("working_dir"))
