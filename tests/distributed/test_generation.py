@@ -27,13 +27,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.decoding import decode
 from trainer.model.build import build_model, load_config
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
-from trainer.training.generation import (
-    GenerationEvaluator,
-    check_test_records,
-    make_prompts,
-    score_records,
-    split_rows,
-)
+from trainer.training.generation import GenerationEvaluator, check_test_records, make_prompts, score_records, split_rows
 from trainer.training.scorers import score_text
 
 
@@ -138,16 +132,13 @@ def sampled_and_plain_runs(argv: list[str], tmp_path_factory: pytest.TempPathFac
     return out / "with", out / "without"
 
 
-def test_generating_samples_changes_no_other_number(sampled_and_plain_runs):
+def test_every_evaluation_leaves_samples_which_change_no_other_number(sampled_and_plain_runs, data_files):
     sampled, bare = sampled_and_plain_runs
     assert read_reproducible_records(sampled) == read_reproducible_records(bare)
     for name in ("model.safetensors", "config.json"):
         assert (sampled / "model" / name).read_bytes() == (bare / "model" / name).read_bytes()
     assert read_events(bare, "samples") == []
 
-
-def test_every_evaluation_leaves_samples(sampled_and_plain_runs, data_files):
-    sampled, _ = sampled_and_plain_runs
     events = read_events(sampled, "samples")
     assert [event["step"] for event in events] == [0, 2, 4, 5]
     val_records = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]

@@ -5,11 +5,9 @@ place in the global batch (`Engine.forward_backward`), data order and rate are f
 AdamW's moments come back in float32 as they were. On other ranks or under another ZeRO file sums are taken in another
 order: there the bounds of test_invariance.py hold.
 
-`pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest
-differences.
+`pytest tests/distributed/test_resume.py -m sweep -n 0 -s` prints every resume.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -115,53 +113,27 @@ def test_a_run_resumed_from_any_step_of_any_zero_stage_is_bitwise_the_uninterrup
 
 # --- other ranks, another ZeRO file: within the bounds of test_invariance ---------------------------------------------
 
-Move = tuple[int, str, int, str, str]  # ranks and ZeRO file before and after, mode
-SAMPLE_MOVES: list[Move] = [
+MOVES = [  # ranks and ZeRO file before and after, mode
     (2, "zero2", 1, "zero0", "full"),
     (2, "zero0", 2, "zero3", "full"),
     (2, "zero3_offload", 3, "zero1", "lora"),
 ]
-SAME_FILE = [
-    (before, zero, after, zero, mode)
-    for before, after in itertools.permutations((1, 2, 3), 2)
-    for zero in DS_CONFIG_NAMES
-    for mode in MODES
-]
-OTHER_FILE = [(2, one, 2, other, mode) for one, other in itertools.permutations(DS_CONFIG_NAMES, 2) for mode in MODES]
-
-
-def assert_elastic_resume(moves: list[Move], out: Path, argv: list[str]) -> None:
-    """Go on from step 2 elsewhere, and hold what follows against what follows where the run began."""
-    sources, jobs = {}, []
-    for before, old, after, new, mode in moves:
-        source, name = f"{before}-{old}-{mode}", f"{before}-{old}-{after}-{new}-{mode}"
-        if not (out / f"{source}.jsonl").exists():
-            sources[source] = make_resume_job(out, argv, source, mode, old, ranks=before)
-        jobs.append(make_resume_job(out, argv, name, mode, new, ranks=after, resume=[source, 2]))
-    launch_by_ranks(list(sources.values()))
-    launch_by_ranks(jobs)
-    failures = []
-    for move, job in zip(moves, jobs, strict=True):
-        records, weights = read_job_result(out, job["resume"][0])
-        resumed_records, resumed_weights = read_job_result(out, job["name"])
-        expected = reproducible_records(records, after=2)
-        actual = reproducible_records(resumed_records)
-        assert [row["tokens"] for row in actual] == [row["tokens"] for row in expected]
-        difference = RunDifference.between((actual, resumed_weights), (expected, weights))
-        print(*move, difference)
-        if not difference.is_rounding():
-            failures.append((move, difference))
-    assert not failures
 
 
 def test_a_run_resumes_with_other_ranks_and_another_zero_file(uninterrupted_runs, argv):
-    assert_elastic_resume(SAMPLE_MOVES, uninterrupted_runs, argv)
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_a_run_resumes_under_every_change_of_ranks_and_of_zero_file(argv, tmp_path):
-    assert_elastic_resume([*SAME_FILE, *OTHER_FILE], tmp_path, argv)
+    """From step 2 elsewhere: what follows is what follows where the run began."""
+    out, jobs = uninterrupted_runs, []
+    for before, old, after, new, mode in MOVES:
+        name = f"{before}-{old}-{after}-{new}-{mode}"
+        jobs.append(make_resume_job(out, argv, name, mode, new, ranks=after, resume=[f"{before}-{old}-{mode}", 2]))
+    launch_by_ranks(jobs)
+    for job in jobs:
+        records, weights = read_job_result(out, job["resume"][0])
+        resumed_records, resumed_weights = read_job_result(out, job["name"])
+        expected, actual = reproducible_records(records, after=2), reproducible_records(resumed_records)
+        assert [row["tokens"] for row in actual] == [row["tokens"] for row in expected]
+        difference = RunDifference.between((actual, resumed_weights), (expected, weights))
+        assert difference.is_rounding(), (job["name"], difference)
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
@@ -357,10 +329,9 @@ def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
     return run_jobs(jobs)
 
 
-@pytest.mark.parametrize("zero", [*(pytest.param(f"zero{n}", marks=pytest.mark.sweep) for n in (1, 2)), "zero3"])
-def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv, tmp_path):
+def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(argv, tmp_path):
     """A resume that began anew with the scale would skip steps again, one from halved weights would drift."""
-    base = ["--mode", "full", *argv, "--precision", "fp16", "--ds-config", zero, "--max-steps", "48"]
+    base = ["--mode", "full", *argv, "--precision", "fp16", "--ds-config", "zero3", "--max-steps", "48"]
     jobs = [
         make_job(tmp_path, "whole", [*base, "--save-every", "30"]),
         make_job(tmp_path, "again", base, resume=["whole", 30]),

@@ -70,14 +70,7 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
 # --- one save, killed at every line ------------------------------------------------------------------------------
 
 SAVE_MODULES = ("trainer.training.checkpoint", "trainer.config.files")
-SAVE_FUNCTIONS = (
-    "save",
-    "_write_safetensors",
-    "_write_chunks",
-    "_format_metadata",
-    "_delete_folder",
-    "new_folder",
-)
+SAVE_FUNCTIONS = ("save", "_write_safetensors", "_write_chunks", "_format_metadata", "_delete_folder", "new_folder")
 
 
 def save_and_kill_at_line(folder: Path, line: int) -> None:

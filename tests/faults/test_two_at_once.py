@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.process_groups import (
-    FORWARD,
-    RankProcesses,
-    fault_at,
-    kill_self,
-    last_logged_step,
-    read_records,
-)
+from helpers.process_groups import FORWARD, RankProcesses, fault_at, kill_self, last_logged_step, read_records
 from helpers.tiny_inputs import tiny_argv
 
 pytestmark = pytest.mark.slow

@@ -27,12 +27,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import find_model
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
-from trainer.distributed.memory import (
-    MemoryEstimate,
-    choose_deepspeed_file,
-    estimate_rank_memory,
-    required_bytes,
-)
+from trainer.distributed.memory import MemoryEstimate, choose_deepspeed_file, estimate_rank_memory, required_bytes
 from trainer.distributed.process_group import DistContext, config_digest, package_version
 from trainer.model.build import TrainableModel, build_model, get_dropout_probabilities, get_max_positions, load_config
 from trainer.model.model_files import describe_bf16_ties, measure_bf16_ties
