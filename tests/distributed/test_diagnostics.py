@@ -28,8 +28,6 @@ from trainer.training.diagnostics import TOPICS, Diagnostic, DiagnosticsMonitor
 from trainer.training.loop import train
 from trainer.training.recorder import Recorder
 
-# --- rows as a run would leave them ----------------------------------------------------------------------------------
-
 STEPS = 200
 
 
@@ -195,9 +193,6 @@ def test_a_diagnostic_is_reported_once_across_a_resume():
     assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
 
 
-# --- real runs -------------------------------------------------------------------------------------------------------
-
-
 def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
     """Run each job into its own run folder."""
     with joined_ranks() as dist_context:
@@ -295,9 +290,6 @@ def test_healthy_real_runs_give_no_diagnostic(runs, diagnose_real_runs, tmp_path
         flags += f" --mode {mode} --seed {seed} --lr {HEALTHY_RATES[mode][rate]} --max-steps {steps} --eval-every epoch"
         jobs[f"{kind}-{mode}-{rate}".replace(" ", "-")] = (data, flags)
     assert not {name: codes for name, codes in diagnose_real_runs(tmp_path, jobs).items() if codes}
-
-
-# --- where it is shown -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):

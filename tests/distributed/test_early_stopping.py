@@ -34,9 +34,6 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
     return tiny_argv(tiny_model, data_files, text)
 
 
-# --- the rule, without a model ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path) -> Any:
     """A function: (records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses`.
@@ -113,9 +110,6 @@ def test_a_resumed_run_stops_early_where_it_would_have_stopped(run_losses):
     assert (stopped[-1].eval_pending, amended[-1].eval_pending) == (True, False)
 
 
-# --- a real run ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def overfitted_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that learns its 25 rows by heart: its validation loss falls, then rises, and the run stops."""
@@ -149,9 +143,6 @@ def test_a_run_resumed_at_its_early_stop_ends_there(overfitted_run, tmp_path):
     train(["--mode", "full", "--resume"], out=out)
     assert read_reproducible_records(out) == read_reproducible_records(overfitted_run)
     assert len(read_events(out, "early_stop")) == len(read_events(out, "finished")) == 1
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_dropout_goes_where_the_models_config_has_it_or_is_refused_and_the_plan_says_so(argv, data_dir, tmp_path):

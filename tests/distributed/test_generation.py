@@ -58,8 +58,6 @@ def test_the_opening_of_a_text_without_a_prompt_is_a_prompt_for_a_sample(tiny_mo
     assert make_prompts(data, load_tokenizer(tiny_model), 12) == [], "9 tokens of prompt leave no room among 12"
 
 
-# --- completions -----------------------------------------------------------------------------------------------------
-
 PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
 MAX_NEW_TOKENS = 7
 
@@ -146,9 +144,6 @@ def test_every_evaluation_leaves_samples_which_change_no_other_number(sampled_an
         facts = event["facts"]
         texts = [{"prompt": text["prompt"], "completion": text["reference"]} for text in facts["texts"]]
         assert texts == val_records[:3]
-
-
-# --- the scores of the test records ---
 
 
 def score_jobs(jobs: list[dict[str, Any]]) -> int:

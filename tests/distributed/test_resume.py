@@ -63,9 +63,6 @@ def make_resume_job(out: Path, argv: list[str], name: str, mode: str, zero: str,
     return make_job(out, name, flags, **options)
 
 
-# --- the same ranks: bitwise -------------------------------------------------------------------------------------
-
-
 def assert_bitwise_resume(out: Path, argv: list[str], world_size: int, steps: dict[str, tuple[int, ...]]) -> None:
     """Run every mode and ZeRO file whole, and again from each of `steps[zero]`; rows and weights must be the same."""
     runs = {f"{world_size}-{zero}-{mode}": (mode, zero) for zero in steps for mode in MODES}
@@ -111,8 +108,6 @@ def test_a_run_resumed_from_any_step_of_any_zero_stage_is_bitwise_the_uninterrup
     assert_bitwise_resume(tmp_path, argv, ranks, dict.fromkeys(DS_CONFIG_NAMES, tuple(range(1, STEPS + 1))))
 
 
-# --- other ranks, another ZeRO file: within the bounds of test_invariance ---------------------------------------------
-
 MOVES = [  # ranks and ZeRO file before and after, mode
     (2, "zero2", 1, "zero0", "full"),
     (2, "zero0", 2, "zero3", "full"),
@@ -134,9 +129,6 @@ def test_a_run_resumes_with_other_ranks_and_another_zero_file(uninterrupted_runs
         assert [row["tokens"] for row in actual] == [row["tokens"] for row in expected]
         difference = RunDifference.between((actual, resumed_weights), (expected, weights))
         assert difference.is_rounding(), (job["name"], difference)
-
-
-# --- the run folder --------------------------------------------------------------------------------------------------
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -343,9 +335,6 @@ def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(argv, tmp_p
     assert max(skipped) > 30, "so that the place within the window shows"
     assert [row["step"] for row in again if row.get("event") == "skipped_step"] == [n for n in skipped if n > 30]
     assert_resumed_bitwise(tmp_path, "whole", "again", 30)
-
-
-# --- what a checkpoint holds, and which are kept ---------------------------------------------------------------------
 
 
 def load_on_three_hosts(folder: Path) -> int:

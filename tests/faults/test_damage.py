@@ -35,9 +35,6 @@ def copy_until_step_4(finished_run: Path, out: Path) -> Path:
     return out
 
 
-# --- the disk ----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def mounted_tmpfs(folder: Path, options: str) -> Iterator[Path]:
     """A file system of its own at `folder`; skips where this user may not mount one."""
@@ -83,9 +80,6 @@ def test_a_read_only_run_folder_is_refused(argv, finished_run, tmp_path):
     assert re.search(f"--output-dir {disk / 'run'}: {disk}\\S* is read-only for this user", error)
 
 
-# --- damaged checkpoints -----------------------------------------------------------------------------------------
-
-
 def flip_byte(path: Path, offset: int = -1000) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
@@ -123,9 +117,6 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert_resumes_like(finished_run, [*argv, "--allow-change", "records"], out)
     assert "records changed from as written to eval_records: it has 1 evaluations" in str(read_events(out, "resumed"))
-
-
-# --- numbers that are not finite ---------------------------------------------------------------------------------
 
 
 def inject_nan(rank: int) -> None:

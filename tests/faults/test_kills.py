@@ -67,8 +67,6 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
     assert newest < 4 or any(f"step-{step:06d}" in message for step in (newest, newest - 2)), (message, newest)
 
 
-# --- one save, killed at every line ------------------------------------------------------------------------------
-
 SAVE_MODULES = ("trainer.training.checkpoint", "trainer.config.files")
 SAVE_FUNCTIONS = ("save", "_write_safetensors", "_write_chunks", "_format_metadata", "_delete_folder", "new_folder")
 
@@ -122,9 +120,6 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
     assert steps_in_force == [2] * num_old + [3] * (num_kills + 1 - num_old), "one moment from which on it is in force"
     assert 0 < num_old <= num_kills
     print(f"{num_kills} kills in a save: {num_old} left the old checkpoint in force, the rest the new one")
-
-
-# --- a rank, all ranks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,9 +178,6 @@ def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninter
     (out / ".run.json.tmp").write_text('{"format": 1, "run_')
     train(argv, out=out, world_size=2)  # no --resume: there is no run yet
     assert read_reproducible_records(out) == uninterrupted_records
-
-
-# --- the launcher ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

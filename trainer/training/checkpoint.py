@@ -48,9 +48,6 @@ SCALE_BLOCK = 256  # elements of 8-bit moments that share a scale
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 
-# --- which checkpoints there are -------------------------------------------------------------------------------------
-
-
 class _RowsDigest(BaseModel):
     num_rows: NonNegativeInt
     sha256: Text
@@ -183,9 +180,6 @@ def _metadata_digest(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
-# --- save and delete -------------------------------------------------------------------------------------------------
-
-
 class CheckpointManager:
     """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
 
@@ -295,9 +289,6 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 def _remove_temporary(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):  # of a save or a deletion that was killed
         shutil.rmtree(path, ignore_errors=True)
-
-
-# --- load ------------------------------------------------------------------------------------------------------------
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:

@@ -111,9 +111,6 @@ class GenerationEvaluator:
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
 
 
-# --- the scores of test and retained records ---
-
-
 class PromptRow(NamedTuple):
     """A record as what a model is asked, and what it should answer."""
 

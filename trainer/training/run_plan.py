@@ -378,9 +378,6 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     return notes
 
 
-# --- on what it runs ---
-
-
 def package_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
 

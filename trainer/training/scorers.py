@@ -151,9 +151,6 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
             process.wait()
 
 
-# --- the scorers: the score of a text and a reference that holds a text ---
-
-
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, None where it has none: `-$1,234.50` is -1234.5, `50%` is 50, `3,4` ends in 4.
 
@@ -215,9 +212,6 @@ def score_text(name: str, text: str, reference: str) -> float:
     if name == "contains":
         return float(reference.strip() in text)
     return _f1(text, reference) if name == "f1" else _library_metric(name)(text, reference)
-
-
-# --- the process of one scorer ---
 
 
 def _regex_scorer(pattern: str) -> Callable[[str, str], float]:
