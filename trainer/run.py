@@ -204,7 +204,7 @@ def _train_and_export(
             folder / "checkpoints",
             context,
             save_total_limit=settings.output.save_total_limit,
-            identity=plan.checkpoint_identity(metadata["run_id"]),
+            identity=plan.checkpoint_identity(),
             record_digests=recorder.digests,
         )
         recorder.begin(state, source)

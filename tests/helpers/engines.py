@@ -24,10 +24,7 @@ from trainer.training.checkpoint import Checkpoint, CheckpointManager
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan
 from trainer.training.schedule import BestCheckpoint, TrainState
 
-STUB_IDENTITY = {"run_id": "test", "mode": "full", "base": "test", "data": "test", "fixed": {}} | {
-    "precision": "fp32",
-    "device": "cpu",
-}
+STUB_IDENTITY = {"base": "test", "data": "test", "fixed": {}, "precision": "fp32", "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class StartedRun(PlannedRun):
     state: TrainState
 
     def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
-        context, identity = self.plan.dist_context, self.plan.checkpoint_identity("test")
+        context, identity = self.plan.dist_context, self.plan.checkpoint_identity()
         return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity=identity)
 
 

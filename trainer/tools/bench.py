@@ -156,7 +156,7 @@ def measure_row(job: dict[str, Any], dist_context: DistContext) -> Iterator[dict
         with tempfile.TemporaryDirectory() as folder:
             checkpoints: Any = SimpleNamespace(save=lambda *_: None)
             if job.get("saves"):
-                identity = plan.checkpoint_identity("bench")
+                identity = plan.checkpoint_identity()
                 checkpoints = CheckpointManager(Path(folder), dist_context, save_total_limit=1, identity=identity)
             for record in train(engine, data, plan.schedule, state, checkpoints, lambda: False):
                 if isinstance(record, StepRecord):

@@ -26,9 +26,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainer.config.choices import Mode, Precision
+from trainer.config.choices import Precision
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.fields import Float, NonNegativeInt, RunId, Text
+from trainer.config.fields import Float, NonNegativeInt, Text
 from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
 from trainer.model import optimizer
 from trainer.tracking.run_lock import LOCK_FILE
@@ -60,8 +60,6 @@ class _EvaluationsDigest(BaseModel):
 
 class _StateJson(BaseModel):
     format: Literal[4]
-    run_id: RunId
-    mode: Mode
     base: Text | None
     data: Text
     fixed: dict[str, Any]  #: the settings that may not change when the run is resumed
@@ -183,7 +181,7 @@ def _metadata_digest(metadata: Mapping[str, Any]) -> str:
 class CheckpointManager:
     """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
 
-    `identity`: of which run, model and settings this is the state, written into each (`RunPlan.checkpoint_identity`);
+    `identity`: of which model, data and settings this is the state, written into each (`RunPlan.checkpoint_identity`);
     `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0.
     """
 

@@ -224,7 +224,7 @@ def _allowed_changes(
     UserError for the first difference from the checkpoint, without one from the run's beginning, that is not allowed:
     run.json may have been edited since it was saved.
     """
-    current = _fixed_facts(plan.checkpoint_identity(previous["run_id"]))
+    current = _fixed_facts(plan.checkpoint_identity())
     names = sorted({*current, "records"} - {"data"})  # losses on other data are those of another run
     for name in allowed_names:
         if name not in names:

@@ -193,11 +193,9 @@ class RunPlan:
             "wandb": wandb,
         }
 
-    def checkpoint_identity(self, run_id: str) -> dict[str, Any]:
-        """Of which run, model, data and settings a checkpoint is the state, and on what its loss was computed."""
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """Of which model, data and settings a checkpoint is the state, and on what its loss was computed."""
         return {
-            "run_id": run_id,
-            "mode": self.settings.mode,
             "base": self.model_info["fingerprint"],
             "data": self.data_info["fingerprint"],
             "fixed": {**self.settings.fixed_on_resume(), "model_config": self.model_info["config"]},

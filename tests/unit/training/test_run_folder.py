@@ -20,7 +20,7 @@ def test_that_rows_were_once_changed_is_told_after_every_later_resume():
     fixed = {**settings.fixed_on_resume(), "model_config": None}
     data, precision = previous["data"]["fingerprint"], previous["resolved"]["precision"]
     identity = {"fixed": fixed, "data": data, "precision": precision}
-    plan: Any = SimpleNamespace(checkpoint_identity=lambda run_id: identity)
+    plan: Any = SimpleNamespace(checkpoint_identity=lambda: identity)
     assert _allowed_changes(previous, plan, None, ()) == changed
 
 
