@@ -104,8 +104,8 @@ class GenerationEvaluator:
             self.base_texts = {prompt.text: text for prompt, text in zip(self.prompts, texts, strict=True)}
         examples: list[dict[str, Any]] = []
         for prompt, text in zip(self.prompts, texts, strict=True):
-            example = {"prompt": prompt.text, "reference": prompt.references[0], "references": len(prompt.references)}
-            examples.append({**example, "base": self.base_texts.get(prompt.text), "completion": text})
+            example = {"prompt": prompt.text, "reference": prompt.references[0], "completion": text}
+            examples.append({**example, "base": self.base_texts.get(prompt.text)})
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
         facts |= {"seconds": seconds, "texts": examples}
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)

@@ -263,7 +263,7 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
     if len({other for other, _ in by_host.values()}) > 1:
         folders = list_some([f"on {host} {other}" for host, (other, _) in by_host.items()], MAX_HOSTS_SHOWN)
     mode, clocks = context.on_rank_zero(lambda: wandb_mode(settings.output.wandb)), describe_clocks(context)
-    lines = [("environment", f"W&B {mode}; {folders}"), *(("note", note) for note in [clocks] if note)]
+    lines = [("environment", f"W&B {mode}; {folders}")] + ([("note", clocks)] if clocks else [])
     if without := list_some([h for h, (_, other) in by_host.items() if other != by_host[here][1]], MAX_HOSTS_SHOWN):
         only_here = f"only {here} holds the checkpoints and can be the first to resume"
         lines.append(("note", f"{settings.run_folder} of {here} is not seen on {without}: {only_here}"))

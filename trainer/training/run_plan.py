@@ -121,17 +121,18 @@ class RunPlan:
         run = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("you set (*)", shlex.join(shorten(word, 60) for word in words) or "nothing"),
-            *(("spellings", text) for text in ["; ".join(self.spellings)] if text),
         ]
+        run += [("spellings", "; ".join(self.spellings))] if self.spellings else []
         model = [
             ("model", f"{model_name}, {model_info['init']}: {model_info['parameters']:,} parameters"),
             ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
         ]
+        splits = [("validation", describe_split("val"))]
+        splits += [("validation", f"{name}: {describe_split(f'val-{name}')}") for name in data_info["val_sets"]]
+        splits += [("test", describe_split("test"))] if data_info.get("test", {}).get("examples") else []
         data = [
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
-            ("validation", describe_split("val")),
-            *(("validation", f"{name}: {describe_split(f'val-{name}')}") for name in data_info["val_sets"]),
-            *(("test", describe_split("test")) for counts in [data_info.get("test")] if counts and counts["examples"]),
+            *splits,
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
             ("objective", OBJECTIVES[data_info["objective"]]),
             ("example", f"{data_info['example']} (⟦ ⟧ around target tokens)"),
