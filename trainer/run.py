@@ -40,7 +40,7 @@ from trainer.model.loss import find_packing_problem
 from trainer.tools.find_batch import find_micro_batch_size
 from trainer.tracking.console import show_plan
 from trainer.tracking.run_lock import RunLock
-from trainer.tracking.wandb_logger import check_wandb
+from trainer.tracking.wandb_logger import check_loggers
 from trainer.training import checkpoint, run_folder
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits, read_base_evaluations
 from trainer.training.generation import check_test_records
@@ -96,7 +96,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
             if scorer_file(scorer) and scorer not in args.settings.output.score:
                 raise UserError(f"--score {scorer}: is code that run.json names; give the flag again, or another one")
         validate_early(settings, context)
-        check_wandb(settings.output)
+        check_loggers(settings.output)
         if settings.output.export != "none" and not args.dry_run:
             refuse_lost_files(Path(settings.run_folder) / "model")
         return settings, previous

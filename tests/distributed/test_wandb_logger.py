@@ -23,7 +23,7 @@ from trainer.config.reference import CURVE
 from trainer.config.settings import OutputSettings
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, OtherEvalRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import AXES, reference_row, wandb_row
-from trainer.tracking.wandb_logger import check_wandb, upload_run, wandb_block, wandb_mode
+from trainer.tracking.wandb_logger import check_loggers, upload_run, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -108,7 +108,7 @@ def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variabl
     with pytest.raises(UserError, match="WANDB_RUN_ID a/b: expected "):
         wandb_block(OutputSettings(), "events.csv")
     with pytest.raises(UserError, match="WANDB_LOG_MODEL checkpoint: expected end "):
-        check_wandb(OutputSettings())
+        check_loggers(OutputSettings())
 
 
 def test_an_upload_without_a_login_or_a_run_is_one_line(tmp_path: Path, environ) -> None:
@@ -144,7 +144,7 @@ run = make_metadata("lora", wandb__mode=mode)
 records = make_records(run)
 previous = [record for record in records if record.step <= first] if first else None
 start = lambda: wandb_logger.start_wandb(run, Path("run"), previous_records=previous)
-sink = wandb_logger.OptionalLogger(start)
+sink = wandb_logger.OptionalLogger("W&B", start)
 for record in records:
     if first <= record.step <= last and not (first and record.step == first):
         sink.log(record)

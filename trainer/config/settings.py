@@ -218,6 +218,9 @@ class OutputSettings:
     wandb_project: WandbProject | None = option("its project (default: WANDB_PROJECT, or gpt2-full-vs-lora)", None)
     wandb_group: Name | None = option("its group (default: WANDB_RUN_GROUP, or full-vs-lora-<data>)", None)
     wandb_tags: tuple[WandbTag, ...] = option("its tags, beside mode, model, data and those of WANDB_TAGS", ())
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
+        "tensorboard: write the rows for TensorBoard too; wandb: as without it (see --wandb)", ()
+    )
     run_name: RunName | None = option("name of the run (default: <mode or adapter>-<data>)", None)
     export: Literal["last", "best", "none"] = option("weights to export; none: test records stay unseen too", "last")
     base_from: UserPath | None = option("folder of runs with an evaluation of this base, to take it from there", None)

@@ -146,6 +146,8 @@ def _our_word(known: Mapping[str, str], ours: str, value: str, *, none_is_nothin
         key = "true" if key in TRUE else "false" if key in FALSE else key
     if none_is_nothing and key in NONE and key not in known:
         return ""
+    if ours == "--report-to" and key in NONE:
+        return "--wandb=disabled"
     if ours in LIST_FLAGS:
         return f"{ours}={','.join(known.get(item.lower(), item) for item in value.split(','))}"
     if ours == "--warmup-steps" and re.fullmatch(r"0?\.\d+", value):  # a share, since transformers 5

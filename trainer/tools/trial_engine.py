@@ -23,7 +23,7 @@ from trainer.distributed.process_group import DistContext, destroy_process_group
 from trainer.model.build import get_max_positions, load_config
 from trainer.model.lora import adopt_adapter
 from trainer.tools.processes import failure_reason, start_process
-from trainer.tracking.wandb_logger import check_wandb
+from trainer.tracking.wandb_logger import check_loggers
 from trainer.training.run_plan import RunPlan, build_planned_model, make_plan, validate_early
 
 Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]
@@ -81,7 +81,7 @@ def plan_run(settings: Settings, dist_context: DistContext) -> tuple[RunPlan, Pr
     """The plan of a run and its data, as launch/train.py would make them; UserError for what it would refuse."""
     settings = adopt_adapter(settings)
     validate_early(settings, dist_context)
-    check_wandb(settings.output)
+    check_loggers(settings.output)
     data = prepare(
         settings.data,
         model=settings.model.model,

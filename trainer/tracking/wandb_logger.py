@@ -9,6 +9,7 @@ import os
 import secrets
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -67,8 +68,10 @@ def wandb_mode(flag: str | None) -> str:
     return "offline" if mode == "online" and not is_logged_in() else mode
 
 
-def check_wandb(output: OutputSettings) -> None:
-    """UserError where W&B cannot be logged to as was asked for."""
+def check_loggers(output: OutputSettings) -> None:
+    """UserError where a logger cannot work as was asked for."""
+    if "tensorboard" in output.report_to and find_spec("tensorboard") is None:
+        raise UserError("--report-to tensorboard: it is not installed; pip install -e '.[tensorboard]'")
     wandb_mode(output.wandb)
     should_send_model()
 
@@ -212,8 +215,8 @@ class OptionalLogger:
     """The logger that `start` makes (None: nothing to do). Its first failure is one line: it gets no more records, and
     the exit code 1 at the end of the run."""
 
-    def __init__(self, start: Callable[[], RecordLogger | None]) -> None:
-        self._has_failed = False
+    def __init__(self, name: str, start: Callable[[], RecordLogger | None]) -> None:
+        self._name, self._has_failed = name, False
         self._logger: RecordLogger | None = self._attempt(start, is_edge=True)
 
     def log(self, record: Record) -> None:
@@ -230,12 +233,13 @@ class OptionalLogger:
         try:
             return call()
         except Exception as error:  # whatever happens in there, it must not cost the run
-            if is_edge:
+            is_wandb = self._name == "W&B"
+            if is_edge and is_wandb:
                 _teardown()
             if not self._has_failed:
                 self._has_failed = True
-                sending = "metrics.jsonl has every row, and launch/doctor.py --upload sends them later"
-                logger.warning(f"W&B failed ({first_line(error)}); going on without it: {sending}")
+                rows = "metrics.jsonl has every row" + ", and launch/doctor.py --upload sends them later" * is_wandb
+                logger.warning(f"{self._name} failed ({first_line(error)}); going on without it: {rows}")
 
 
 class WandbLogger:

@@ -25,6 +25,7 @@ from trainer.tracking.records import (
     read_records,
     rewind,
 )
+from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import OptionalLogger, start_wandb
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.diagnostics import DiagnosticsMonitor
@@ -73,8 +74,11 @@ class Recorder:
         self.loggers = [
             self._rows,
             progress_bar,
-            OptionalLogger(partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
+            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
         ]
+        if "tensorboard" in self.plan.settings.output.report_to:
+            start = partial(TensorBoardLogger, self.folder, state.step if is_resumed else None)
+            self.loggers.append(OptionalLogger("TensorBoard", start))
 
     def log(self, record: Record) -> None:
         if self.loggers and isinstance(record, EvalRecord) and record.row_nll is not None:  # before the line says so

@@ -36,7 +36,7 @@ SETTINGS = """
 --label-smoothing=0.1 --adam-beta1=0.8 --adam-beta2=0.95 --adam-epsilon=1e-6
 --ds-config=zero3 --precision=bf16 --hang-timeout=60 --grace=9 --execution=eager --activation-checkpointing
 --eval-every=5 --save-every=never --save-total-limit=3 --output-dir=o --wandb=disabled --wandb-project=p --run-name=n
---wandb-group=g --wandb-tags=t,u --export=best --num-samples=5 --score=f1
+--wandb-group=g --wandb-tags=t,u --report-to=tensorboard --export=best --num-samples=5 --score=f1
 --score-tokens=9 --base-from=runs --peft-config={"peft_type":"VERA"}
 """
 VALUES = {flag: value for flag, _, value in (word.partition("=") for word in SETTINGS.split())}

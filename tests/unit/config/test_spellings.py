@@ -75,6 +75,7 @@ def test_every_field_of_transformers_trl_and_peft_is_known_once_and_its_default_
         ("--torch_dtype bfloat16", "--precision bf16", "(weights that are trained stay in float32)"),
         ("--gradient_checkpointing --dtype float32", "--activation-checkpointing", ""),
         ("--report_to none", "--wandb disabled", "report_to none is --wandb disabled here"),
+        ("--report_to wandb tensorboard", "--report-to wandb,tensorboard", ""),
         ("--eval_strategy steps --eval_steps 50", "--eval-every 50", "eval_steps 50 is --eval-every 50 here"),
         ("--save_strategy no --eval_strategy epoch", "--save-every never --eval-every epoch", ""),
         ("--dataset_name a/b --dataset_config c", "--data a/b:c", "dataset_name is --data a/b:c here"),
@@ -154,12 +155,12 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
     ("words", "answers"),
     [
         (
-            "--use_liger_kernel --sequence_parallel_size 2 --torch_compile --report_to tensorboard",
+            "--use_liger_kernel --sequence_parallel_size 2 --torch_compile --report_to mlflow",
             [
                 "--use_liger_kernel: not built in",
                 "--sequence_parallel_size 2: a sequence is not divided",
                 "--torch_compile: steps are not compiled here",
-                "--report_to tensorboard: expected wandb or none",
+                "--report-to mlflow: expected tensorboard or wandb",
             ],
         ),
         ("--lr 0 --epochs 0 --block-size 1 --lrr 3", ["--lr 0: ", "--epochs 0: ", "--lrr 3: did", "--block-size 1: "]),
