@@ -75,7 +75,7 @@ Item = TypeVar("Item")
 
 def comparison_blockers(a: RunData, b: RunData) -> list[str]:
     """The reasons by which the losses of two runs cannot be compared; empty where they can."""
-    reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
+    reasons = []
     for name, path in COMPARABILITY_KEYS.items():
         values = a.get(path), b.get(path)
         if values[0] != values[1]:
@@ -132,8 +132,6 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
 
 def reference_blockers(run: RunData) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN_DATA`."""
-    if "data" in run.changed_on_resume:
-        return ["data changed on resume"]
     return reference.disagreements(run.metadata["data"], run.metadata["model"])
 
 

@@ -40,7 +40,6 @@ from trainer.report.run_data import (
     NotNewError,
     Pairs,
     RefusedError,
-    judged_split,
     match_records,
     read_records,
 )
@@ -272,7 +271,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
         return result
     try:
         frames = read_records(pairs)
-        losses = judged = match_records(pairs, frames, judged_split(frames))
+        have_tests = all((frame["split"] == "test").any() for frame in frames)
+        losses = judged = match_records(pairs, frames, "test" if have_tests else "val")
         if margin.measure != LOSS:
             judged = match_records(pairs, frames, "test", margin.measure)
         measure_forgetting(result, frames, losses)

@@ -124,11 +124,6 @@ class RunData:
     def _eval_at(self, index: int) -> dict[str, float]:
         return {name: float(self.evals[name][index]) for name in ("step", "epoch", "loss")}
 
-    @property
-    def changed_on_resume(self) -> Mapping[str, Any]:
-        """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
-        return self.get("resumed.changed") or {}
-
     def index_at_epoch(self, series: Series, epoch: float) -> int | None:
         """The row of `series` nearest to `epoch`, None where none lies within half a step of it."""
         distances, steps_per_epoch = np.abs(series["epoch"] - epoch), self.get("resolved.steps_per_epoch")
@@ -252,7 +247,7 @@ def _add_notes(run: RunData, events: Sequence[EventRecord], notes: list[str], ag
         notes.append(f"{status} ({progress}){reason}; {outcome}")
     elif not run.summary:
         notes.append("evaluated to its end but not closed: its time and memory are unknown")
-    changes = sorted(run.changed_on_resume.items())
+    changes = sorted((run.get("resumed.changed") or {}).items())
     notes += [f"{name} was changed on resume, from {old} to {new}" for name, (old, new) in changes]
     if run.best_eval is None:
         notes.append("no evaluation after step 0: no validation loss to compare")
@@ -353,11 +348,6 @@ def read_records(pairs: Pairs) -> list[pd.DataFrame]:
             raise MatchError(f"{run.name}: {text}") from error
         _check_mean(run, frames[-1])
     return frames
-
-
-def judged_split(frames: Sequence[pd.DataFrame]) -> str:
-    """The test split where all runs have it, else the validation split."""
-    return "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
 
 
 def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:

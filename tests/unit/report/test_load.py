@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +67,10 @@ def test_what_a_run_lacks_is_noted_and_an_unfinished_one_is_going_while_its_reco
     assert read_folder(folder).notes == ("still going (step 89 of 90); left out of the verdict",)
     os.utime(folder / "metrics.jsonl", (0, 0))
     assert read_folder(folder).notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
-    for event in ("interrupted", "not_finite"):
-        run = make_metadata()
-        before = [record for record in make_records(run, finished=False) if record.step <= 40]
-        last = EventRecord(event=event, step=40, message="what happened", time=40.0)
-        notes = read_folder(write_run_folder(tmp_path / event, run, [*before, last])).notes
-        outcome = "left out of the verdict" if event == "interrupted" else "so its setting is not judged"
-        assert notes == (f"stopped before its end (step 40 of 90): what happened; {outcome}",)
+    before = [record for record in make_records(make_metadata(), finished=False) if record.step <= 40]
+    last = EventRecord(event="not_finite", step=40, message="what happened", time=40.0)
+    notes = read_folder(write_run_folder(tmp_path / "nan", make_metadata(), [*before, last])).notes
+    assert notes == ("stopped before its end (step 40 of 90): what happened; so its setting is not judged",)
     no_base = read_folder(make_run_folder(tmp_path / "base", losses={1: 3.0}))
     assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
 
@@ -98,14 +94,14 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read_and_told_ap
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval_records", "eval_records/step-000090-val.parquet"])
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval_records/step-000090-val.parquet"])
 def test_what_is_no_plain_file_in_a_run_folder_is_one_line_and_never_waited_for(tmp_path: Path, make, name) -> None:
     folder = make_run_folder(tmp_path / "run", "lora")
     good = make_run_folder(tmp_path / "good", losses={0: 4.0, 3: 2.0})
     write_eval_records(good, {90: [2.0] * 9}, targets=[5] * 9)
     write_eval_records(folder, {0: [4.0] * 9}, targets=[5] * 9)
     path = folder / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     make(path)
     runs, problems = load_runs([str(good), str(folder)])
     is_excluded = name in ("run.json", "metrics.jsonl")
@@ -154,6 +150,9 @@ def write_edited(folder, metadata_edits=(), row_edits=()):
 @many_inputs(40)
 def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_inputs):
     whole = str(make_run_folder(tmp_path / "whole", "full"))
+    edited = compare(load_runs([whole, write_edited(tmp_path / "damaged")])[0])  # what is there without an edit
+    assert edited.samples == {"a": {"reference": "c", "LoRA": "b"}}
+    assert "f1, test records" in edited.by_run[0].headings
 
     def check(metadata_edits, row_edits):
         runs, problems = load_runs([whole, write_edited(tmp_path / "damaged", metadata_edits, row_edits)])
@@ -165,11 +164,3 @@ def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(tmp_path, num_i
 
     places = [st.sampled_from(list(list_places(content))) for content in (METADATA, ROWS)]
     check_inputs(num_inputs, check, *(st.lists(st.tuples(place, JSON_VALUES), max_size=2) for place in places))
-
-
-def test_the_samples_of_a_whole_run_are_shown(tmp_path):
-    runs, problems = load_runs([write_edited(tmp_path / "samples")])
-    assert runs[0].scores == {"f1": 0.5}
-    comparison = compare(runs, problems)
-    assert comparison.samples == {"a": {"reference": "c", "LoRA": "b"}}
-    assert "f1, test records" in comparison.by_run[0].headings

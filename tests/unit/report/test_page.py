@@ -95,7 +95,6 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
     differences = {f"{abs(a - b):.4f}" for a in (4.0, 3.0, 2.5, 2.25) for b in (1.2262, 1.0048, 0.9414)}
     for name in ("answer.json", "report.html"):
         assert not differences & set(re.findall(r"(?<!\d)\d\.\d{4}", files[name])), name
-        assert not re.search(r"of (full|its|the)[^<]{0,20} improvement|x its time", files[name]), name
     page = files["report.html"]
     assert "not comparable with one another (other data)" in page
     assert "unknown of the card" in page.lower()
@@ -233,23 +232,3 @@ def test_a_mode_has_one_colour_and_dash_and_the_card_is_drawn_only_where_it_is_c
         names = [line.get_label() for line in axis.get_lines()]
         if plot is plots.LOSS_PLOT and comparison is card_like:
             assert names == ["full: 1.0000", "LoRA: 1.0000", "card: 0.9414"], "a loss says its last value"
-
-
-def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: Path) -> None:
-    """With small learning rates and with ranks side by side."""
-    ranks = [2**n for n in range(6)]
-    loras = [make_metadata("lora", settings__lora__rank=rank, resolved__lr=3e-5 * rank) for rank in ranks]
-    comparison = make_comparison(tmp_path, make_metadata("full", resolved__lr=3e-5), *loras)
-    for plot in plots.PLOTS:
-        with plots.styled_figure(plots.PLOT_SIZE_INCHES) as figure:
-            axis = figure.subplots()
-            plots.draw_plot(axis, plot, comparison.groups, comparison.with_reference)
-            plots.add_legend(figure, axis)
-            figure.draw_without_rendering()
-        boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
-        for box in [*boxes, axis.yaxis.label.get_window_extent(), axis.xaxis.label.get_window_extent()]:
-            assert figure.bbox.contains(*box.min), plot.title
-            assert figure.bbox.contains(*box.max), plot.title
-        assert axis.get_window_extent().height > 0.35 * figure.bbox.height, f"{plot.title}: squeezed"
-        for actual, other in itertools.combinations([axis.get_tightbbox(), *boxes], 2):
-            assert not actual.overlaps(other), plot.title
