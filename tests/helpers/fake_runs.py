@@ -103,8 +103,6 @@ def make_records(
     finished: bool = True,
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
-    retained: Sequence[float] = (),
-    scores: Mapping[str, float] | None = None,
 ) -> list[Record]:
     """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
@@ -112,9 +110,6 @@ def make_records(
     total_steps = steps_per_epoch * epochs
     step_seconds, step_tokens = wall_seconds / total_steps, global_batch * metadata["data"]["block_size"]
     records: list[Record] = []
-
-    def add_event(name: str, step: int, **facts: Any) -> None:
-        records.append(EventRecord(event=name, step=step, message="", time=step * step_seconds, facts=facts))
 
     for step in range(total_steps + 1):
         epoch = step / steps_per_epoch
@@ -131,18 +126,15 @@ def make_records(
             loss = synthetic_val_loss(epoch, floor) if losses is None else losses[epoch]
             num_targets = metadata["data"]["val"]["num_target_tokens"]
             records.append(EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=num_targets))
-    for n, loss in enumerate(retained):
-        add_event("retain_evaluation", n * total_steps, loss=loss)
-    if scores is not None:
-        add_event("test_scores", total_steps, scores=dict(scores))
     if not finished:
         return [record for record in records if record.step < total_steps]
     evaluations = [record for record in records if isinstance(record, EvalRecord)]
     evals = [{name: getattr(record, name) for name in ("step", "epoch", "loss")} for record in evaluations]
-    summary = {"wall_seconds": wall_seconds, "peak_memory_bytes": peak_memory_bytes, "checkpoint_bytes": 24_000_000}
-    summary |= {"device_hours": wall_seconds / 3600, "export_bytes": 8_000_000, "final": evals[-1] if evals else None}
-    add_event("finished", total_steps, **summary, best=min(evals, key=lambda row: row["loss"], default=None))
-    return records
+    facts: dict[str, Any] = {"wall_seconds": wall_seconds, "peak_memory_bytes": peak_memory_bytes}
+    facts |= {"checkpoint_bytes": 24_000_000, "device_hours": wall_seconds / 3600, "export_bytes": 8_000_000}
+    facts |= {"final": evals[-1] if evals else None, "best": min(evals, key=lambda row: row["loss"], default=None)}
+    time = total_steps * step_seconds
+    return [*records, EventRecord(event="finished", step=total_steps, message="", time=time, facts=facts)]
 
 
 def write_eval_records(
