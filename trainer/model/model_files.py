@@ -126,13 +126,12 @@ def measure_bf16_ties(folder: Path) -> float:
 
 def describe_bf16_ties(share: float) -> str:
     """What so many of them do to a comparison; "" where it is nothing."""
-    if share <= MAX_BF16_TIES:
-        return ""
-    return (
+    problem = (
         f"{share:.1%} of the base's weights lie halfway between two bf16 numbers, as dequantised and float16 ones do: "
         "in bf16 the first update of any rate tips them, which lowers full's loss for free and not LoRA's; round the "
         "weights to bf16 first, or use --precision fp32"
     )
+    return problem if share > MAX_BF16_TIES else ""
 
 
 def check_loading_info(loading_info: Mapping[str, Any]) -> None:
