@@ -58,7 +58,6 @@ def test_every_assistant_turn_and_its_end_is_learnt_and_nothing_else(tokenizer, 
     last_end = f"{end}\n<|endoftext|>" if family == "phi3" else end  # which ends a whole conversation by another mark
     assert learnt == [f"{space}I am fine.{end}", f"{space}{think}The answer is 42.{last_end}"]
     assert "Hello, how are you?" in rest
-    assert "What is the answer?" in rest
     assert ("Be brief." in rest) == (family != "mistral")
     assert "fine" not in rest
     assert "42" not in rest
@@ -72,10 +71,9 @@ def test_a_template_that_leaves_earlier_thinking_out_is_learnt_as_it_writes_it(t
     assert "Am I?" not in rest
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_a_call_of_a_tool_is_learnt_and_its_result_is_not(tokenizer, family):
+def test_a_call_of_a_tool_is_learnt_and_its_result_is_not(tokenizer):
     messages = [TURNS[0], CALL, {"role": "tool", "content": "forty-two"}, TURNS[3]]
-    learnt, rest = learnt_texts(tokenizer, family, messages, tools=TOOLS)
+    learnt, rest = learnt_texts(tokenizer, "qwen3", messages, tools=TOOLS)
     assert len(learnt) == 2
     assert '"add"' in learnt[0]
     assert "The answer is 42." in learnt[1]

@@ -12,7 +12,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
-    PhiConfig,
     Qwen3Config,
 )
 
@@ -38,7 +37,6 @@ CONFIGS = {
 }
 OTHER_CONFIGS = {
     "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=16),
-    "phi": PhiConfig(**SMALL),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
 }

@@ -50,8 +50,7 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
 
 def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prepare_file, tokenizer):
     prepared = prepare_file(pairs_csv, **COMPLETION)
-    rows = prepared.train
-    pairs = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
+    rows, pairs = prepared.train, [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
     assert len(rows) == len(pairs)
     val_texts = [(f"{pair['mr']}:", f" {pair['ref']}") for pair in PAIRS if pair not in pairs]
     assert list(prepared.val_texts) == val_texts[:MAX_NUM_SAMPLES]
@@ -61,7 +60,7 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prep
         assert rows.is_target(i).tolist() == [False] * len(before) + [True] * (len(after) + 1)
     assert rows.num_target_tokens.sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
     joined = prepare_file(pairs_csv, prompt="{mr}", completion="{ref}").metadata["notices"]
-    assert any("60 of 60 records have nothing between prompt and completion" in notice for notice in joined)
+    assert "60 of 60 records have nothing between prompt and completion" in "".join(joined)
     alone = prepare_file(pairs_csv, objective="completion", completion="{ref}")
     assert not any(alone.train.is_target(i)[0] for i in range(len(alone.train))), "nothing predicts a first token"
     assert set(alone.row_info("val")["group"]) == {None}
@@ -210,7 +209,6 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
     options = {"val_fraction": 0.4, **COMPLETION}
     prepared, without = prepare_file(pairs_csv, retain_data="demo-base", **options), prepare_file(pairs_csv, **options)
     assert set(prepared.retain.lengths()) == {prepared.metadata["block_size"]}
-    assert prepared.metadata["retain"]["records"] == 240
     assert prepared.metadata["fingerprint"] == without.metadata["fingerprint"]
     assert len(without.retain) == 0
     pairs = write_records(tmp_path / "pairs.jsonl", '{"prompt": "p q", "completion": " r s"}\n' * 2)
@@ -222,9 +220,7 @@ def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on
     ("lengths", "objective", "max_positions", "expected"),
     [
         ([20, 130], "completion", None, 256),
-        ([9000], "completion", None, 2048),
         ([100] * 50, "blocks", None, 128),
-        ([10] * NUM_SAMPLED_RECORDS, "blocks", None, 1024),
         ([10] * NUM_SAMPLED_RECORDS, "blocks", 512, 512),
     ],
 )

@@ -14,7 +14,6 @@ from trainer.data.sampler import (
     epoch_order,
     eval_batches,
     step_batches,
-    step_counts,
 )
 
 EOS = PAD_ID  # these rows end with the id that pads them, as with GPT-2
@@ -96,7 +95,6 @@ def test_the_ranks_share_out_every_step_of_every_epoch_exactly(n, by_length, ran
             seen, ids = seen + target_rows(in_order), ids + step[0].example_ids
             counted = sum(int((m.labels != IGNORE_INDEX).sum()) for m in in_order)
             assert {(b.num_tokens, b.num_target_tokens) for b in step} == {(sum(m.tokens for m in in_order), counted)}
-            assert step_counts(rows, order, step_in_epoch, 6) == (step[0].num_tokens, counted)
         # the global batch is the same list of rows in the same order, however it is cut
         assert seen == [rows.row(i)[1:].tolist() for i in order]
         assert ids == order.tolist()
@@ -111,7 +109,6 @@ def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
         [IGNORE_INDEX, IGNORE_INDEX, 12, 13, EOS],
         [IGNORE_INDEX, 16, EOS, IGNORE_INDEX, IGNORE_INDEX],  # the same token counts at position 2 and not behind it
     ]
-    assert micro_batch.input_ids.dtype == micro_batch.labels.dtype == np.int64
     assert micro_batch.tokens == 8
 
 
