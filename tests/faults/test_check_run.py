@@ -1,5 +1,6 @@
 """`doctor.py --check-run` and `--resume` agree about every folder: what the one calls possible the other does."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.any_inputs import check_inputs, many_inputs
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
+from hypothesis import strategies as st
 
-from trainer.tools.doctor.run_checks import inspect_run
+from trainer.config.errors import UserError
+from trainer.tools.doctor.run_checks import inspect_run, run_check
+from trainer.training.checkpoint import resolve_checkpoint
 
 NEWEST, ROWS, STATE = "checkpoints/step-000004", "metrics.jsonl", "state.safetensors"
 
@@ -52,6 +57,19 @@ def put_instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None
     return damage
 
 
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = "--mode full --block-size 16 --global-batch 6 --max-steps 4 --save-every 2 --eval-every 2 --num-samples 0"
+    return tiny_argv(tiny_model, data_files, text, "--wandb", "disabled")
+
+
+@pytest.fixture(scope="module")
+def finished_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(argv, out=folder)
+    return folder
+
+
 #: what is done to a finished run of four steps with checkpoints at 2 and 4
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "nothing": lambda run: None,
@@ -74,6 +92,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "other data": edit("data.fingerprint", "0" * 64),
     "another base": edit("model.fingerprint", "0" * 16),
     "nothing trained": edit("model.trainable", "many"),
+    "weights cut": lambda run: os.truncate(run / "model/model.safetensors", 100),
 }
 
 
@@ -100,14 +119,11 @@ SAMPLE += ("another base", "nothing trained")
 @pytest.mark.parametrize(
     "damages", [SAMPLE, pytest.param(tuple(DAMAGES), marks=pytest.mark.sweep)], ids=["some", "all"]
 )
-def test_check_run_and_resume_agree_about_every_damaged_folder(damages, tiny_model, data_files, tmp_path):
-    text = "--mode full --block-size 16 --global-batch 6 --max-steps 4 --save-every 2 --eval-every 2 --num-samples 0"
-    argv = tiny_argv(tiny_model, data_files, text, "--wandb", "disabled")
-    train(argv, out=tmp_path / "run")
+def test_check_run_and_resume_agree_about_every_damaged_folder(damages, argv, finished_run, tmp_path):
     folder = tmp_path / "damaged"
     expected = {}
     for name in damages:
-        run = Path(shutil.copytree(tmp_path / "run", folder / name.replace(" ", "-")))
+        run = Path(shutil.copytree(finished_run, folder / name.replace(" ", "-")))
         DAMAGES[name](run)
         (check,) = (check for check in inspect_run(run).uses if check.name == "resume")
         expected[run.name] = (check.level == "ok" and "--allow-change" not in check.message, check.message)
@@ -125,3 +141,50 @@ def test_check_run_and_resume_agree_about_every_damaged_folder(damages, tiny_mod
     assert not disagreements, "\n".join(disagreements)
     assert expected["nothing"] == (True, "from step-000004")
     assert not expected["rows-twice"][0]
+
+
+def test_damage_is_named_and_looking_changes_nothing(finished_run, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("[!.]*")}
+    assert run_check(finished_run) == 0
+    output = capsys.readouterr().out
+    assert "ok       end                  finished after step 4" in output
+    assert "ok       export               of step-000004" in output
+    assert "ok       compare              yes" in output
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("[!.]*")} == before
+    for damage, name, message in (
+        ("tensors changed", "step-000004", "was changed since it was written"),
+        ("a row broken", "metrics.jsonl", "line "),
+        ("another rate", "settings", "by run.json lr is 0.5 and was"),
+        ("an evaluation cut", "eval_records/", "not whole records of an evaluation"),
+        ("weights cut", "model/model.safetensors", "not a whole safetensors file"),
+    ):
+        run = Path(shutil.copytree(finished_run, tmp_path / damage))
+        DAMAGES[damage](run)
+        assert run_check(run) == 1
+        assert re.search(rf"^error +{name}\S* +.*{message}", capsys.readouterr().out, re.M), damage
+    with pytest.raises(UserError, match=r"--check-run .*missing: no such folder"):
+        run_check(tmp_path / "missing")
+
+
+BYTES = st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size=40))
+
+
+@many_inputs(50)
+def test_no_damage_to_any_file_ends_in_a_traceback(finished_run, tmp_path, num_inputs, capsys):
+    """Also what reads the checkpoints alone."""
+    files = sorted(path.relative_to(finished_run) for path in finished_run.rglob("*") if path.is_file())
+
+    def check(damages):
+        folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
+        for name, (start, length, replacement) in damages.items():
+            content = bytearray((folder / name).read_bytes())
+            start %= max(1, len(content))
+            content[start : start + length] = replacement
+            (folder / name).write_bytes(content)
+        with contextlib.suppress(UserError):
+            resolve_checkpoint(folder / "checkpoints", "latest")
+        run_check(folder)
+        capsys.readouterr()
+        shutil.rmtree(folder)
+
+    check_inputs(num_inputs, check, st.dictionaries(st.sampled_from(files), BYTES, min_size=1, max_size=2))
