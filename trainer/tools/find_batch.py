@@ -38,10 +38,8 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     """
     context = plan.dist_context
     if context.num_nodes > 1:
-        raise UserError(
-            f"--find-batch: {context.world_size} ranks on several hosts; expected one host: try its "
-            f"{context.local_world_size} ranks there, with as many times smaller a --global-batch"
-        )
+        remedy = "expected one host, with as many times smaller a --global-batch as it has fewer ranks"
+        raise UserError(f"--find-batch: {context.world_size} ranks on several hosts; {remedy}")
     if context.rank > 0:
         return 0
     per_rank, sizes = plan.schedule.batch.global_batch // context.world_size, [1]
@@ -57,10 +55,8 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
         speeds[size] = trial["tokens_per_second"]
         print(f"{size:>11}  {speeds[size]:>8,.0f}  {trial['peak_memory_bytes'] / 2**30:.2f} GiB", flush=True)
     if not speeds:
-        raise TrainingError(
-            "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
-            "or a shorter --block-size need less"
-        )
+        remedy = "--ds-config zero3 or zero2_offload, --mode lora or a shorter --block-size need less"
+        raise TrainingError(f"--find-batch: not even the smallest micro-batch fits; {remedy}")
     best = next(n for n, speed in speeds.items() if speed >= (1 - EQUAL_SPEED_SHARE) * max(speeds.values()))
     print(f"suggestion     --micro-batch {best}: {speeds[best]:,.0f} tokens/s; nothing was trained", flush=True)
     return 0

@@ -37,13 +37,8 @@ MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing")
 def run_doctor(
     cli_args: CliArgs, *, world_size: int | None, gpu_memory_bytes: int | None = None, proves: bool = False
 ) -> int:
-    """All sections; 0, or 1 where there was an error.
-
-    `world_size`: ranks that the run will have (None: one for each GPU of this machine). `proves`: in the place of the
-    rehearsal every ZeRO stage and way to run steps is held against a plain loop.
-
-    For GPUs that are planned for and not here, what this machine has is not looked at.
-    """
+    """All sections; 0, or 1 where there was an error. `world_size`: ranks that the run will have (None: one for each
+    GPU of this machine). For GPUs that are planned for and not here, what this machine has is not looked at."""
     context = simulated_context(world_size or max(1, torch.cuda.device_count()), gpu_memory_bytes=gpu_memory_bytes)
     console, counts, title = make_console(), dict.fromkeys(LEVELS, 0), ""
 
@@ -162,11 +157,9 @@ def rehearse(cli_args: CliArgs, plan: RunPlan) -> Iterator[Check]:
             run = read_folder(Path(temp, "run"))
             losses.append([*run.steps["loss"][save_step:], run.evals["loss"][-1]])
             if name == "rehearsal":
-                message = (
-                    f"{2 * save_step} steps, evaluations, checkpoints and export in {seconds:.0f} s, validation loss "
-                )
-                peak = format_bytes(run.summary["peak_memory_bytes"])
-                message += f"{run.evals['loss'][0]:.4f} to {run.evals['loss'][-1]:.4f}, {peak} at most on a rank"
+                first, last, peak = *run.evals["loss"][[0, -1]], format_bytes(run.summary["peak_memory_bytes"])
+                message = f"{2 * save_step} steps, evaluations, checkpoints and export in {seconds:.0f} s, "
+                message += f"validation loss {first:.4f} to {last:.4f}, {peak} at most on a rank"
                 yield Check(OK, name, message)
     difference = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
     # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.

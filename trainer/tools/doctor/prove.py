@@ -35,23 +35,19 @@ NUM_STEPS = 3  # that are compared, after those before which no CUDA graph is re
 WEIGHT_BOUNDS = {"fp32": (0.05, 1e-3), "bf16": (0.25, 0.1)}
 PLAIN = "plain PyTorch"
 
-#: `ds_config`, `world_size` and `execution` of a row of the table.
-Row = dict[str, Any]
-
 
 def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
     """One check a row, as it is done."""
     precision, context = plan.precision, plan.dist_context
     if precision not in WEIGHT_BOUNDS:
-        raise UserError(
-            f"--precision {precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
-        )
+        problem = "its loss scale has no plain counterpart; use fp32 or bf16"
+        raise UserError(f"--precision {precision} with --prove: {problem}")
     num_first_steps = 0 if context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
     num_steps = min(num_first_steps + NUM_STEPS, plan.schedule.total_steps)
     settings = proof_settings(plan.settings).as_dict()
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
 
-        def run(row: Row) -> dict[str, Any]:
+        def run(row: dict[str, Any]) -> dict[str, Any]:
             job = {"settings": settings, "data": str(data.folder), "num_steps": num_steps, "precision": precision}
             job |= {"reference": f"{scratch}/reference.pt", **row}
             timeout = plan.settings.engine.hang_timeout
@@ -67,17 +63,14 @@ def prove(plan: RunPlan, data: PreparedDataset) -> Iterator[Check]:
         for row in [row for world_size in sorted({1, context.world_size}) for row in list_rows(plan, world_size)]:
             measured = run(row)
             verdict = judge_row(measured, precision)
-            message = f"{row['execution']:<8} {verdict}: {measured['problem']}"
+            message = f"{row['execution']:<8} {verdict}: "
             if verdict != "failed":
-                message = (
-                    f"{row['execution']:<8} {verdict}: loss {measured['loss_difference']:.0e}, gradient norm "
-                    f"{measured['norm_difference']:.0e}, weights {measured['weight_difference']:.1%} of their steps"
-                )
-            remedy = (
-                f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report this row"
-            )
+                message += f"loss {measured['loss_difference']:.0e}, gradient norm {measured['norm_difference']:.0e}, "
+                message += f"weights {measured['weight_difference']:.1%} of their steps"
+            remedy = f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report it"
             if verdict == "fell back":
-                message, remedy = f"{message}; {measured['problem']}", "none needed: the numbers are right"
+                message, remedy = f"{message}; ", "none needed: the numbers are right"
+            message += measured["problem"]
             level = WARNING if verdict == "fell back" else ERROR
             yield judge(verdict != "equal", level, f"{row['ds_config']} x {row['world_size']}", message, remedy)
 
@@ -92,7 +85,8 @@ def proof_settings(settings: Settings) -> Settings:
     )
 
 
-def list_rows(plan: RunPlan, world_size: int) -> list[Row]:
+def list_rows(plan: RunPlan, world_size: int) -> list[dict[str, Any]]:
+    """`ds_config`, `world_size` and `execution` of each row on so many ranks."""
     if plan.schedule.batch.global_batch % world_size:
         return []
     rows = []

@@ -25,8 +25,7 @@ def inspect_run(folder: Path) -> Inspection:
     """Read everything in a run folder; UserError where there is no such folder. Nothing is changed."""
     if not folder.is_dir():
         raise UserError(f"--check-run {folder}: no such folder; expected a run folder, for instance runs/<run name>")
-    found = Inspection([], [])
-    blockers = {"running": "", "metadata": "", "checkpoint": "no whole checkpoint", "rows": ""}
+    found, running = Inspection([], []), ""
 
     def add(name: str, problem: str | None, message: str = "", level: str = ERROR) -> bool:
         """One thing that was looked at: `problem`, or none and what there is to say of it. Whether there is none."""
@@ -39,7 +38,7 @@ def inspect_run(folder: Path) -> Inspection:
             lock.acquire()
         except UserError as error:
             add("running", str(error), level=WARNING)
-            blockers["running"] = "it is running" if isinstance(error, FolderInUseError) else str(error)
+            running = "it is running" if isinstance(error, FolderInUseError) else str(error)
         finally:
             lock.release()
     metadata: dict[str, Any] = {}
@@ -48,11 +47,10 @@ def inspect_run(folder: Path) -> Inspection:
         add("run.json", None, f"run {metadata['name']}, --mode {metadata['mode']}")
     except UserError as error:
         add("run.json", f"{error}; restore it: without it nothing can be done with the run")
-        blockers["metadata"] = "run.json cannot be read"
     newest = None  # whole checkpoint
     for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
         if add(path.name, damage, "whole") and newest is None:
-            newest, blockers["checkpoint"] = checkpoint, ""
+            newest = checkpoint
 
     last: Record | None = None
     path, num_rows, problem = folder / METRICS_FILE, 0, ""
@@ -67,12 +65,11 @@ def inspect_run(folder: Path) -> Inspection:
         last, problem = None, str(error).removeprefix(f"{path}, ")
     if last is not None:
         has_finished = isinstance(last, EventRecord) and last.event == "finished"
-        if has_finished or not blockers["running"]:  # where a launcher was killed its exit code does not tell
+        if has_finished or not running:  # where a launcher was killed its exit code does not tell
             unfinished = None if has_finished else f"not finished: its last row is of step {last.step}"
             add("end", unfinished, f"finished after step {last.step}", level=WARNING)
     add(METRICS_FILE, problem, f"{num_rows} rows")
-    if problem and path.exists():
-        blockers["rows"] = f"{METRICS_FILE} is damaged"
+    no_rows = f"{METRICS_FILE} is damaged" if problem and path.exists() else "" if num_rows else "no rows"
 
     damaged_evaluations = find_damaged_evaluations(folder / EVAL_RECORDS_FOLDER)
     for path, damage in damaged_evaluations.items():
@@ -80,9 +77,8 @@ def inspect_run(folder: Path) -> Inspection:
     if (folder / EVAL_RECORDS_FOLDER).is_dir() and not damaged_evaluations:
         num_evaluations = len(list((folder / EVAL_RECORDS_FOLDER).glob("step-*")))
         add(EVAL_RECORDS_FOLDER, None, f"{num_evaluations} evaluations")
-    changes = find_changed_records(folder, newest) if newest else {}
     if newest:
-        changed = "; ".join(f"{name}: {change}" for name, change in changes.items())
+        changed = "; ".join(f"{name}: {change}" for name, change in find_changed_records(folder, newest).items())
         add("rows", changed, f"as they were when {newest.folder.name} was saved")
         edited = find_edited_settings(metadata, newest) if metadata else ""
         add("settings", edited, f"those of {newest.folder.name}")
@@ -90,11 +86,11 @@ def inspect_run(folder: Path) -> Inspection:
         add(str(path.relative_to(folder)), weights_file_problem(path), "a whole safetensors file")
 
     no_resume, origin = _check_resume(folder, metadata)
-    to_compare = blockers["metadata"] or blockers["rows"] or ("" if num_rows else "no rows")
+    no_metadata = "" if metadata else "run.json cannot be read"
     for use, blocker, message in (
-        ("resume", blockers["running"] or no_resume, f"from {origin}"),
-        ("export", blockers["metadata"] or blockers["checkpoint"], f"of {newest.folder.name if newest else ''}"),
-        ("compare", to_compare, "yes"),
+        ("resume", running or no_resume, f"from {origin}"),
+        ("export", no_metadata or ("" if newest else "no whole checkpoint"), f"of {newest and newest.folder.name}"),
+        ("compare", no_metadata or no_rows, "yes"),
     ):
         found.uses.append(Check(ERROR, use, f"not possible: {blocker}") if blocker else Check(OK, use, message))
     return found

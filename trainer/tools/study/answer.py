@@ -1,8 +1,7 @@
 """The answer of a study: its fresh runs compared on the test split by its rule, as launch/compare.py compares any.
 
 What a study adds: which comparison is the primary one, that only test records may judge, that all runs must have been
-computed alike, and what the claim is conditional on. Beside it stand the searches, as loss against rate: those
-settings were chosen by what the curves show, so nothing there is a claim with the answer's level.
+computed alike, what the claim is conditional on, and what can be shown before the records and seeds are spent.
 """
 
 import json

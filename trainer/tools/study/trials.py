@@ -199,9 +199,6 @@ def run_outcome(run: Path) -> tuple[float | None, bool]:
 
 # --- what a step of each finalist takes: short runs in alternation on one machine, after all trials are done ---
 
-# A run's own clock says what the machine was busy with while it ran. Two finalists that take turns share that, and of
-# each step the least over the rounds counts: other work only ever makes one longer.
-
 
 class Timing(BaseModel):
     """Seconds of each step of each primary method, a list a round, and its peak memory: the content of timing.json."""
@@ -214,7 +211,7 @@ class Timing(BaseModel):
     reason: str = ""  #: why there are none
 
     def _mean_seconds(self, method: str, left_out: int | None = None) -> float:
-        """Seconds of a step: of each step the least over the rounds but one, the mean over the steps."""
+        """Of a step: of each the least over the rounds but one (other work only makes one longer), then the mean."""
         rounds = [seconds for n, seconds in enumerate(self.step_seconds[method]) if n != left_out]
         return float(np.mean(np.min(rounds, axis=0)))
 
@@ -232,10 +229,8 @@ class Timing(BaseModel):
         (full, lora), (low, *_, high) = map(self._mean_seconds, METHODS), self.ratios
         reason = ""
         if high > MAX_SPREAD * low:
-            reason = (
-                f"the machine was busy: LoRA's steps took {low:.2f}x to {high:.2f}x full's, by which round is left "
-            )
-            reason += f"out; without {TIMING_FILE} they are timed again"
+            reason = f"the machine was busy: LoRA's steps took {low:.2f}x to {high:.2f}x full's, by which round is "
+            reason += f"left out; without {TIMING_FILE} they are timed again"
         ratio = None if reason else lora / full
         return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora)
 
