@@ -233,6 +233,12 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [  # flags, an edit of run.jso
 ]
 
 
+def read_contents(folder: Path) -> dict[Path, bytes]:
+    """All files but logs, of W&B's client too, and the lock, which names who came last."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not {"wandb", "log", LOCK_FILE} & {*path.parts})
+    return {path: path.read_bytes() for path in files}
+
+
 def resume_each(argvs: list[list[str]]) -> int:
     """Resume these runs one after another in this process; the lowest exit code."""
     return min(run_train_script(["--mode", "lora", "--resume", *argv]) for argv in argvs)
@@ -247,13 +253,13 @@ def test_a_resume_that_would_give_other_numbers_is_refused_in_one_line(finished_
         if edit:
             edit_settings(folder, *edit)
         argvs.append([*flags.replace("OTHER", other_data).split(), "--output-dir", str(folder)])
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = read_contents(tmp_path)
     assert run_on_ranks(1, resume_each, argvs, log=log) == 2, log.read_text()
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     for line, (_, _, expected) in zip(lines, REFUSED, strict=True):
         assert expected in line
     assert "Traceback" not in log.read_text()
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != log} == before
+    assert read_contents(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -274,16 +280,12 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
     """Not even under --resume auto, which a requeued job passes; one that never had a checkpoint does begin again."""
     shutil.rmtree(folder / "checkpoints")
 
-    def contents():  # but for the log of W&B's client, which ends after the run
-        files = (path for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts)
-        return {path: path.read_bytes() for path in files}
-
-    before = contents()
+    before = read_contents(folder)
     rows, log = (folder / "metrics.jsonl").read_bytes(), tmp_path / "log"
     argv = ["--mode", "lora", "--resume", "auto", "--output-dir", str(folder)]
     assert run_on_ranks(1, run_train_script, argv, log=log) == 2, log.read_text()
     assert "--allow-change records to begin again" in log.read_text()
-    assert contents() == before
+    assert read_contents(folder) == before
     assert find_resume_source(folder, "latest", base="", allows_records=True) == (None, "")
     with pytest.raises(UserError, match=f"by its rows it saved one after step {STEPS}; restore it"):
         find_resume_source(folder, "latest", base="", allows_records=False)
