@@ -6,15 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
-import pytest
 from helpers.fake_hub import COMMIT, TOKEN, fake_hub
 from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trainer.config.errors import UserError
-from trainer.data import hf_hub
 from trainer.distributed.machine import find_free_port
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -80,23 +76,3 @@ def test_model_and_data_of_the_hub_come_once_to_a_host_as_the_variables_say_and_
     output = train_in_fresh_process([*argv, "--dry-run"], HF_HUB_OFFLINE="1", **places)
     assert output.splitlines()[-1] == "exit code 0", output
     assert "data           me/set:one: " in output
-
-
-def test_an_adapters_download_that_broke_off_is_said_and_made_again(monkeypatch, tmp_path):
-    def break_off(*_, **__):
-        raise OSError("connection reset")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with fake_hub() as hub:
-        hub.files["me/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
-        url = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        with monkeypatch.context() as broken:
-            broken.setattr(huggingface_hub, "snapshot_download", break_off)
-            with pytest.raises(UserError, match=r"^--model me/adapter: cannot be downloaded .*reset"):
-                hf_hub.find_adapter_folder("me/adapter")
-        folder = hf_hub.find_adapter_folder("me/adapter")
-        num_requests = len(hub.requests)
-        assert hf_hub.find_adapter_folder("me/adapter") == folder
-        assert len(hub.requests) == num_requests, "it is here now"
-    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"

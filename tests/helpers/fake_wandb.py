@@ -52,17 +52,15 @@ class FakeRun:
         return {key: entry["value"] for key, entry in self.config.items() if key != "_wandb"}
 
     def metric_definitions(self) -> dict[str, Json]:
-        """What define_metric said, {name or pattern: {"axis": ..., "summary": [numbers]}}.
+        """What define_metric said, {name or pattern: {"axis": ...}}.
 
         The client packs it into config._wandb.value.m, keyed by field numbers of its own protocol (1 name,
-        2 pattern, 5 place of the x axis in this list counted from 1, 7 what the summary keeps).
+        2 pattern, 5 place of the x axis in this list counted from 1).
         """
         definitions = self.config.get("_wandb", {}).get("value", {}).get("m", [])
-        names = [definition.get("1") or definition.get("2") for definition in definitions]
-        return {
-            name: {"axis": names[definition["5"] - 1] if definition.get("5") else None, "summary": definition.get("7")}
-            for name, definition in zip(names, definitions, strict=True)
-        }
+        names = [each.get("1") or each.get("2") for each in definitions]
+        axes = (names[each["5"] - 1] if each.get("5") else None for each in definitions)
+        return {name: {"axis": axis} for name, axis in zip(names, axes, strict=True)}
 
     def to_graphql(self) -> Json:
         """The run as answers name it."""

@@ -1,4 +1,4 @@
-"""What is called how on Weights & Biases: the one place that knows; needs neither it nor torch.
+"""What is called how on Weights & Biases and TensorBoard: the one place that knows; needs neither of them, nor torch.
 
 The names are those of Hugging Face's Trainer, so that its runs and ours share their panels. Every row carries all x
 axes (`AXES`): runs with different batches line up by epoch, examples or tokens.
