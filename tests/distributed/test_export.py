@@ -393,6 +393,6 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
 def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, fast_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", fast_python)
     request = {"run_folder": str(full_run), "checkpoint": "step-5", "output_dir": str(tmp_path / "model")}
-    with pytest.raises(TrainingError, match="model not written: .* whole checkpoints there"):
+    with pytest.raises(TrainingError, match=r"model not written: .* whole checkpoints there"):
         export_in_fresh_process(request)
     assert not (tmp_path / "model").exists()

@@ -122,9 +122,10 @@ class LogLines(logging.Handler):
 
     def __init__(self, progress_bar: ProgressBar) -> None:
         super().__init__(logging.INFO)
-        self._progress_bar = progress_bar
-        logging.getLogger("trainer").setLevel(logging.INFO)
-        logging.getLogger("trainer").addHandler(self)
+        self._progress_bar, self._logger = progress_bar, logging.getLogger("trainer")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # no second line where the root logger has a handler
+        self._logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
@@ -133,7 +134,8 @@ class LogLines(logging.Handler):
 
     def close(self) -> None:
         """Let go of the logging."""
-        logging.getLogger("trainer").removeHandler(self)
+        self._logger.removeHandler(self)
+        self._logger.propagate = True
         super().close()
 
 
