@@ -212,8 +212,7 @@ def _refuse_model(model: str, file: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"--model {model}: {error}") from None
     except Exception as error:
-        source = find_model(model)
-        folder = Path(source.path)
+        source, folder = find_model(model), Path(find_model(model).path)
         problem = f"{file} cannot be used: {model_files.reason(error)}"
         if isinstance(error, OSError) and not (folder / file).exists():
             problem = f"has no {file}"

@@ -6,7 +6,6 @@ Weights are random unless a folder has real ones.
 """
 
 import argparse
-import math
 import os
 import statistics
 import tempfile
@@ -68,10 +67,10 @@ def measure_steps(args: argparse.Namespace) -> int:
         cells.append([row["mode"], row["name"], row["problem"], "", "", ""])
         if not row["problem"]:
             step_seconds, last = statistics.median(seconds), row["results"][-1]
-            ratios = [base / own for base, own in zip(baseline, seconds, strict=False)] or [math.nan]
+            ratios = [base / own for base, own in zip(baseline, seconds, strict=False)]
             cells[-1][1:] = [f"{row['name']} ({last['ran_by']})" if last["ran_by"] else row["name"]]
             cells[-1] += [f"{1000 * step_seconds:.1f}", f"{last['tokens'] / step_seconds:,.0f}"]
-            cells[-1] += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"]
+            cells[-1] += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""]
             cells[-1] += [f"{max(result['peak_memory_bytes'] for result in row['results']) / 2**30:.2f}"]
     print(f"\n{markdown_table(STEPS_HEADINGS, cells)}\n\n{EXPLANATION}")
     return _print_workload(rows, args)
@@ -81,12 +80,13 @@ def measure_memory(args: argparse.Namespace, flags_of_methods: Mapping[str, str]
     """Measure every method and print the table; 1 where one failed."""
     rows = [{"flags": flags_of_methods[name], "program": name, "without": ""} for name in args.methods]
     measure_rows(rows, args, saves=True)
-    cells = [[row["program"], row["problem"], "", "", "", ""] for row in rows]
-    for row, own in zip(rows, cells, strict=True):
+    cells = []
+    for row in rows:
+        cells.append([row["program"], row["problem"], "", "", "", ""])
         for result in row["results"]:
             sizes = [result[name] / 2**20 for name in ("optimizer_bytes", "grown_bytes", "checkpoint_bytes")]
             speed = f"{result['tokens'] / result['step_seconds']:,.0f}"
-            own[1:] = [f"{result['trainable']:,}", *(f"{size:,.1f}" for size in sizes), speed]
+            cells[-1][1:] = [f"{result['trainable']:,}", *(f"{size:,.1f}" for size in sizes), speed]
     print(f"\n{markdown_table(MEMORY_HEADINGS, cells)}\n")
     return _print_workload(rows, args)
 
@@ -115,7 +115,7 @@ def _print_workload(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace)
     if results := [result for row in rows for result in row["results"]]:
         packages = ", ".join(f"{name} {number}" for name, number in results[0]["versions"].items() if number)
         workload = f"{args.model}, {args.global_batch} rows of {args.block_size} tokens, {args.precision}"
-        rounds = f"{args.steps} steps after {args.warmup_steps}, {len(rows[0]['results'])} times"
+        rounds = f"{args.steps} steps after {args.warmup_steps}, {getattr(args, 'rounds', 1)} times"
         print("{}, {hardware}, {threads} threads; {}; {}".format(workload, packages, rounds, **results[0]))
     return int(any(row["problem"] for row in rows))
 
