@@ -235,13 +235,8 @@ class ChatTemplate:
 
         previous = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, 1)
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.template,
-                **options,
-                **self.tokenizer.special_tokens_map,
-            )  # type: ignore[misc, unused-ignore]
+            marks: dict[str, Any] = {**options, **self.tokenizer.special_tokens_map}
+            texts, spans = render_jinja_template([messages], tools=tools, chat_template=self.template, **marks)
         except (TimeoutError, MemoryError) as error:  # as it would on the next record
             limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_SECONDS} s"
             problem = f"the chat template takes more than {limit} for one conversation"

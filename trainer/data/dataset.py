@@ -1,11 +1,9 @@
 """Prepared rows of token ids: a writer for each split, and their folder, named when whole, hashed, mapped."""
 
-import contextlib
 import errno
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +27,6 @@ Int64 = NDArray[np.int64]
 FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
-ABANDONED_AFTER_SECONDS = 48 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
 #: What makes no whole row: what is said of it, and the remedy where that leaves no row or is refused.
@@ -37,7 +34,7 @@ PROBLEMS = {
     "too long": ("records are longer than --block-size {} tokens and are left out", "raise --block-size"),
     "cut": ("conversations are cut at --block-size {} tokens", ""),
     "tools": ("conversations have tools, which the chat template does not write", ""),
-    "unusable": ("conversations cannot be trained on and are left out", "correct them, or --unusable-records drop"),
+    "unusable": ("conversations cannot be trained on and are left out", "correct them or pass --unusable-records drop"),
 }
 
 
@@ -188,11 +185,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def load_or_build(
     folder: Path, write_contents: Callable[[Path], dict[str, Any]], *, source: str, log: Callable[[str], None]
 ) -> PreparedDataset:
-    """What is in the folder, made anew where a file of it is not what was written there.
-
-    `write_contents` fills a new folder, which is named once all is on the disk, and returns its manifest. Of several
-    that make the same folder at once the first to finish names it, the others throw theirs away.
-    """
+    """What is in the folder, made anew where a file of it is not what was written there: `write_contents` fills a new
+    one and returns its manifest. Of several that make one folder at once the first to finish names it."""
     was_there = folder.exists()
     try:
         for name, expected in read_manifest(folder)["sha256"].items():
@@ -201,10 +195,6 @@ def load_or_build(
         return load(folder, source=source)
     except (OSError, ValueError) as error:
         problem = error
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of killed runs; a young one may still be written
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
     try:
         if was_there:  # one that came since then is another run's, and whole
             log(f"prepared data are damaged and are made anew ({problem})")
@@ -222,11 +212,8 @@ def load_or_build(
 
 class SplitWriter:
     """Writes the rows of one split and hashes them; memory does not grow with them, but for ids of evaluation records.
-
-    counts: what run.json says of the split; parts: likewise, of each data set of a mixture; problems: {what made no
-    whole row: (how many records, where the first is)}; example: the first training row, with its target tokens marked;
-    texts: {one of the first validation prompts: the records of it as (prompt, completion)}.
-    """
+    counts, parts: what run.json says of the split, and of each data set of a mixture; problems: {what made no whole
+    row: (how many records, where the first is)}; texts: {one of the first validation prompts: its records}."""
 
     def __init__(
         self,

@@ -1,9 +1,7 @@
 """Which evaluation records are not new: equal to earlier records, near copies of one, or with the prompt of one.
-
 Blanks, case and invisible characters do not tell two apart. A near copy shares 0.8 or more of its shingles of 13 tokens
 (words, punctuation marks, single Chinese and Japanese characters) with one earlier record; those that a tenth of the
-training records have are a template's and do not count, nor do system messages.
-"""
+training records have are a template's and do not count, nor do system messages."""
 
 import math
 import re

@@ -120,10 +120,6 @@ def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(tmp_path, 
         load(left)
     prepared, _ = prepare_pairs()
     assert prepared.metadata["train"]["records"] + prepared.metadata["val"]["records"] == 60
-    os.utime(left, (0, 0))
-    shutil.rmtree(prepared.folder)
-    prepare_pairs()  # which sweeps away what was left
-    assert os.listdir(prepared.folder.parent) == [prepared.folder.name]
 
 
 def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_pairs):
