@@ -26,6 +26,7 @@ from trainer.training.checkpoint import (
     load_weights,
     resolve_checkpoint,
 )
+from trainer.training.run_folder import find_resume_source
 
 
 @pytest.fixture
@@ -146,3 +147,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(name,
     with pytest.raises(UserError, match=r"step-(00000)?3") as caught:
         resolve_checkpoint(folder.parent, "step-3")
     assert "\n" not in str(caught.value)
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path):
+    save_stub_checkpoint(tmp_path / "checkpoints", 4)
+    with pytest.raises(UserError, match=r"step-000004 is of a run on another base model \(test, here other\)"):
+        find_resume_source(tmp_path, "latest", base="other", allows_records=False)
