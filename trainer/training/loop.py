@@ -124,9 +124,7 @@ def _run_due_actions(
             return replace(state, stop_requested=True)
         for evaluation in results.values():
             if not math.isfinite(evaluation.loss):
-                message = (
-                    f"evaluation after step {step}: validation loss {evaluation.loss}; earlier checkpoints are whole"
-                )
+                message = f"evaluation after step {step}: validation loss {evaluation.loss}; checkpoints are whole"
                 yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
                 raise TrainingError(f"{message}; {_NON_FINITE_HINT}")
         axes = schedule.record_axes(state) | {"time": stopwatch()}
