@@ -152,17 +152,9 @@ def _hash_files(source: Source) -> tuple[str, ...]:
     return tuple(hashes)
 
 
-def refuse_changed(sources: list[Source]) -> None:
-    """UserError where a file is no longer what it was when it was hashed."""
-    for source in sources:
-        if _hash_files(source) != source.hashes:
-            raise UserError(f"{source.where()}: a file changed while it was read; start again when it is complete")
-
-
 def block_size_for(lengths: Sequence[int], objective: Objective | None, max_positions: int | None) -> int:
-    """For rows of their own the least of BLOCK_SIZES that holds every sampled record; for joined texts
-    MAX_JOINED_BLOCK, or less where the texts would fill fewer than MIN_BLOCKS of them. Never more than the model's
-    positions. `lengths`: tokens of the sampled records; as many as NUM_SAMPLED_RECORDS stand for more."""
+    """For rows of their own the least of BLOCK_SIZES that holds every sampled record; for joined texts the largest of
+    which they fill MIN_BLOCKS. `lengths`: tokens of the records; as many as NUM_SAMPLED_RECORDS stand for more."""
     if objective == "completion":
         longest = max(lengths, default=0)
         size = next((size for size in BLOCK_SIZES if size >= longest), BLOCK_SIZES[-1])
@@ -243,7 +235,9 @@ def write_rows(
                 writers["train"].end_part(source.spec, source.share)
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
-    refuse_changed(sources)
+    for source in sources:
+        if _hash_files(source) != source.hashes:
+            raise UserError(f"{source.where()}: a file changed while it was read; start again when it is complete")
     used = [split for split in splits if split in ("train", "val") or writers[split].counts["records"]]
     joined_fingerprints = " ".join(fingerprints[split] for split in used if split != "retain")
     notices = [line for writer in writers.values() for line in writer.notices(settings.unusable_records)]
