@@ -122,7 +122,7 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     for heading, text in markdown_sections(comparison):
         blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
     return wr.Report(
-        **{"entity": "entity", "project": "project", **place},
+        **place,
         title=title[:128],
         width="fluid",
         description=verdict.sentence[:500],
