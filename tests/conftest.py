@@ -2,7 +2,6 @@
 
 import gc
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ hide_gpus()  # before anything is imported that counts them, and before the serv
 from trainer.distributed.launch_environment import set_library_environment, without_launcher  # noqa: E402
 
 set_library_environment()  # as each program does
-from helpers.fast_python import serve_interpreter  # noqa: E402
 from helpers.tiny_inputs import make_tiny_gpt2, write_records  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,13 +65,6 @@ def data_files(session_dir: Path) -> tuple[str, str]:
         write_records(session_dir / "train.jsonl", num_records=25, seed=1),
         write_records(session_dir / "val.jsonl", num_records=9, seed=2),
     )
-
-
-@pytest.fixture(scope="session")
-def fast_python() -> Iterator[str]:
-    """Path of an interpreter that starts with the heavy packages imported."""
-    with tempfile.TemporaryDirectory(prefix="python-") as folder, serve_interpreter(Path(folder)) as path:
-        yield path
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ what happens where the folder is not the model that was trained.
 import json
 import re
 import shutil
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,20 +42,19 @@ def make_argv(model: str, data_files: tuple[str, str], mode: str, flags: str = "
 
 
 @pytest.fixture(scope="module")
-def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fast_python: str) -> Path:
+def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which only 6 was evaluated."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
-    env = {"TEST_PYTHON": fast_python, **FRESH_EXPORT}
-    train(make_argv(tiny_model, data_files, "full", flags), out=session_dir / "full", env=env)
+    train(make_argv(tiny_model, data_files, "full", flags), out=session_dir / "full", env=FRESH_EXPORT)
     return session_dir / "full"
 
 
 @pytest.fixture(scope="module")
-def lora_run(tiny_model, data_files, strict_zero_files, session_dir: Path, fast_python: str) -> Path:
+def lora_run(tiny_model, data_files, strict_zero_files, session_dir: Path) -> Path:
     """A LoRA run on a random base on two ranks under ZeRO-3."""
     flags = f"--max-steps 4 --init random --ds-config {strict_zero_files['zero3']} --lora-rank 2"
     argv = make_argv(tiny_model, data_files, "lora", flags)
-    train(argv, out=session_dir / "lora", world_size=2, env={"TEST_PYTHON": fast_python, **FRESH_EXPORT})
+    train(argv, out=session_dir / "lora", world_size=2)
     return session_dir / "lora"
 
 
@@ -390,8 +388,7 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
         assert message in find_problems()
 
 
-def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, fast_python, monkeypatch):
-    monkeypatch.setattr(sys, "executable", fast_python)
+def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, monkeypatch):
     request = {"run_folder": str(full_run), "checkpoint": "step-5", "output_dir": str(tmp_path / "model")}
     with pytest.raises(TrainingError, match=r"model not written: .* whole checkpoints there"):
         export_in_fresh_process(request)

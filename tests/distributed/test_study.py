@@ -167,10 +167,10 @@ sys.exit(study.main(sys.argv[1:]))
 """
 
 
-def start_study(python: str, stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
+def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
     code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"), preloaded=STUB_MODULES)
     return subprocess.Popen(
-        [python, "-c", code, *argv],
+        [sys.executable, "-c", code, *argv],
         cwd=stub_dir,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -181,8 +181,8 @@ def start_study(python: str, stub_dir: Path, *argv: str) -> "subprocess.Popen[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.sweep)])
-def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills, fast_python):
-    rng, start = random.Random(7), partial(start_study, fast_python, stub_dir)
+def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills):
+    rng, start = random.Random(7), partial(start_study, stub_dir)
     argv = ["--max-steps", "8", "--workers", "1"]
     for _ in range(num_kills):
         process = start("--output-dir", "killed", *argv)

@@ -296,7 +296,7 @@ def test_an_online_run_sends_all_but_secrets_and_a_table_or_an_alert_that_fails_
 
 
 @pytest.mark.parametrize("is_resumed", [True, False])
-def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path, fast_python) -> None:
+def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path) -> None:
     failing = """
 row = wandb_logger.wandb_row
 def fail_once(record):
@@ -316,7 +316,7 @@ for record in records"""
             assert run_child(tmp_path, "online", first_step=60, **server.env(tmp_path))[0] == 0
         else:
             write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-            upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+            upload = [sys.executable, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
             sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
             assert (sent.returncode, sent.stderr) == (0, "")
             assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
@@ -324,9 +324,9 @@ for record in records"""
     assert (run.exit_code, server.unknown_requests) == (0, [])
 
 
-def test_rows_that_the_server_refuses_are_said_once_and_an_upload_does_not_claim_them(tmp_path, fast_python) -> None:
+def test_rows_that_the_server_refuses_are_said_once_and_an_upload_does_not_claim_them(tmp_path) -> None:
     write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-    upload = [fast_python, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
+    upload = [sys.executable, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
     with FakeWandb(row_status=403) as server:
         exit_code, output = run_child(tmp_path, "online", **server.env(tmp_path))
         sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)

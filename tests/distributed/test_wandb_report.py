@@ -41,9 +41,9 @@ def server() -> Iterator[FakeWandb]:
 
 
 @pytest.fixture
-def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def run_compare(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Runs launch/compare.py in `tmp_path`: `run_compare(argument, ..., server=, VARIABLE=)`."""
-    return partial(run_python, tmp_path, SCRIPT, python=fast_python)
+    return partial(run_python, tmp_path, SCRIPT)
 
 
 def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(server, run_compare, tmp_path) -> None:

@@ -56,7 +56,6 @@ def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any]
     has_packages = "helpers.preload" in sys.modules or environ.get("DS_ACCELERATOR") == "cuda"
     assert has_packages, "the server has imported nothing"
     os.environ.update(environ)
-    sys.executable = environ.get("TEST_PYTHON", sys.executable)  # `fast_python`, for what a rank starts
     with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             exit_code = target(*args)
