@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.engines import plan_run
 from helpers.launch_ranks import make_process
@@ -17,21 +16,13 @@ from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools import find_batch
 from trainer.tools.trial_engine import run_job
 
-STEPS = 100
-LRS = np.geomspace(1e-7, 1.0, STEPS).tolist()
-
-
-def make_argv(model: str, data_files: tuple[str, str], flags: str) -> list[str]:
-    text = f"--objective completion --block-size 32 --save-every never --wandb disabled {flags}"
-    return tiny_argv(model, data_files, text)
-
 
 @pytest.fixture
 def planned(tiny_model: str, data_files: tuple[str, str], tmp_path: Path) -> Any:
     """On two ranks of one host."""
     make_process(target=print, args=())  # starts the server from which this process forks all others
-    argv = make_argv(tiny_model, data_files, f"--mode full --global-batch 24 --output-dir {tmp_path}/run")
-    return plan_run(argv, simulated_context(2), on_meta=True)
+    text = f"--mode full --global-batch 24 --objective completion --block-size 32 --output-dir {tmp_path}/run"
+    return plan_run(tiny_argv(tiny_model, data_files, text), simulated_context(2), on_meta=True)
 
 
 def find(planned: Any, capsys: Any) -> list[str]:
