@@ -200,19 +200,6 @@ def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_pa
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("line", [b"half\n", b"x" * 5000 + b"\n"])
-def test_a_broken_line_within_a_metrics_file_is_refused_with_file_and_line_and_not_resumed_from(
-    line, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)  # a longer one is not read into memory
-    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
-    path.write_bytes(whole + line + whole)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
-        list(read_records(path))
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*; cannot resume from a damaged file"):
-        rewind(path, 60)
-
-
 ROWS = [json.loads(to_line(record)) for record in (STEP, EVENT, EVAL)]
 LINES = st.builds(
     lambda row, edits: json.dumps({**row, **{key: edits[key] for key in edits if key in row}}).encode(),
