@@ -1,5 +1,6 @@
 """One process writes into a run folder at a time."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -53,6 +54,15 @@ class RunLock:
         if self._file >= 0:
             os.close(self._file)
             self._file, self.is_held = -1, False
+
+
+def lock_identity(folder: Path) -> tuple[int, int] | None:
+    """What is equal on all hosts that see one run folder, of its lock file; this is not opened, as closing it would let
+    go of this process's lock."""
+    with contextlib.suppress(OSError):
+        status = (folder / LOCK_FILE).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _lock(file: int) -> bool:

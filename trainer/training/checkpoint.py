@@ -31,7 +31,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.config.fields import Float, NonNegativeInt, Text
 from trainer.config.files import new_folder, open_plain_file, read_json_object, write_atomically
 from trainer.model import optimizer
-from trainer.tracking.run_lock import LOCK_FILE
+from trainer.tracking.run_lock import lock_identity
 from trainer.training.schedule import TrainState
 
 if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
@@ -345,9 +345,7 @@ def _open_tensors(
 
     if context is None or context.num_nodes == 1:
         return read_layout(), safe_open(path, framework="pt", device=str(device)).get_tensor
-    layout, lock = context.on_rank_zero(read_layout), None
-    with contextlib.suppress(OSError):
-        lock = (checkpoint.folder.parents[1] / LOCK_FILE).read_text()
+    layout, lock = context.on_rank_zero(read_layout), lock_identity(checkpoint.folder.parents[1])
     sees_lock = context.all_gather_object(lock)[0] == lock is not None
     is_reader = sees_lock or context.hosts[context.rank] == context.hosts[0]
     read_from_disk = safe_open(path, framework="pt").get_tensor if is_reader else None

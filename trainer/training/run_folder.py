@@ -1,6 +1,5 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
-import contextlib
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_changed_evaluations, find_damaged_evaluations
 from trainer.tracking.records import METRICS_FILE, EventRecord, find_changed_rows, read_records
-from trainer.tracking.run_lock import LOCK_FILE
+from trainer.tracking.run_lock import LOCK_FILE, lock_identity
 from trainer.tracking.wandb_logger import wandb_block, wandb_mode
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, any_checkpoint, resolve_checkpoint
 from trainer.training.run_plan import RunPlan
@@ -254,9 +253,7 @@ def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, 
     """
     if context.num_nodes == 1:
         return []
-    lock = None
-    with contextlib.suppress(OSError):
-        lock = Path(settings.run_folder, LOCK_FILE).read_text(encoding="utf-8")
+    lock = lock_identity(Path(settings.run_folder))
     # `deepspeed` forwards no variable for these.
     folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
     by_host, here = dict(zip(context.hosts, context.all_gather_object((folders, lock)), strict=True)), context.hosts[0]

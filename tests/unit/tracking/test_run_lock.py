@@ -14,8 +14,9 @@ from trainer.training.run_folder import write_run_json
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.tracking.run_lock import RunLock
+from trainer.tracking.run_lock import RunLock, lock_identity
 RunLock(Path(sys.argv[1])).acquire()
+assert lock_identity(Path(sys.argv[1]))  # as several hosts ask, and keep the lock
 print("held", flush=True)
 time.sleep(60)
 """
