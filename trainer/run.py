@@ -24,13 +24,7 @@ from trainer.distributed import process_group
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import find_launch_warning, read_launch_environment
 from trainer.distributed.machine import find_gpu_problem
-from trainer.distributed.process_group import (
-    DistContext,
-    config_digest,
-    program_facts,
-    refuse_differences,
-    short_digest,
-)
+from trainer.distributed.process_group import DistContext, refuse_differences
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.export.folder import refuse_lost_files
@@ -87,7 +81,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     given = request.pop("--settings")
     watch_work = partial(context.watchdog.watch_work, given.engine.hang_timeout)
     with watch_work():
-        refuse_differences(context, program_facts(context, given.as_dict(), request))
+        refuse_differences(context, process_group.program_facts(context, given.as_dict(), request))
         args = replace(args, settings=context.on_rank_zero(lambda: adopt_adapter(given)))
 
     def check_request() -> tuple[Settings, dict[str, Any] | None]:
@@ -126,13 +120,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         data = load(context.on_rank_zero(prepare_folder, per_node=True))
     hf_hub.go_offline()
     if args.show_example and context.rank == 0:
-        tokenizer = load_tokenizer(settings.model.model)
-        for line in show_examples(data.train, tokenizer, args.show_example):
-            print(line)
+        print(*show_examples(data.train, load_tokenizer(settings.model.model), args.show_example), sep="\n")
     with watch_work():
         context.on_rank_zero(lambda: check_test_records(settings, data))
         fingerprints = {"the data": data.metadata["fingerprint"][:12]}
-        fingerprints["the configuration of the base model"] = config_digest(load_config(settings.model))
+        fingerprints["the configuration of the base model"] = process_group.config_digest(load_config(settings.model))
         refuse_differences(context, fingerprints)
         plan = make_plan(settings, context, data)
     plan = replace(plan, spellings=args.notes)
@@ -147,8 +139,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     with watch_work():
         model = build_planned_model(plan, with_fingerprint=True)
         fingerprint = model.metadata["fingerprint"]
-        digests = {"DeepSpeed's configuration": short_digest(repr(plan.deepspeed_config).encode())}
-        refuse_differences(context, {**digests, "the base model": fingerprint})
+        digest = process_group.short_digest(repr(plan.deepspeed_config).encode())
+        refuse_differences(context, {"DeepSpeed's configuration": digest, "the base model": fingerprint})
         if settings.data.packing and (problem := context.on_rank_zero(lambda: find_packing_problem(model.causal))):
             raise UserError(f"--packing: not for {type(model.causal).__name__}: {problem}; leave --packing out")
     plan = replace(plan, model_info={**plan.model_info, "fingerprint": fingerprint})

@@ -45,7 +45,6 @@ def edit(*changes: tuple[Any, Any]) -> dict[str, Any]:
         ("settings.lora", {}, "settings.lora.adapter is missing; expected what a run writes"),
         ("schema_version", 2, "schema_version is 2, expected 6; the run was written by another version"),
         ("model.trainable", 0, "model.trainable is 0; expected a whole number from 1"),
-        ("settings", None, "settings is null; expected an object"),
         ("settings.lora.rank", True, "settings.lora.rank is true; expected a whole number from 1"),
         ("settings.train.unknown", 1, "settings.train.unknown is 1; expected no setting of this name"),
         ("settings.data.data", "a\0b", 'settings.data.data is "a\\u0000b"; expected a name'),
