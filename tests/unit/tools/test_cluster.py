@@ -197,10 +197,15 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, 
     assert "--node-rank=1 --master-addr=localhost" in second
 
 
-def test_a_job_is_queued_again_three_times_without_a_new_checkpoint(tmp_path, capfd):
+def test_a_job_that_fails_ends_and_a_stopped_one_is_queued_again_thrice_without_a_new_checkpoint(tmp_path, capfd):
     """Then it ends; a new checkpoint begins the count anew."""
     script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"))
     rank = "#!/bin/bash\necho SIGUSR1 >{marker}; [ $SLURM_NODEID != 0 ] && sleep 0.3; exit 138\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requeue").write_text("SIGUSR1\n")  # of a run before
+    job = start_job(tmp_path, script, rank="#!/bin/bash\nexit 3\n", torchrun=TORCHRUN)
+    assert (job.communicate(timeout=20)[0], job.returncode) == ("", 1)
+    assert not (tmp_path / "scontrol").exists(), "one that fails is not queued again"
     num_requeues, outputs = [], []
     for new_step in (0, 0, 7, 7, 7, 7):
         if new_step:
@@ -210,13 +215,3 @@ def test_a_job_is_queued_again_three_times_without_a_new_checkpoint(tmp_path, ca
         num_requeues.append((tmp_path / "scontrol").read_text().count("requeue 7"))
     assert num_requeues == [1, 2, 3, 4, 5, 5]
     assert "error: queued again 3 times without a new checkpoint (last: step-000007); it ends" in outputs[-1]
-
-
-def test_a_job_that_fails_is_not_queued_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "requeue").write_text("SIGUSR1\n")  # of a run before
-    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"))
-    job = start_job(tmp_path, script, rank="#!/bin/bash\nexit 3\n", torchrun=TORCHRUN)
-    output, _ = job.communicate(timeout=20)
-    assert job.returncode == 1, output
-    assert not (tmp_path / "scontrol").exists()
