@@ -45,7 +45,7 @@ def test_each_validation_set_has_its_rows_and_its_curve_and_the_first_alone_deci
         for name, losses in (("other", others), ("again", main))
     }
     groups = group_by_seed([read_folder(out)])
-    drawn = dict(render_pictures(groups, build_verdict(groups, False, DEFAULT_MARGIN), False)[1])
+    drawn = dict(render_pictures(groups, build_verdict(groups, DEFAULT_MARGIN), False)[1])
     assert f": {others[6][0]:.4g}</title>" in drawn["Validation loss of other by epoch"]
 
     again = shutil.copytree(out, tmp_path / "resumed", symlinks=True)

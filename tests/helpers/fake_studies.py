@@ -41,5 +41,5 @@ def make_study(
     return runs
 
 
-def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin = DEFAULT_MARGIN) -> Verdict:
-    return build_verdict(group_by_seed(runs), with_card, margin)
+def judge_runs(*runs: RunData, margin: Margin = DEFAULT_MARGIN) -> Verdict:
+    return build_verdict(group_by_seed(runs), margin)

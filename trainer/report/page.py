@@ -99,7 +99,7 @@ def compare(
     if not groups:
         raise UserError("only runs of Hugging Face's Trainer: expected a run of this program beside them")
     runs = [run for group in groups for run in group.runs]
-    verdict = build_verdict(groups, with_reference, margin, study)
+    verdict = build_verdict(groups, margin, study)
     return Comparison(
         groups=groups,
         problems=problems,

@@ -68,9 +68,7 @@ class Verdict:
         return self.comparisons[0] if self.comparisons else None
 
 
-def build_verdict(
-    groups: Sequence[SeedGroup], with_reference: bool, margin: Margin, study: StudyContext | None = None
-) -> Verdict:
+def build_verdict(groups: Sequence[SeedGroup], margin: Margin, study: StudyContext | None = None) -> Verdict:
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)

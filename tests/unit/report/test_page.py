@@ -202,19 +202,6 @@ def test_samples_are_cards_with_their_line_breaks_and_settings_hold_no_dict_and_
 # --- plots ---
 
 
-def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    loras = [make_metadata("lora", resolved__lr=lr) for lr in (1e-3, 5e-3, 2e-2)]
-    comparison = make_comparison(tmp_path, make_metadata("full"), *loras)
-    pair, axis = comparison.verdict.primary, Figure().subplots()
-    plots.draw_rates(axis, plots.rate_curves(comparison.groups), pair)
-    lines = {line.get_label(): line for line in axis.get_lines()}
-    assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
-    rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]
-    assert [float(line.get_xdata()[0]) for line in rings] == [pair.full.lr, pair.lora.lr]
-
-
 def test_a_mode_has_one_colour_and_dash_and_the_card_is_drawn_only_where_it_is_comparable(
     card_like: Comparison, plain: Plain
 ) -> None:
