@@ -9,7 +9,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -101,12 +100,8 @@ class ProgressBar:
         if is_line_due:
             self._last_print_time = now
         if self._bar is not None:
-            shown: dict[str, Any] = {
-                "completed": record.step,
-                "description": text.replace("  ", " "),
-                "epoch": f"{record.epoch:.2f}",
-            }
-            self._bar.update(self._bar.task_ids[0], **shown, refresh=not steps_left)
+            task, epoch, text = self._bar.task_ids[0], f"{record.epoch:.2f}", text.replace("  ", " ")
+            self._bar.update(task, completed=record.step, description=text, epoch=epoch, refresh=not steps_left)
             printed_lines.extend([line] * is_line_due)  # for W&B's Logs, which are not to depend on the terminal
         elif is_line_due:
             self.print_line(line)
