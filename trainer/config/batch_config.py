@@ -20,7 +20,7 @@ class BatchConfig:
         """The global batch over the ranks; without a micro-batch in one forward. UserError on a remainder."""
         pass_size = (micro_batch or 1) * world_size
         if global_batch % pass_size:
-            product = f"{pass_size} (micro-batch {micro_batch or 1} x {_ranks(world_size)})"
+            product = f"{pass_size} (micro-batch {micro_batch or 1} x {world_size} rank{'s' * (world_size > 1)})"
             remedy = f"--global-batch {math.ceil(global_batch / pass_size) * pass_size}"
             raise UserError(f"--global-batch {global_batch}: expected a multiple of {product}; try {remedy}")
         micro_batch = micro_batch or global_batch // world_size
@@ -35,8 +35,4 @@ class BatchConfig:
     def __str__(self) -> str:
         product = f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation"
         packed = f", packed into rows of at most {self.packed_width} tokens" if self.packed_width else ""
-        return f"{product} x {_ranks(self.world_size)} = {self.global_batch} global batch{packed}"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
+        return f"{product} x {self.world_size} rank{'s' * (self.world_size > 1)} = {self.global_batch} global batch{packed}"
