@@ -33,6 +33,7 @@ class BatchConfig:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __str__(self) -> str:
-        product = f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation"
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        product = f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation x {ranks}"
         packed = f", packed into rows of at most {self.packed_width} tokens" if self.packed_width else ""
-        return f"{product} x {self.world_size} rank{'s' * (self.world_size > 1)} = {self.global_batch} global batch{packed}"
+        return f"{product} = {self.global_batch} global batch{packed}"
