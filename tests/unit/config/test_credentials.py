@@ -12,7 +12,6 @@ HUB_TOKEN = "hf_" + "aB3" * 12
     ("flag", "value", "secret"),
     [
         ("--data", f"https://user:{HUB_TOKEN}@huggingface.co/datasets/a/b", HUB_TOKEN),
-        ("--model", f"https://{HUB_TOKEN}@huggingface.co/gpt2", HUB_TOKEN),
         ("--run-name", "k" * 40, "k" * 40),
         ("--hub-token", HUB_TOKEN, HUB_TOKEN),
     ],

@@ -48,20 +48,10 @@ def test_full_and_lora_settings_differ_in_the_learning_rate_and_in_nothing_else(
 # --- the batch sum ---
 
 
-@pytest.mark.parametrize(
-    ("global_batch", "micro", "ranks", "expected"),
-    [(8, None, 2, (4, 1)), (8, 2, 2, (2, 2))],
-)
-def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global_batch, micro, ranks, expected):
-    train = resolve("full", "demo", {"train": {"global_batch": global_batch, "micro_batch": micro}}).train
-    batch = train.batch(ranks)
-    assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == expected
-    assert batch.global_batch == global_batch
-    product = f"{expected[0]} micro-batch x {expected[1]} accumulation x {ranks} rank{'s' * (ranks > 1)}"
-    assert str(batch) == f"{product} = {global_batch} global batch"
-
-
-def test_an_indivisible_global_batch_is_one_line_with_the_product_and_the_remedy():
+def test_a_global_batch_is_divided_or_refused_with_the_product_and_the_remedy():
+    for micro, size, accumulation in ((None, 4, 1), (2, 2, 2)):
+        batch = resolve("full", "demo", {"train": {"global_batch": 8, "micro_batch": micro}}).train.batch(2)
+        assert str(batch) == f"{size} micro-batch x {accumulation} accumulation x 2 ranks = 8 global batch"
     train = resolve("full", "card", {"train": {"global_batch": 8, "micro_batch": 3}}).train
     line = r"--global-batch 8: expected a multiple of 3 \(micro-batch 3 x 1 rank\); try --global-batch 9"
     with pytest.raises(UserError, match=f"^{line}$"):
