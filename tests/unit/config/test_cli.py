@@ -116,7 +116,6 @@ def test_help_shows_every_flag_with_the_presets_defaults_in_80_columns(capsys, m
 @pytest.mark.parametrize(
     ("words", "preset", "lr", "notes"),
     [
-        ("", "demo", 5e-4, []),
         ("--data a.csv", "gpt2", 3e-5, ["learning rate 3e-05: of --preset gpt2, a guess"]),
         ("--data a.csv --preset card", "card", 3e-5, []),
         ("--data a.csv --preset demo", "demo", 5e-4, ["--preset demo trains demo-base, the embedded toy, on"]),
@@ -163,7 +162,6 @@ def test_yaml_gives_the_settings_of_its_flags_which_win_over_it_as_a_second_file
     [
         ("mode: full\nlr: [1e-4, {}]", ", line 2: lr: expected a number, a text (in quotes) or a list of them"),
         ("mode: full\nprompt: {a}", ', line 2: prompt: YAML reads {a} as a mapping; write prompt: "{a}"'),
-        ("mode: full\nconfig: other.yaml", ", line 2: --config: is for the command line alone"),
         ("? [a, b]\n: 1", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
         ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
         ("lr: 1\nlr: 2", ", line 2: lr stands there twice"),
