@@ -51,10 +51,8 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(session_dir: Path) -> str:
-    """A folder with a random GPT-2 of two layers, without dropout, and a tokenizer of one token a word.
-
-    Its weights are large enough for a gradient worth clipping.
-    """
+    """A folder with a random GPT-2 of two layers, without dropout, and a tokenizer of one token a word. Its weights are
+    large enough for a gradient worth clipping."""
     return make_tiny_gpt2(session_dir / "tiny", dropout=0.0)
 
 

@@ -225,10 +225,8 @@ def read_numbers(out: Path, name: str, after: int = 0) -> list[float]:
     [pytest.param(1, ("", "--micro-batch 2"), marks=GPU_MARKS), pytest.param(2, ("",), marks=TWO_GPU_MARKS)],
 )
 def test_fifty_replayed_steps_are_the_eager_ones(ranks, micro_batches, make_recorded_job, tmp_path):
-    """With dropout as well: a replay draws the masks of the seed that the generator has.
-
-    Two ranks: over NCCL, whose own thread asks the device how it stands while a step is recorded.
-    """
+    """With dropout as well: a replay draws the masks of the seed that the generator has. Two ranks: over NCCL, whose
+    own thread asks the device how it stands while a step is recorded."""
     cases = {
         f"{mode}-{precision}-{dropout}{micro_batch}": (f"--mode {mode} --precision {precision} {micro_batch}", dropout)
         for mode in ("full", "lora")

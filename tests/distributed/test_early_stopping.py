@@ -36,10 +36,8 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 
 @pytest.fixture
 def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path) -> Any:
-    """A function: (records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses`.
-
-    Its engine does nothing; a signal comes in step `stop_after`.
-    """
+    """A function: (records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses`. Its
+    engine does nothing; a signal comes in step `stop_after`."""
 
     def run(
         losses: list[float], *flags: str, state: TrainState | None = None, stop_after: int = 0

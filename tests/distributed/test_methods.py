@@ -112,10 +112,8 @@ ALL_CASES = {
 def test_methods_on_two_ranks_learn_resume_and_export_alike_under_every_zero_stage(
     cases, argv, strict_zero_files, tmp_path
 ):
-    """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
-
-    Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
-    """
+    """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py. Layers in int8
+    round what goes into them to 8 bits too: there a last bit can turn into another code."""
     jobs = []
     for method, zero in cases:
         file = strict_zero_files["zero3"] if zero == "strict" else zero

@@ -305,10 +305,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(finished_
 
 
 def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
-    """`run_jobs` in fp16 on a processor, which computes in it slowly; DeepSpeed asks only whether it is fast.
-
-    The loss scale begins so high that the first steps overflow, and grows after four good ones.
-    """
+    """`run_jobs` in fp16 on a processor, which computes in it slowly; DeepSpeed asks only whether it is fast. The loss
+    scale begins so high that the first steps overflow, and grows after four good ones."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 

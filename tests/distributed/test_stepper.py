@@ -89,10 +89,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_model, data_files, data_
 
 
 def check_grad_nodes(jobs: list[dict[str, Any]]) -> int:
-    """On a rank: how many weights keep the node that adds their gradient from one step to the next.
-
-    Such a node belongs to the stream that it was made on. Recording a CUDA graph on another stream fails then.
-    """
+    """On a rank: how many weights keep the node that adds their gradient from one step to the next. Such a node belongs
+    to the stream that it was made on. Recording a CUDA graph on another stream fails then."""
     with joined_ranks() as dist_context:
         for job in jobs:
             run = start_engine(job, dist_context)

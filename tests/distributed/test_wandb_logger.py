@@ -368,10 +368,8 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
 
 @pytest.mark.slow
 def test_a_killed_wandb_run_loses_a_second_and_its_resume_repeats_no_step(tmp_path: Path) -> None:
-    """Killed at step 50, its service first, as DeepSpeed's launcher does when another rank has failed.
-
-    Resumed from a checkpoint of step 30: the rows 31 to 49 lie in the first file already.
-    """
+    """Killed at step 50, its service first, as DeepSpeed's launcher does when another rank has failed. Resumed from a
+    checkpoint of step 30: the rows 31 to 49 lie in the first file already."""
     code = "time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE
     assert run_child(tmp_path, "offline", last_step=50, code=code)[0] == -signal.SIGKILL
     time.sleep(1.1)  # run folders are named by the second

@@ -225,10 +225,8 @@ def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Itera
 
 
 def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(argv, uninterrupted_records, out):
-    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again.
-
-    The signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next.
-    """
+    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again. The
+    signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next."""
     stop = fault_at(FORWARD, MID_ACCUMULATION_CALL, partial(kill_self, signal.SIGTERM), rank=1)
     assert RankProcesses(argv, out=out, fault=stop).wait() == [143, 143]
     state = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())

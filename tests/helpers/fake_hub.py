@@ -20,11 +20,8 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 class FakeHub:
-    """What was asked and what is there.
-
-    `files`: {repository, with "datasets/" before that of a data set: {path: content}}; `created`: bodies of
-    repos/create; `refuses`: answers 401 to a login.
-    """
+    """What was asked and what is there. `files`: {repository, with "datasets/" before that of a data set: {path:
+    content}}; `created`: bodies of repos/create; `refuses`: answers 401 to a login."""
 
     def __init__(self, server: ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -75,10 +75,8 @@ def run_on_ranks(
     env: Mapping[str, str] | None = None,
     on_gpu: bool = False,
 ) -> int:
-    """Call `target(*args)` on `world_size` ranks; returns the largest exit code, all output goes to `log`.
-
-    `on_gpu`: in processes of their own that see the GPUs, since CUDA cannot be initialised in a forked one.
-    """
+    """Call `target(*args)` on `world_size` ranks; returns the largest exit code, all output goes to `log`. `on_gpu`: in
+    processes of their own that see the GPUs, since CUDA cannot be initialised in a forked one."""
     port, env = find_free_port(), {**(env or {}), **(gpu_environ() if on_gpu else {})}
     start: Callable[..., Any] = multiprocessing.get_context("spawn").Process if on_gpu else make_process
     environs = [make_environ(rank, world_size, port) | env for rank in range(world_size)]

@@ -134,10 +134,8 @@ def run_job(dist_context: DistContext, job: dict[str, Any]) -> StartedRun:
 
 
 def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Evaluate each job's fresh model with every batch size of `batches`, on the rows as they are and turned round.
-
-    The losses go to out/name.json as {batch size: [as they are, turned round]}.
-    """
+    """Evaluate each job's fresh model with every batch size of `batches`, on the rows as they are and turned round. The
+    losses go to out/name.json as {batch size: [as they are, turned round]}."""
     with joined_ranks() as dist_context:
         for job in jobs:
             run = start_engine(job, dist_context)

@@ -8,9 +8,7 @@ from typing import Any
 
 def run_card(folder: Path, base: Path | str = "", *, generates: bool = True) -> dict[str, Any]:
     """What the example of an exported folder's model card leaves, run in the folder; `base`: of an adapter.
-
-    `generates`: False without its last line, which bitsandbytes refuses for layers as small as a test's.
-    """
+    `generates`: False without its last line, which bitsandbytes refuses for layers as small as a test's."""
     code = re.search(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
     namespace: dict[str, Any] = {}

@@ -38,10 +38,8 @@ def make_tiny_gpt2(folder: Path, *, dropout: float, seed: int = 0, hidden_size: 
 
 
 def write_records(path: Path, *, num_records: int, seed: int, unknown_word: str = "") -> str:
-    """A JSONL of prompts and completions with a pattern to learn: words count upwards, with noise.
-
-    `unknown_word`: around each prompt. Files with different ones are of the same tokens, as the vocabulary has none.
-    """
+    """A JSONL of prompts and completions with a pattern to learn: words count upwards, with noise. `unknown_word`:
+    around each prompt. Files with different ones are of the same tokens, as the vocabulary has none."""
     rng = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(num_records):
@@ -55,9 +53,7 @@ def write_records(path: Path, *, num_records: int, seed: int, unknown_word: str 
 
 
 def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -> list[str]:
-    """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are.
-
-    The preset is `demo`, whose rates a tiny model learns at, and the objective `blocks`, where `text` names no other.
-    """
+    """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are. The preset is
+    `demo`, whose rates a tiny model learns at, and the objective `blocks`, where `text` names no other."""
     defaults = f"--preset demo --objective blocks --model {model} --data {data_files[0]} --val-data {data_files[1]}"
     return [*defaults.split(), *text.split(), *TEMPLATE_FLAGS, *flags]

@@ -74,9 +74,7 @@ def option(
     help: str, default: Any = dataclasses.MISSING, *, flag: str = "", is_repeated: bool = False, **presets: Any
 ) -> Any:
     """A field of a settings class: its help, its default, its flag if that is not its name, its values in presets.
-
-    `is_repeated`: whether the flag is given once for each value of a tuple, rather than with commas between them.
-    """
+    `is_repeated`: whether the flag is given once for each value of a tuple, rather than with commas between them."""
     metadata = {"help": help, "flag": flag, "is_repeated": is_repeated, "presets": presets}
     return dataclasses.field(default=default, metadata=metadata)
 

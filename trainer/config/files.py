@@ -50,9 +50,7 @@ def split_weights(text: str) -> list[tuple[str, float]]:
 
 def name_val_sets(val_data: Sequence[str]) -> dict[str, str]:
     """{split: path} of each PATH or NAME=PATH: `val` of the first one, by which a run is judged, `val-NAME` of others.
-
-    A path or hub id alone is named by its last part, without its ending. UserError where two have one name.
-    """
+    A path or hub id alone is named by its last part, without its ending. UserError where two have one name."""
     paths: dict[str, str] = {}
     for text in val_data:
         match = None if os.path.exists(text) else NAMED_PATH.fullmatch(text)  # as year=2025/events.csv
@@ -161,9 +159,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def new_folder(folder: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """An empty folder to fill: it is named `folder` once all of its files are on the disk, or on an error removed.
-
-    `previous`: what a folder of that name is then renamed to; left out, one that is not empty is an OSError.
-    """
+    `previous`: what a folder of that name is then renamed to; left out, one that is not empty is an OSError."""
     temporary_folder = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     temporary_folder.mkdir(parents=True)
     try:

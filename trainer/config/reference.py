@@ -53,10 +53,8 @@ UNKNOWN_REASON = "unknown of the card: " + ", ".join(UNKNOWN_DATA)
 
 
 def disagreements(data: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """Where a run is known to differ from the card so that their losses cannot be held against one another.
-
-    `data`, `model`: these blocks of its run.json. Each reason begins with its short form, details follow in brackets.
-    """
+    """Where a run is known to differ from the card so that their losses cannot be held against one another. `data`,
+    `model`: these blocks of its run.json. Each reason begins with its short form, details follow in brackets."""
     reasons, examples = [], data["train"]["examples"]
     if examples not in EXAMPLES_PER_EPOCH:
         reasons.append(f"other data ({data['source']}: {examples:,} examples, the card's epoch has 13,241 or 13,242)")

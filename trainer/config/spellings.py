@@ -69,11 +69,8 @@ class Translation:
 
 
 def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: int = 1) -> Translation:
-    """A command line in our flags; words that nobody knows stay as they are.
-
-    `takes_value`: our flags and whether each is followed by a value; `num_ranks`: processes, by which a batch per
-    device is multiplied.
-    """
+    """A command line in our flags; words that nobody knows stay as they are. `takes_value`: our flags and whether each
+    is followed by a value; `num_ranks`: processes, by which a batch per device is multiplied."""
     table, result, rest = read_table(), Translation(), list(argv)
     ignored: dict[str, list[str]] = {}
     while rest:

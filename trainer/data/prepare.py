@@ -75,9 +75,7 @@ def prepare(
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now; UserError for a mistake of the user's, before anything slow.
-
-    `max_positions`: bounds a block size that is left to the data; `heartbeat`: called at each record and file.
-    """
+    `max_positions`: bounds a block size that is left to the data; `heartbeat`: called at each record and file."""
     cache_root = store.resolve_cache_dir()
     sources = find_sources(settings)
     has_val = any(source.split == "val" for source in sources)

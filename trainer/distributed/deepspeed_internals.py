@@ -29,9 +29,7 @@ def flat_partitions(zero_optimizer: Any, stage: int) -> list[Tensor]:
 
 def link_optimizer_state(zero_optimizer: Any) -> None:
     """Under ZeRO 1 and 2: let `safe_get_full_optimizer_state` and `safe_set_...` find the state of every weight.
-
-    DeepSpeed does so once, after the first step of the first group: not before a step, and not for a second group.
-    """
+    DeepSpeed does so once, after the first step of the first group: not before a step, and not for a second group."""
     zero_optimizer._hp_optimizer_states_linked = False
     zero_optimizer._lazy_init_hp_params_optimizer_state()
 

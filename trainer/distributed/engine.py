@@ -271,10 +271,8 @@ class Engine:
         *,
         batch_size: int,
     ) -> list[Completion]:
-        """Greedy continuations of token ids, of at most `limits` tokens each, for every rank; all must call.
-
-        The batches are the same for any number of ranks. TrainingError, on all ranks alike, where one of them fails.
-        """
+        """Greedy continuations of token ids, of at most `limits` tokens each, for every rank; all must call. The
+        batches are the same for any number of ranks. TrainingError, on all ranks alike, where one of them fails."""
         if not self.state.fits_unsharded():
             raise TrainingError("the whole model does not fit on one rank beside its share of ZeRO-3")
         context, batches = self.dist_context, []
@@ -355,10 +353,8 @@ class _WeightByWeight(nn.Module):
 def place_model(
     loss_module: CausalLMLoss, model: TrainableModel, deepspeed_config: Mapping[str, Any], context: DistContext
 ) -> str:
-    """Move the model there; returns what its loss finds of its head (`CausalLMLoss.verify`). All ranks must call.
-
-    Under ZeRO 3 it goes weight by weight, with rank 0's values. A packed base is there already.
-    """
+    """Move the model there; returns what its loss finds of its head (`CausalLMLoss.verify`). All ranks must call. Under
+    ZeRO 3 it goes weight by weight, with rank 0's values. A packed base is there already."""
     if int(deepspeed_config["zero_optimization"].get("stage", 0)) < 3 or model.quant_settings is not None:
         loss_module.to(context.device)
         return loss_module.verify()

@@ -68,10 +68,8 @@ def estimate_memory(
     precision: str,
     is_gpu: bool,
 ) -> MemoryEstimate:
-    """The memory of one rank while it trains. `model_info`: run.json's, where `parameters` are those of the base.
-
-    Stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too, frozen ones as well.
-    """
+    """The memory of one rank while it trains. `model_info`: run.json's, where `parameters` are those of the base. Stage
+    1 shards the optimizer's state, 2 the gradients too, 3 the weights too, frozen ones as well."""
     stage, width, trainable = deepspeed_file.stage, 2 if precision == "fp16" else 4, model_info["trainable"]
     all_weights = model_info.get("frozen_bytes", width * count_frozen(model_info)) + width * trainable
     all_weights -= 2 * passes.cast_weights  # in place of the float32 ones
@@ -198,10 +196,8 @@ def choose_deepspeed_file(
 def count_pass_memory(
     settings: Settings, *, micro_batch_size: int, row_length: int, accumulates: bool = False, **form: Any
 ) -> PassMemory:
-    """The bytes of one forward and backward; takes seconds for a setup that is new.
-
-    `accumulates`: whether gradients of an earlier micro-batch are there already; `form`: see `prepare_loss`.
-    """
+    """The bytes of one forward and backward; takes seconds for a setup that is new. `accumulates`: whether gradients of
+    an earlier micro-batch are there already; `form`: see `prepare_loss`."""
     with torch.random.fork_rng(devices=[]):
         model = build_model(settings, on_meta=True)
     loss_module, num_cast = prepare_loss(model, **form)
@@ -221,10 +217,8 @@ def count_pass_memory(
 def prepare_loss(
     model: TrainableModel, *, precision: str, is_gpu: bool, is_head_sharded: bool = False, casts_frozen: bool = False
 ) -> tuple[CausalLMLoss, int]:
-    """(the loss as the engine would run it, frozen weights that are held in bfloat16).
-
-    `is_head_sharded`: as under ZeRO 3; `casts_frozen`: whether a frozen base is held in bfloat16.
-    """
+    """(the loss as the engine would run it, frozen weights that are held in bfloat16). `is_head_sharded`: as under ZeRO
+    3; `casts_frozen`: whether a frozen base is held in bfloat16."""
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     if precision == "fp16":
         model.module.half()

@@ -17,9 +17,7 @@ from trainer.distributed.launch_environment import set_library_environment, with
 
 def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails.
-
-    The process ends with this one: it reads from a pipe of which we hold the other end.
-    """
+    The process ends with this one: it reads from a pipe of which we hold the other end."""
     import torch  # not by the process that exports, before it watches its input
 
     environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}

@@ -28,10 +28,8 @@ BLOCK_SIZE = 64  # queries of one block of the attention: what it makes stays in
 
 
 def install(causal: PreTrainedModel) -> None:
-    """Let a model that computes torch's scaled dot product attention do so without a mask where rows are whole.
-
-    Packed rows (position ids that begin again) need transformers' own `sdpa`, which masks other texts.
-    """
+    """Let a model that computes torch's scaled dot product attention do so without a mask where rows are whole. Packed
+    rows (position ids that begin again) need transformers' own `sdpa`, which masks other texts."""
     if causal.config._attn_implementation == "sdpa":
         AttentionInterface.register(CAUSAL_NAME, sdpa_attention_forward)
         AttentionMaskInterface.register(CAUSAL_NAME, mask_unless_whole)

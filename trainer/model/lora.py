@@ -153,10 +153,8 @@ def _wrap(causal: PreTrainedModel, config: Any) -> Any:
 
 
 def adapter_state_dict(module: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What peft stores of a model, and under their own names the weights of the base that were trained.
-
-    `trained`: the trained weights by their names in `module`.
-    """
+    """What peft stores of a model, and under their own names the weights of the base that were trained. `trained`: the
+    trained weights by their names in `module`."""
     from peft import get_peft_model_state_dict
 
     stored = get_peft_model_state_dict(module, {**module.state_dict(), **trained}, save_embedding_layers=False)
@@ -164,10 +162,8 @@ def adapter_state_dict(module: Any, trained: Mapping[str, Tensor]) -> dict[str, 
 
 
 def adopt_adapter(settings: Settings) -> Settings:
-    """The settings with the shape of the adapter that --model names; unchanged where it names a whole model.
-
-    UserError for settings that contradict it.
-    """
+    """The settings with the shape of the adapter that --model names; unchanged where it names a whole model. UserError
+    for settings that contradict it."""
     name, folder = settings.model.model, find_model(settings.model.model).adapter
     if folder is None:
         return settings

@@ -68,10 +68,8 @@ def make_sample(causal: PreTrainedModel) -> Tensor:
 
 
 class CausalLMLoss(nn.Module):
-    """A causal LM as a function from rows to their summed negative log-likelihood, in float32.
-
-    In training `label_smoothing` e takes (1 - e) of it and e times the mean over the vocabulary, as torch does.
-    """
+    """A causal LM as a function from rows to their summed negative log-likelihood, in float32. In training
+    `label_smoothing` e takes (1 - e) of it and e times the mean over the vocabulary, as torch does."""
 
     def __init__(self, causal: PreTrainedModel, autocast_dtype: torch.dtype | None, label_smoothing: float = 0.0):
         super().__init__()
@@ -82,10 +80,8 @@ class CausalLMLoss(nn.Module):
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
 
     def verify(self) -> str:
-        """Hold the loss against that of the model's own logits, on a few tokens; before ZeRO shards anything.
-
-        Where they differ the model's own are used from here on, and the line returned says why and what they cost.
-        """
+        """Hold the loss against that of the model's own logits, on a few tokens; before ZeRO shards anything. Where
+        they differ the model's own are used from here on, and the line returned says why and what they cost."""
         problem = "its output is more than a layer of the hidden states"
         if self.uses_head:
             ids, was_training = make_sample(self.causal), self.causal.training
@@ -276,9 +272,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class TiedEmbedding(torch.autograd.Function):
     """Rows of a tied embedding, whose gradients are added into that of the output layer, where most of it comes from.
-
-    Apart, they would be a second gradient of the weight's size, nearly all of it zeros, and a sum of the two.
-    """
+    Apart, they would be a second gradient of the weight's size, nearly all of it zeros, and a sum of the two."""
 
     @staticmethod
     def forward(

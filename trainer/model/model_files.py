@@ -69,10 +69,8 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """UserError where a file of weights that is there is damaged, or one is named that is not inside the folder.
-
-    Reads the headers only: names, shapes and whether the file is as long as they say.
-    """
+    """UserError where a file of weights that is there is damaged, or one is named that is not inside the folder. Reads
+    the headers only: names, shapes and whether the file is as long as they say."""
     files: list[Any] = [WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []
     if not files and (folder / INDEX_FILE).exists():
         weight_map = read_json_object(folder / INDEX_FILE, INDEX_FILE).get("weight_map")
@@ -110,9 +108,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def measure_bf16_ties(folder: Path) -> float:
     """The share of a model's weights that lie halfway between two bfloat16 numbers; of each tensor the first million.
-
-    It is 0.00002 of trained float32 weights, 0 of bfloat16, 8 % of some dequantised ones and 12 % of float16.
-    """
+    It is 0.00002 of trained float32 weights, 0 of bfloat16, 8 % of some dequantised ones and 12 % of float16."""
     num_ties = num_weights = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

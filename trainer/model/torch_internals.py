@@ -22,8 +22,6 @@ flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 
 def release_capture_pool(device_index: int, pool: Any) -> None:
     """Let the allocator give no more memory to the pool of a CUDA graph whose capture failed, and release it.
-
-    `torch.cuda.graph` does both at its end, which such a capture does not reach.
-    """
+    `torch.cuda.graph` does both at its end, which such a capture does not reach."""
     torch._C._cuda_endAllocateToPool(device_index, pool)
     torch._C._cuda_releasePool(device_index, pool)

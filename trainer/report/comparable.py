@@ -85,9 +85,7 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
 
 def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
     """Why two runs on the same data may not be ranked: other base weights, tokens seen, data order, way of training.
-
-    What a run does not tell is no agreement; of models that others trained nothing is known.
-    """
+    What a run does not tell is no agreement; of models that others trained nothing is known."""
     if full.is_judged:
         return []
     facts, other_facts = _ranking_facts(full), _ranking_facts(lora)

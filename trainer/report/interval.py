@@ -140,10 +140,8 @@ def _skewed(t: float, skewness: float) -> float:
 
 
 def paired_interval(differences: Matrix, targets: NDArray[np.float64]) -> PairedInterval:
-    """The interval of the module's docstring; with one seed it is of these two models alone (V = MS_b / N).
-
-    Shapes: `differences` (seeds, units), `targets` (units,), of two units or more.
-    """
+    """The interval of the module's docstring; with one seed it is of these two models alone (V = MS_b / N). Shapes:
+    `differences` (seeds, units), `targets` (units,), of two units or more."""
     estimate = math.fsum(differences.ravel()) / (len(differences) * math.fsum(targets))
     s, n = differences.shape
     leverage = np.sqrt((1 - 1 / n) / (1 - targets / targets.sum()))
@@ -209,10 +207,8 @@ def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> M
 def predict_half_width(
     components: VarianceComponents, num_seeds: int, num_units: int, *, quantile: float = TWO_SIDED
 ) -> float:
-    """The half width (nats per token) that so many seeds and units give on average, by the same rule.
-
-    A standard deviation of f degrees of freedom is on average sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true one.
-    """
+    """The half width (nats per token) that so many seeds and units give on average, by the same rule. A standard
+    deviation of f degrees of freedom is on average sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true one."""
     seed, unit, rest = components.seed, components.unit, components.rest
     squares = _MeanSquares(
         seed=rest + num_units * seed,

@@ -59,10 +59,8 @@ MarginKind = Literal["share", "nats", "bits_per_byte", "points"]
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """How much worse than full is still good enough, and in which measure.
-
-    Of a loss: a share of what full gained, nats per token, or bits per byte; of a score: points of 100.
-    """
+    """How much worse than full is still good enough, and in which measure. Of a loss: a share of what full gained, nats
+    per token, or bits per byte; of a score: points of 100."""
 
     kind: MarginKind = "share"
     value: float = 0.02
@@ -104,10 +102,8 @@ DEFAULT_MARGIN = Margin()
 
 
 def parse_margin(text: str | None, measure: str = LOSS) -> Margin:
-    """The margin of `measure`, `loss` or `score:NAME`: a number above 0 with a unit of that measure; UserError.
-
-    `2%`, `0.01nats` or `0.005bpb` of a loss, `2pt` of a score. None: 2 % or 2 points.
-    """
+    """The margin of `measure`, `loss` or `score:NAME`: a number above 0 with a unit of that measure; UserError. `2%`,
+    `0.01nats` or `0.005bpb` of a loss, `2pt` of a score. None: 2 % or 2 points."""
     if measure != LOSS and not re.fullmatch(r"score:.+", measure):
         raise UserError(f"--decide-by {measure}: expected loss or score:NAME, such as score:exact")
     units: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
@@ -288,10 +284,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
 
 
 def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
-    """Add to `pair` the intervals of these records and what speaks against an answer by them.
-
-    A record's score has an end at 0 and at 100, so no few of them can carry an answer as losses do: `score_interval`.
-    """
+    """Add to `pair` the intervals of these records and what speaks against an answer by them. A record's score has an
+    end at 0 and at 100, so no few of them can carry an answer as losses do: `score_interval`."""
     is_loss, weights = judged.measure == LOSS, judged.weights
     interval_of = paired_interval if is_loss else score_interval
     values = differences = judged.lora - judged.full
@@ -320,10 +314,8 @@ def are_near_zero(judged: MatchedRecords) -> bool:
 
 
 def measure_forgetting(pair: FullVsLora, frames: Sequence[pd.DataFrame], losses: MatchedRecords) -> None:
-    """Add to `pair` what both modes forgot, by the interval of the judged losses or scores.
-
-    Nothing where a run left no losses of retained text before its first step and at its end, or no such score.
-    """
+    """Add to `pair` what both modes forgot, by the interval of the judged losses or scores. Nothing where a run left no
+    losses of retained text before its first step and at its end, or no such score."""
     with contextlib.suppress(MatchError, UserError):
         if pair.margin.measure != LOSS:
             scored = match_records(pair.pairs, frames, "retain", pair.margin.measure)
@@ -351,9 +343,7 @@ def question_units(
     losses: MatchedRecords, values: Matrix, interval: PairedInterval, answer: Literal["better", "good enough"]
 ) -> str:
     """Why these units do not let LoRA be called so, though the interval of `values` (seeds, units) is below 0.
-
-    Two-sided for better, one-sided for good enough; "" where they let it, or the interval is not below 0.
-    """
+    Two-sided for better, one-sided for good enough; "" where they let it, or the interval is not below 0."""
     name, bound = losses.unit_name, "high" if answer == "better" else "upper"
     if getattr(interval, bound) >= 0:
         return ""

@@ -34,10 +34,8 @@ class LoadProblem(NamedTuple):
 
 
 def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]:
-    """The runs that can be read, with names of their own, and what is wrong with these and the others.
-
-    UserError for a run that does not exist, or that W&B does not give: without it the comparison is another one.
-    """
+    """The runs that can be read, with names of their own, and what is wrong with these and the others. UserError for a
+    run that does not exist, or that W&B does not give: without it the comparison is another one."""
     runs: list[RunData] = []
     problems: list[LoadProblem] = []
     for source in sources:

@@ -122,11 +122,8 @@ def plots_of(groups: Sequence[SeedGroup]) -> list[PlotSpec]:
 def render_pictures(
     groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(title, SVG) of the page's first plots, and of the others.
-
-    The first are the difference beside 0 and the margin, then loss against rate; where no mode has several rates, the
-    losses by epoch.
-    """
+    """(title, SVG) of the page's first plots, and of the others. The first are the difference beside 0 and the margin,
+    then loss against rate; where no mode has several rates, the losses by epoch."""
     pair, study = verdict.primary, verdict.study
     first: list[Drawing] = []
     others: list[Drawing] = []
@@ -162,10 +159,8 @@ def render_pictures(
 
 
 def _render_svg(prefix: str, title: str, draw: Draw, size: tuple[float, float]) -> str:
-    """The <svg> element alone, scaled by its container, with CSS variables for colours and `prefix` before its ids.
-
-    A browser shows the value of a point under the pointer.
-    """
+    """The <svg> element alone, scaled by its container, with CSS variables for colours and `prefix` before its ids. A
+    browser shows the value of a point under the pointer."""
     with styled_figure(size) as figure:
         axis, buffer = figure.subplots(), io.StringIO()
         draw(axis)
@@ -225,10 +220,8 @@ def add_legend(figure: "Figure", axis: "Axes") -> None:
 
 
 def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_reference: bool) -> None:
-    """Draw `plot` of all groups on `axis`, and the card where a group is comparable with it; lines have names.
-
-    Groups of a mode differ by their dashes; many of them share one name in the legend, at the first.
-    """
+    """Draw `plot` of all groups on `axis`, and the card where a group is comparable with it; lines have names. Groups
+    of a mode differ by their dashes; many of them share one name in the legend, at the first."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     is_crowded = sum(len(group.runs) for group in groups) > 6
@@ -282,10 +275,8 @@ def rate_curves(groups: Sequence[SeedGroup]) -> list[RateCurve]:
 
 
 def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
-    """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
-
-    What ended far above the loss before training is beyond the upper edge: it would flatten the rest.
-    """
+    """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed. What ended far
+    above the loss before training is beyond the upper edge: it would flatten the rest."""
     lengths = sorted({curve.num_steps for curve in curves})
     for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
         colour, is_longest = COLOURS[curve.mode], curve.num_steps == lengths[-1]

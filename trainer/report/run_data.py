@@ -327,10 +327,8 @@ class NotNewError(RefusedError):
 
 
 def read_records(pairs: Pairs) -> list[pd.DataFrame]:
-    """The records of each run, full and LoRA by turns: at its chosen checkpoint, at its end and of its base.
-
-    MatchError where a run left none, or they are damaged.
-    """
+    """The records of each run, full and LoRA by turns: at its chosen checkpoint, at its end and of its base. MatchError
+    where a run left none, or they are damaged."""
     frames, runs = [], [run for pair in pairs for run in pair]
     for run, split in itertools.product(runs, SPLIT_NAMES):  # whole records, even where rows are blocks
         number, total = run.get(f"data.num_seen.{split}"), run.get(f"data.{split}.records")
@@ -423,10 +421,8 @@ def _best_step(run: RunData) -> int:
 
 
 def _select(frame: pd.DataFrame, split: str, run: RunData | None = None) -> pd.DataFrame:
-    """The records of the run's chosen checkpoint, of its base where `run` is None, by (id, occurrence).
-
-    The chosen one is the best of validation; test records are evaluated at it alone.
-    """
+    """The records of the run's chosen checkpoint, of its base where `run` is None, by (id, occurrence). The chosen one
+    is the best of validation; test records are evaluated at it alone."""
     rows = frame[(frame["split"] == split) & (frame["targets"] > 0)]
     trained_steps = rows.loc[rows["step"] > 0, "step"]
     step = 0 if run is None else _best_step(run) if split == "val" else trained_steps.max()

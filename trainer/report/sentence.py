@@ -318,10 +318,8 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
 
 
 def judge_ranks(comparisons: Sequence[FullVsLora]) -> list[RankResult]:
-    """Each rank of a study, in order; none where it has only one or the margin cannot be had.
-
-    Others than the first comparison are of the same kind of adapter, LoRA, at their own best rates.
-    """
+    """Each rank of a study, in order; none where it has only one or the margin cannot be had. Others than the first
+    comparison are of the same kind of adapter, LoRA, at their own best rates."""
     ranked = []
     for pair in comparisons:
         run = pair.lora.runs[0]

@@ -47,10 +47,8 @@ def parse_target(text: str) -> tuple[str, str]:
 
 
 def save_report(comparison: Comparison, entity: str, project: str) -> str:
-    """Save the report and return its address; one saved before under the same project and title is updated.
-
-    The card is logged there first, where it is shown. UserError where W&B does not take it.
-    """
+    """Save the report and return its address; one saved before under the same project and title is updated. The card is
+    logged there first, where it is shown. UserError where W&B does not take it."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

@@ -32,10 +32,8 @@ NUM_TIMED_STEPS = 2  # after those that warm up and show whether it fits
 
 
 def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
-    """Try sizes that keep the global batch, each at least twice the one before, until one does not fit; 0.
-
-    UserError on several hosts, TrainingError where no micro-batch fits.
-    """
+    """Try sizes that keep the global batch, each at least twice the one before, until one does not fit; 0. UserError on
+    several hosts, TrainingError where no micro-batch fits."""
     context = plan.dist_context
     if context.num_nodes > 1:
         remedy = "expected one host, with as many times smaller a --global-batch as it has fewer ranks"

@@ -65,9 +65,7 @@ def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
 
 def start_run(slot: Slot, argv: Sequence[str], folder: Path, *, group: str = "") -> BaseProcess:
     """Start launch/train.py, a rank on each GPU; its output goes to `folder`/log, and it ends with this process.
-
-    `group`: of the run on W&B.
-    """
+    `group`: of the run on W&B."""
     return start_process(_run_script, (slot, TRAIN_SCRIPT, argv), folder, run_environ(slot, group), bool(slot.gpus))
 
 
@@ -126,10 +124,8 @@ def _run_script(slot: Slot, script: Path, argv: Sequence[str]) -> None:
 
 
 def acquire_when_free(folder: Path, should_stop: threading.Event | None = None) -> RunLock | None:
-    """The lock of `folder`, once no other process has it; None where `should_stop` was set before.
-
-    It is held unless the file system has no locks.
-    """
+    """The lock of `folder`, once no other process has it; None where `should_stop` was set before. It is held unless
+    the file system has no locks."""
     lock, should_stop = RunLock(folder), should_stop or threading.Event()
     while not should_stop.is_set():
         try:

@@ -7,11 +7,8 @@ from typing import Any, TextIO
 
 
 class SafeStream:
-    """A text stream that takes every text: nothing written to it raises.
-
-    Characters that its encoding lacks are written as Python writes them (`\\u6f22`). When it is closed, full or
-    broken, what is written from then on goes nowhere.
-    """
+    """A text stream that takes every text: nothing written to it raises. Characters that its encoding lacks are written
+    as Python writes them (`\\u6f22`). When it is closed, full or broken, what is written from then on goes nowhere."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do

@@ -38,10 +38,8 @@ WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryru
 
 
 def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
-    """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose.
-
-    UserError where a variable holds what is no id, no project or no folder.
-    """
+    """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose. UserError
+    where a variable holds what is no id, no project or no folder."""
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
     project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
     for name, annotation, value in (("WANDB_RUN_ID", RunId, run_id), ("WANDB_PROJECT", WandbProject, project)):
@@ -53,10 +51,8 @@ def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
 
 
 def wandb_mode(flag: str | None) -> str:
-    """online, offline or disabled: the flag, else WANDB_MODE, else online where logged in, else offline.
-
-    `--wandb online` without a login is a UserError, as wandb would ask for a key.
-    """
+    """online, offline or disabled: the flag, else WANDB_MODE, else online where logged in, else offline. `--wandb
+    online` without a login is a UserError, as wandb would ask for a key."""
     if flag == "online" and not is_logged_in():
         raise UserError("--wandb online: not logged in; run `wandb login`, set WANDB_API_KEY, or pass --wandb offline")
     if flag is not None:
@@ -132,10 +128,8 @@ def start_wandb(
 
 
 def upload_run(folder: Path) -> str:
-    """Log the rows of metrics.jsonl that the run on W&B's server does not have; its address.
-
-    UserError where nobody is logged in or a process writes into the folder, TrainingError where W&B does not take them.
-    """
+    """Log the rows of metrics.jsonl that the run on W&B's server does not have; its address. UserError where nobody is
+    logged in or a process writes into the folder, TrainingError where W&B does not take them."""
     metadata = read_run_metadata(folder / "run.json")
     if not is_logged_in():
         raise UserError(f"--upload {folder}: not logged in to W&B; run `wandb login` or set WANDB_API_KEY")
@@ -158,10 +152,8 @@ def upload_run(folder: Path) -> str:
 
 
 def _init_run(metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resumed: bool) -> Any:
-    """The run of wandb with its metrics defined; everything that wandb writes goes into the run folder.
-
-    WANDB_MODE must be set before the import: given to init alone, an offline run still looks up a host name.
-    """
+    """The run of wandb with its metrics defined; everything that wandb writes goes into the run folder. WANDB_MODE must
+    be set before the import: given to init alone, an offline run still looks up a host name."""
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [metadata["mode"], data_name(metadata["model"]["name"]), data_name(metadata["data"]["source"])]
     tags += metadata["settings"]["output"]["wandb_tags"]

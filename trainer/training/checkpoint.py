@@ -142,10 +142,8 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 
 def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:
-    """The checkpoint that `flag` names as latest, best or step-N, its checksum verified.
-
-    `latest` falls back to the newest one that is whole; the ones named are taken or refused.
-    """
+    """The checkpoint that `flag` names as latest, best or step-N, its checksum verified. `latest` falls back to the
+    newest one that is whole; the ones named are taken or refused."""
     if not re.fullmatch(r"latest|best|step-\d+", which, re.ASCII):
         raise UserError(f"{flag} {which}: expected step-N, best or latest")
     any_checkpoint(folder)
@@ -291,9 +289,7 @@ def _remove_temporary(folder: Path) -> None:
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:
     """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's.
-
-    `context`: of the ranks, which must all call; None: of a process alone.
-    """
+    `context`: of the ranks, which must all call; None: of a process alone."""
     layout, read_tensor = _open_tensors(checkpoint, torch.device("cpu"), context)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     expected: dict[str, TensorLayout] = {}

@@ -59,10 +59,8 @@ class MeanEstimate(NamedTuple):
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """(slope, variance of y around the line, t of the slope) of the least squares line through (x, y).
-
-    Draper and Smith, Applied Regression Analysis, chapter 1. t is 0 for too few points, infinite without noise.
-    """
+    """(slope, variance of y around the line, t of the slope) of the least squares line through (x, y). Draper and
+    Smith, Applied Regression Analysis, chapter 1. t is 0 for too few points, infinite without noise."""
     dx, dy = np.asarray(x, float) - fmean(x), np.asarray(y, float) - fmean(y)
     sum_xx, sum_xy, sum_yy = float(dx @ dx), float(dx @ dy), float(dy @ dy)
     slope = sum_xy / sum_xx if sum_xx else 0.0
@@ -88,10 +86,8 @@ def _in_std_errors(value: float, variance: float) -> float:
 
 
 class DiagnosticsMonitor:
-    """Takes the records of a run in order and gives back what is new to say.
-
-    Remembers the losses of all steps and evaluations, and a window of the rest.
-    """
+    """Takes the records of a run in order and gives back what is new to say. Remembers the losses of all steps and
+    evaluations, and a window of the rest."""
 
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata`: the content of the run's run.json."""

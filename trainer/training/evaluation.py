@@ -75,10 +75,8 @@ def evaluate(
 
 
 def read_base_evaluations(metadata: Mapping[str, Any], data: PreparedDataset) -> dict[str, list[float]]:
-    """{split: `Evaluation.row_nll` before the first step} of what runs in the folder --base-from have evaluated.
-
-    Of runs that had the same base, data and way of computing, by their run.json. `metadata`: this run's.
-    """
+    """{split: `Evaluation.row_nll` before the first step} of what runs in the folder --base-from have evaluated. Of
+    runs that had the same base, data and way of computing, by their run.json. `metadata`: this run's."""
     settings, evaluations = metadata["settings"], dict[str, list[float]]()
     folder, keys, lora = settings["output"]["base_from"], ["id", "occurrence", "targets"], settings["lora"]
     # pissa changes the base in its last digits, other methods may start elsewhere

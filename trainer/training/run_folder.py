@@ -247,10 +247,8 @@ def _allowed_changes(
 
 
 def describe_hosts(settings: Settings, context: DistContext) -> list[tuple[str, str]]:
-    """(what, value) lines of the plan on folders and clocks, of several hosts; all ranks must call.
-
-    Rank 0 must hold the run folder: the others see its lock file, or not.
-    """
+    """(what, value) lines of the plan on folders and clocks, of several hosts; all ranks must call. Rank 0 must hold
+    the run folder: the others see its lock file, or not."""
     if context.num_nodes == 1:
         return []
     lock = lock_identity(Path(settings.run_folder))

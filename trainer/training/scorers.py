@@ -152,10 +152,8 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, None where it has none: `-$1,234.50` is -1234.5, `50%` is 50, `3,4` ends in 4.
-
-    So also of GSM8K's answers, which end in `#### 72`.
-    """
+    """The last number of a text, None where it has none: `-$1,234.50` is -1234.5, `50%` is 50, `3,4` ends in 4. So also
+    of GSM8K's answers, which end in `#### 72`."""
     if not (numbers := _NUMBER.findall(text)):
         return None
     sign, digits, exponent = numbers[-1]

@@ -146,10 +146,8 @@ def _relative_difference(values: list[float], expected: list[float]) -> float:
 
 
 def _run_plain(job: dict[str, Any], settings: Settings, data: PreparedDataset, dist_context: DistContext) -> None:
-    """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
-
-    The job's reference file gets losses, norms, weights, and which weights had a gradient to speak of in every step.
-    """
+    """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW. The job's
+    reference file gets losses, norms, weights, and which weights had a gradient to speak of in every step."""
     device, train, min_gradient = dist_context.device, settings.train, WEIGHT_BOUNDS[job["precision"]][1]
     model = build_model(settings, device=device, with_fingerprint=False)
     plan = make_plan(settings, dist_context, data)

@@ -202,9 +202,7 @@ def read_search_losses(
     study_folder: Path, searches: Sequence[MethodSearch], stage: int = -1
 ) -> tuple[MatchedRecords, int] | None:
     """(Validation losses of full's and LoRA's best settings at a stage, with all its seeds; number of test records).
-
-    None where they are not known.
-    """
+    None where they are not known."""
     try:
         runs = []
         for search in searches:

@@ -53,10 +53,8 @@ OWN_FLAGS |= {"--lr": "--max-lr METHOD=LR, or none: it is searched"} | dict.from
 
 
 def plan_study(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser) -> None:
-    """Print the plan; write the rule of the study, or check that it is that of the one that goes on.
-
-    `args`: the flags of launch/study.py, `train_argv`: those of launch/train.py. UserError.
-    """
+    """Print the plan; write the rule of the study, or check that it is that of the one that goes on. `args`: the flags
+    of launch/study.py, `train_argv`: those of launch/train.py. UserError."""
     slots = make_slots(args.workers, args.gpus_per_trial)
     train_argv = to_own_flags(train_argv, num_ranks=len(slots[0].gpus) or 1)
     names = [flag.partition("=")[0] for flag in train_argv]
@@ -176,9 +174,7 @@ def _join(process: BaseProcess, folder: Path) -> None:
 
 def open_study(folder: Path) -> tuple[Path, Rule]:
     """The folder and the rule of a study. This process goes to where it was started, which its runs are relative to.
-
-    UserError where there is none, or where its trials were run by another rule.
-    """
+    UserError where there is none, or where its trials were run by another rule."""
     rule, working_dir = read_rule(folder)
     folder = folder.absolute()
     try:

@@ -117,9 +117,7 @@ class RunningTrial:
 
 def start_trial(study_folder: Path, rule: Rule, slot: Slot, specs: Sequence[TrialSpec]) -> RunningTrial | None:
     """Begin, or go on with, the first of these trials that nobody runs and that has no result; None without one.
-
-    `specs`: none that this process runs already, whose locks it would be given again.
-    """
+    `specs`: none that this process runs already, whose locks it would be given again."""
     for spec in specs:
         folder, run = study_folder / "trials" / spec.name, run_folder(study_folder, spec)
         lock = RunLock(folder)
@@ -145,11 +143,8 @@ def start_trial(study_folder: Path, rule: Rule, slot: Slot, specs: Sequence[Tria
 
 
 def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_stopping: bool) -> tuple[str, str]:
-    """Write the result of a trial whose run has ended and let it go.
-
-    (One line about it; why no trial can run here, "" where they can: something is wrong with this machine or its data,
-    not with the trial.)
-    """
+    """Write the result of a trial whose run has ended and let it go. (One line about it; why no trial can run here, ""
+    where they can: something is wrong with this machine or its data, not with the trial.)"""
     spec, trial, folder = running.spec, running.trial, study_folder / "trials" / running.spec.name
     run, exit_code = run_folder(study_folder, spec), (running.process.exitcode or 0) if running.process else 0
     (loss, has_diverged), problem = run_outcome(run), ""
