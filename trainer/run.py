@@ -180,7 +180,6 @@ def _train_and_export(
     previous: Mapping[str, Any] | None,
     signal_handler: SignalHandler,
 ) -> int:
-    """The run itself, which holds its folder; `previous`: run.json of the run that goes on."""
     context, settings, folder = plan.dist_context, plan.settings, Path(plan.settings.run_folder)
     with context.watchdog.watch_work(settings.engine.hang_timeout):
         source, metadata = context.on_rank_zero(

@@ -64,7 +64,6 @@ Grace = Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)]
 
 
 def _refuse(*rules: tuple[Any, str]) -> None:
-    """UserError with the texts of all rules whose condition holds."""
     if problems := [text for is_broken, text in rules if is_broken]:
         raise UserError(*problems)
 
@@ -355,7 +354,6 @@ class Settings:
         return Settings(**values)
 
     def _fixed_fields(self) -> dict[str, tuple[str, str]]:
-        """{name in `fixed_on_resume`: (group, field)}."""
         mutable = {"micro_batch", "eval_batch", "allow_leakage"}
         mutable |= {"data", "val_data", "test_data", "retain_data"}  # by fingerprint
         places: dict[str, tuple[str, str]] = {}

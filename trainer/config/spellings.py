@@ -137,7 +137,6 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
 
 
 def _our_word(known: Mapping[str, str], ours: str, value: str, *, none_is_nothing: bool) -> str:
-    """The word of ours for a value, "" where that is what happens anyway; UserError where there is none."""
     key = value.lower()
     if "true" in known:
         key = "true" if key in TRUE else "false" if key in FALSE else key

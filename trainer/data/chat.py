@@ -227,7 +227,6 @@ class ChatTemplate:
         return start + len(common) if is_exact and content in common and marks else None
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, **options: bool) -> tuple[str, list[Any]]:
-        """(the text, the characters from and to that the template marks as generated where that is asked for)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def stop(*_: Any) -> None:

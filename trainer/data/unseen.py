@@ -107,7 +107,6 @@ class SeenRecords:
 
 
 def _number(split: str) -> int:
-    """The place of a split in SPLITS; that of "val" for all validation sets."""
     return SPLITS.index(split.partition("-")[0])
 
 
@@ -116,13 +115,11 @@ def _content_hash(example: Example) -> int:
 
 
 def _hash_tokens(example: Example) -> Hashes:
-    """A hash of each token of its text, uint64 [tokens]."""
     tokens = TOKEN.findall(normalise(example.text(with_system=False)))
     return np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens)).view(np.uint64)
 
 
 def _shingles(tokens: Hashes) -> list[int]:
-    """The hashes of all runs of SHINGLE_TOKENS tokens."""
     return np.correlate(tokens, FACTORS, "valid").tolist() if len(tokens) >= SHINGLE_TOKENS else []
 
 

@@ -58,7 +58,6 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
 
 
 def _find_mistake(content: Any) -> str:
-    """What is wrong with a file's content; empty where nothing is."""
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
         return "expected an object with the key zero_optimization"
     zero = content["zero_optimization"]

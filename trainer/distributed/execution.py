@@ -188,7 +188,6 @@ class CUDAGraphRunner:
         return self.stepper.backward(ids, labels, loss_weight)
 
     def _record(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
-        """The eager call, and a recording of it that is kept where its replay gives the same."""
         before: Grads = []
         with self._gives_up_on_error():
             before = _clone_all(self._grads())

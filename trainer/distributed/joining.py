@@ -119,7 +119,6 @@ def _try_connections(
 
 
 def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
-    """The store of this run: on rank 0, or torchrun's where it keeps one."""
     host, address = socket.gethostname(), (launch.master_addr, launch.master_port or 0)
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -181,7 +181,6 @@ def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
 
 
 def _master_address(environ: Mapping[str, str], launcher: _Launcher, world_size: int) -> str:
-    """The host of rank 0; UserError where nothing names it."""
     if address := environ.get("MASTER_ADDR"):
         return address
     on_one_host = "1" in (environ.get("SLURM_STEP_NUM_NODES"), environ.get("FLUX_JOB_NNODES"))

@@ -248,7 +248,6 @@ class Watchdog:
     # --- of the threads ---
 
     def _announce_failure(self) -> int:
-        """The first rank that has failed."""
         self._store.set(f"failed/{self.rank}", "")
         return int(self._store.compare_set("failed", "", str(self.rank)))
 
@@ -258,7 +257,6 @@ class Watchdog:
         return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
 
     def _exchange(self) -> None:
-        """Tell the others how this rank stands, and hear how they do."""
         keys = [f"rank/{rank}" for rank in range(self.world_size)]
         try:
             while not self._closed.wait(TICK_SECONDS if self._states else 0):

@@ -139,7 +139,6 @@ def export_checkpoint(
 
 
 def _find_data(settings: Settings, source: Checkpoint, data_folder: str | None) -> tuple[PreparedDataset | None, str]:
-    """The run's prepared data, from `data_folder`, the cache or made again; or None and why there are none."""
     try:
         data = load(Path(data_folder)) if data_folder else None
         if data is None:

@@ -86,7 +86,6 @@ def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext 
 
 
 def _final_train_loss(group: SeedGroup) -> float | None:
-    """The mean over seeds of the last epoch's training loss, None where a run has none."""
     ends = [float(run.epochs["train_loss"][-1]) for run in group.finished_runs if len(run.epochs["train_loss"])]
     return fmean(ends) if ends and len(ends) == len(group.finished_runs) else None
 

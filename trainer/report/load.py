@@ -91,7 +91,6 @@ def read_run(source: str) -> RunData:
 
 
 def _trainer_run(source: str, name: str, history: Sequence[Any]) -> RunData:
-    """A run of Hugging Face's Trainer, of which only the rows of its log are known; UserError where there are none."""
     rows = RunRows()
     for row in (row for row in history if isinstance(row, dict)):
         if row.get("eval_loss") is not None:

@@ -239,7 +239,6 @@ def _describe_scope(
 
 
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
-    """What can be said where no LoRA group is on the data of a full one."""
     if not groups:
         return "no run is finished and evaluated, so there is nothing to compare yet"
     descriptions = "; ".join(f"{group.label}: validation loss {group.best_loss:.4f} at best" for group in groups[:4])
@@ -256,7 +255,6 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
 
 
 def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
-    """Losses, scores and costs, each only where there is a number."""
     if pair.blockers:
         return ()
     judged, base = pair.judged, pair.base_loss

@@ -108,7 +108,6 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: F
 
 
 def _show_mean(values: Sequence[float]) -> str:
-    """The value of one run; of several their mean and sample standard deviation."""
     if not values or not np.isfinite(values).all():
         return NO_VALUE
     spread = f" ± {statistics.stdev(map(float, values)):.4f}" if len(set(values)) > 1 else ""

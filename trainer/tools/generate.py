@@ -93,7 +93,6 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _load_base(run_folder: Path, run_settings: Settings, fingerprint: str) -> TrainableModel:
-    """The model that the run began with, in float32; UserError where it is not there any more."""
     model_settings = dataclasses.replace(run_settings.model, quant=None, quant_double=False)
     settings = dataclasses.replace(run_settings, model=model_settings)
     if find_model(model_settings.model).adapter is None:  # else the base is the adapter as it was

@@ -107,7 +107,6 @@ class ProgressBar:
             self.print_line(line)
 
     def _position(self, label: str, record: StepRecord | EvalRecord | OtherEvalRecord | EpochRecord) -> str:
-        """Where the run is: 'step  12/926  epoch 0.04/3'."""
         step = f"{record.step:>{len(str(self._total_steps))}}/{self._total_steps}"
         return f"{label:<5} {step}  epoch {record.epoch:.2f}/{self._epochs_text}"
 

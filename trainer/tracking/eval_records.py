@@ -133,7 +133,6 @@ def digest_evaluations(folder: Path, paths: Sequence[Path] | None = None) -> dic
 
 
 def _list_evaluations(folder: Path) -> list[tuple[Path, int, str]]:
-    """(path, step, split) of every evaluation, by step and then split."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(folder / match[0], int(match[1]), match[2]) for match in map(_FILE_NAME.fullmatch, names) if match]
     return sorted(found, key=lambda item: item[1:])
@@ -144,7 +143,6 @@ def _comes_again(eval_step: int, split: str, step: int, eval_pending: bool) -> b
 
 
 def _read_file(path: Path) -> pa.Table:
-    """The rows of one evaluation; ValueError where they are not as they were written."""
     try:
         with open_plain_file(path) as file:
             table = pq.ParquetFile(file).read()

@@ -135,7 +135,6 @@ def split_rows(dataset: TokenDataset, end_ids: Sequence[int], block_size: int) -
 def _load_rows(
     settings: Settings, data: PreparedDataset, split: ScoredSplit
 ) -> tuple[Any, tuple[int, ...], list[PromptRow], list[str | None]]:
-    """(the tokenizer, the tokens at which a text ends, the records, their references as text)."""
     tokenizer = load_tokenizer(settings.model.model)
     end_ids = end_token_ids(tokenizer, data.metadata.get("chat_template"))
     rows = split_rows(getattr(data, split), end_ids, data.metadata["block_size"])

@@ -210,7 +210,6 @@ def find_edited_settings(metadata: Mapping[str, Any], source: Checkpoint) -> str
 
 
 def _fixed_facts(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What may not change on resume, by a `RunPlan.checkpoint_identity`, as JSON gives it back."""
     facts = {**identity["fixed"], "data": identity["data"], "precision": identity["precision"]}
     return dict(json.loads(json.dumps(facts)))
 

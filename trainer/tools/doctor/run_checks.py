@@ -97,7 +97,6 @@ def inspect_run(folder: Path) -> Inspection:
 
 
 def _check_resume(folder: Path, metadata: dict[str, Any]) -> tuple[str, str]:
-    """(why --resume would refuse the run, from where it would go on), by the functions that --resume asks."""
     problem, base = "run.json cannot be read", metadata["model"]["fingerprint"] if metadata else ""
     for allows_records in (False, True) if metadata else ():
         try:
