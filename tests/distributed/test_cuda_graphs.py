@@ -18,7 +18,7 @@ from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from transformers import AutoModelForCausalLM
 
 from trainer.distributed import execution
-from trainer.distributed.execution import NUM_WARMUP_CALLS, CUDAGraphRunner
+from trainer.distributed.execution import MAX_DIFFERENCE, NUM_WARMUP_CALLS, CUDAGraphRunner, relative_difference
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.stepper import PlainStepper
 from trainer.model import torch_internals
@@ -110,6 +110,24 @@ def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradien
     if ragged == [2, 2]:
         assert (first.num_replays, more.num_replays) == (5, 5), "the second micro-batch adds to the first"
     assert runner.capture_error == ""
+
+
+def test_padding_that_counts_nothing_is_recorded_too(make_runner):
+    """That of a rank which has no rows in the last step of an epoch: all its gradients are zero."""
+    runner, ids = make_runner(), make_micro_batch(1, 0)
+    for _ in range(NUM_WARMUP_CALLS + 1):
+        for parameter in runner.trainable_params:
+            parameter.grad = None
+        runner.backward(ids, torch.full_like(ids, -100), 0.5)
+    assert runner.checks == ["overwrite 1x16 recorded, checked to 0e+00"]
+
+
+def test_a_small_gradient_of_one_weight_is_compared_beside_the_large_ones():
+    losses = torch.ones(1)
+    for share, compared in ((1e-3, True), (1e-5, False)):  # below `MIN_COMPARED_SHARE` it may be nothing but rounding
+        eager = [torch.ones(4), torch.full((4,), share)]
+        difference = relative_difference(losses, eager, losses, [eager[0], -eager[1]])
+        assert (difference > MAX_DIFFERENCE["bf16"]) == compared
 
 
 class StaleGraph(FakeCapturedGraph):

@@ -152,11 +152,14 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, flags, hosts, 
     print(f"{fault}: {seconds:.0f} s; {lines[0]}")
     if fault == "cable cut":  # of the plain tests, which resume elsewhere
         return
-    again = hosts.train(argv, tmp_path / "again", ranks=("h1", "h2"))
-    again.wait_until(lambda: last_logged_step(out) >= checkpoint.step + 10, 240)
-    again.send_signal(signal.SIGTERM, 0)  # an export would take longer than all the rest
-    assert set(again.wait()) == {128 + signal.SIGTERM}, again.output
-    assert read_events(out, "resumed")[0]["step"] == checkpoint.step
+    for ranks in (("h1", "h2"), ("h1", "h2", "h3")):  # on fewer hosts, then on more
+        again = hosts.train(argv, tmp_path / f"on-{len(ranks)}", ranks=ranks)
+        step = checkpoint.step + 10
+        again.wait_until(lambda step=step: last_logged_step(out) >= step, 240)
+        again.send_signal(signal.SIGTERM, 0)  # an export would take longer than all the rest
+        assert set(again.wait()) == {128 + signal.SIGTERM}, again.output
+        assert read_events(out, "resumed")[-1]["step"] == checkpoint.step
+        checkpoint = resolve_checkpoint(out / "checkpoints", "latest")
 
 
 @needs_pdsh

@@ -27,6 +27,9 @@ MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the 
 # in any order (atomics): float32 rounds sums of some thousand terms to about 1e-6; of bf16 the outputs differ by one of
 # 2**-8, and the gradients' elements from those of fp32 by 4e-3 to 7e-3 (seen on a CPU, GPT-2 of 2 to 12 layers).
 MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-3}
+# Of the whole gradient; a smaller one may be nothing but rounding, as that of OPT's key bias, which is 0 by its formula
+# (1e-8 of the whole in bf16): its norm alone is compared.
+MIN_COMPARED_SHARE = 1e-4
 
 Grads = Sequence[Tensor | None]
 
@@ -131,18 +134,24 @@ def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
 
 
 def relative_difference(row_losses: Tensor, grads: Grads, other_losses: Tensor, other_grads: Grads) -> float:
-    """The larger of two: of the losses, and of the gradients as one vector, from their middle, as each side rounds; NaN
-    where one is, infinity where the other has not the same gradients. Waits for the device."""
+    """The largest of three: of the losses, of a weight's gradient norm over that of all, and of the gradients' elements
+    over their size, weight by weight, from their middle, as each side rounds; NaN where one is, infinity where the
+    other has not the same gradients. Waits for the device."""
     if [gradient is None for gradient in grads] != [gradient is None for gradient in other_grads]:
         return float("inf")
     losses, others = row_losses.double().sum(), other_losses.double().sum()
-    pairs = [(a, b) for a, b in zip(grads, other_grads, strict=True) if a is not None and b is not None]
-    norms = [torch.linalg.vector_norm(a, dtype=torch.float64) for a, _ in pairs]
-    distances = [torch.linalg.vector_norm(a - b, dtype=torch.float64) for a, b in pairs]
     differences = [(losses - others).abs() / losses.abs().clamp(min=1e-30)]
-    if pairs:  # of rows that count nothing all gradients are 0
-        norm, distance = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (norms, distances))
-        differences.append(distance / norm.clamp(min=1e-30) / 2)
+    pairs = [(a, b) for a, b in zip(grads, other_grads, strict=True) if a is not None and b is not None]
+    if pairs:
+        norms, other_norms, distances = (
+            torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+            for tensors in ((a for a, _ in pairs), (b for _, b in pairs), (a - b for a, b in pairs))
+        )
+        norm = torch.linalg.vector_norm(norms).clamp(min=1e-30)
+        is_compared = norms >= MIN_COMPARED_SHARE * norm
+        element_differences = (distances / norms)[is_compared] / 2  # none of rows that count nothing: all is 0
+        mean_square = element_differences.square().sum() / is_compared.sum().clamp(min=1)
+        differences += [(norms - other_norms).abs().max() / norm, mean_square.sqrt()]
     return float(torch.stack(differences).max())
 
 

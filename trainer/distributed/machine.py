@@ -18,7 +18,7 @@ from trainer.config.errors import UserError
 #: One of these sets is there where a GPU was given to this host or container; the second under WSL2.
 GPU_FILES = (("/dev/nvidiactl",), ("/dev/dxg", "/usr/lib/wsl/lib/libcuda.so.1"))
 SHARED_MEMORY = Path("/dev/shm")  # through which NCCL's ranks of one host talk
-SHM_MIB_PER_GPU = 40  # of it; a container has 64 unless it is asked for more
+SHM_MIB_PER_RANK = 40  # of it; a container has 64 unless it is asked for more
 
 
 def find_gpu_problem(environ: Mapping[str, str]) -> str:
@@ -68,15 +68,6 @@ def find_host_problem(environ: Mapping[str, str], *, on_gpu: bool, world_size: i
         if hard != resource.RLIM_INFINITY and hard < needed:
             return f"at most {hard} files may be open here, and {world_size} ranks need {needed}; raise ulimit -Hn"
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    num_gpus = min(world_size, torch.cuda.device_count()) if on_gpu else 0
-    if num_gpus > 1 and environ.get("NCCL_SHM_DISABLE") != "1" and SHARED_MEMORY.is_dir():
-        free_mib = shutil.disk_usage(SHARED_MEMORY).free / 2**20
-        needed_mib = num_gpus * SHM_MIB_PER_GPU
-        if free_mib < needed_mib:
-            return (
-                f"{SHARED_MEMORY} has {free_mib:.0f} MiB free, and NCCL takes {needed_mib} for {num_gpus} GPUs; start "
-                "the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
-            )
     return ""
 
 
@@ -105,6 +96,13 @@ def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str,
         taken.add((host, gpus[index]["id"]))
         indices.append(index)
     return indices
+
+
+def free_shared_memory_mib(environ: Mapping[str, str]) -> float | None:
+    """What is free of `SHARED_MEMORY`; None where NCCL needs none of it."""
+    if environ.get("NCCL_SHM_DISABLE") == "1" or not SHARED_MEMORY.is_dir():
+        return None
+    return shutil.disk_usage(SHARED_MEMORY).free / 2**20
 
 
 def threads_per_rank(local_world_size: int) -> int:

@@ -162,6 +162,7 @@ def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
         "problem": problem or machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=launch.world_size),
         "kind": "cuda" if on_gpu else "cpu",
         "devices": [] if problem else machine.list_devices(on_gpu=on_gpu),
+        "shm_mib": machine.free_shared_memory_mib(os.environ),
     }
     store, board, ranks, network = meet(launch, here, join_timeout_seconds)
     hosts = name_hosts(ranks)

@@ -4,7 +4,6 @@ import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,21 +81,18 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
     [
         ([{"problem": ""}, {"problem": "no disk"}], r"on b \(rank 1\): no disk"),
         ([{"kind": "cuda"}, {}], r"there is a GPU on a \(rank 0\) and none on b \(rank 1\): all ranks must have one"),
+        (
+            [{"kind": "cuda", "shm_mib": 64.0}] * 3,
+            r"/dev/shm of b \(rank 1\) has 64 MiB free, and NCCL takes 80 .*shm-size",
+        ),
+        ([{"kind": "cuda"}] * 3, None),  # NCCL_SHM_DISABLE=1
     ],
 )
 def test_a_host_that_cannot_take_part_is_refused_alike_on_every_rank(ranks, expected):
-    said = [{"problem": "", "kind": "cpu", **rank} for rank in ranks]
-    with pytest.raises(UserError, match=expected):
+    """Of three ranks one is alone on its host, which talks over the network only."""
+    said = [{"problem": "", "kind": "cpu", "shm_mib": None, **rank} for rank in ranks]
+    with pytest.raises(UserError, match=expected) if expected else contextlib.nullcontext():
         refuse_unequal_hosts(("a", "b", "b")[: len(ranks)], said)
-
-
-def test_a_shared_memory_too_small_for_nccl_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
-    expected = r"/dev/shm has 64 MiB free, and NCCL takes 80 for 2 GPUs; .*--shm-size=2g .*NCCL_SHM_DISABLE=1"
-    assert re.search(expected, machine.find_host_problem({}, on_gpu=True, world_size=16))
-    for environ, world_size in (({"NCCL_SHM_DISABLE": "1"}, 16), ({}, 1)):
-        assert machine.find_host_problem(environ, on_gpu=True, world_size=world_size) == ""
 
 
 def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
