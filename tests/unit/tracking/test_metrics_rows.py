@@ -133,6 +133,7 @@ CHANGED = "one of its first 20 rows was changed"
     [
         (lambda lines: lines.append(b'{"kind": "st'), None),
         (lambda lines: lines.extend(lines), "line 31: a row of step 1 after one of step 30"),
+        (lambda lines: lines.append(lines[-1]), "line 31: a row of step 30 after one of step 30"),
         (
             lambda lines: lines.insert(20, ROW_20 + OTHER_20),
             "line 21: a row of step 20 behind the 20 rows that were written",
