@@ -10,6 +10,7 @@ import pytest
 from helpers.fake_runs import make_run_folder
 from helpers.study_rules import make_candidate, make_rule, make_trial
 
+from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
 from trainer.report.judge import Margin
 from trainer.report.page import json_text
@@ -23,6 +24,7 @@ from trainer.tools.study.trials import (
     finish_trial,
     read_results,
     read_trials,
+    run_argv,
     run_folder,
     start_trial,
 )
@@ -102,3 +104,10 @@ def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
     trial_folder.rename(tmp_path / "trials")
     with pytest.raises(UserError, match=f"was run by the rule {RULE.sha256[:12]}, rule.json is .*: it was changed"):
         open_study(tmp_path)
+
+
+def test_full_is_run_without_the_flags_that_are_about_adapters():
+    flags = ["--quant=nf4", "--quant-double", "--adapter=dora", "--modules-to-save=wte", "--lora-alpha=32"]
+    full, lora = (parse_args(run_argv(method, flags)).settings for method in ("full", "lora"))
+    assert (full.model.quant, full.lora.modules_to_save) == (None, ())
+    assert (lora.model.quant_double, lora.lora.adapter, lora.lora.modules_to_save) == (True, "dora", ("wte",))

@@ -32,7 +32,7 @@ from trainer.tracking.run_lock import FolderInUseError, RunLock
 TRIAL_FILE = "trial.json"
 #: What a run of a study has unless the flags that are passed on say otherwise.
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
-ADAPTER_FLAGS = ("--peft-config", "--adapter", "--quant")
+ADAPTER_FLAGS = ("--peft-config", "--adapter", "--quant", "--quant-double", "--modules-to-save")
 TIMING_FILE = "timing.json"
 NUM_ROUNDS = 4
 MAX_SPREAD = 1.1  # of the ratios without one of the rounds, most over least
