@@ -234,6 +234,7 @@ def _add_events(run: RunData, events: Sequence[EventRecord]) -> None:
 def _add_notes(run: RunData, events: Sequence[EventRecord], notes: list[str], age_seconds: float) -> None:
     """Add to `run` its state, these notes and what is missing."""
     total_steps, final_eval = run.get("resolved.total_steps"), run.final_eval
+    events = [event for event in events if event.event != "diagnosis"]  # one may follow the event that stopped the run
     is_ended = any(event.event == "finished" for event in events)
     if not is_ended and (final_eval is None or final_eval["step"] != total_steps):
         was_stopped = bool(events) and events[-1].event in STOP_EVENTS

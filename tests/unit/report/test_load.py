@@ -69,7 +69,8 @@ def test_what_a_run_lacks_is_noted_and_an_unfinished_one_is_going_while_its_reco
     assert read_folder(folder).notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
     before = [record for record in make_records(make_metadata(), finished=False) if record.step <= 40]
     last = EventRecord(event="not_finite", step=40, message="what happened", time=40.0)
-    notes = read_folder(write_run_folder(tmp_path / "nan", make_metadata(), [*before, last])).notes
+    diagnosis = EventRecord(event="diagnosis", step=40, message="diverging", time=40.0)  # which a run adds
+    notes = read_folder(write_run_folder(tmp_path / "nan", make_metadata(), [*before, last, diagnosis])).notes
     assert notes == ("stopped before its end (step 40 of 90): what happened; so its setting is not judged",)
     no_base = read_folder(make_run_folder(tmp_path / "base", losses={1: 3.0}))
     assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
