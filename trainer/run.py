@@ -252,7 +252,8 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
             "is_own_export": True,
             "data_folder": str(data.folder),
         }
-        result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
+        limit = settings.engine.hang_timeout
+        result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request, limit))
     elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
     facts = {
         "wall_seconds": elapsed_seconds,

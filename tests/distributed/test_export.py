@@ -391,5 +391,5 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
 def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, monkeypatch):
     request = {"run_folder": str(full_run), "checkpoint": "step-5", "output_dir": str(tmp_path / "model")}
     with pytest.raises(TrainingError, match=r"model not written: .* whole checkpoints there"):
-        export_in_fresh_process(request)
+        export_in_fresh_process(request, 600.0)
     assert not (tmp_path / "model").exists()

@@ -17,7 +17,7 @@ CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SI
 RUN_CODE = """
 import train
 from trainer.export import export_cli, fresh_process
-fresh_process.export_in_fresh_process = lambda request: export_cli.export_checkpoint(**request)
+fresh_process.export_in_fresh_process = lambda request, _: export_cli.export_checkpoint(**request)
 print("exit code", train.main())
 """
 

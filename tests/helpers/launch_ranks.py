@@ -105,7 +105,7 @@ def run_train_script(argv: list[str]) -> int:
     import train as entry
 
     if not set(FRESH_EXPORT) <= set(os.environ):
-        fresh_process.export_in_fresh_process = lambda request: export_cli.export_checkpoint(**request)
+        fresh_process.export_in_fresh_process = lambda request, _: export_cli.export_checkpoint(**request)
     sys.argv = ["train.py", *argv]
     return entry.main()
 

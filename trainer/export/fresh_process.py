@@ -15,10 +15,13 @@ from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import set_library_environment, without_launcher
 
 
-def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
-    """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails.
+def export_in_fresh_process(request: dict[str, Any], hang_timeout_seconds: float) -> dict[str, Any]:
+    """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails,
+    or neither computes nor reads nor writes for so many seconds: the ranks are not watched meanwhile.
     The process ends with this one: it reads from a pipe of which we hold the other end."""
     import torch  # not by the process that exports, before it watches its input
+
+    from trainer.distributed.watch import TICK_SECONDS, WorkMeter
 
     environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
     environment |= {
@@ -27,17 +30,27 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-m", "trainer.export.fresh_process", json.dumps(request)]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": environment}
-    read_end, write_end = os.pipe()
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    (read_end, write_end), meter, still_seconds = os.pipe(), WorkMeter(), 0.0
     try:
-        process = subprocess.run(command, stdin=read_end, **options)
+        process, output = subprocess.Popen(command, stdin=read_end, env=environment, **options), None
+        while output is None:
+            try:
+                output, errors = process.communicate(timeout=TICK_SECONDS)
+            except subprocess.TimeoutExpired:
+                still_seconds = 0 if meter.has_moved(TICK_SECONDS) else still_seconds + TICK_SECONDS
+                if still_seconds > hang_timeout_seconds:
+                    process.kill()
+                    process.communicate()
+                    problem = f"the export stood still for {hang_timeout_seconds:g} s (--hang-timeout)"
+                    raise TrainingError(f"{request['output_dir']} not written: {problem}") from None
     finally:
         os.close(read_end)
         os.close(write_end)
     if process.returncode:
-        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+        reason = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
         raise TrainingError(f"{request['output_dir']} not written: {reason.removeprefix('error: ')}")
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 

@@ -1,9 +1,14 @@
-"""The process that exports ends with the run that started it."""
+"""The process that exports ends with the run that started it, which does not wait for one that hangs."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from trainer.config.errors import TrainingError
+from trainer.export.fresh_process import export_in_fresh_process
 
 
 def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):
@@ -16,3 +21,10 @@ def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(timeout=60) == 1
+
+
+def test_a_process_that_hangs_is_ended_and_named(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
+    monkeypatch.chdir(tmp_path)  # where `python -m` looks first
+    with pytest.raises(TrainingError, match=r"model not written: the export stood still for 2 s \(--hang-timeout\)"):
+        export_in_fresh_process({"output_dir": "model"}, 2.0)
