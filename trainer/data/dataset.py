@@ -1,9 +1,11 @@
 """Prepared rows of token ids: a writer for each split, and their folder, named when whole, hashed, mapped."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Int64 = NDArray[np.int64]
 FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
+ABANDONED_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
@@ -195,6 +198,11 @@ def load_or_build(
         return load(folder, source=source)
     except (OSError, ValueError) as error:
         problem = error
+    for leftover in folder.parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            age = time.time() - max(path.stat().st_mtime for path in (leftover, *leftover.iterdir()))
+            if age > ABANDONED_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     try:
         if was_there:  # one that came since then is another run's, and whole
             log(f"prepared data are damaged and are made anew ({problem})")

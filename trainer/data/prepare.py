@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -27,6 +28,7 @@ from trainer.data.unseen import SeenRecords, name_records
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
 KEY_SETTINGS = ("max_samples", "objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
+LOG_SECONDS = 5.0  # between two lines that say how far it is
 NUM_SAMPLED_RECORDS = 4096  # the first ones, whose lengths decide a block size that is left to the data
 BLOCK_SIZES = (128, 256, 512, 1024, 2048)  #: longer rows want a decision, and the memory
 MAX_JOINED_BLOCK, MIN_BLOCKS = 1024, 100  # tokens of a block of joined texts, and how many the texts should fill
@@ -115,7 +117,7 @@ def prepare(
     }
     dataset = store.load_or_build(
         cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-        lambda folder: write_rows(folder, settings, sources, tokenizer, chat),
+        lambda folder: write_rows(folder, settings, sources, tokenizer, chat, log),
         source=settings.data,
         log=log,
     )
@@ -207,7 +209,12 @@ def check_records(settings: DataSettings, sources: list[Source]) -> tuple[dict[s
 
 
 def write_rows(
-    folder: Path, settings: DataSettings, sources: list[Source], tokenizer: Any, chat: ChatTemplate | None
+    folder: Path,
+    settings: DataSettings,
+    sources: list[Source],
+    tokenizer: Any,
+    chat: ChatTemplate | None,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """The second reading: write the rows of all splits into `folder` and return what facts.json holds of them."""
     checked, is_seen = check_records(settings, sources)
@@ -227,8 +234,13 @@ def write_rows(
     try:
         for source in sources:
             is_joined = objectives[source.split] == "blocks"
-            for example, row in _iter_rows(source, tokenizer, chat, is_joined, settings.block_size):
+            rows = _iter_rows(source, tokenizer, chat, is_joined, settings.block_size)
+            log_time = time.monotonic() + LOG_SECONDS
+            for number, (example, row) in enumerate(rows, start=1):
                 writers[example.split].add(example, row)
+                if time.monotonic() >= log_time:
+                    log_time = time.monotonic() + LOG_SECONDS
+                    log(f"tokenising {source.spec}: {number:,} records so far")
             if source.split == "train" and is_mixture:
                 writers["train"].end_part(source.spec, source.share)
     finally:

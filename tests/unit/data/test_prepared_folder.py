@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def test_any_content_for_the_facts_is_refused(tmp_path, num_inputs):
     check_inputs(num_inputs, check, st.binary(max_size=200) | objects.map(lambda value: json.dumps(value).encode()))
 
 
+def test_a_long_preparation_says_how_far_it_is(prepare_pairs, monkeypatch):
+    monkeypatch.setattr("trainer.data.prepare.LOG_SECONDS", 0.0)
+    lines = prepare_pairs()[1]
+    assert lines[-1].startswith("tokenising "), lines
+    assert lines[-1].endswith("a.csv: 60 records so far")
+
+
 def test_the_same_contents_are_prepared_once_whatever_they_are_called(
     prepare_pairs, prepare_file, tmp_path, monkeypatch
 ):
@@ -126,6 +134,9 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_p
     folder = prepare_pairs()[0].folder
     copy = tmp_path / "copy"
     shutil.move(folder, copy)
+    killed = folder.with_name(f".{folder.name}.0123456789ab.tmp")
+    killed.mkdir()
+    os.utime(killed, (0, time.time() - 2 * store.ABANDONED_SECONDS))
 
     def fill(temp_folder, name):
         shutil.copytree(copy, temp_folder, dirs_exist_ok=True)
@@ -137,7 +148,7 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_p
 
     prepared = store.load_or_build(folder, lambda other: fill(other, "late"), source="x", log=print)
     assert prepared.val_texts[0][1] == "early"
-    assert os.listdir(folder.parent) == [folder.name]
+    assert os.listdir(folder.parent) == [folder.name], "nor what a process left that was killed long ago"
 
 
 def test_the_cache_folder_follows_the_environment_and_is_refused_where_it_cannot_be_used(tmp_path, monkeypatch):
