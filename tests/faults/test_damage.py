@@ -146,8 +146,9 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
     assert_resumes_like(finished_run, flags, out)
 
 
-def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(argv, out):
-    error = run_to_error([*argv, "--lr", "1e30", "--eval-every", "1"], out=out, exit_code=1)
+@pytest.mark.parametrize("lr", ["1e30", "100"], ids=["loss", "perplexity"])  # which is no longer finite
+def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(lr, argv, out):
+    error = run_to_error([*argv, "--lr", lr, "--eval-every", "1"], out=out, exit_code=1)
     assert "evaluation after step 1: validation loss" in error or "step 2: " in error
     assert read_events(out, "not_finite")
     assert all(np.isfinite(row["loss"]) for row in read_records(out) if "loss" in row)

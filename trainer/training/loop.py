@@ -123,7 +123,7 @@ def _run_due_actions(
         except StopRequested:
             return replace(state, stop_requested=True)
         for evaluation in results.values():
-            if not math.isfinite(evaluation.loss):
+            if not math.isfinite(perplexity(evaluation.loss)):  # no row of metrics.jsonl holds it
                 message = f"evaluation after step {step}: validation loss {evaluation.loss}; checkpoints are whole"
                 yield EventRecord(event="not_finite", step=step, message=message, time=stopwatch())
                 raise TrainingError(f"{message}; {_NON_FINITE_HINT}")

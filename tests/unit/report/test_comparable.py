@@ -15,11 +15,8 @@ MakeRun = Callable[..., RunData]
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("data", "data.fingerprint"),
-        ("split", "data.split"),
-        ("tokenizer", "data.tokenizer"),
-        ("block length", "data.block_size"),
-        ("objective", "data.objective"),
+        *[("data", "data.fingerprint"), ("split", "data.split"), ("tokenizer", "data.tokenizer")],
+        *[("block length", "data.block_size"), ("objective", "data.objective")],
         ("validation set", "data.val_fingerprint"),
     ],
 )
