@@ -88,7 +88,7 @@ def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, e
 
 
 def test_a_missing_zero_file_is_refused_with_the_shipped_names():
-    with pytest.raises(UserError, match=r"no such file; pass zero0, zero1, .* or a path to a JSON file"):
+    with pytest.raises(UserError, match=r"missing: .* \(No such file.*; expected zero0, .* or a path to a JSON file"):
         read_deepspeed_file("missing")
 
 

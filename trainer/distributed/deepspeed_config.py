@@ -1,6 +1,5 @@
 """ZeRO file and settings -> DeepSpeed's dict, as pure functions."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from importlib import import_module
@@ -44,12 +43,9 @@ def _offload_device(content: dict[str, Any], key: str) -> str:
 def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     """One of `ds_configs/` by name, or a path; UserError names the file and the key for anything unknown or doubled."""
     path = DS_CONFIG_DIR / f"{name}.json" if name in DS_CONFIG_NAMES else Path(name)
-    with contextlib.suppress(PermissionError):  # of its folder; reading it says so
-        if not path.exists():
-            known = ", ".join(DS_CONFIG_NAMES)
-            raise UserError(f"--ds-config {name}: no such file; pass {known} or a path to a JSON file")
+    expected = f"{', '.join(DS_CONFIG_NAMES)} or a path to a JSON file"
     try:
-        content = parse_json(read_text_file(path, f"--ds-config {path}", "a JSON file of DeepSpeed"))
+        content = parse_json(read_text_file(path, f"--ds-config {path}", expected))
     except ValueError as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     if mistake := _find_mistake(content):

@@ -146,24 +146,19 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
 
 
 def refuse_unequal_hosts(hosts: Sequence[str], ranks: Sequence[Mapping[str, Any]]) -> None:
-    """UserError, the same on every rank, where a host cannot take part, has no GPU beside those that
-    have, or too little shared memory for NCCL."""
+    """UserError, the same on every rank, where a host cannot take part or has no GPU beside those that have."""
     where = [f"{host} (rank {rank})" if len(set(hosts)) > 1 else f"rank {rank}" for rank, host in enumerate(hosts)]
-    for place, said in zip(where, ranks, strict=True):
-        if said["problem"]:
-            raise UserError(f"on {place}: {said['problem']}" if len(ranks) > 1 else said["problem"])
+    for place, host, said in zip(where, hosts, ranks, strict=True):
+        problem, needed_mib = said["problem"], machine.SHM_MIB_PER_RANK * hosts.count(host)
+        if said["kind"] == "cuda" and hosts.count(host) > 1 and said["shm_mib"] < needed_mib:
+            problem = f"{machine.SHARED_MEMORY} has {said['shm_mib']:.0f} MiB free, and NCCL takes {needed_mib}; start "
+            problem += "the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
+        if problem:
+            raise UserError(f"on {place}: {problem}" if len(ranks) > 1 else problem)
     kinds = [said["kind"] for said in ranks]
     if len(set(kinds)) > 1:
         with_gpu, without = where[kinds.index("cuda")], where[kinds.index("cpu")]
         raise UserError(f"there is a GPU on {with_gpu} and none on {without}: all ranks must have one, or none")
-    for place, host, said in zip(where, hosts, ranks, strict=True):
-        num_ranks = hosts.count(host)
-        needed_mib, free_mib = num_ranks * machine.SHM_MIB_PER_RANK, said["shm_mib"]
-        if kinds[0] == "cuda" and num_ranks > 1 and free_mib is not None and free_mib < needed_mib:
-            raise UserError(
-                f"{machine.SHARED_MEMORY} of {place} has {free_mib:.0f} MiB free, and NCCL takes {needed_mib} for "
-                f"{num_ranks} ranks; start the container with --shm-size=2g or --ipc=host, or set NCCL_SHM_DISABLE=1"
-            )
 
 
 def _connection_problem(address: tuple[str, int], timeout_seconds: float) -> str:

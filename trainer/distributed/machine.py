@@ -98,13 +98,6 @@ def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str,
     return indices
 
 
-def free_shared_memory_mib(environ: Mapping[str, str]) -> float | None:
-    """What is free of `SHARED_MEMORY`; None where NCCL needs none of it."""
-    if environ.get("NCCL_SHM_DISABLE") == "1" or not SHARED_MEMORY.is_dir():
-        return None
-    return shutil.disk_usage(SHARED_MEMORY).free / 2**20
-
-
 def threads_per_rank(local_world_size: int) -> int:
     """Threads for one rank: what the user set, else this rank's share of the cores it may use."""
     if match := re.fullmatch(r"([1-9][0-9]{0,3})(,.*)?", os.environ.get("OMP_NUM_THREADS", "").strip()):

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import socket
 import time
 import warnings
@@ -158,11 +160,12 @@ def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
     together end here, one of them with the line that says why."""
     launch = read_launch_environment(os.environ)
     on_gpu, problem = torch.cuda.is_available(), machine.find_gpu_problem(os.environ)
+    needs_shm = machine.SHARED_MEMORY.is_dir() and os.environ.get("NCCL_SHM_DISABLE") != "1"
     here = {
         "problem": problem or machine.find_host_problem(os.environ, on_gpu=on_gpu, world_size=launch.world_size),
         "kind": "cuda" if on_gpu else "cpu",
         "devices": [] if problem else machine.list_devices(on_gpu=on_gpu),
-        "shm_mib": machine.free_shared_memory_mib(os.environ),
+        "shm_mib": shutil.disk_usage(machine.SHARED_MEMORY).free / 2**20 if needs_shm else math.inf,
     }
     store, board, ranks, network = meet(launch, here, join_timeout_seconds)
     hosts = name_hosts(ranks)

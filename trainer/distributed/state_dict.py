@@ -62,15 +62,13 @@ class EngineState:
 
     def state_dict_layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of all that `iter_state_dict` yields, in its order, without gathering anything."""
+        if self._stage == 0:
+            yield from ((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.iter_state_dict())
+            return
         for name, parameter in self.trainable_params.items():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 its own shape is empty
-            yield f"weight/{name}", torch.float32, shape
-            if self._stage == 0:
-                for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
-                    yield f"{state_key}/{name}", tensor.dtype, tuple(tensor.shape)
-            else:
-                for state_key in optimizer.MOMENTS:
-                    yield f"{state_key}/{name}", torch.float32, shape
+            for key in ("weight", *optimizer.MOMENTS):
+                yield f"{key}/{name}", torch.float32, shape
 
     def iter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every trained weight (float32) and its two moments (float32, or 8-bit codes followed by

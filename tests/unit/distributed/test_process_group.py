@@ -1,6 +1,7 @@
 """The ranks of a run: their hosts, the GPU of each, what must be the same on all, and the stacks of a run that hung."""
 
 import contextlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -83,14 +84,14 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(
         ([{"kind": "cuda"}, {}], r"there is a GPU on a \(rank 0\) and none on b \(rank 1\): all ranks must have one"),
         (
             [{"kind": "cuda", "shm_mib": 64.0}] * 3,
-            r"/dev/shm of b \(rank 1\) has 64 MiB free, and NCCL takes 80 .*shm-size",
+            r"on b \(rank 1\): /dev/shm has 64 MiB free, and NCCL takes 80; .*shm-size",
         ),
         ([{"kind": "cuda"}] * 3, None),  # NCCL_SHM_DISABLE=1
     ],
 )
 def test_a_host_that_cannot_take_part_is_refused_alike_on_every_rank(ranks, expected):
     """Of three ranks one is alone on its host, which talks over the network only."""
-    said = [{"problem": "", "kind": "cpu", "shm_mib": None, **rank} for rank in ranks]
+    said = [{"problem": "", "kind": "cpu", "shm_mib": math.inf, **rank} for rank in ranks]
     with pytest.raises(UserError, match=expected) if expected else contextlib.nullcontext():
         refuse_unequal_hosts(("a", "b", "b")[: len(ranks)], said)
 
