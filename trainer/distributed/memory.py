@@ -31,6 +31,7 @@ CUDA_CONTEXT_BYTES = 600 * 2**20  # what CUDA's context, NCCL and cuBLAS take of
 PROCESS_BASE_BYTES = 700 * 2**20  # what a CPU rank holds before it has a model: Python, torch, DeepSpeed
 MAX_STATE_FRACTION = 0.5  # of a device's memory; model state beyond it is divided over the ranks
 MAX_ESTIMATE_FRACTION = 0.9  # of a device's memory, for all that a single rank is estimated to hold
+MAX_COUNTED_TOKENS = 4096  # of a CPU rank's micro-batch, which takes an operation for every few rows of logits
 
 
 # --- the sum ---
@@ -198,6 +199,11 @@ def count_pass_memory(
 ) -> PassMemory:
     """The bytes of one forward and backward; takes seconds for a setup that is new. `accumulates`: whether gradients of
     an earlier micro-batch are there already; `form`: see `prepare_loss`."""
+    small_size = max(1, MAX_COUNTED_TOKENS // (2 * row_length))
+    if not form["is_gpu"] and micro_batch_size > 2 * small_size:  # by the growth from two small ones
+        count = functools.partial(count_pass_memory, settings, row_length=row_length, accumulates=accumulates, **form)
+        pairs = zip(count(micro_batch_size=small_size), count(micro_batch_size=2 * small_size), strict=True)
+        return PassMemory(*(a + (micro_batch_size / small_size - 1) * (b - a) for a, b in pairs))
     with torch.random.fork_rng(devices=[]):
         model = build_model(settings, on_meta=True)
     loss_module, num_cast = prepare_loss(model, **form)

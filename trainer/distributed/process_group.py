@@ -91,12 +91,6 @@ class DistContext:
         """Bytes of the host's memory that are free now, for each rank on it."""
         return float(psutil.virtual_memory().available / self.local_world_size)
 
-    def available_bytes(self) -> float:
-        """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
-        if self.device.type != "cuda":
-            return self.free_host_bytes()
-        return float(self.least_memory_bytes() or 0)
-
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
         if self.cpu_group is None:  # one rank, or a plan for several

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainer.config import cli
+from trainer.distributed import memory
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
 from trainer.distributed.execution import cast_frozen_weights
 from trainer.distributed.memory import LiveBytes, MemoryEstimate, PassMemory, count_pass_memory, estimate_memory
@@ -158,6 +159,15 @@ def test_the_count_changes_no_random_state_and_accumulated_gradients_are_in_it(s
     gradients = 4 * build_model(settings, on_meta=True).metadata["trainable"]
     assert again.peak_with_gradients >= again.peak + gradients
     assert once.peak_with_gradients < again.peak_with_gradients
+
+
+def test_a_large_micro_batch_follows_from_two_small_ones(small_model, monkeypatch):
+    form: Any = {**ON_CPU, "micro_batch_size": 12, "row_length": 256}
+    direct = count_pass_memory.__wrapped__(parse(small_model, "--mode lora"), **form)
+    monkeypatch.setattr(memory, "MAX_COUNTED_TOKENS", 1024)
+    inferred = count_pass_memory.__wrapped__(parse(small_model, "--mode lora"), **form)
+    assert inferred[:2] == (pytest.approx(direct.saved, rel=1e-3), pytest.approx(direct.peak, rel=0.05))
+    assert isinstance(inferred.peak, float), "not counted, but by the growth of two counts"
 
 
 # --- a GPU's memory, counted without one ---

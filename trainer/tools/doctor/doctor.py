@@ -104,7 +104,8 @@ def check_gpus(world_size: int) -> Check:
 def check_memory(plan: RunPlan, row_length: int) -> tuple[Check, list[str]]:
     """(Whether the plan's ZeRO file fits, the table: a line for every file of this program, and for the plan's own)."""
     context = plan.dist_context
-    limit_bytes, fitting, peak_bytes = context.available_bytes(), [], 0.0
+    is_gpu, fitting, peak_bytes = context.device.type == "cuda", [], 0.0
+    limit_bytes = (is_gpu and context.least_memory_bytes()) or context.free_host_bytes()
     lines = ["  per rank       " + " ".join(f"{name:>11}" for name in (*MEMORY_COLUMNS, "peak"))]
     files = {name: read_deepspeed_file(name) for name in DS_CONFIG_NAMES}
     for name, file in (files | {plan.deepspeed_file.name: plan.deepspeed_file}).items():
@@ -119,7 +120,7 @@ def check_memory(plan: RunPlan, row_length: int) -> tuple[Check, list[str]]:
         notes = f"  {format_bytes(host_bytes)} of the host's" if host_bytes else ""
         notes += "  does not fit" * (not fits) + "  <- chosen" * is_chosen
         lines.append(f"  {name:<14} " + " ".join(f"{cell:>11}" for cell in cells) + notes)
-    capacity = "a GPU" if context.device.type == "cuda" else "free memory of a rank"
+    capacity = "a GPU" if is_gpu else "free memory of a rank"
     name = plan.deepspeed_file.name
     message = f"{name}: {format_bytes(peak_bytes)} at most, {format_bytes(limit_bytes)} {capacity}"
     remedy = "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
