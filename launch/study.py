@@ -20,7 +20,7 @@ JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="study.py", description=__doc__)
     add = parser.add_argument
     per_trial = value_type(NonNegativeInt, int)
     max_lr_help = "the highest rate to try of a method, where a higher one diverges with some seeds (repeatable)"

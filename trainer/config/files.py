@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -239,16 +239,3 @@ def read_json_object(path: Path, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{name}: not a JSON object; expected one")
     return value
-
-
-def refuse_foreign_files(
-    paths: Sequence[Path], record: Path, flag: str, is_own: Callable[[dict[str, Any]], bool]
-) -> None:
-    """UserError where one of `paths` is there, but not the JSON of a program in `record`, which it writes first."""
-    existing = [path for path in paths if os.path.lexists(path)]
-    try:
-        is_foreign = bool(existing) and not is_own(read_json_object(record))
-    except UserError:
-        is_foreign = True
-    if is_foreign:
-        raise UserError(f"{flag}: {existing[0].name} there was not written by this program; name another")

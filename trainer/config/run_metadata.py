@@ -14,7 +14,7 @@ from trainer.config.files import read_json_object
 from trainer.config.settings import Settings
 from trainer.config.text import flatten, shorten
 
-# 5: label_smoothing and other settings; 4: no wandb_group; 3: no allow_leakage; 2: evaluation records in one file
+# 5: settings plus_ratio, profile, shuffle; 4: no wandb_group; 3: no allow_leakage; 2: evaluation records in one file
 SCHEMA_VERSION = 6
 
 

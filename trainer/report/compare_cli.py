@@ -1,6 +1,8 @@
 """What launch/compare.py does, in order: read, compare, write, show, publish."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from tabulate import tabulate
 
 from trainer.config import reference
 from trainer.config.errors import UserError, escape_controls
-from trainer.config.files import refuse_foreign_files
+from trainer.config.files import read_json_object
 from trainer.report import wandb_report
 from trainer.report.judge import parse_margin
 from trainer.report.load import load_runs
@@ -49,9 +51,12 @@ def run_comparison(args: argparse.Namespace) -> int:
 
 def refuse_foreign_answer(output_dir: Path) -> list[Path]:
     """The files of a report in this folder; UserError where others stand there: a study's answer is another's."""
-    paths, flag = [output_dir / name for name in FILES], f"--output-dir {output_dir}"
-    answer = output_dir / "answer.json"
-    refuse_foreign_files(paths, answer, flag, lambda content: "comparisons" in content and "study" not in content)
+    paths, answer = [output_dir / name for name in FILES], dict[str, object]()
+    existing = [path.name for path in paths if os.path.lexists(path)]
+    with contextlib.suppress(UserError):  # which is none of ours then
+        answer = read_json_object(output_dir / "answer.json")
+    if existing and ("comparisons" not in answer or "study" in answer):
+        raise UserError(f"--output-dir {output_dir}: {existing[0]} there was not written by this program; name another")
     return paths
 
 
