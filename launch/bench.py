@@ -6,8 +6,9 @@ Exit code 0: measured; 1: a measurement failed; 2: a mistake in the flags.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
-from trainer.config.argument_parser import ArgumentParser, whole_number
+from trainer.config.argument_parser import ArgumentParser, value_type, whole_number
 from trainer.config.choices import MODES
 from trainer.config.errors import UserError
 from trainer.tools.program import program
@@ -52,7 +53,8 @@ def build_parser(name: str) -> ArgumentParser:
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--global-batch", type=whole_number, default=2, metavar="N", help="examples of a step (default: 2)")
     add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    precision = value_type(Literal["fp32", "bf16"])
+    add("--precision", type=precision, metavar="{fp32,bf16}", help="default: bf16 on a GPU, fp32 on a CPU")
     add("--steps", type=whole_number, default=20, metavar="N", help="timed steps of a program or method (default: 20)")
     if name == "memory":
         add("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")

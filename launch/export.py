@@ -6,9 +6,8 @@ Exit code 0: exported, reloaded and equal; 1: the check failed; 2: a mistake in 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from trainer.config.argument_parser import ArgumentParser, output_folder
+from trainer.config.argument_parser import ArgumentParser, output_folder, value_type
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError
 from trainer.tools.program import prepare_libraries, program
@@ -28,7 +27,7 @@ def build_parser() -> ArgumentParser:
     add("--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model")
     add("--answer", type=Path, metavar="FILE", help="answer.json of a study or comparison: its sentence for the card")
     rounding = "round the weights to it; their loss after that is evaluated and said (default: fp32)"
-    add("--dtype", choices=get_args(ExportDtype), default="fp32", help=rounding)
+    add("--dtype", type=value_type(ExportDtype), default="fp32", metavar="{fp32,bf16,fp16}", help=rounding)
     add("--push", metavar="NAMESPACE/NAME", help="upload the folder to the Hub, once its check has passed")
     add("--private", action="store_true", help="with --push: make a new repository a private one")
     place = "an empty or new folder for it (default: RUN/export-step-N or RUN/merged-step-N; -DTYPE behind it)"

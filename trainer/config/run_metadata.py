@@ -72,15 +72,11 @@ def read_run_metadata(path: Path) -> dict[str, Any]:
     with contextlib.suppress(PermissionError):  # who reads it says so
         if not (path.is_symlink() or path.exists()):
             raise UserError(f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>")
-    return check_run_metadata(read_json_object(path), source=str(path))
-
-
-def check_run_metadata(content: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """`content`, where it is that of a run.json of this version; UserError that names `source` otherwise."""
+    content = read_json_object(path)
     version = content.get("schema_version", content.get("format"))
     if version != SCHEMA_VERSION and isinstance(version, int):
         raise UserError(
-            f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}; the run was written by another "
+            f"{path}: schema_version is {version}, expected {SCHEMA_VERSION}; the run was written by another "
             "version of this program; read it with that version"
         )
     try:
@@ -88,13 +84,13 @@ def check_run_metadata(content: dict[str, Any], *, source: str) -> dict[str, Any
     except ValidationError as error:
         key, value, expected, is_missing = next(find_problems(error))
         shown = "missing" if is_missing else shorten(json.dumps(value, ensure_ascii=False), 40)
-        raise UserError(f"{source}: {key} is {shown}; expected {expected}") from None
+        raise UserError(f"{path}: {key} is {shown}; expected {expected}") from None
     except UserError as error:  # each setting is right alone, but they exclude one another
-        raise UserError(f"{source}: settings: {error}") from None
+        raise UserError(f"{path}: settings: {error}") from None
     if metadata.settings.mode != metadata.mode:
-        raise UserError(f"{source}: mode is {metadata.mode}; expected that of settings, {metadata.settings.mode}")
+        raise UserError(f"{path}: mode is {metadata.mode}; expected that of settings, {metadata.settings.mode}")
     names = dict(flatten(metadata.settings.as_dict(), "."))
     for place, block in (("", content), ("resumed.", content.get("resumed", content))):
         if missing := sorted(names.keys() - dict(flatten(block["settings"], "."))):  # pydantic took its default
-            raise UserError(f"{source}: {place}settings.{missing[0]} is missing; expected what a run writes")
+            raise UserError(f"{path}: {place}settings.{missing[0]} is missing; expected what a run writes")
     return content

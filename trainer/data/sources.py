@@ -44,7 +44,7 @@ class Source:
     flag: str
     spec: str
     files: tuple[Path, ...]
-    names_files: bool = True  #: whether its files are known to the user: not those of the demo and of the hub
+    names_files: bool = True  #: whether its files are known to the user: of the demo and of data sets not
     split: str = "train"  #: "train", "val", "val-NAME", "test" or "retain"
     notices: tuple[str, ...] = ()  #: which files became what, and what was left out
     heartbeat: Callable[[], None] = lambda: None  #: called at each record, as the ranks that wait need to know
@@ -159,7 +159,7 @@ def _find_dataset_splits(spec: str, flag: str, is_saved: bool) -> dict[str, Sour
     names = hub_id.groups() if hub_id is not None and not is_saved else [spec]
     splits = hf_hub.find_dataset_files(flag, *names, is_saved=is_saved)
     return {
-        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=is_saved)
+        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)
         for name, files in splits.items()
     }
 

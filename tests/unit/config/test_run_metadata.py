@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.fake_runs import make_metadata
 from trainer.config.errors import UserError
-from trainer.config.run_metadata import check_run_metadata, read_run_metadata
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 
 METADATA = json.loads(json.dumps(make_metadata("lora")))
@@ -24,8 +25,8 @@ def list_paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]
     return [path for key, item in value.items() for path in ((*prefix, key), *list_paths(item, (*prefix, key)))]
 
 
-def edit(*changes: tuple[Any, Any]) -> dict[str, Any]:
-    """METADATA with other values at paths (with dots, or as keys), or without them; a path may be gone."""
+def read_edited(folder: Path, *changes: tuple[Any, Any]) -> dict[str, Any]:
+    """What is read of METADATA with other values at paths (with dots, or as keys), or without them, or gone before."""
     metadata = copy.deepcopy(METADATA)
     for path, value in changes:
         *sections, key = path.split(".") if isinstance(path, str) else path
@@ -35,7 +36,8 @@ def edit(*changes: tuple[Any, Any]) -> dict[str, Any]:
         if isinstance(section, dict):
             section.pop(key, None)
             section |= {} if value is ABSENT else {key: value}
-    return metadata
+    (folder / "run.json").write_text(json.dumps(metadata))
+    return read_run_metadata(folder / "run.json")
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,10 @@ def edit(*changes: tuple[Any, Any]) -> dict[str, Any]:
         ("resumed", {"settings": METADATA["settings"], "changed": []}, "resumed.changed is []; expected an object"),
     ],
 )
-def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(path, value, answer):
+def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(path, value, answer, tmp_path):
     with pytest.raises(UserError) as caught:
-        check_run_metadata(edit((path, value)), source="run.json")
-    assert str(caught.value).startswith(f"run.json: {answer}")
+        read_edited(tmp_path, (path, value))
+    assert str(caught.value).startswith(f"{tmp_path}/run.json: {answer}")
     assert "\n" not in str(caught.value)
 
 
@@ -84,17 +86,17 @@ def test_a_folder_without_run_json_is_refused(tmp_path):
 
 
 @many_inputs(100)
-def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
+def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs, tmp_path):
     """What is accepted can be made settings of."""
 
     def check(changes):
-        message = "run.json: "
+        message = f"{tmp_path}/run.json: "
         try:
-            accepted = check_run_metadata(json.loads(json.dumps(edit(*changes))), source="run.json")
+            accepted = read_edited(tmp_path, *changes)
             assert Settings(**accepted["settings"]).as_dict().keys() == METADATA["settings"].keys()
         except UserError as error:
             message = str(error)
-        assert message.startswith("run.json: ")
+        assert message.startswith(f"{tmp_path}/run.json: ")
         assert "\n" not in message
 
     change = st.tuples(st.sampled_from(list_paths(METADATA)), st.just(ABSENT) | JSON_VALUES)

@@ -13,7 +13,7 @@ from helpers.data_helpers import PAIRS, find_source, read_records, write_records
 from trainer.config.errors import UserError
 from trainer.config.settings import DataSettings
 from trainer.data import hf_hub, readers, sources
-from trainer.data.sources import find_splits
+from trainer.data.sources import find_sources, find_splits
 
 FIRST = '{"mr": "1", "ref": "2"}'
 AS_TEXT = {"prompt": None, "completion": None}  # without templates
@@ -63,7 +63,7 @@ def test_both_formats_of_arrow_files_are_read(tmp_path):
         assert read_records(tmp_path / f"{name}.arrow") == PAIRS
 
 
-def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_not_whole(tmp_path):
+def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_not_whole(tmp_path, monkeypatch):
     import datasets
 
     whole = datasets.Dataset.from_list(PAIRS)
@@ -71,6 +71,9 @@ def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_
     datasets.DatasetDict({"train": whole, "test": whole.select([3])}).save_to_disk(str(tmp_path / "two"))
     assert read_records(tmp_path / "one") == read_records(tmp_path / "two") == PAIRS
     assert [record for _, record in find_source(tmp_path / "two", "--test-data").records()] == [PAIRS[3]]
+    monkeypatch.chdir(tmp_path)  # files of a relative path have absolute ones there
+    notices = find_sources(DataSettings(data="two", block_size=0))[0].notices
+    assert notices == ("two: split train for training, split test for test",)
     (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"one: not a whole saved data set .*; save it again"):
         read_records(tmp_path / "one")
