@@ -176,7 +176,7 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
     assert diverged.primary.answer == "not ranked"
     said = "LoRA (rank 8, lr 0.005) diverged in 1 of 4 seeds; run all of them at a lower rate, such as 0.0028"
     assert said in diverged.sentence
-    assert "not counted" not in diverged.sentence, "it is said once"
+    assert "Not counted" not in diverged.sentence, "it is said once"
     lora_alone = judge_runs(*runs[1::2], read_folder(path.parent))
     assert (said in lora_alone.sentence, lora_alone.answer) == (True, "not ranked")
     constant = {"resolved__lr": 1e-3, "settings__train__schedule": "constant"}
