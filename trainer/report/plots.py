@@ -4,12 +4,11 @@ A mode has one colour everywhere (Okabe and Ito's colour-blind safe palette), fu
 dashed. Lines of many steps are drawn as means of equal bins.
 """
 
-import contextlib
 import io
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from operator import attrgetter
@@ -161,10 +160,19 @@ def render_pictures(
 def _render_svg(prefix: str, title: str, draw: Draw, size: tuple[float, float]) -> str:
     """The <svg> element alone, scaled by its container, with CSS variables for colours and `prefix` before its ids. A
     browser shows the value of a point under the pointer."""
-    with styled_figure(size) as figure:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, facecolor="none", layout="constrained")
         axis, buffer = figure.subplots(), io.StringIO()
         draw(axis)
-        add_legend(figure, axis)
+        handles, labels = axis.get_legend_handles_labels()
+        if labels:  # under the plot; constrained layout keeps it off axes and edges
+            num_columns = max(1, min(len(labels), int(size[0] / (0.45 + 0.063 * max(map(len, labels))))))
+            figure.legend(handles, labels, ncols=num_columns, loc="outside lower left", frameon=False, fontsize=8.5)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         svg, values = buffer.getvalue(), _point_values(figure, axis)
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
@@ -193,27 +201,6 @@ def _point_values(figure: "Figure", axis: "Axes") -> str:
             text = escape(f"{name}{axis.get_xlabel()} {x:.4g}: {y:.4g}")
             circles.append(f'<circle {place} r="5" fill="transparent"><title>{text}</title></circle>')
     return "".join(circles)
-
-
-@contextlib.contextmanager
-def styled_figure(size: tuple[float, float]) -> "Iterator[Figure]":
-    """A figure to be drawn and written inside the context, by matplotlib's settings for every plot."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=size, facecolor="none", layout="constrained")
-
-
-def add_legend(figure: "Figure", axis: "Axes") -> None:
-    """The legend under a plot; constrained layout keeps it off axes and edges."""
-    handles, labels = axis.get_legend_handles_labels()
-    if labels:
-        num_columns = int(figure.get_size_inches()[0] / (0.45 + 0.063 * max(map(len, labels))))
-        style: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5}
-        figure.legend(handles, labels, ncols=max(1, min(len(labels), num_columns)), **style)
 
 
 # --- one plot ---
