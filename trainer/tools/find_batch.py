@@ -45,12 +45,17 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
         sizes.append(size)
     speeds: dict[int, float] = {}
     print("micro-batch  tokens/s  memory of a rank", flush=True)
+    most_bytes = 0.0  # that the next size may take: a micro-batch twice as large needs at most twice the memory
     for size in sizes:
+        if context.device.type == "cpu" and most_bytes > (free := context.free_host_bytes()):  # else others are killed
+            print(f"{size:>11}  not tried: up to {most_bytes / 2**30:.2f} GiB a rank, {free / 2**30:.2f} GiB are free")
+            break
         trial = run_trial(plan, data.folder, size)
         if "problem" in trial:
             print(f"{size:>11}  does not fit: {trial['problem']}")
             break
         speeds[size] = trial["tokens_per_second"]
+        most_bytes = trial["peak_memory_bytes"] * sizes[min(len(speeds), len(sizes) - 1)] / size
         print(f"{size:>11}  {speeds[size]:>8,.0f}  {trial['peak_memory_bytes'] / 2**30:.2f} GiB", flush=True)
     if not speeds:
         remedy = "--ds-config zero3 or zero2_offload, --mode lora or a shorter --block-size need less"
