@@ -52,11 +52,9 @@ class FakeRun:
         return {key: entry["value"] for key, entry in self.config.items() if key != "_wandb"}
 
     def metric_definitions(self) -> dict[str, Json]:
-        """What define_metric said, {name or pattern: {"axis": ...}}.
-
-        The client packs it into config._wandb.value.m, keyed by field numbers of its own protocol (1 name,
-        2 pattern, 5 place of the x axis in this list counted from 1).
-        """
+        """What define_metric said, {name or pattern: {"axis": ...}}. The client packs it into config._wandb.value.m,
+        keyed by field numbers of its own protocol (1 name, 2 pattern, 5 place of the x axis in this list counted from
+        1)."""
         definitions = self.config.get("_wandb", {}).get("value", {}).get("m", [])
         names = [each.get("1") or each.get("2") for each in definitions]
         axes = (names[each["5"] - 1] if each.get("5") else None for each in definitions)
@@ -101,11 +99,8 @@ def project_response(entity: str | None, name: str | None) -> Json:
 
 class FakeWandb:
     """The server; what it was sent: `runs`, `views` (reports) and `artifacts` by id, `operations` in order,
-    `unknown_requests`.
-
-    `connections` counts all that were opened, whatever was asked on them; `unanswered`: operations it does not know;
-    `row_status`: of its answers to rows, which it takes with 200 only.
-    """
+    `unknown_requests`. `connections` counts all that were opened, whatever was asked on them; `unanswered`: operations
+    it does not know; `row_status`: of its answers to rows, which it takes with 200 only."""
 
     def __init__(self, unanswered: Container[str] = (), row_status: int = 200) -> None:
         self.unanswered, self.row_status = unanswered, row_status

@@ -103,11 +103,9 @@ def launch_by_ranks(jobs: list[dict[str, Any]], target: Callable[..., int] | Non
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz, out/name can be exported.
-
-    With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
-    its `execution` names fields of the execution plan that are other than planned.
-    """
+    """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz, out/name can be exported. With
+    `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks; its
+    `execution` names fields of the execution plan that are other than planned."""
     with joined_ranks() as dist_context:
         for job in jobs:
             run_job(dist_context, job)
@@ -175,11 +173,9 @@ def assert_resumed_bitwise(out: Path, name: str, resumed_name: str, step: int) -
 
 
 def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The same run as a plain PyTorch loop in one process: no DeepSpeed, no micro-batches, no code of the loop's.
-
-    Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
-    (rows of step and evaluation losses and gradient norms, final weights).
-    """
+    """The same run as a plain PyTorch loop in one process: no DeepSpeed, no micro-batches, no code of the loop's. Each
+    step feeds the whole global batch as one padded batch through the model's own logits. Returns (rows of step and
+    evaluation losses and gradient norms, final weights)."""
     settings = cli.parse_args(argv).settings
     data = load(prepare_data(argv))
     model = build_model(settings)

@@ -42,11 +42,9 @@ class CliArgs:
 def parse_args(
     argv: Sequence[str] | None = None, *, companion: ArgumentParser | None = None, num_ranks: int = 1
 ) -> CliArgs:
-    """What a command line asks for; UserError with all mistakes, SystemExit(0) after --help.
-
-    `companion`: the parser that has taken its own flags from the line before. `num_ranks`: processes of the run, by
-    which a batch per device is multiplied.
-    """
+    """What a command line asks for; UserError with all mistakes, SystemExit(0) after --help. `companion`: the parser
+    that has taken its own flags from the line before. `num_ranks`: processes of the run, by which a batch per device is
+    multiplied."""
     parser = build_parser(companion)
     argv = sys.argv[1:] if argv is None else argv
     translation = translate(expand_config(argv, parser), parser.flags(), num_ranks)

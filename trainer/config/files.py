@@ -131,11 +131,9 @@ def require_place_for_folder(folder: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write the new content of `path` to: it takes its place at the end, or on an error nothing.
-
-    The temporary file has a random name and must not exist, so no link is followed; a link at `path` itself is
-    replaced by the file. Raises OSError.
-    """
+    """A file to write the new content of `path` to: it takes its place at the end, or on an error nothing. The
+    temporary file has a random name and must not exist, so no link is followed; a link at `path` itself is replaced by
+    the file. Raises OSError."""
     temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary_path, "xb") as file:

@@ -367,12 +367,9 @@ class Settings:
 def resolve(
     mode: str, preset: str | None, overrides: Mapping[str, Mapping[str, Any]], overridden: tuple[str, ...] = ()
 ) -> Settings:
-    """Preset, then mode, then what the user gave (`{group: {field: value}}`); each later one wins.
-
-    `preset`: None takes the one that fits the model; without a model that is the demo's for the embedded data and
-    GPT-2's for all others. The mode changes one number only, the learning rate, and only
-    where the user gave none; a test holds it there.
-    """
+    """Preset, then mode, then what the user gave (`{group: {field: value}}`); each later one wins. `preset`: None takes
+    the one that fits the model; without a model that is the demo's for the embedded data and GPT-2's for all others.
+    The mode changes one number only, the learning rate, and only where the user gave none; a test holds it there."""
     model = overrides.get("model", {}).get("model")
     if preset is None:
         is_own_data = overrides.get("data", {}).get("data", DEMO_DATA) != DEMO_DATA

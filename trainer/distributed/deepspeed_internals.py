@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
 
 def skip_compiled_collectives() -> None:
-    """Before DeepSpeed joins on a CPU: use no collectives over shared memory, which ZeRO never calls.
-
-    They are compiled at first use, need a compiler and leave files in /dev/shm when killed. An empty list of operators
-    switches the attempt off.
-    """
+    """Before DeepSpeed joins on a CPU: use no collectives over shared memory, which ZeRO never calls. They are compiled
+    at first use, need a compiler and leave files in /dev/shm when killed. An empty list of operators switches the
+    attempt off."""
     vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
 
 

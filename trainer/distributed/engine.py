@@ -119,11 +119,9 @@ class Engine:
         lr_at: Callable[[int], float],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[GlobalBatch, StepResult]]:
-        """One optimizer step a batch, in order; ends early, on all ranks alike, where one should stop.
-
-        With two steps in flight the weights are ahead of what was yielded, until the batches end. NonFiniteError, with
-        its batch and the weights of the step before it, unless fp16 may skip.
-        """
+        """One optimizer step a batch, in order; ends early, on all ranks alike, where one should stop. With two steps
+        in flight the weights are ahead of what was yielded, until the batches end. NonFiniteError, with its batch and
+        the weights of the step before it, unless fp16 may skip."""
         in_flight: deque[tuple[GlobalBatch, Callable[[], StepResult]]] = deque()
         iterator = iter(batches)
         batch: GlobalBatch | None = None
@@ -186,11 +184,9 @@ class Engine:
             self._graphs = None
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
-        """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
-
-        `num_target_tokens`: of the whole global batch. Dropout depends on seed, step and the rows' place in the global
-        batch, not on the rank.
-        """
+        """Forward and backward of one micro-batch; returns its summed loss, float64 on the device. `num_target_tokens`:
+        of the whole global batch. Dropout depends on seed, step and the rows' place in the global batch, not on the
+        rank."""
         self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
         digest = hashlib.sha256(f"{self._seed}/{step}/{micro_batch.index}".encode()).digest()

@@ -160,11 +160,9 @@ def choose_deepspeed_file(
     estimate_bytes: Callable[[DeepSpeedFile], float],
     stages: Container[int] = range(4),
 ) -> DeepSpeedFile:
-    """The ZeRO file where the user named none, and why.
-
-    `device_memory_bytes`: of the smallest device; None: not what decides, as for one rank on a CPU. `estimate_bytes`:
-    of all that a rank holds on its device under a file. `stages`: those that the run's other flags allow.
-    """
+    """The ZeRO file where the user named none, and why. `device_memory_bytes`: of the smallest device; None: not what
+    decides, as for one rank on a CPU. `estimate_bytes`: of all that a rank holds on its device under a file. `stages`:
+    those that the run's other flags allow."""
     candidates = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
     files = [read_deepspeed_file(f"zero{stage}") for stage in candidates]
     first, limit_bytes = files[0], math.inf if device_memory_bytes is None else device_memory_bytes
@@ -294,11 +292,9 @@ class _GPUDropout(nn.Dropout):
 
 
 class LiveBytes(torch_internals.TorchDispatchMode):
-    """Bytes of the storages that operations made while it was on and that are still referenced.
-
-    torch's own MemTracker knows one peak, of all categories together; under ZeRO 2 and 3 the peak without the gradients
-    that have arrived at their weight is another moment.
-    """
+    """Bytes of the storages that operations made while it was on and that are still referenced. torch's own MemTracker
+    knows one peak, of all categories together; under ZeRO 2 and 3 the peak without the gradients that have arrived at
+    their weight is another moment."""
 
     def __init__(self, module: nn.Module):
         """What `module` holds already is not counted; what a backward leaves at its trained weights is a gradient."""

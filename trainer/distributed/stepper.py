@@ -87,11 +87,9 @@ class PlainStepper:
         return row_losses
 
     def optimizer_step(self, all_finite: Tensor) -> tuple[Tensor, bool]:
-        """Reduce, measure, clip and update; returns the norm of the global gradient before clipping, and False.
-
-        Where the gradient, or the loss (`all_finite`, on the device), is not finite, the weights stay: NonFiniteError
-        is raised, or, `skips_on_device`, the device leaves out this update and all that follow.
-        """
+        """Reduce, measure, clip and update; returns the norm of the global gradient before clipping, and False. Where
+        the gradient, or the loss (`all_finite`, on the device), is not finite, the weights stay: NonFiniteError is
+        raised, or, `skips_on_device`, the device leaves out this update and all that follow."""
         if self.buckets:
             self.buckets.reduce()
         for parameter in self.trainable_params:

@@ -40,11 +40,8 @@ def print_error(line: str) -> None:
 
 class SignalHandler:
     """SIGINT, SIGTERM and SIGUSR1 (the notice of SLURM's `--signal`) end the process at once; within `defer_signals`,
-    after the current step. So does a lost launcher.
-
-    A run that has not ended `grace_seconds` after the signal is ended, as it is by a second signal that comes more than
-    REPEAT_GRACE_SECONDS after the first.
-    """
+    after the current step. So does a lost launcher. A run that has not ended `grace_seconds` after the signal is ended,
+    as it is by a second signal that comes more than REPEAT_GRACE_SECONDS after the first."""
 
     REPEAT_GRACE_SECONDS = 2.0  # a launcher passes Ctrl-C on to ranks that the terminal has already signalled
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

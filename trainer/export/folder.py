@@ -88,10 +88,8 @@ def save_adapter(
     folder: Path, model: TrainableModel, state_dict: Mapping[str, Tensor], base: BaseModel, dtype: ExportDtype
 ) -> None:
     """Write an adapter that plain peft loads onto the untouched base, and beside a packed base how it was packed.
-
     `state_dict`: the trained weights, by the names of `model.module`, those of the base itself too. pissa's become an
-    ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
-    """
+    ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0]."""
     torch_dtype = getattr(torch, STORED_DTYPES[dtype][0])
     weights = {n: w.to(torch_dtype) for n, w in lora.adapter_state_dict(model.module, state_dict).items()}
     config = copy.deepcopy(model.module.peft_config["default"])

@@ -31,11 +31,9 @@ def render_model_card(
     answer: str = "",
     license: str | None = None,
 ) -> str:
-    """The card's Markdown; names and texts of the run are data, none of it markup.
-
-    `metadata`: the content of run.json, with the settings and the data of these weights; `step`: the one after which
-    they stood; `answer`: the sentence of a comparison of LoRA with full; `license`: of the base.
-    """
+    """The card's Markdown; names and texts of the run are data, none of it markup. `metadata`: the content of run.json,
+    with the settings and the data of these weights; `step`: the one after which they stood; `answer`: the sentence of a
+    comparison of LoRA with full; `license`: of the base."""
     from huggingface_hub import ModelCard, ModelCardData
 
     model, data, train = metadata["model"], metadata["data"], metadata["settings"]["train"]

@@ -114,11 +114,9 @@ def blockwise_attention_forward(
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Causal attention with dropout of its probabilities, by blocks of queries; scores and softmax in float32.
-
-    The sum over probabilities times their gradients is taken from the output, as in FlashAttention (Dao et al., arXiv
-    2205.14135, appendix B.4), so only probabilities and masks are kept.
-    """
+    """Causal attention with dropout of its probabilities, by blocks of queries; scores and softmax in float32. The sum
+    over probabilities times their gradients is taken from the output, as in FlashAttention (Dao et al., arXiv
+    2205.14135, appendix B.4), so only probabilities and masks are kept."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout_p: float) -> Tensor:

@@ -28,11 +28,9 @@ UNSUPPORTED_TYPES = ("ADALORA", "XLORA", "POLY")
 
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
-    """The layers to adapt, as peft takes them: names, or the ends of names, of Conv1D and Linear layers.
-
-    Without `settings.target_modules`, or with `all` in it: every one but the output layer. UserError for one that
-    matches nothing.
-    """
+    """The layers to adapt, as peft takes them: names, or the ends of names, of Conv1D and Linear layers. Without
+    `settings.target_modules`, or with `all` in it: every one but the output layer. UserError for one that matches
+    nothing."""
     output_layer = causal.get_output_embeddings()
     names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -103,9 +101,8 @@ def add_adapters(
 
 def add_peft_adapters(causal: PreTrainedModel, settings: LoraSettings, source: str) -> tuple[Any, list[str]]:
     """(the peft model around `causal` by `settings.peft_config`, the ends of the names of the layers it adapts).
-
-    UserError, which begins with `source`, for a method that cannot be trained here or that peft refuses for this model.
-    """
+    UserError, which begins with `source`, for a method that cannot be trained here or that peft refuses for this
+    model."""
     from peft import PeftConfig, TaskType
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -191,10 +188,8 @@ def adopt_adapter(settings: Settings) -> Settings:
 
 def load_adapter(folder: Path, module: Any, *, with_values: bool) -> str:
     """Put an adapter's weights into a peft model of its shape, and let those of the base that stand in its file be
-    trained; returns a hash of the file. UserError where they do not fit; pickles are not read.
-
-    `with_values`: False where the model has shapes alone.
-    """
+    trained; returns a hash of the file. UserError where they do not fit; pickles are not read. `with_values`: False
+    where the model has shapes alone."""
     from peft import set_peft_model_state_dict
 
     path = folder / ADAPTER_WEIGHTS_FILE

@@ -170,11 +170,9 @@ def paired_interval(differences: Matrix, targets: NDArray[np.float64]) -> Paired
 
 
 def score_interval(differences: Matrix, counts: NDArray[np.float64]) -> PairedInterval:
-    """The interval of a difference of scores: `paired_interval` with two records more, points of 100.
-
-    In one of them LoRA alone is right, in the other full alone (Bonett and Price, J. Educ. Behav. Stat. 37, 2012):
-    where the modes seldom differ, a variance over records as they are is too small, and none where they never do.
-    """
+    """The interval of a difference of scores: `paired_interval` with two records more, points of 100. In one of them
+    LoRA alone is right, in the other full alone (Bonett and Price, J. Educ. Behav. Stat. 37, 2012): where the modes
+    seldom differ, a variance over records as they are is too small, and none where they never do."""
     both = np.tile([100.0, -100.0], (len(differences), 1))
     interval = paired_interval(np.hstack([differences, both]), np.append(counts, [1.0, 1.0]))
     estimate = math.fsum(differences.ravel()) / (len(differences) * math.fsum(counts))
@@ -231,11 +229,9 @@ class SampleSize(NamedTuple):
 
 
 def plan_sample_size(interval: PairedInterval, *, is_one_sided: bool = False) -> SampleSize:
-    """The seeds or units that make the half width smaller than the estimate: its distance to 0, or to the margin.
-
-    `unit / N` of the variance is a floor that no number of seeds lowers. One seed knows no variance between seeds, so
-    from one the answer is the smallest number of seeds by which a method can be judged.
-    """
+    """The seeds or units that make the half width smaller than the estimate: its distance to 0, or to the margin. `unit
+    / N` of the variance is a floor that no number of seeds lowers. One seed knows no variance between seeds, so from
+    one the answer is the smallest number of seeds by which a method can be judged."""
     quantile = ONE_SIDED if is_one_sided else TWO_SIDED
     half_width = partial(predict_half_width, interval.components, quantile=quantile)
     seeds, units, distance = interval.num_seeds, interval.num_units, abs(interval.estimate)

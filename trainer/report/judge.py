@@ -385,11 +385,9 @@ def compare_memory(full: SeedGroup, lora: SeedGroup) -> CostRatio:
 def compare_sets(
     groups: Sequence[SeedGroup], margin: Margin, study: StudyContext | None
 ) -> list[tuple[list[FullVsLora], list[SeedGroup], list[SeedGroup]]]:
-    """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups.
-
-    Each LoRA group is held against the best full group that it may be ranked with. The first comparison is the best
-    pair ranked, of a study or of judged models the first that was given.
-    """
+    """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups. Each
+    LoRA group is held against the best full group that it may be ranked with. The first comparison is the best pair
+    ranked, of a study or of judged models the first that was given."""
     sets = []
     for members in comparable_sets(groups, lambda group: group.runs[0]):
         full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)

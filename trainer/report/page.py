@@ -89,11 +89,9 @@ def compare(
     groups: Sequence[SeedGroup] | None = None,
     models: Table | None = None,
 ) -> Comparison:
-    """The comparison of `runs` with one another and, with `with_reference`, with the card.
-
-    With `study` by its rule, which knows the groups: its first LoRA group is the primary one. `models`: of judged
-    models, in place of the tables of runs. UserError where all are runs of Hugging Face's Trainer.
-    """
+    """The comparison of `runs` with one another and, with `with_reference`, with the card. With `study` by its rule,
+    which knows the groups: its first LoRA group is the primary one. `models`: of judged models, in place of the tables
+    of runs. UserError where all are runs of Hugging Face's Trainer."""
     plotted_only = [SeedGroup(run.name, run.mode, (run,)) for run in runs if run.mode == TRAINER_MODE]
     groups = group_by_seed([run for run in runs if run.mode != TRAINER_MODE]) if groups is None else groups
     if not groups:

@@ -273,11 +273,9 @@ Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedRecords:
-    """What is worse the larger it is, summed a seed and unit, of both modes and of the base where it was evaluated.
-
-    Of a loss the negative log-likelihoods (nats), of a score what is missing to full marks (points, 0 to 100 a record).
-    A unit is a record, a block, or a cluster of records that share a meaning.
-    """
+    """What is worse the larger it is, summed a seed and unit, of both modes and of the base where it was evaluated. Of
+    a loss the negative log-likelihoods (nats), of a score what is missing to full marks (points, 0 to 100 a record). A
+    unit is a record, a block, or a cluster of records that share a meaning."""
 
     measure: str  #: loss or score:NAME
     unit: str  #: nats per token, bits per byte of models with different tokenizers, or points
@@ -351,10 +349,8 @@ def read_records(pairs: Pairs) -> list[pd.DataFrame]:
 
 def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:
     """The records of `split` that all runs evaluated at their chosen checkpoints; `frames`: of `read_records`.
-
     MatchError where records or their targets differ, or too many were seen before; UserError where a run has no such
-    score.
-    """
+    score."""
     runs = [run for pair in pairs for run in pair]
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]

@@ -51,11 +51,9 @@ class Table:
 
 
 def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool, pair: FullVsLora | None) -> Table:
-    """One row an epoch: validation losses side by side, their differences, then training losses.
-
-    Of more than MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference; its
-    groups are shown by their paired runs alone, others by those that are finished, where any is.
-    """
+    """One row an epoch: validation losses side by side, their differences, then training losses. Of more than
+    MAX_GROUPS groups one row each, with its validation loss at each epoch. `pair`: of the difference; its groups are
+    shown by their paired runs alone, others by those that are finished, where any is."""
     paired = [run for runs in pair.pairs for run in runs] if pair is not None and not pair.blockers else []
     groups = [
         replace(group, runs=tuple(run for run in group.runs if run in paired) or group.finished_runs or group.runs)

@@ -71,11 +71,9 @@ def save_report(comparison: Comparison, entity: str, project: str) -> str:
 
 
 def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
-    """Verdict and tables, and the curves of the runs as W&B knows them; `place`: entity and project.
-
-    The panels show both modes of the project, new runs too; of a study those that it answers from. The title is the
-    same each time the same data are compared.
-    """
+    """Verdict and tables, and the curves of the runs as W&B knows them; `place`: entity and project. The panels show
+    both modes of the project, new runs too; of a study those that it answers from. The title is the same each time the
+    same data are compared."""
     try:
         import wandb_workspaces.reports.v2 as wr
     except ImportError as error:

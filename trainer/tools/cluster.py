@@ -110,10 +110,8 @@ def ssh_files(
     setup: str,
 ) -> LaunchFiles:
     """The host list and the command for `deepspeed --hostfile`, and a file with the variables, for its owner only.
-
     `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts;
-    `setup`: shell lines that come first.
-    """
+    `setup`: shell lines that come first."""
     environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
 
     def quote(word: str) -> str:

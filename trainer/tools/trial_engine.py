@@ -32,11 +32,9 @@ Measure = Callable[[dict[str, Any], DistContext], Iterator[dict[str, Any]]]
 def run_job(
     measure: Measure, job: dict[str, Any], world_size: int, *, timeout_seconds: float = float("inf")
 ) -> tuple[list[dict[str, Any]], list[int] | None, str]:
-    """Call `measure(job, dist_context)` on so many ranks, all of which must yield alike.
-
-    (What rank 0 yielded, with `peak_memory_bytes` of the rank that needs most; the ranks' exit codes, None where the
-    time was over; why it failed, "" where it did not.) A rank that fails ends the others; all have ended on return.
-    """
+    """Call `measure(job, dist_context)` on so many ranks, all of which must yield alike. (What rank 0 yielded, with
+    `peak_memory_bytes` of the rank that needs most; the ranks' exit codes, None where the time was over; why it failed,
+    "" where it did not.) A rank that fails ends the others; all have ended on return."""
     env = without_launcher(os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
     deadline = time.monotonic() + timeout_seconds

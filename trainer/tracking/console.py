@@ -135,9 +135,8 @@ class LogLines(logging.Handler):
 
 def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool) -> None:
     """Print a table of every evaluation and of every epoch's train loss, and which evaluation is the best.
-
-    `with_reference`: beside the curve of the reference run, and with `reasons` why the run is not comparable with it.
-    """
+    `with_reference`: beside the curve of the reference run, and with `reasons` why the run is not comparable with
+    it."""
     headings = HEADINGS if with_reference else HEADINGS[:-2]
     columns: dict[str, dict[int, str]] = {heading: {} for heading in headings}  # {heading: {step: cell}}
     references = {float(row.epoch): row for row in reference.CURVE} if with_reference else {}

@@ -72,11 +72,9 @@ def write_evaluation(
 
 
 def read_evaluations(folder: Path, *, val_steps: Container[int] | None = None) -> pd.DataFrame:
-    """The rows of all evaluations, by step; empty where there are none. UserError where a file is damaged.
-
-    `text` and `score_<name>` are columns where a file has them, without a value in the rows of the others.
-    `val_steps`: of the validation split, read the evaluations at these steps only.
-    """
+    """The rows of all evaluations, by step; empty where there are none. UserError where a file is damaged. `text` and
+    `score_<name>` are columns where a file has them, without a value in the rows of the others. `val_steps`: of the
+    validation split, read the evaluations at these steps only."""
     tables = [SCHEMA.empty_table()]
     for path, step, split in _list_evaluations(folder):
         if val_steps is None or split != "val" or step in val_steps:

@@ -194,11 +194,9 @@ def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
 
 
 class JsonlLogger:
-    """Appends records to `path`; with `resume` a file that already holds rows is continued, else it is refused.
-
-    Each row goes to the system in one call, so a killed process leaves whole rows only. A row that cannot be written is
-    a TrainingError; one that holds NaN is `to_line`'s ValueError.
-    """
+    """Appends records to `path`; with `resume` a file that already holds rows is continued, else it is refused. Each
+    row goes to the system in one call, so a killed process leaves whole rows only. A row that cannot be written is a
+    TrainingError; one that holds NaN is `to_line`'s ValueError."""
 
     def __init__(self, path: Path, resume: bool = False) -> None:
         self._path, self._hash, self._num_rows = path, hashlib.sha256(), 0
@@ -239,10 +237,8 @@ class JsonlLogger:
 
 def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eval_pending: bool = False) -> str | None:
     """How the rows differ from when the checkpoint of `step` kept their digest, in half a sentence; None where they do
-    not.
-
-    Behind those rows there can be events, rows of later steps and, with `eval_pending`, what is due after this one.
-    """
+    not. Behind those rows there can be events, rows of later steps and, with `eval_pending`, what is due after this
+    one."""
     num_rows, rows_hash = 0, hashlib.sha256()
     try:
         for line in islice(iter_lines(path), expected["num_rows"]):
@@ -266,10 +262,8 @@ def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eva
 
 def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     """Drop the rows after `step` (and an earlier end of the run), so that a resumed run continues them; how many went.
-
     `eval_pending`: what is due after the step is still to come, so its evaluation and epoch rows go too. The file is
-    replaced whole or not at all, and read a line at a time. A line within it that is no record is a UserError.
-    """
+    replaced whole or not at all, and read a line at a time. A line within it that is no record is a UserError."""
     num_dropped = 0
     try:
         with writing(path), replace_atomically(path) as file:

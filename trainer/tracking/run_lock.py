@@ -18,11 +18,9 @@ class FolderInUseError(UserError):
 
 
 class RunLock:
-    """An exclusive lock on a run folder, freed by the end of its process however that comes.
-
-    A POSIX record lock: children do not inherit it, and network file systems that keep locks (NFS with its lock
-    service, Lustre with `flock`) keep it for other hosts too. Where the file system keeps none, `is_held` stays False.
-    """
+    """An exclusive lock on a run folder, freed by the end of its process however that comes. A POSIX record lock:
+    children do not inherit it, and network file systems that keep locks (NFS with its lock service, Lustre with
+    `flock`) keep it for other hosts too. Where the file system keeps none, `is_held` stays False."""
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK_FILE

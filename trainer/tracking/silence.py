@@ -30,11 +30,9 @@ IGNORED_WARNINGS = (  # starts of messages, as patterns
 
 
 def silence_libraries() -> None:
-    """Silence the noise that is known; call it before torch, deepspeed, transformers or peft are imported.
-
-    Warnings that are not listed are still shown, and a variable that the user has set is left as it is
-    (TRANSFORMERS_VERBOSITY=info brings its messages back).
-    """
+    """Silence the noise that is known; call it before torch, deepspeed, transformers or peft are imported. Warnings
+    that are not listed are still shown, and a variable that the user has set is left as it is
+    (TRANSFORMERS_VERBOSITY=info brings its messages back)."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in NOISY_LOGGERS:

@@ -68,10 +68,8 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
 
 def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
-
     Settings keep the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the
-    precision) replaces what was asked for.
-    """
+    precision) replaces what was asked for."""
     settings, model, data = metadata["settings"], metadata["model"], metadata["data"]
     config = {name: metadata[name] for name in ("mode", "preset", "overridden", "deepspeed", "versions", "hardware")}
     config |= {name: value for group in ("model", "data", "train", "engine") for name, value in settings[group].items()}

@@ -105,11 +105,9 @@ def _settings_entry(name: str) -> str:
 def start_wandb(
     metadata: Mapping[str, Any], folder: Path, *, previous_records: Iterable[Record] | None = None
 ) -> "WandbLogger | None":
-    """The logger of the run that `metadata` (run.json) describes, in the mode that it names; None where disabled.
-
-    Any trouble is raised, whatever it is. W&B's variables count, except where a flag says otherwise.
-    `previous_records`: of a run that is resumed; those that W&B does not have are logged first.
-    """
+    """The logger of the run that `metadata` (run.json) describes, in the mode that it names; None where disabled. Any
+    trouble is raised, whatever it is. W&B's variables count, except where a flag says otherwise. `previous_records`: of
+    a run that is resumed; those that W&B does not have are logged first."""
     mode, run_id, is_resumed = metadata["wandb"]["mode"], metadata["run_id"], previous_records is not None
     if mode == "disabled":
         return None

@@ -177,11 +177,9 @@ def _metadata_digest(metadata: Mapping[str, Any]) -> str:
 
 
 class CheckpointManager:
-    """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
-
-    `identity`: of which model, data and settings this is the state, written into each (`RunPlan.checkpoint_identity`);
-    `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0.
-    """
+    """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best. `identity`:
+    of which model, data and settings this is the state, written into each (`RunPlan.checkpoint_identity`);
+    `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0."""
 
     def __init__(
         self,
@@ -324,10 +322,8 @@ def _open_tensors(
     checkpoint: Checkpoint, device: torch.device, context: "DistContext | None"
 ) -> tuple[dict[str, TensorLayout], Callable[[str], Tensor]]:
     """({name: shape and dtype}, a function from a name to its tensor); all ranks must read the same names in one order.
-
     Each rank opens the file where its host sees the lock that rank 0 holds in the run folder. To other hosts rank 0
-    sends one tensor at a time: what may lie under that name on their disks is not looked at.
-    """
+    sends one tensor at a time: what may lie under that name on their disks is not looked at."""
     path = checkpoint.folder / STATE_FILE
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
 

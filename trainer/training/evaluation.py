@@ -51,11 +51,9 @@ def evaluate(
     num_bytes: int = 0,
     row_nll: Sequence[float] | None = None,
 ) -> Evaluation:
-    """Evaluate all rows of `dataset`; every rank calls it and gets the whole result.
-
-    `num_bytes`: of the targets' text in UTF-8, 0 where it is not known; `row_nll`: where another run has evaluated the
-    same weights, and no row is again. Raises StopRequested, on all ranks alike, where any of them is to stop.
-    """
+    """Evaluate all rows of `dataset`; every rank calls it and gets the whole result. `num_bytes`: of the targets' text
+    in UTF-8, 0 where it is not known; `row_nll`: where another run has evaluated the same weights, and no row is again.
+    Raises StopRequested, on all ranks alike, where any of them is to stop."""
     if row_nll is None:
         context, order = engine.dist_context, eval_order(dataset)
         batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
@@ -111,11 +109,8 @@ def evaluate_other_splits(
     base_nll: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Iterator[EventRecord]:
     """The events of the test and retained losses, whose rows rank 0 writes, and of their scores (--score) by trained
-    weights. All ranks must call.
-
-    `step`: of the weights that the engine holds, which may be those of an earlier checkpoint than `train_state`;
-    `base_nll`: losses of the splits that another run has evaluated.
-    """
+    weights. All ranks must call. `step`: of the weights that the engine holds, which may be those of an earlier
+    checkpoint than `train_state`; `base_nll`: losses of the splits that another run has evaluated."""
     for split, name in OTHER_SPLITS.items():
         dataset = getattr(data, split)
         if not len(dataset):

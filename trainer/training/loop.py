@@ -40,11 +40,9 @@ def train(
     should_stop: Callable[[], bool],
     base_nll: Sequence[float] | None = None,
 ) -> Generator[Record, None, TrainState]:
-    """Run from `state` to the last step, or until a rank should stop, and return where it ended.
-
-    `base_nll`: the validation losses before the first step, where another run has evaluated the same base.
-    Raises TrainingError, after saving the last finite state, on NaN or infinity.
-    """
+    """Run from `state` to the last step, or until a rank should stop, and return where it ended. `base_nll`: the
+    validation losses before the first step, where another run has evaluated the same base. Raises TrainingError, after
+    saving the last finite state, on NaN or infinity."""
     state, start_time = replace(state, stop_requested=False), time.perf_counter() - state.elapsed_seconds
 
     def stopwatch() -> float:

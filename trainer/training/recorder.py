@@ -36,11 +36,9 @@ from trainer.training.schedule import TrainState
 
 
 class Recorder:
-    """Logs the records of the loop with the events that follow from each; changes no number of the run.
-
-    All ranks have one and show it the same records; rank 0's go to metrics.jsonl, eval_records/, the terminal, W&B and
-    other loggers. `metadata`: the content of run.json; a resumed run's rows after `state` are cut off.
-    """
+    """Logs the records of the loop with the events that follow from each; changes no number of the run. All ranks have
+    one and show it the same records; rank 0's go to metrics.jsonl, eval_records/, the terminal, W&B and other loggers.
+    `metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
 
     def __init__(
         self, plan: RunPlan, data: PreparedDataset, engine: Engine, metadata: dict[str, Any], state: TrainState

@@ -217,11 +217,9 @@ def _fixed_facts(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _allowed_changes(
     previous: Mapping[str, Any], plan: RunPlan, source: Checkpoint | None, allowed_names: tuple[str, ...]
 ) -> dict[str, list[Any]]:
-    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
-
-    UserError for the first difference from the checkpoint, without one from the run's beginning, that is not allowed:
-    run.json may have been edited since it was saved.
-    """
+    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume. UserError for the
+    first difference from the checkpoint, without one from the run's beginning, that is not allowed: run.json may have
+    been edited since it was saved."""
     current = _fixed_facts(plan.checkpoint_identity())
     names = sorted({*current, "records"} - {"data"})  # losses on other data are those of another run
     for name in allowed_names:

@@ -87,11 +87,9 @@ def has_reference(name: str, reference: str | None) -> bool:
 def score_texts(
     name: str, texts: Sequence[str], references: Sequence[str | None], *, on_wait: Callable[[], None] = lambda: None
 ) -> list[float | None]:
-    """The score of each text by one scorer, from 0 to 1; None where its reference holds nothing to compare.
-
-    ScorerError where the scorer fails, takes more than TEXT_SECONDS for a text, or returns no such number. `on_wait` is
-    called once a second, and for each text.
-    """
+    """The score of each text by one scorer, from 0 to 1; None where its reference holds nothing to compare. ScorerError
+    where the scorer fails, takes more than TEXT_SECONDS for a text, or returns no such number. `on_wait` is called once
+    a second, and for each text."""
     scores: list[float | None] = []
     with _started(on_wait) as ask:
         ask([name], START_SECONDS)

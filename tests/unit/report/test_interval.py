@@ -236,9 +236,8 @@ def test_unequal_records_do_not_make_lora_good_enough(shape, num_studies, num_se
 @pytest.mark.parametrize(("differing", "excess"), [(0.0, 0.0), (0.02, 0.02), (0.1, 0.02), (0.3, 0.05)])
 def test_scores_of_right_and_wrong_keep_the_interval(differing, excess, num_studies, num_seeds, num_units):
     """Of each record a mode's chance to be right is drawn once (the records are a sample), its answers for each seed.
-
-    `differing`: the records on which the modes' chances differ, `excess` by which share LoRA is wrong on more of them.
-    """
+    `differing`: the records on which the modes' chances differ, `excess` by which share LoRA is wrong on more of
+    them."""
     rng, covered, called, truth = np.random.default_rng([9, num_seeds, num_units]), [], [], 100 * excess
     for _ in range(num_studies):
         chance = rng.beta(0.4, 0.2, num_units)  # most records are easy or hard

@@ -196,11 +196,9 @@ def open_study(folder: Path) -> tuple[Path, Rule]:
 def run_trials(
     folder: Path, rule: Rule, slots: Sequence[Slot], should_stop: threading.Event, log: Callable[[str], None]
 ) -> None:
-    """Run trials, one in each slot, until none is needed, or until it is to stop; then the runs save and end.
-
-    What comes next is a function of the results, so the processes of all workers decide it alike. UserError where no
-    trial can run here.
-    """
+    """Run trials, one in each slot, until none is needed, or until it is to stop; then the runs save and end. What
+    comes next is a function of the results, so the processes of all workers decide it alike. UserError where no trial
+    can run here."""
     running: dict[int, RunningTrial] = {}  # by slot
     problems: list[str] = []
     num_expected, has_said_power = len(expected_trials(rule)), False
