@@ -1,8 +1,6 @@
 """Steps recorded as graphs: which are, what they leave in the gradients, and what happens where recording fails.
-
 Without a GPU a recording is stood in for by one that runs the recorded work at each replay, into the same addresses.
-The last tests need a GPU and hold replays against eager steps there.
-"""
+The last tests need a GPU and hold replays against eager steps there."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

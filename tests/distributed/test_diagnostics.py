@@ -1,7 +1,5 @@
-"""What a run notices of itself: each finding fires when it should, made by a fault, and none on healthy runs.
-
-The faults are real where a small model can have them; what needs a GPU or minutes of time is made of rows.
-"""
+"""What a run notices of itself: each finding fires when it should, made by a fault, and none on healthy runs. The
+faults are real where a small model can have them; what needs a GPU or minutes of time is made of rows."""
 
 import contextlib
 import itertools

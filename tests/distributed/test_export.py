@@ -1,8 +1,6 @@
-"""What is exported is what was trained: from every ZeRO stage, reloaded by plain transformers or peft, and said so.
-
-A whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and
-what happens where the folder is not the model that was trained.
-"""
+"""What is exported is what was trained: from every ZeRO stage, reloaded by plain transformers or peft, and said so. A
+whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and what
+happens where the folder is not the model that was trained."""
 
 import json
 import re

@@ -1,9 +1,6 @@
-"""The card's program is Hugging Face's Trainer: ours follows it step by step.
-
-Both start from the same model folder and feed the same blocks in the same order, with the card's numbers; the Trainer
-is the installed one with its defaults. Without dropout the two are one computation up to the rounding of float32; with
-it they draw other masks.
-"""
+"""The card's program is Hugging Face's Trainer: ours follows it step by step. Both start from the same model folder and
+feed the same blocks in the same order, with the card's numbers; the Trainer is the installed one with its defaults.
+Without dropout the two are one computation up to the rounding of float32; with it they draw other masks."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
-"""The run on Weights & Biases: what is sent, under which names, and that no trouble there stops training.
-
-The client is the real one in real processes, offline or against the stand-in on loopback (`fake_wandb.py`).
-"""
+"""The run on Weights & Biases: what is sent, under which names, and that no trouble there stops training. The client is
+the real one in real processes, offline or against the stand-in on loopback (`fake_wandb.py`)."""
 
 import os
 import signal

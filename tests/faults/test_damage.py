@@ -1,8 +1,6 @@
-"""What goes wrong around a run, and what it then does: one clear line, the last good state in force, nothing lost.
-
-Full and read-only file systems, damaged checkpoints, numbers that are not finite. test_kills.py has the kills,
-test_signals.py the signals and the ranks that hang.
-"""
+"""What goes wrong around a run, and what it then does: one clear line, the last good state in force, nothing lost. Full
+and read-only file systems, damaged checkpoints, numbers that are not finite. test_kills.py has the kills,
+test_signals.py the signals and the ranks that hang."""
 
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Runs on several hosts: what differs between them is refused by name, a host that is gone is named, the rest go on.
-
-The hosts are network namespaces (`helpers/hosts.py`); one set of three serves all tests.
-"""
+The hosts are network namespaces (`helpers/hosts.py`); one set of three serves all tests."""
 
 import os
 import re

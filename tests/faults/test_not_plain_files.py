@@ -1,7 +1,5 @@
-"""Something else in the place of a file of a run folder: no program waits for it, and each says what it is.
-
-The sweep puts each kind in the place of every file; here one file of each kind.
-"""
+"""Something else in the place of a file of a run folder: no program waits for it, and each says what it is. The sweep
+puts each kind in the place of every file; here one file of each kind."""
 
 import contextlib
 import ctypes

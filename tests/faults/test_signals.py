@@ -1,7 +1,5 @@
-"""A run that is told to stop, and one that cannot go on because a rank hangs, is lost or fails alone.
-
-Real ranks and real signals. A hanging rank sleeps or is frozen (SIGSTOP); one line names it, and all end within 60 s.
-"""
+"""A run that is told to stop, and one that cannot go on because a rank hangs, is lost or fails alone. Real ranks and
+real signals. A hanging rank sleeps or is frozen (SIGSTOP); one line names it, and all end within 60 s."""
 
 import re
 import signal

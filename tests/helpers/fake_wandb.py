@@ -1,8 +1,6 @@
-"""A stand-in of the Weights & Biases server on loopback, for tests only.
-
-It takes what wandb-core 0.31 sends and keeps it to be looked at; it answers no more than the client needs to go on.
-Whatever it does not know lands in `unknown_requests`, so that a new version of the client is noticed.
-"""
+"""A stand-in of the Weights & Biases server on loopback, for tests only. It takes what wandb-core 0.31 sends and keeps
+it to be looked at; it answers no more than the client needs to go on. Whatever it does not know lands in
+`unknown_requests`, so that a new version of the client is noticed."""
 
 import gzip
 import json

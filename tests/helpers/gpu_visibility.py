@@ -1,8 +1,6 @@
 """The machine's GPUs: hidden from every test that is not marked `gpu`, and shown to fresh processes of those that are.
-
 CUDA must not be initialised in a process that forks, and ranks of CPU tests must not find a GPU. So nothing here asks
-CUDA: the driver's control device says whether there is a GPU.
-"""
+CUDA: the driver's control device says whether there is a GPU."""
 
 import os
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Hosts for tests of runs on several: network namespaces on a bridge, each with its own name, processes and files.
-
 Nothing of the real network is touched, and no address outside is reached. Where the kernel allows no namespaces, or
-`ip` is missing, the tests are skipped with the reason.
-"""
+`ip` is missing, the tests are skipped with the reason."""
 
 import contextlib
 import ctypes

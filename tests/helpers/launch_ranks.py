@@ -1,8 +1,6 @@
 """Real ranks for tests: processes that join one gloo group and run `trainer.run.run`, as a launcher would start them.
-
 They are forked from a server that has imported the heavy packages once, so a run costs seconds. The same code runs
-under the real `deepspeed` command in distributed/test_launch.py.
-"""
+under the real `deepspeed` command in distributed/test_launch.py."""
 
 import contextlib
 import multiprocessing

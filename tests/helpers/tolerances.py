@@ -1,8 +1,6 @@
 """How far apart two computations of one number may lie, and why just so far. Relative, unless it says otherwise.
-
 Float32 has 2^-24 = 6e-8 relative error an operation; sums in another order (other ranks, micro-batches, ZeRO files, or
-a plain loop's one large batch) differ by that, and the steps of a run carry it along.
-"""
+a plain loop's one large batch) differ by that, and the steps of a run carry it along."""
 
 #: losses over the steps of a tiny run: 30 times a rounding; the largest seen in the sweep is 1.6e-7
 LOSS_TOLERANCE = 2e-6

@@ -1,8 +1,6 @@
-"""The product under the CUDA build of torch, which installs and imports without a GPU: imports, and forward
-and update of tensors that have a device, a shape and a type, but no data.
-
-Skipped under a CPU build; `pip install torch` of the registry gives the other one.
-"""
+"""The product under the CUDA build of torch, which installs and imports without a GPU: imports, and forward and update
+of tensors that have a device, a shape and a type, but no data. Skipped under a CPU build; `pip install torch` of the
+registry gives the other one."""
 
 import importlib
 import pkgutil

@@ -1,8 +1,6 @@
-"""The base and its adapters: how many weights train, by closed formulas, on which layers, and that all start alike.
-
-An adapter of rank r on a layer [in, out] has r * (in + out) parameters, dora's one more for each output. The layers of
-GPT-2's blocks are c_attn [d, 3d], c_proj [d, d], c_fc [d, 4d] and c_proj [4d, d], with biases of the outputs' sizes.
-"""
+"""The base and its adapters: how many weights train, by closed formulas, on which layers, and that all start alike. An
+adapter of rank r on a layer [in, out] has r * (in + out) parameters, dora's one more for each output. The layers of
+GPT-2's blocks are c_attn [d, 3d], c_proj [d, d], c_fc [d, 4d] and c_proj [4d, d], with biases of the outputs' sizes."""
 
 from pathlib import Path
 

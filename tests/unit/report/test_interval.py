@@ -1,7 +1,5 @@
-"""The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known.
-
-The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates.
-"""
+"""The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known. The fast
+sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
-"""What launch/cluster.py writes: its options exist, it carries what a run needs, keys stay with their owner.
-
-The batch script runs here with stand-ins for what SLURM and torch bring; tests/faults/test_hosts.py starts real runs.
-"""
+"""What launch/cluster.py writes: its options exist, it carries what a run needs, keys stay with their owner. The batch
+script runs here with stand-ins for what SLURM and torch bring; tests/faults/test_hosts.py starts real runs."""
 
 import os
 import re
