@@ -110,7 +110,7 @@ def find_dataset_files(
         return {split: sorted(Path(file["filename"]) for file in data.cache_files) for split, data in splits.items()}
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         if is_saved:
-            problem = f"not a whole saved data set ({first_line(error)})"
+            problem = f"not a whole saved data set (or one without records: {first_line(error)})"
             raise UserError(f"{flag} {name}: {problem}; save it again") from None
         reason = "the hub cannot be reached, and there is no local copy of a data set of that name"
         if is_online:

@@ -120,7 +120,7 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     path = Path(spec)
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],), names_files=False)}
-    is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if is_saved or not (path.exists() or glob.has_magic(spec)):
         return _find_dataset_splits(spec, flag, is_saved)
     root = path

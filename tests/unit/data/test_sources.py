@@ -74,6 +74,9 @@ def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_
     monkeypatch.chdir(tmp_path)  # files of a relative path have absolute ones there
     notices = find_sources(DataSettings(data="two", block_size=0))[0].notices
     assert notices == ("two: split train for training, split test for test",)
+    Path("two/train/state.json").unlink()
+    Path("two/train/data-00000-of-00001.arrow").rename("two/train/pairs-train.arrow")
+    assert read_records(tmp_path / "two" / "train") == PAIRS, "a folder of the cache of `load_dataset`: plain files"
     (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"one: not a whole saved data set .*; save it again"):
         read_records(tmp_path / "one")
