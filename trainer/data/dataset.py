@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Int64 = NDArray[np.int64]
-FORMAT_VERSION = 13  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION = 14  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 ABANDONED_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
@@ -271,8 +271,8 @@ class SplitWriter:
             references = self.texts.setdefault(key, [])
             references += [(row.prompt, row.completion)] if len(references) < MAX_REFERENCES else []
         if len(row.ids) > self.block_size and not self.is_blocks:
-            self._add_problem("cut" if self.chat else "too long", f"{example.where}, {len(row.ids)} tokens")
-            if self.chat is None:
+            self._add_problem("cut" if example.conversation else "too long", f"{example.where}, {len(row.ids)} tokens")
+            if example.conversation is None:
                 return
         if self.split == "train" and not self.example:
             self.example = mark_targets(self.tokenizer, ids, is_target)

@@ -171,8 +171,10 @@ def test_what_is_cut_or_not_written_is_counted_and_one_without_a_turn_left_is_re
     problem = r"train: 2 of \d+ conversations cannot be trained on \(first.*, line 41: its ass.*--unusable-records drop"
     with pytest.raises(UserError, match=problem):
         prepare_chat(file)
-    data = prepare_chat(file, unusable_records="drop")
-    assert len(data.train) + len(data.val) == 40
+    pairs = [{"prompt": "x" * length, "completion": "y"} for length in (300, 3)]
+    retained = str(write_records(tmp_path / "p.jsonl", pairs))  # which are no conversations, and are not cut
+    data = prepare_chat(file, unusable_records="drop", retain_data=retained)
+    assert (len(data.train) + len(data.val), len(data.retain)) == (40, 1)
 
 
 def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat):
