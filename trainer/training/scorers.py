@@ -94,13 +94,10 @@ def score_texts(
     with _started(on_wait) as ask:
         ask([name], START_SECONDS)
         for number, (text, reference) in enumerate(zip(texts, references, strict=True), start=1):
-            score = None
-            if has_reference(name, reference):
-                try:
-                    score = ask([text, reference], TEXT_SECONDS)
-                except ScorerError as error:
-                    raise ScorerError(f"{error} (text {number} of {len(texts)})") from None
-            scores.append(score)
+            try:
+                scores.append(ask([text, reference], TEXT_SECONDS) if has_reference(name, reference) else None)
+            except ScorerError as error:
+                raise ScorerError(f"{error} (text {number} of {len(texts)})") from None
     return scores
 
 
@@ -251,6 +248,7 @@ def main() -> None:
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the run ends
     scorer: Callable[[str, str], Any] | None = None
+    process_id = os.getpid()
     with Connection(int(sys.argv[1])) as connection, contextlib.suppress(EOFError):
         while True:
             message = json.loads(connection.recv_bytes())
@@ -267,6 +265,8 @@ def main() -> None:
                 answer = {"error": str(error)}
             except (Exception, SystemExit) as error:
                 answer = {"error": f"failed with {type(error).__name__}: {first_line(error)}"}
+            if os.getpid() != process_id:  # a fork that the scorer has left: one answer to each text
+                os._exit(1)
             connection.send_bytes(json.dumps(answer).encode())
 
 
