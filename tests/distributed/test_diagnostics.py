@@ -167,6 +167,7 @@ def test_records_of_a_healthy_run_give_no_diagnostic(seed):
         pytest.param(make_run_records(seconds=0.2), ("data", 0.1), set(), id="40 seconds are too short"),
         pytest.param(slow_run(steps=4, eval_every=4, eval_seconds=90), ("data", 0), set(), id="the last one alone"),
         pytest.param(slow_run(steps=8, eval_every=4, eval_seconds=90), ("data", 0), {"much_evaluation"}, id="two"),
+        pytest.param(make_run_records(val=lambda step: float(step < 50)), ("data", 0), set(), id="a loss of 0"),
     ],
 )
 def test_a_diagnosis_waits_for_enough_evidence(stream, spent, expected):

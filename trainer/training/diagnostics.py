@@ -207,7 +207,7 @@ class DiagnosticsMonitor:
         best_index, best = min(enumerate(self.evals), key=lambda pair: pair[1].loss)
         num_later, num_epochs = len(self.evals) - best_index - 1, last.epoch - best.epoch
         is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
-        is_worse = last.loss / best.loss - 1 >= GENERALISATION_LOSS
+        is_worse = last.loss > (1 + GENERALISATION_LOSS) * best.loss  # which may be 0
         before = self.train_loss_means[max(0, best_index - 1)]
         has_learned = welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= start
         if is_worse and is_sustained and has_learned:
