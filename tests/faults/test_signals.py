@@ -82,6 +82,7 @@ class Hang(NamedTuple):
 HANGS = [
     Hang(FORWARD, 4, 1, r"rank 1 hangs at engine\.py:"),
     Hang("trainer.run:evaluate_other_splits", 2, 1, r"rank 1 hangs at run\.py:", "--test-fraction 0.2 --max-steps 2"),
+    Hang("trainer.export.export_cli:export_checkpoint", 1, 0, r"rank 0 hangs at run\.py:", "--max-steps 2"),
     Hang("trainer.data.prepare:encode", 1, 0, r"rank 0 hangs at prepare\.py:"),
     Hang("torch.distributed:new_group", 1, 1, "rank 1 (hangs at process_group.py|does not answer)"),
     Hang("torch.distributed:init_process_group", 1, 1, "rank 1 (does not answer|of this run ended)", action=kill_self),

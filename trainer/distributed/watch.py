@@ -165,6 +165,7 @@ class Watchdog:
     def watch_for_hangs(self, hang_timeout_seconds: float, folder: Path | None = None) -> Iterator[None]:
         """Until the end of the block, end the run where no rank moves for so long, but not one that was suspended; one
         line names who hangs, and the stacks go to `folder`/stacks/rank-N.txt where this host has the folder."""
+        outer = self._is_watching, self._stacks_path
         self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
         self._stacks_due_tick = self._ticks + hang_timeout_seconds / TICK_SECONDS
         if folder is not None and folder.is_dir():
@@ -174,13 +175,13 @@ class Watchdog:
             yield
             self._delete_stacks()  # kept on an error: the end of a hung rank fails the collective of one that waits
         finally:
-            self._is_watching, self._stacks_path = False, None
+            self._is_watching, self._stacks_path = outer
 
     @contextlib.contextmanager
     def watch_work(self, hang_timeout_seconds: float) -> Iterator[None]:
         """The same around work that is a library's, before and after the steps: a rank also moves while it computes,
         reads or writes (`WorkMeter`). One collective in which all ranks are may take longer."""
-        meter, has_ended = WorkMeter(), threading.Event()
+        meter, has_ended, outer = WorkMeter(), threading.Event(), self._counts_work
 
         def follow() -> None:
             while not has_ended.wait(TICK_SECONDS):
@@ -195,7 +196,7 @@ class Watchdog:
                 yield
         finally:
             has_ended.set()
-            self._counts_work = False
+            self._counts_work = outer
 
     def _delete_stacks(self) -> None:
         if self._stacks_path is not None:

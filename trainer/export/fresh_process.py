@@ -17,8 +17,8 @@ from trainer.distributed.launch_environment import set_library_environment, with
 
 def export_in_fresh_process(request: dict[str, Any], hang_timeout_seconds: float) -> dict[str, Any]:
     """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails,
-    or neither computes nor reads nor writes for so many seconds: the ranks are not watched meanwhile.
-    The process ends with this one: it reads from a pipe of which we hold the other end."""
+    or neither computes nor reads nor writes for so many seconds. The process ends with this one: it reads from a pipe
+    of which we hold the other end."""
     import torch  # not by the process that exports, before it watches its input
 
     from trainer.distributed.watch import TICK_SECONDS, WorkMeter
