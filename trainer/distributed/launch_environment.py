@@ -151,7 +151,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
             for first, _, last in ends:
                 is_number = (first + last).isdecimal() and len(first + last) < 30
                 numbers = range(int(first), int(last or first) + 1) if is_number else range(0)
-                ranges += [f"{number:0{len(first)}d}" for number in numbers] or [first]
+                ranges += [f"{number:0{len(first)}d}" for number in numbers[:100_000]] or [first]
         hosts += ["".join(words) for words in itertools.product(*pieces)]
     return hosts
 

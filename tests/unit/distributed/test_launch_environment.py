@@ -164,6 +164,7 @@ def test_jobs_on_one_host_meet_at_different_ports_below_those_that_linux_hands_o
         ({"SLURM_JOB_NODELIST": "rack[1-2]n[09-10],x"}, 5, "rack1n09 rack1n10 rack2n09 rack2n10 x"),
         ({"TRAINER_HOSTS": "a:1,b:2"}, 3, "a b b"),
         (SRUN, 6, ""),  # not so many on each
+        ({"SLURM_JOB_NODELIST": "n[1-900000000000]"}, 1, ""),  # would fill the memory
     ],
 )
 def test_the_host_of_a_rank_that_did_not_come_is_known_where_the_launcher_names_it(environ, world_size, expected):
