@@ -281,8 +281,8 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
         shorter = " and ".join(f"{steps:,}" for steps in lengths[:-1])
         axis.plot([], [], color=TEXT_COLOUR, alpha=0.4, label=f"pale: runs of {shorter} steps")
     base = [run.initial_loss for run in (*pair.full.runs, *pair.lora.runs) if run.initial_loss is not None]
-    top = min(axis.get_ylim()[1], 1.1 * max(base, default=np.inf))
     lowest = min((loss for curve in curves for loss in curve.losses.values()), default=0.0)
+    top = min(axis.get_ylim()[1], 1.1 * max(lowest, max(base, default=np.inf)))  # lowest: nothing may have improved
     axis.set_ylim(lowest - (top - lowest) / 10, top)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(format_power)

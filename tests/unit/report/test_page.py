@@ -219,3 +219,16 @@ def test_a_mode_has_one_colour_and_dash_and_the_card_is_drawn_only_where_it_is_c
         names = [line.get_label() for line in axis.get_lines()]
         if plot is plots.LOSS_PLOT and comparison is card_like:
             assert names == ["full: 1.0000", "LoRA: 1.0000", "card: 0.9414"], "a loss says its last value"
+
+
+def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points_and_larger_losses_above(tmp_path) -> None:
+    from matplotlib.figure import Figure
+
+    contents = [make_metadata(mode, resolved__lr=lr) for mode in ("full", "lora") for lr in (1e-3, 5e-3)]
+    comparison = make_comparison(tmp_path, *contents, losses={0: 1.0, 3: 9.0})  # none improved on its base
+    assert plots.render_pictures(comparison.groups, comparison.verdict, False)[0][-1][0] == "Loss by learning rate"
+    axis, pair = Figure().subplots(), comparison.verdict.primary
+    plots.draw_rates(axis, plots.rate_curves(comparison.groups), pair)
+    rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]
+    assert [float(line.get_xdata()[0]) for line in rings] == [pair.full.lr, pair.lora.lr]
+    assert axis.get_ylim()[0] < 9 < axis.get_ylim()[1]
