@@ -4,10 +4,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import launch_ranks
@@ -23,12 +21,10 @@ from trainer.tracking.wandb_keys import AXES
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
 
 
-def run_python(
-    folder: Path, *argv: object, server: FakeWandb, python: str = sys.executable, **variables: str
-) -> "subprocess.CompletedProcess[str]":
+def run_python(folder: Path, *argv: object, server: FakeWandb, **variables: str) -> "subprocess.CompletedProcess[str]":
     """A process in `folder` that knows nobody's W&B login but the one there."""
     env = child_env(**{"HOME": str(folder), "MPLCONFIGDIR": str(folder / "mpl"), **server.env(folder), **variables})
-    command = [python, *map(str, argv)]
+    command = [sys.executable, *map(str, argv)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -40,16 +36,10 @@ def server() -> Iterator[FakeWandb]:
     assert not fake.unknown_requests
 
 
-@pytest.fixture
-def run_compare(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs launch/compare.py in `tmp_path`: `run_compare(argument, ..., server=, VARIABLE=)`."""
-    return partial(run_python, tmp_path, SCRIPT)
-
-
-def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(server, run_compare, tmp_path) -> None:
+def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(server, tmp_path) -> None:
     make_run_folder(tmp_path / "full")
     gone = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "1"}
-    process = run_compare("full", "--wandb-report", f"{ENTITY}/p", server=server, **gone)
+    process = run_python(tmp_path, SCRIPT, "full", "--wandb-report", f"{ENTITY}/p", server=server, **gone)
     assert process.returncode == 2
     assert f"--wandb-report {ENTITY}/p: W&B did not take it (" in process.stderr
     assert "Traceback" not in process.stderr
@@ -70,7 +60,7 @@ run.finish()
 
 
 def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_is_a_line(
-    server: FakeWandb, run_compare: Any, tmp_path: Path
+    server: FakeWandb, tmp_path: Path
 ) -> None:
     for mode in ("full", "lora"):
         make_run_folder(tmp_path / mode, mode)
@@ -78,11 +68,11 @@ def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_
         process = run_python(tmp_path, "-c", LOG_CODE, name, server=server)
         assert process.returncode == 0, process.stderr
     for name, message in (("old", "has keys of an older version (val/loss)"), ("gone", "W&B does not give it: ")):
-        process = run_compare("full", f"{ENTITY}/p/{name}", server=server)
+        process = run_python(tmp_path, SCRIPT, "full", f"{ENTITY}/p/{name}", server=server)
         assert process.returncode == 2
         assert f"error: {ENTITY}/p/{name}: {message}" in process.stderr
         assert "Traceback" not in process.stderr
-    process = run_compare("full", "lora", f"{ENTITY}/p/theirs", server=server)
+    process = run_python(tmp_path, SCRIPT, "full", "lora", f"{ENTITY}/p/theirs", server=server)
     assert process.returncode == 0, process.stderr
     name = server.runs["theirs"].fields.get("displayName", "theirs")
     assert f"{name} is a run of Hugging Face's Trainer: plotted, never ranked." in process.stdout
@@ -92,14 +82,14 @@ def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_
 
 
 def test_a_wandb_report_has_verdict_tables_panels_and_the_card_and_is_updated(
-    server: FakeWandb, run_compare: Any, tmp_path: Path
+    server: FakeWandb, tmp_path: Path
 ) -> None:
     """The run set is by config.mode, the card dashed and grey, and logged once."""
     for mode in ("full", "lora"):
         make_run_folder(tmp_path / mode, mode)
     num_upserts = []
     for _ in range(2):
-        process = run_compare("full", "lora", "--wandb-report", f"{ENTITY}/p", server=server)
+        process = run_python(tmp_path, SCRIPT, "full", "lora", "--wandb-report", f"{ENTITY}/p", server=server)
         assert process.returncode == 0, process.stderr
         num_upserts.append(server.operations.count("UpsertBucket"))
     assert f"W&B Report: {server.url}/{ENTITY}/p/reports/" in process.stdout

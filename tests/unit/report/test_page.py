@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 from helpers.fake_studies import MakeRun, make_study
+from matplotlib.figure import Figure
 
 from trainer.config import reference
 from trainer.config.text import escape_markdown
@@ -206,8 +207,6 @@ def test_a_mode_has_one_colour_and_dash_and_the_card_is_drawn_only_where_it_is_c
     card_like: Comparison, plain: Plain
 ) -> None:
     """Else the card's epochs and losses would squeeze the curves that the page is about."""
-    from matplotlib.figure import Figure
-
     for plot, comparison in itertools.product(plots.PLOTS, (card_like, plain[0])):
         axis = Figure().subplots()
         plots.draw_plot(axis, plot, comparison.groups, with_reference=True)
@@ -222,8 +221,6 @@ def test_a_mode_has_one_colour_and_dash_and_the_card_is_drawn_only_where_it_is_c
 
 
 def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points_and_larger_losses_above(tmp_path) -> None:
-    from matplotlib.figure import Figure
-
     contents = [make_metadata(mode, resolved__lr=lr) for mode in ("full", "lora") for lr in (1e-3, 5e-3)]
     comparison = make_comparison(tmp_path, *contents, losses={0: 1.0, 3: 9.0})  # none improved on its base
     assert plots.render_pictures(comparison.groups, comparison.verdict, False)[0][-1][0] == "Loss by learning rate"
