@@ -190,6 +190,8 @@ def test_a_diagnostic_is_reported_once_across_a_resume():
         assert diagnostics == [whole[code] for code in whole if code not in first.reported_codes]
     lost = DiagnosticsMonitor(make_metadata())
     assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
+    without_a_row = [record for record in make_run_records(eval_every=1) if (record.step, record.kind) != (2, "step")]
+    assert DiagnosticsMonitor(make_metadata()).replay(without_a_row) == [], "as --allow-change records has it"
 
 
 def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:

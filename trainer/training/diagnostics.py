@@ -208,7 +208,7 @@ class DiagnosticsMonitor:
         num_later, num_epochs = len(self.evals) - best_index - 1, last.epoch - best.epoch
         is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
         is_worse = last.loss > (1 + GENERALISATION_LOSS) * best.loss  # which may be 0
-        before = self.train_loss_means[max(0, best_index - 1)]
+        before = self.train_loss_means[max(0, best_index - len(self.evals) + len(self.train_loss_means))]
         has_learned = welch_t(before, train_loss) >= FALL_STD_ERRORS and train_loss.value <= start
         if is_worse and is_sustained and has_learned:
             seen = f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step "
