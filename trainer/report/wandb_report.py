@@ -30,9 +30,6 @@ LINE_PANELS = (
 )
 
 
-# --- the report ---
-
-
 def parse_target(text: str) -> tuple[str, str]:
     """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
     entity, _, project = text.strip("/").partition("/")
@@ -126,16 +123,13 @@ def _build_report(comparison: Comparison, place: dict[str, str]) -> Any:
     )
 
 
-# --- the card as a run ---
-
-
 def _log_reference(api: Any, entity: str, project: str) -> None:
-    """Log the card as a run of this project, once: one that is there is left as it is."""
+    """Log the card as a run of this project: those of its rows that are not there."""
     import wandb
 
     with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
-        api.run(f"{entity}/{project}/{REFERENCE_RUN_ID}")
-        return
+        if api.run(f"{entity}/{project}/{REFERENCE_RUN_ID}").lastHistoryStep >= reference.CURVE[-1].step:
+            return
     quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True)
     config = {
         **reference.SETTINGS,
@@ -153,6 +147,7 @@ def _log_reference(api: Any, entity: str, project: str) -> None:
             dir=folder,
             mode="online",
             id=REFERENCE_RUN_ID,
+            resume="allow",
             name=f"card {reference.NAME}",
             job_type="reference",
             tags=["card", "gpt2"],
@@ -164,5 +159,6 @@ def _log_reference(api: Any, entity: str, project: str) -> None:
         )
         define_metrics(run)
         for row in reference.CURVE:
-            run.log(reference_row(row), step=row.step)
+            if row.step >= run.starting_step:
+                run.log(reference_row(row), step=row.step)
         run.finish(exit_code=0)
