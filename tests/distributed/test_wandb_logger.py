@@ -311,7 +311,8 @@ for record in records"""
         assert (process.returncode, errors, output.count("W&B failed (gone)")) == (0, "", 1)
         assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(20)), 1)
         if is_resumed:
-            assert run_child(tmp_path, "online", first_step=60, **server.env(tmp_path))[0] == 0
+            code = "print(sink._logger._last_logged_step)\n" + CLOSE_CODE
+            assert run_child(tmp_path, "online", first_step=60, code=code, **server.env(tmp_path))[1].endswith("\n19\n")
         else:
             write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
             upload = [sys.executable, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]

@@ -116,7 +116,7 @@ def start_wandb(
     run = _init_run(metadata, folder, mode, is_resumed=is_resumed)
     offline = f"offline, send it later with `wandb sync {os.path.relpath(run.settings.sync_dir)}`"
     logger.info(f"W&B: {run.url if mode == 'online' else offline}")
-    last_step = run.step - 1  # of the server
+    last_step = run.starting_step - 1  # of the server
     if mode == "offline" and is_resumed:
         last_step = _last_step(path_from_environment("WANDB_DIR", str(folder)), run_id)
     wandb_logger = WandbLogger(run, last_step, folder / "model" if should_send_model() else None)
@@ -135,7 +135,7 @@ def upload_run(folder: Path) -> str:
     lock.acquire()
     try:
         run = _init_run(metadata, folder, "online", is_resumed=True)
-        wandb_logger = WandbLogger(run, run.step - 1)
+        wandb_logger = WandbLogger(run, run.starting_step - 1)
         for record in read_records(folder / METRICS_FILE):
             wandb_logger.log(record, is_new=False)
         has_finished = isinstance(record, EventRecord) and record.event == "finished"
