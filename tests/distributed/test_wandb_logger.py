@@ -28,9 +28,6 @@ RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means
 LAST_STEP = 90
 
 
-# names and modes
-
-
 def test_every_wandb_row_has_the_three_axes_and_the_reference_run_the_same_keys() -> None:
     for record in RECORDS[:-1]:
         row = wandb_row(record)
@@ -142,7 +139,7 @@ run = make_metadata("lora", wandb__mode=mode)
 records = make_records(run)
 previous = [record for record in records if record.step <= first] if first else None
 start = lambda: wandb_logger.start_wandb(run, Path("run"), previous_records=previous)
-sink = wandb_logger.OptionalLogger("W&B", start)
+sink = wandb_logger.OptionalLogger("W&B", start, Path("run"))
 for record in records:
     if first <= record.step <= last and not (first and record.step == first):
         sink.log(record)
@@ -347,7 +344,7 @@ def test_a_wandb_server_that_never_answers_costs_a_line_and_little_time(tmp_path
     exit_code, output = run_child(tmp_path, "online", WANDB_BASE_URL=url, WANDB_API_KEY=API_KEY)
     assert time.monotonic() - began < 45
     assert (exit_code, output.count("\n"), output.count("W&B failed (")) == (0, 1, 1)
-    assert "metrics.jsonl has every row, and launch/doctor.py --upload sends them later" in output
+    assert "metrics.jsonl has every row; send them later with `python launch/doctor.py --upload run`" in output
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import secrets
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -205,8 +206,8 @@ class OptionalLogger:
     """The logger that `start` makes (None: nothing to do). Its first failure is one line: it gets no more records, and
     the exit code 1 at the end of the run."""
 
-    def __init__(self, name: str, start: Callable[[], RecordLogger | None]) -> None:
-        self._name, self._has_failed = name, False
+    def __init__(self, name: str, start: Callable[[], RecordLogger | None], folder: Path) -> None:
+        self._name, self._folder, self._has_failed = name, folder, False
         self._logger: RecordLogger | None = self._attempt(start, is_edge=True)
 
     def log(self, record: Record) -> None:
@@ -228,8 +229,9 @@ class OptionalLogger:
                 _teardown()
             if not self._has_failed:
                 self._has_failed = True
-                rows = "metrics.jsonl has every row" + ", and launch/doctor.py --upload sends them later" * is_wandb
-                logger.warning(f"{self._name} failed ({first_line(error)}); going on without it: {rows}")
+                problem = f"{self._name} failed ({first_line(error)}); going on without it: metrics.jsonl has every row"
+                command = f"python launch/doctor.py --upload {shlex.quote(str(self._folder))}"
+                logger.warning(problem + f"; send them later with `{command}`" * is_wandb)
 
 
 class WandbLogger:

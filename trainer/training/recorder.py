@@ -68,15 +68,15 @@ class Recorder:
         self._progress_bar, self._log_lines = progress_bar, LogLines(progress_bar)
         self._val_rows = data.row_info("val")
         self._rows = JsonlLogger(rows_file, resume=is_resumed)
-        previous = read_records(rows_file) if is_resumed else None
+        rows = read_records(rows_file) if is_resumed else None
         self.loggers = [
             self._rows,
             progress_bar,
-            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=previous)),
+            OptionalLogger("W&B", partial(start_wandb, self.metadata, self.folder, previous_records=rows), self.folder),
         ]
         if "tensorboard" in self.plan.settings.output.report_to:
             start = partial(TensorBoardLogger, self.folder, state.step if is_resumed else None)
-            self.loggers.append(OptionalLogger("TensorBoard", start))
+            self.loggers.append(OptionalLogger("TensorBoard", start, self.folder))
 
     def log(self, record: Record) -> None:
         if self.loggers and isinstance(record, EvalRecord) and record.row_nll is not None:  # before the line says so

@@ -27,7 +27,7 @@ def test_tensorboard_has_every_record_once_also_after_a_resume_and_its_failure_i
     assert {key: values[-1] for key, values in actual.items()} == pytest.approx(expected, rel=1e-7)  # in float32
     assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
     (tmp_path / "file").touch()
-    optional = OptionalLogger("TensorBoard", lambda: TensorBoardLogger(tmp_path / "file", None))
+    optional = OptionalLogger("TensorBoard", lambda: TensorBoardLogger(tmp_path / "file", None), tmp_path)
     optional.log(RECORDS[0])
     optional.close(0)
     message = caplog.messages[-1]
