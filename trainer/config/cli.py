@@ -52,8 +52,9 @@ def parse_args(
     problems, args = [*translation.problems, *problems], vars(parsed)
     flags = [_flag_in(word) for word in argv]
     for flag in ("--data", "--test-data"):  # of which the last one alone would count
-        if flags.count(flag) > 1:
-            problems.append(f"{flag}: stands there twice; expected once, several with weights as --data A=0.7 B=0.3")
+        if (times := flags.count(flag)) > 1:
+            remedy = ", several with weights as --data A=0.7 B=0.3" * (flag == "--data")
+            problems.append(f"{flag}: stands there {times} times; expected once{remedy}")
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
