@@ -77,25 +77,35 @@ class Source:
 def find_sources(settings: DataSettings) -> list[Source]:
     """The training sources, and those of the other splits that are named or stand beside them; UserError where there
     is no data. Files are taken for what they are named: nothing named test is trained on."""
-    trains, others = [], []
-    given = {"val": None, **name_val_sets(settings.val_data), "test": settings.test_data}
-    given["retain"] = settings.retain_data
+    trains, others, given = [], [], _name_others(settings)
     for part, share in split_weights(settings.data):
         splits = find_splits(part, "--data")
         train = choose_split(splits, part, "--data")
         uses = {name: "for training" for name, source in splits.items() if source is train}
         for split, name in (("val", "validation"), ("test", "test")):
-            if given[split] is None and name in splits:
+            if split not in given and name in splits:
                 others.append(replace(splits[name], split=split))
                 uses[name] = f"for {name}"
         notice = ", ".join(f"{_describe(source, name)} {uses.get(name, 'left out')}" for name, source in splits.items())
         notices = () if set(splits) == {""} else (f"{part}: {notice}",)
         trains.append(replace(train, share=share, notices=notices))
-    for split, spec in given.items():
-        if spec is not None:
-            flag = f"--{split.partition('-')[0]}-data"
-            others.append(replace(choose_split(find_splits(spec, flag), spec, flag), split=split))
+    for split, (flag, spec) in given.items():
+        others.append(replace(choose_split(find_splits(spec, flag), spec, flag), split=split))
     return [*trains, *others]
+
+
+def refuse_missing_files(settings: DataSettings) -> None:
+    """UserError for data that are neither here nor a hub id, without a look at the Hub."""
+    for part, _ in split_weights(settings.data):
+        _parse_hub_id(part, "--data")
+    for flag, spec in _name_others(settings).values():
+        _parse_hub_id(spec, flag)
+
+
+def _name_others(settings: DataSettings) -> dict[str, tuple[str, str]]:
+    """{split: flag and value} of what is given beside --data."""
+    given = {**name_val_sets(settings.val_data), "test": settings.test_data, "retain": settings.retain_data}
+    return {split: (f"--{split.partition('-')[0]}-data", spec) for split, spec in given.items() if spec is not None}
 
 
 def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
@@ -121,8 +131,12 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, files=(DEMO_FILES[spec],), names_files=False)}
     is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if is_saved or not (path.exists() or glob.has_magic(spec)):
-        return _find_dataset_splits(spec, flag, is_saved)
+    if names := [spec] if is_saved else _parse_hub_id(spec, flag):
+        found = hf_hub.find_dataset_files(flag, *names, is_saved=is_saved)
+        return {
+            SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)
+            for name, files in found.items()
+        }
     root = path
     if path.is_dir():
         paths = [p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
@@ -151,17 +165,15 @@ def find_splits(spec: str, flag: str) -> dict[str, Source]:
     return splits
 
 
-def _find_dataset_splits(spec: str, flag: str, is_saved: bool) -> dict[str, Source]:
+def _parse_hub_id(spec: str, flag: str) -> Sequence[str]:
+    """A hub id and its configuration; nothing for what is here. UserError for neither."""
+    if Path(spec).exists() or glob.has_magic(spec):
+        return ()
     hub_id = HUB_ID.fullmatch(spec)
-    if not is_saved and (hub_id is None or file_kind(Path(spec)) is not None):
+    if hub_id is None or file_kind(Path(spec)) is not None:
         expected = f"{ACCEPTED_FILES}, a folder or glob of them, a hub id, or several with weights: A=0.7 B=0.3"
         raise UserError(f"{flag} {spec}: no such file or folder; expected {expected}")
-    names = hub_id.groups() if hub_id is not None and not is_saved else [spec]
-    splits = hf_hub.find_dataset_files(flag, *names, is_saved=is_saved)
-    return {
-        SPLIT_BY_WORD.get(name, name): Source(flag=flag, spec=spec, files=tuple(files), names_files=False)
-        for name, files in splits.items()
-    }
+    return hub_id.groups()
 
 
 def _refuse_closed_folders(paths: Iterator[Path] | list[Path], flag: str) -> None:

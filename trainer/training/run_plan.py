@@ -24,6 +24,7 @@ from trainer.config.settings import Settings
 from trainer.config.text import shorten
 from trainer.data import hf_hub
 from trainer.data.dataset import PreparedDataset
+from trainer.data.sources import refuse_missing_files
 from trainer.data.tokenizer import find_model
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
@@ -242,7 +243,11 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
         raise UserError("--precision fp16: not supported on a CPU; use fp32 or bf16")
     if engine.ds_config is not None:
         validate_stage(settings, read_deepspeed_file(engine.ds_config))
-    block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
+    try:
+        block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
+    except UserError:
+        refuse_missing_files(settings.data)  # which decide, without --model, what model that is
+        raise
     if max_positions is not None and block_size > max_positions:
         raise UserError(f"--block-size {block_size}: {settings.model.model} takes at most {max_positions} tokens")
     build_model(settings, on_meta=True)  # what cannot be built, and targets and ranks, without reading weights

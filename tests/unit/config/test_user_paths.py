@@ -15,7 +15,9 @@ from trainer.config.files import open_plain_file, path_from_environment
 from trainer.config.settings import GROUPS, OutputSettings
 from trainer.data.dataset import resolve_cache_dir
 from trainer.distributed.deepspeed_config import read_deepspeed_file
+from trainer.distributed.process_group import simulated_context
 from trainer.tracking.wandb_logger import wandb_block
+from trainer.training.run_plan import validate_early
 
 ROOT = Path(__file__).parents[3]
 TRAIN_FLAGS = "--model --data --val-data --test-data --retain-data --chat-template --ds-config --output-dir"
@@ -64,6 +66,13 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     named = argv.split()[-1] if argv else ""
     assert line.startswith(f"error: {named}")
     assert "~no-such-user/x: there is no home folder of ~no-such-user" in line
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val-data", "--test-data", "--retain-data"])
+def test_a_missing_file_is_said_before_a_model_that_only_the_hub_has(flag):
+    settings = cli.parse_args(["--mode", "lora", "--model", "no/model", flag, "no.csv"]).settings
+    with pytest.raises(UserError, match=f"^{flag} no.csv: no such file or folder; expected a CSV"):
+        validate_early(settings, simulated_context(1))
 
 
 @pytest.mark.parametrize("place", ["/dev/null", "FILE/below", "CLOSED/below"])
