@@ -63,8 +63,7 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
     main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
     assert (main() if program == "train" else main([*argv.split(), NOBODY])) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    named = argv.split()[-1] if argv else ""
-    assert line.startswith(f"error: {named}")
+    assert line.startswith(f"error: {argv.split()[-1] if argv else ''}")
     assert "~no-such-user/x: there is no home folder of ~no-such-user" in line
 
 
