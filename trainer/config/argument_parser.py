@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,7 +153,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _refuse_words(argv: Sequence[str]) -> None:
-    """UserError for a word that holds a key, a token or a login (run.json would keep it), and for an empty list."""
+    """UserError for a word that holds a key, a token or a login (run.json would keep it), for an empty list, and for a
+    folder that is gone."""
+    try:
+        os.getcwd()
+    except OSError:  # which libraries do not expect
+        raise UserError("the folder that this shell is in has been removed; change to another one") from None
     for i, word in enumerate(argv):
         flag, _, text = word.partition("=")
         if mask_credentials(word) != word:

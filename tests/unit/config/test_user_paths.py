@@ -68,10 +68,14 @@ def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, m
 
 
 @pytest.mark.parametrize("flag", ["--data", "--val-data", "--test-data", "--retain-data"])
-def test_a_missing_file_is_said_before_a_model_that_only_the_hub_has(flag):
-    settings = cli.parse_args(["--mode", "lora", "--model", "no/model", flag, "no.csv"]).settings
+def test_a_missing_file_is_said_before_a_model_that_only_the_hub_has_and_a_folder_that_is_gone(flag, home, monkeypatch):
+    settings = cli.parse_args(argv := ["--mode", "lora", "--model", "no/model", flag, "no.csv"]).settings
     with pytest.raises(UserError, match=f"^{flag} no.csv: no such file or folder; expected a CSV"):
         validate_early(settings, simulated_context(1))
+    monkeypatch.chdir(home)
+    home.rmdir()
+    with pytest.raises(UserError, match=r"^the folder that this shell is in has been removed; change to another one$"):
+        cli.parse_args(argv)
 
 
 @pytest.mark.parametrize("place", ["/dev/null", "FILE/below", "CLOSED/below"])
