@@ -111,8 +111,7 @@ def test_a_rank_that_hangs_anywhere_is_named(argv, tmp_path):
 @pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
 def test_a_frozen_rank_is_named(target_rank, argv, out):
     """Nothing of it runs any more, its watching threads included; woken when the others are gone, it has no news."""
-    # Longer than the 5 s that a rank which was woken has to end in, or it would write its stacks.
-    group = RankProcesses([*argv, "--hang-timeout", "8"], out=out, world_size=3)
+    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3)
     group.wait_until(lambda: last_logged_step(out) >= 1)
     group.send_signal(signal.SIGSTOP, target_rank)
     others = [process for rank, process in enumerate(group.processes) if rank != target_rank]

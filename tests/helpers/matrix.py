@@ -65,10 +65,9 @@ class RunDifference:
             weight=max(float(np.abs(a - b).max()) for a, b in parts) / LEARNING_RATE,
         )
 
-    def is_rounding(self, lr_ratio: float = 1.0) -> bool:
-        """Within the bounds of another order of the sums; `lr_ratio`: of the fastest weights' rate to the others'."""
-        is_same = self.loss <= LOSS_TOLERANCE and self.norm <= NORM_TOLERANCE
-        return is_same and self.weight <= WEIGHT_TOLERANCE * lr_ratio
+    def is_rounding(self) -> bool:
+        """Within the bounds of another order of the sums."""
+        return self.loss <= LOSS_TOLERANCE and self.norm <= NORM_TOLERANCE and self.weight <= WEIGHT_TOLERANCE
 
     def __str__(self) -> str:
         return f"loss {self.loss:.1e} norm {self.norm:.1e} weights {self.weight:.1e}"

@@ -285,6 +285,7 @@ class Watchdog:
             self._ticks += 1
             if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
                 self._silent_until_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
+                self._stacks_due_tick = self._silent_until_tick
             self._last_tick_time = time.monotonic()
             if self._stacks_path is not None and self._ticks > self._stacks_due_tick:
                 self._stacks_due_tick = math.inf

@@ -243,11 +243,9 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
         raise UserError("--precision fp16: not supported on a CPU; use fp32 or bf16")
     if engine.ds_config is not None:
         validate_stage(settings, read_deepspeed_file(engine.ds_config))
-    try:
-        block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
-    except UserError:
-        refuse_missing_files(settings.data)  # which decide, without --model, what model that is
-        raise
+    if not Path(settings.model.model).exists():  # it may be one of the Hub, or chosen for these data
+        refuse_missing_files(settings.data)
+    block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
     if max_positions is not None and block_size > max_positions:
         raise UserError(f"--block-size {block_size}: {settings.model.model} takes at most {max_positions} tokens")
     build_model(settings, on_meta=True)  # what cannot be built, and targets and ranks, without reading weights

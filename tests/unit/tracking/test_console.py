@@ -30,10 +30,6 @@ def eval_record(step: int, epoch: float, loss: float) -> EvalRecord:
     return EvalRecord(**axes(step, epoch), loss=loss, perplexity=perplexity(loss), eval_tokens=100)
 
 
-def epoch_record(step: int, epoch: float, loss: float) -> EpochRecord:
-    return EpochRecord(**axes(step, epoch), train_loss=loss)
-
-
 @pytest.fixture
 def show(monkeypatch, capsys):
     """The lines that are shown of records that come at these times."""
@@ -113,7 +109,7 @@ def test_no_bar_and_no_colour_are_shown_on_a_dumb_terminal():
 def test_the_summary_has_every_evaluation_beside_the_epochs_and_of_the_card_only_where_it_is_asked(capsys, monkeypatch):
     evals = [eval_record(step, step / 10, abs(1.6 - step / 10) + 1.4) for step in (0, 4, 10, 16, 19)]
     repeated = eval_record(10, 1.0, 1.9)  # by a resumed run
-    mean = epoch_record(10, 1.0, 2.5)
+    mean = EpochRecord(**axes(10, 1.0), train_loss=2.5)
     monkeypatch.setenv("COLUMNS", "40")  # of the shell: a file has no width
     show_summary([*evals, repeated, mean], ["other data", "unknown"], with_reference=True)
     assert capsys.readouterr().out.split("\n")[1:-1] == [
