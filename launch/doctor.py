@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if args.upload is not None:
         from trainer.tracking.wandb_logger import upload_run
 
-        print(f"all rows of {args.upload} are on W&B: {upload_run(args.upload)}")
+        print(upload_run(args.upload))
         return 0
     cli_args = parse_args(run_argv, companion=parser, num_ranks=args.ranks or 1)
     prepare_libraries()

@@ -290,8 +290,14 @@ def test_an_online_run_sends_all_but_secrets_and_a_table_or_an_alert_that_fails_
         assert server.unknown_requests == []
 
 
-@pytest.mark.parametrize("is_resumed", [True, False])
-def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later(is_resumed, tmp_path) -> None:
+def upload(folder: Path, server: FakeWandb) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "launch/doctor.py", "--upload", str(folder)]
+    return subprocess.run(command, env=child_env(**server.env(folder.parent)), capture_output=True, text=True)
+
+
+def test_a_run_that_lost_wandb_is_shown_as_failed_and_completed_later_by_whole_rows(tmp_path) -> None:
+    """W&B is lost at step 20, the run stopped by a signal after step 30, before the evaluation there; its rows are
+    uploaded, then it is resumed."""
     failing = """
 row = wandb_logger.wandb_row
 def fail_once(record):
@@ -300,6 +306,10 @@ def fail_once(record):
     return row(record)
 wandb_logger.wandb_row = fail_once
 for record in records"""
+    metadata = make_metadata("lora", wandb__mode="online")
+    stopped = [record for record in RECORDS if record.step < 30 or (record.step == 30 and record.kind == "step")]
+    write_run_folder(tmp_path / "stopped", metadata, stopped)
+    write_run_folder(tmp_path / "finished", metadata, RECORDS)
     with FakeWandb() as server:
         code = CHILD_CODE.replace("\nfor record in records", failing)
         process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
@@ -307,25 +317,24 @@ for record in records"""
         run = server.runs[METADATA["run_id"]]
         assert (process.returncode, errors, output.count("W&B failed (gone)")) == (0, "", 1)
         assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(20)), 1)
-        if is_resumed:
-            code = "print(sink._logger._last_logged_step)\n" + CLOSE_CODE
-            assert run_child(tmp_path, "online", first_step=60, code=code, **server.env(tmp_path))[1].endswith("\n19\n")
-        else:
-            write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-            upload = [sys.executable, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
-            sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
-            assert (sent.returncode, sent.stderr) == (0, "")
-            assert f"{server.url}/{run.entity}/{run.project}/runs/{run.name}" in sent.stdout
+        address = f"{server.url}/{run.entity}/{run.project}/runs/{run.name}"
+        sent, rows = upload(tmp_path / "stopped", server), "but that of step 30, which a resume sends, are on W&B"
+        assert (sent.stdout, sent.stderr) == (f"all rows of {tmp_path}/stopped {rows}: {address}\n", "")
+        assert ([row["_step"] for row in run.history], run.exit_code) == (list(range(30)), 1)
+        code = "print(sink._logger._last_logged_step)\n" + CLOSE_CODE
+        assert run_child(tmp_path, "online", first_step=30, code=code, **server.env(tmp_path))[1].endswith("\n29\n")
+        assert_history(run.history, RECORDS)
+        sent = upload(tmp_path / "finished", server)
+        assert (sent.stdout, sent.stderr) == (f"all rows of {tmp_path}/finished are on W&B: {address}\n", "")
     assert_history(run.history, RECORDS)
     assert (run.exit_code, server.unknown_requests) == (0, [])
 
 
 def test_rows_that_the_server_refuses_are_said_once_and_an_upload_does_not_claim_them(tmp_path) -> None:
     write_run_folder(tmp_path / "uploaded", make_metadata("lora", wandb__mode="online"), RECORDS)
-    upload = [sys.executable, "launch/doctor.py", "--upload", str(tmp_path / "uploaded")]
     with FakeWandb(row_status=403) as server:
         exit_code, output = run_child(tmp_path, "online", **server.env(tmp_path))
-        sent = subprocess.run(upload, env=child_env(**server.env(tmp_path)), capture_output=True, text=True)
+        sent = upload(tmp_path / "uploaded", server)
     assert (exit_code, output.count("W&B failed (its server refused the rows); going on without it")) == (0, 1)
     assert (sent.returncode, sent.stdout, sent.stderr.count("\n")) == (1, "", 1)
     assert "the rows are not all on W&B (its server refused the rows); try again later" in sent.stderr

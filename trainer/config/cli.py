@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import re
 import shutil
 import sys
 import typing
@@ -62,7 +61,7 @@ def parse_args(
             if (key := f"{name}.{field.name}") in args:
                 overrides[name][field.name] = args[key]
                 overridden_flags.append(flag_of(field))
-    if args["mode"] is None and not re.search("--(mode|use_peft|check-run|upload)[: ]", " ".join(problems)):
+    if args["mode"] is None and not problems:  # of which one may be about what was meant for it
         problems.append(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     try:
         # --mode lora refuses least

@@ -10,6 +10,7 @@ import secrets
 import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trainer.config.files import data_name, path_from_environment
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import OutputSettings
 from trainer.tracking.console import printed_lines
-from trainer.tracking.records import METRICS_FILE, EventRecord, Record, RecordLogger, read_records
+from trainer.tracking.records import METRICS_FILE, EpochRecord, EventRecord, Record, RecordLogger, read_records
 from trainer.tracking.run_lock import RunLock
 from trainer.tracking.wandb_keys import AXES, METRICS, wandb_config, wandb_row, wandb_summary
 
@@ -127,8 +128,9 @@ def start_wandb(
 
 
 def upload_run(folder: Path) -> str:
-    """Log the rows of metrics.jsonl that the run on W&B's server does not have; its address. UserError where nobody is
-    logged in or a process writes into the folder, TrainingError where W&B does not take them."""
+    """Log the rows of metrics.jsonl that the run on W&B's server does not have; which it has now, with its address.
+    UserError where nobody is logged in or a process writes into the folder, TrainingError where W&B does not take
+    them."""
     metadata = read_run_metadata(folder / "run.json")
     if not is_logged_in():
         raise UserError(f"--upload {folder}: not logged in to W&B; run `wandb login` or set WANDB_API_KEY")
@@ -140,9 +142,9 @@ def upload_run(folder: Path) -> str:
         for record in read_records(folder / METRICS_FILE):
             wandb_logger.log(record, is_new=False)
         has_finished = isinstance(record, EventRecord) and record.event == "finished"
-        run.finish(exit_code=int(not has_finished))
-        _check_upload(run)
-        return str(run.url)
+        wandb_logger.close(int(not has_finished))
+        missing = "".join(f" but that of step {row.step}, which a resume sends," for row in wandb_logger.unsent[:1])
+        return f"all rows of {folder}{missing} are on W&B: {run.url}"
     except Exception as error:
         _teardown()
         raise TrainingError(f"{folder}: the rows are not all on W&B ({first_line(error)}); try again later") from error
@@ -239,17 +241,21 @@ class WandbLogger:
 
     A table of samples, an alert, the model or the printed lines that fail cost themselves: one line, and no more of
     the kind. `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go
-    back, so rows up to it are left out; a resumed run repeats them number by number anyway. `model_folder`: what is
-    sent as an artifact when the run is finished.
+    back, so rows up to it are left out; a resumed run repeats them number by number anyway. For the same reason the
+    records of a step are sent in one row, once a later step or the epoch's mean shows that no evaluation is missing.
+    `model_folder`: what is sent as an artifact when the run is finished.
     """
 
     def __init__(self, run: Any, last_logged_step: int = -1, model_folder: Path | None = None) -> None:
         self._run, self._last_logged_step, self._model_folder = run, last_logged_step, model_folder
         self._failed_extras: set[str] = set()
+        self.unsent: list[Record] = []  #: of the newest step
 
     def log(self, record: Record, *, is_new: bool = True) -> None:
         """`is_new`: False for a record of the past, of which nobody is alerted."""
         self._log_extra("the console", self._log_console)
+        if self.unsent and record.step > self.unsent[0].step:
+            self._send_row()
         if isinstance(record, EventRecord) and record.event != "samples":
             self._run.summary.update(wandb_summary(record))
             if record.event == "diagnosis" and is_new:
@@ -258,15 +264,24 @@ class WandbLogger:
             if record.event == "finished" and is_new and self._model_folder and record.facts["exported"]:
                 self._log_extra("the model", lambda: self._log_model(record))
         elif record.step > self._last_logged_step:
-            self._run.log(wandb_row(record), step=record.step)
-            if isinstance(record, EventRecord):
-                self._log_extra("the table of samples", lambda: self._log_samples(record))
+            self.unsent.append(record)
 
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout."""
+        if any(isinstance(record, EpochRecord) for record in self.unsent):  # behind the evaluations of its step
+            self._send_row()
         self._log_extra("the console", self._log_console)
         self._run.finish(exit_code=exit_code)
         _check_upload(self._run)
+
+    def _send_row(self) -> None:
+        records, self.unsent = self.unsent, []
+        row: dict[str, float] = {}
+        for record in records:
+            row |= wandb_row(record)
+            if isinstance(record, EventRecord):
+                self._log_extra("the table of samples", partial(self._log_samples, record))
+        self._run.log(row, step=records[0].step, commit=True)
 
     def _log_samples(self, record: EventRecord) -> None:
         import wandb

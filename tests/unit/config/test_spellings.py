@@ -233,7 +233,7 @@ def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
 @pytest.mark.parametrize(
     ("program", "argv", "answer"),
     [
-        ("train", "--mode full --lrate 1e-4", "--lrate 1e-4: unknown flag"),
+        ("train", "--lrate 1e-4", "--lrate 1e-4: unknown flag"),
         ("study", "--seed 3", "--seed=3: the study sets it for each of its runs; expected --seeds"),
         ("doctor", "--mode full --rank 2", "--rank 2: did you mean --ranks?"),
         ("generate", "RUN --num 0", "--num 0: expected a whole number from 1 to 32"),
