@@ -143,7 +143,7 @@ class Watchdog:
         self._has_failed = self._is_store_lost = self._is_watching = self._counts_work = False
         self._hang_timeout_seconds = math.inf
         self._last_tick_time = time.monotonic()
-        self._silent_until_tick = -1.0  # after this process was frozen
+        self._wake_tick: int | None = None  # after this process was frozen
         self._stacks_path: Path | None = None  # for this rank's, while hangs are watched for
         self._stacks_due_tick = math.inf  # after which they are written there
         self._closed = threading.Event()
@@ -250,9 +250,15 @@ class Watchdog:
         return int(self._store.compare_set("failed", "", str(self.rank)))
 
     def _was_frozen(self) -> bool:
-        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others have named it."""
-        elapsed_seconds = time.monotonic() - self._last_tick_time
-        return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
+        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others may have named it and
+        ended: until all of them are heard again, as where the whole run was stopped."""
+        if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
+            return True
+        if self._wake_tick is None:
+            return False
+        # What is heard for the first time at the next tick may have been said before.
+        others = (tick for rank, tick in enumerate(self._heard_ticks) if rank != self.rank)
+        return min(others, default=math.inf) <= self._wake_tick + 1
 
     def _exchange(self) -> None:
         keys = [f"rank/{rank}" for rank in range(self.world_size)]
@@ -284,8 +290,8 @@ class Watchdog:
         while not self._closed.wait(TICK_SECONDS):
             self._ticks += 1
             if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
-                self._silent_until_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
-                self._stacks_due_tick = self._silent_until_tick
+                self._wake_tick = self._ticks
+                self._stacks_due_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
             self._last_tick_time = time.monotonic()
             if self._stacks_path is not None and self._ticks > self._stacks_due_tick:
                 self._stacks_due_tick = math.inf
@@ -326,8 +332,9 @@ class Watchdog:
             hung_ranks = [rank for rank in ranks if states[rank]["step"] == first_step]
             if len(hung_ranks) == self.world_size:
                 hung_ranks = [rank for rank in ranks if not states[rank]["is_waiting"]] or hung_ranks
-        if self.rank == min(set(ranks) - set(hung_ranks) or hung_ranks) and not self._was_frozen():
-            call_with_timeout(2.0, self._announce_failure)
+        is_reporting_rank = self.rank == min(set(ranks) - set(hung_ranks) or hung_ranks) and not self._was_frozen()
+        # None: of a frozen rank 0; another rank: it has failed meanwhile, and says why.
+        if is_reporting_rank and call_with_timeout(2.0, self._announce_failure) in (None, self.rank):
             problem = "does not answer" if silent_ranks else "hangs at {location}"
             message = ", ".join(f"{self._names[rank]} {problem.format(**states[rank])}" for rank in hung_ranks)
             if self._stacks_path is not None:

@@ -81,6 +81,24 @@ def test_stacks_are_kept_where_a_run_hung_and_then_failed(hangs, fails, is_kept,
     assert (tmp_path / "stacks").exists() == is_kept
 
 
+@pytest.mark.parametrize("others_are_there", [True, False])
+def test_a_rank_that_was_frozen_reports_an_error_again_once_it_hears_the_others(others_are_there, monkeypatch):
+    """As where the whole run was stopped for long. Before it does they may have named it and ended."""
+    monkeypatch.setattr(watch, "TICK_SECONDS", 0.05)
+    store = dist.HashStore()
+    watchdog, other = (Watchdog(rank, ["host"] * 2, store) for rank in (0, 1))
+    with watchdog.watch_for_hangs(60):
+        time.sleep(0.3)
+        if not others_are_there:
+            other.close()
+        watchdog._last_tick_time -= 61
+        assert not watchdog.claim_error_report()
+        time.sleep(0.5)
+        assert watchdog.claim_error_report() == others_are_there
+    for each in (watchdog, other):
+        each.close()
+
+
 def test_a_rank_of_a_failed_run_that_does_not_end_by_itself_is_ended():
     """Gloo waits for a peer whose cable was cut when it is taken down, with Python's lock held."""
     code = """
