@@ -64,7 +64,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
             is_reporting_rank = context.watchdog.claim_error_report()
             failure = permission_denied(error) if isinstance(error, PermissionError) else error
             if process_group.is_peer_failure(error):
-                failure = TrainingError(context.watchdog.describe_lost_peer() if is_reporting_rank else "")
+                failure = TrainingError(context.watchdog.describe_lost_peer(error) if is_reporting_rank else "")
             if is_reporting_rank and isinstance(failure, (UserError, TrainingError)):
                 report_error(failure)
             context.watchdog.close(has_failed=True)

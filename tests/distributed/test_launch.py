@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,14 @@ def read_losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.sweep)])
-def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, argv, tmp_path):
-    """Plain Python starts it in faults/test_two_at_once.py, torchrun over ssh in faults/test_hosts.py."""
-    torchrun = [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", str(find_free_port())]
-    command = torchrun if launcher == "torchrun" else deepspeed_argv(2)
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"),
+    [("deepspeed", 1), *(pytest.param(*case, marks=pytest.mark.sweep) for case in (("torchrun", 2), ("python", 1)))],
+)
+def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, num_ranks, argv, tmp_path):
+    """`deepspeed` starts two ranks in faults/test_kills.py, torchrun some over ssh in faults/test_hosts.py."""
+    torchrun = [str(BIN_DIR / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", str(find_free_port())]
+    command = {"deepspeed": deepspeed_argv(num_ranks), "torchrun": torchrun, "python": [sys.executable]}[launcher]
     flags = ["--mode", "lora", *argv, "--export", "none"]
     code, output = run_launcher(command, *flags, "--output-dir", "run", cwd=tmp_path)
     assert code == 0, output
@@ -73,7 +77,7 @@ def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, argv, 
     assert "Warning" not in output.replace("[WARNING] [r", "")  # the launcher's own two lines are not ours
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"run.json", "metrics.jsonl", "checkpoints"} <= left
-    train(flags, out=tmp_path / "forked", world_size=2)
+    train(flags, out=tmp_path / "forked", world_size=num_ranks)
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "forked")
 
 

@@ -1,46 +1,47 @@
 """What a training process grows by, against the memory estimate."""
 
+import ctypes
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from helpers.engines import joined_ranks, start_engine
+from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import make_job
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 from helpers.tolerances import MEMORY_TOLERANCE
 
-ROOT = Path(__file__).parents[2]
-MEASURE_MEMORY_CODE = """
-import json, sys
-import numpy as np, peft, transformers.models.gpt2.modeling_gpt2
-from helpers.engines import joined_ranks, start_engine
 from trainer.data.sampler import MicroBatch
-from trainer.distributed import engine as room
+from trainer.distributed import engine as engine_module
 
-room.tune_malloc = lambda: None  # what tensors need, not what the C library keeps of it
-def resident(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-with joined_ranks() as context:
-    before, libraries_before = resident("VmRSS"), resident("RssFile")
-    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins again
-    run = start_engine(json.loads(sys.argv[1]), context)
-    batch, width = run.plan.schedule.batch, run.settings.data.block_size
-    for step in range(2):
-        ids = np.random.default_rng(step).integers(0, 2048, (batch.micro_batch_size, width))
-        micro = MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0)
-        sums = [run.engine.forward_backward(micro, step=step, num_target_tokens=ids.size)
-                for _ in range(batch.gradient_accumulation_steps)]
-        run.engine.launch_update(1e-4, sums)()
-    libraries = resident("RssFile") - libraries_before  # read in at the first step: no tensors
-    grown = resident("VmHWM") - before - libraries
-    estimate = run.plan.estimate_memory(run.plan.deepspeed_file, row_length=width)
-    print(json.dumps({"grown": grown, "estimate": estimate.peak}))
-"""
-#: What is freed goes back at once, else the C library keeps a part of every size that ever was.
-MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+def resident_bytes(key: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
+
+
+def measure_memory(job: dict[str, Any]) -> int:
+    """On a rank: two steps; what it grew by and what was estimated go to the job's folder."""
+    libc = ctypes.CDLL(None)
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: what is freed goes back at once
+        libc.mallopt(option, 65536)
+    engine_module.tune_malloc = lambda: None  # what tensors need, not what the C library keeps of it
+    with joined_ranks() as context:
+        before, libraries_before = resident_bytes("VmRSS"), resident_bytes("RssFile")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+        run = start_engine(job, context)
+        batch, width = run.plan.schedule.batch, run.settings.data.block_size
+        for step in range(2):
+            ids = np.random.default_rng(step).integers(0, 2048, (batch.micro_batch_size, width))
+            micro = MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0)
+            sums = [run.engine.forward_backward(micro, step=step, num_target_tokens=ids.size)]
+            run.engine.launch_update(1e-4, sums)()
+        libraries = resident_bytes("RssFile") - libraries_before  # read in at the first step: no tensors
+        grown = resident_bytes("VmHWM") - before - libraries
+        estimate = run.plan.estimate_memory(run.plan.deepspeed_file, row_length=width)
+    (Path(job["out"]) / "result").write_text(json.dumps({"grown": grown, "estimate": estimate.peak}))
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,7 @@ def test_a_process_grows_by_the_estimated_bytes(medium_model, case, session_dir,
     data_files = [write_records(tmp_path / f"{n}.jsonl", num_records=400, seed=n) for n in (1, 2)]
     flags = f"--init random --objective blocks --block-size 256 --micro-batch 4 --ds-config zero0 --mode {case}"
     argv = tiny_argv(medium_model, (data_files[0], data_files[1]), f"{flags} --global-batch 4")
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY_CODE, json.dumps(make_job(tmp_path, "case", argv))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **MALLOC_ENV},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    result = json.loads(process.stdout.splitlines()[-1])
+    job, log = make_job(tmp_path, "case", argv), tmp_path / "log"
+    assert run_on_ranks(1, measure_memory, job, log=log) == 0, log.read_text()
+    result = json.loads((tmp_path / "result").read_text())
     assert result["estimate"] == pytest.approx(result["grown"], rel=MEMORY_TOLERANCE)

@@ -42,13 +42,14 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
             for step in range(2):
                 take_step(run, step)
             before = {name: tensor.clone() for name, tensor in run.engine.state.iter_state_dict()}
-            with pytest.raises(NonFiniteError, match=job["bad"]):
-                take_step(run, 2, job["bad"])
-            after = dict(run.engine.state.iter_state_dict())
-            assert all(torch.equal(after[name], value) for name, value in before.items()), job["name"]
             buckets = getattr(run.engine.stepper, "buckets", None)
-            if buckets and buckets.is_overlapping:  # what is on its way needs its memory
-                buckets.finish_overlap()
+            for bad in job["bad"]:
+                with pytest.raises(NonFiniteError, match=bad):
+                    take_step(run, 2, bad)
+                after = dict(run.engine.state.iter_state_dict())
+                assert all(torch.equal(after[name], value) for name, value in before.items()), (job["name"], bad)
+                if buckets and buckets.is_overlapping:  # what is on its way needs its memory
+                    buckets.finish_overlap()
             run.engine.release_memory()
             assert not buckets or buckets.flat.untyped_storage().size() == 0, job["name"]
     return 0
@@ -75,13 +76,12 @@ def take_step(run: StartedRun, step: int, bad: str | None = None) -> None:
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_model, data_files, data_dir, tmp_path):
     """A loss that is NaN with finite gradients as well, and a gradient alone."""
-    cases = [("zero0", "device", "gradient"), *((zero, "host", "gradient") for zero in DS_CONFIG_NAMES)]
-    cases += [(zero, "host", "loss") for zero in DS_CONFIG_NAMES]
     jobs = []
-    for zero, by, bad in cases:
+    for zero, by in (("zero0", "device"), *((zero, "host") for zero in DS_CONFIG_NAMES)):
         flags = [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero, "--micro-batch", "1"]
-        execution = {"finite_check": by}
-        jobs.append(make_job(tmp_path, f"{zero}-{by}-{bad}", flags, data=data_dir, execution=execution, bad=bad))
+        bad = ["loss", "gradient"] if by == "host" else ["gradient"]
+        options = {"execution": {"finite_check": by}, "bad": bad}
+        jobs.append(make_job(tmp_path, f"{zero}-{by}", flags, data=data_dir, **options))
     launch_jobs(2, jobs, tmp_path / "log", check_non_finite_refused)
 
 

@@ -209,6 +209,7 @@ def test_a_signal_under_the_deepspeed_launcher_saves_first(number, argv, out):
     with launched_run("deepspeed", argv, out, WANDB_MODE="offline") as run:
         os.killpg(run.process.pid, number)  # as Ctrl-C does
         assert run.wait()[0] in {-number, 1}, run.output
+    assert run.output.count("What is trained") == 1, "one voice, whatever the number of ranks"
     assert_saved(out, run.output)
 
 

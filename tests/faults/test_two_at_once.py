@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.launch_ranks import run_on_ranks, run_train_script
 from helpers.process_groups import FORWARD, RankProcesses, fault_at, kill_self, last_logged_step, read_records
 from helpers.tiny_inputs import tiny_argv
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 FLAGS = "--mode full --objective completion --block-size 32 --global-batch 4 --micro-batch 4 --ds-config zero0"
 
 
@@ -72,12 +71,18 @@ def test_of_several_new_runs_at_once_one_runs_and_run_json_is_its_own(start, out
     assert (read_lr(out), read_steps(out)[0]["lr"]) == pytest.approx((winner, winner))
 
 
-def test_names_that_are_not_utf_8_and_locales_without_it_are_handled(tiny_model, data_files, out, tmp_path):
+def run_without_stderr(argv: list[str]) -> int:
+    """As after `2>&-` in a shell: the first file that is opened would take its place."""
+    os.close(2)
+    sys.stderr = None  # type: ignore[assignment]
+    return run_train_script(argv)
+
+
+def test_names_that_are_not_utf_8_and_a_closed_stderr_are_handled(tiny_model, data_files, out, tmp_path):
     name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/dat\xff\xe9.jsonl")
     Path(name).write_bytes(b"".join(Path(data_files[0]).read_bytes().splitlines(keepends=True)[1:]))
     argv = tiny_argv(tiny_model, (name, data_files[1]), f"{FLAGS} --wandb disabled --epochs 1 --export none")
-    command = ["bash", "-c", 'exec "$@" 2>&-', "run", sys.executable, "launch/train.py", *argv]
-    command += ["--output-dir", str(out)]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=240)
-    assert "dat\\udcff\\udce9.jsonl" in output.stdout
+    log = tmp_path / "log"
+    assert run_on_ranks(1, run_without_stderr, [*argv, "--output-dir", str(out)], log=log) == 0, log.read_text()
+    assert "dat\\udcff\\udce9.jsonl" in log.read_text()
     assert read_records(out)[-1]["event"] == "finished"

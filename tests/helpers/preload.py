@@ -27,6 +27,7 @@ MODULES = [
 ]
 for name in MODULES:
     importlib.import_module(name)
+importlib.import_module("trainer.config.cli").parse_args(["--mode", "full", "--preset", "demo"])  # reads tables
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
 gc.freeze()
 gc.enable()

@@ -211,7 +211,7 @@ def init_distributed(*, join_timeout_seconds: float = 600.0) -> DistContext:
         if not is_peer_failure(error):
             raise
         is_reporting_rank = watchdog.claim_error_report()
-        message = watchdog.describe_lost_peer() if is_reporting_rank else ""
+        message = watchdog.describe_lost_peer(error) if is_reporting_rank else ""
         watchdog.close(has_failed=True)
         give_up(TrainingError(message), is_reporting_rank=is_reporting_rank)
     return DistContext(

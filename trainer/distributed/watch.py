@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from trainer.config.errors import first_line
 from trainer.distributed.launch_environment import reporting_rank
 
 TICK_SECONDS = 1.0  # between two looks at the launcher, and at the other ranks
@@ -215,9 +216,9 @@ class Watchdog:
         self._is_store_lost = first_rank is None
         return self.rank == (self._deputy if first_rank is None else first_rank)
 
-    def describe_lost_peer(self) -> str:
-        """One line for the rank that reports a failed collective: which ranks are gone, and on which hosts; waits until
-        those that are alive have been heard from."""
+    def describe_lost_peer(self, error: BaseException) -> str:
+        """One line for the rank that reports a collective which failed with `error`: which ranks are gone, and on which
+        hosts; waits until those that are alive have been heard from."""
         lost_ranks = [0]
         if not self._is_store_lost:
             first_tick = self._ticks
@@ -229,8 +230,10 @@ class Watchdog:
             lost_ranks = [
                 r for r in lost_ranks if not call_with_timeout(1.0, partial(self._store.check, [f"failed/{r}"]))
             ]
-        name = " and ".join(self._names[rank] for rank in lost_ranks) or "another rank"
-        return f"{name} of this run ended without a word (killed, out of memory, or cut off?); {RESUME_HINT}"
+        if not lost_ranks:
+            return f"a connection between ranks failed, and all of them still answer: {first_line(error)}"
+        names = " and ".join(self._names[rank] for rank in lost_ranks)
+        return f"{names} of this run ended without a word (killed, out of memory, or cut off?); {RESUME_HINT}"
 
     def close(self, *, has_failed: bool = False) -> None:
         """This rank leaves. Rank 0 takes the store with it: where the run has failed, once the others know."""
@@ -250,8 +253,8 @@ class Watchdog:
         return int(self._store.compare_set("failed", "", str(self.rank)))
 
     def _was_frozen(self) -> bool:
-        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others may have named it and
-        ended: until all of them are heard again, as where the whole run was stopped."""
+        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others may have named it;
+        no more once all of them are heard again, as where the whole run was stopped."""
         if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
             return True
         if self._wake_tick is None:
@@ -302,7 +305,7 @@ class Watchdog:
                     continue
                 is_said = self._is_reported or self._has_failed or self._was_frozen()
                 if not is_said and self.rank == self._deputy:
-                    print_error(self.describe_lost_peer())
+                    print_error(self.describe_lost_peer(ConnectionError()))
                 os._exit(1)
             is_still = self._is_watching and self._states and still_seconds > self._hang_timeout_seconds
             if is_still and self._report_hang():

@@ -106,6 +106,11 @@ def test_the_limit_on_open_files_is_raised_to_what_the_ranks_need(monkeypatch):
     assert machine.find_host_problem({}, on_gpu=False, world_size=512).startswith("at most 2048 files may be open here")
 
 
+def test_an_unknown_interface_is_named_with_those_there_are():
+    message = r"GLOO_SOCKET_IFNAME=ib7: no such network interface; expected one of .*\blo\b"
+    assert re.match(message, machine.find_host_problem({"GLOO_SOCKET_IFNAME": "lo,ib7"}, on_gpu=False, world_size=2))
+
+
 def test_many_ranks_and_hosts_fit_a_line():
     hosts = [f"node{number:02d}" for number in range(64) for _ in range(8)]
     text = replace(simulated_context(512), hosts=tuple(hosts)).describe_hosts()
