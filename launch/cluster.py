@@ -15,8 +15,10 @@ from trainer.config.argument_parser import ArgumentParser, output_folder, whole_
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
+from trainer.data.sources import refuse_missing_files
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.tools.cluster import parse_hosts, slurm_files, ssh_files, write_files
-from trainer.tools.program import program
+from trainer.tools.program import prepare_libraries, program
 
 #: Options of sbatch by which the job works; all others may be given by --sbatch.
 OWN_OPTIONS = ("nodes", "ntasks-per-node", "tasks-per-node", "signal", "open-mode", "export", "requeue", "no-requeue")
@@ -73,6 +75,10 @@ def main(argv: Sequence[str]) -> int:
     if cli_args.resume not in (None, "auto", "latest"):
         raise UserError(f"--resume {cli_args.resume}: each start would go back there; expected --resume auto, or none")
     settings.train.batch(num_ranks)
+    refuse_missing_files(settings.data)
+    if settings.engine.ds_config is not None:
+        prepare_libraries()
+        read_deepspeed_file(settings.engine.ds_config)
 
     script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
     is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were

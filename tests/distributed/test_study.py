@@ -1,7 +1,9 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
+import contextlib
 import errno
 import html
+import io
 import json
 import os
 import random
@@ -25,9 +27,11 @@ from helpers.study_rules import make_rule as make_study_rule
 from helpers.study_rules import write_stub_plan
 
 from trainer.config.errors import UserError
+from trainer.report import plots
 from trainer.tools import processes
 from trainer.tools.processes import make_slots
-from trainer.tools.study import search
+from trainer.tools.study import rule as rule_module
+from trainer.tools.study import search, trials
 from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import Rule, read_rule, write_rule
 from trainer.tools.study.study import open_study, run_trials
@@ -75,27 +79,54 @@ records = make_records(
 (out / "metrics.jsonl").write_text("".join(to_line(record) + "\\n" for record in records))
 note("ended")
 """
-STUB_MODULES = ["helpers.fake_runs", "helpers.study_rules"]
+
+
+def install_stub(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
+    (folder / "launch").mkdir()
+    (folder / "launch" / "train.py").write_text(STUB)
+    patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    patch.setenv("STUB_LOG", str(folder / "log"))
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.chdir(folder)
+    patch_study(folder, patch, ["helpers.preload"])  # this process has one server for all
+    return folder
+
+
+def patch_study(folder: Path, patch: pytest.MonkeyPatch, preloaded: list[str]) -> None:
+    patch.setattr(processes, "TRAIN_SCRIPT", folder / "launch" / "train.py")
+    patch.setattr(processes, "PRELOADED_MODULES", preloaded)
+    patch.setattr(study_module, "write_plan", write_stub_plan)
+    patch.setattr(search, "RATES_PER_DECADE", 1)
+    patch.setattr(rule_module, "NUM_CHOICE_SEEDS", 2)
+    patch.setattr(trials, "NUM_ROUNDS", 2)
+    patch.setattr(plots, "_render_svg", lambda *_: "<svg></svg>")  # most of the page's time
 
 
 @pytest.fixture
-def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> Path:
-    """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.py").write_text(STUB)
-    monkeypatch.setattr(processes, "TRAIN_SCRIPT", tmp_path / "launch" / "train.py")
-    monkeypatch.setattr(processes, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
-    monkeypatch.setattr(study_module, "write_plan", write_stub_plan)
-    monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return install_stub(tmp_path, monkeypatch)
 
 
 run_study = runpy.run_path(str(ROOT / "launch" / "study.py"))["main"]
 make_rule = partial(make_study_rule, train_argv=("--data", "acled-demo"))
+ARGV = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(Where the stand-in has finished a `study`, what that printed); others work on copies."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        folder = install_stub(tmp_path_factory.mktemp("finished"), patch)
+        assert run_study(ARGV) == 0
+    rule_file = folder / "study" / "rule.json"
+    rule_file.write_text(rule_file.read_text().replace(str(folder), "."))  # or copies would be worked on from here
+    return folder, output.getvalue()
+
+
+def read_answer(study: Path) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads((study / "answer.json").read_text())
+    return answer
 
 
 def begin_study(stub_dir: Path, **changes: Any) -> tuple[Path, Rule]:
@@ -109,69 +140,55 @@ def count_log(stub_dir: Path, word: str) -> Counter[str]:
     return Counter(line.split()[1] for line in lines if line.split()[0] == word and "-t" in line)  # not the timed runs
 
 
-@pytest.mark.slow
-def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys, monkeypatch):
-    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
-    assert run_study(argv) == 0
-    output = capsys.readouterr().out
+def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(finished, stub_dir, capsys, monkeypatch):
+    folder, output = finished
     assert "\nLoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.05" in output
     assert "seeds 101, 102 and 103, 8 steps; rates" in output
     assert "\nTime: 0.75x (0.3 s a step against 0.4 s, in alternation)\nMemory: 0.75x" in output
-    page = html.unescape((stub_dir / "study" / "report.html").read_text())
+    assert set(count_log(folder, "ended").values()) == {1}
+    study = Path(shutil.copytree(folder / "study", "study"))
+    page = html.unescape((study / "report.html").read_text())
     assert "LoRA's time of a step: 0.75x full's (0.75 to 0.75 without one round, in" in page
-    answer = json.loads((stub_dir / "study" / "answer.json").read_text())
+    answer = read_answer(study)
     assert answer["answer"] == "worse"
-    assert answer["study"]["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
-    assert set(count_log(stub_dir, "ended").values()) == {1}
-    num_runs = len((stub_dir / "log").read_text().splitlines())
-    assert run_study(argv) == 0
-    assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
-    ended = count_log(stub_dir, "ended")
-    shutil.rmtree(stub_dir / "study" / "trials")
-    (stub_dir / "study" / "answer.json").unlink()
-    assert run_study(argv) == 0
-    assert json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"] == answer["sentence"]
-    assert count_log(stub_dir, "ended") == ended, "trials whose record is lost are taken up from their folders"
-    for run in (stub_dir / "study" / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
+    assert answer["study"]["rule_sha256"] == json.loads((study / "rule.json").read_text())["sha256"]
+    shutil.rmtree(study / "trials")
+    (study / "answer.json").unlink()
+    assert run_study(ARGV) == 0
+    assert read_answer(study)["sentence"] == answer["sentence"]
+    assert not (stub_dir / "log").exists(), "nothing is run or timed again, though the record of the trials is lost"
+    for run in (study / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
         full_run = next(run.parent.glob(f"answer-full*{run.name[-5:]}/"))
         rows = read_evaluations(full_run / EVAL_RECORDS_FOLDER).query("step == 8")
         losses = (rows["nll"] + 3 * np.sin(7 * np.arange(len(rows)))) / rows["targets"]
         write_eval_records(run, {8: list(losses)}, targets=list(rows["targets"]), split="test")
-    assert run_study(argv) == 3, "a margin that these records can never show"
+    assert run_study(ARGV) == 3, "a margin that these records can never show"
     assert "with these test blocks no number of seeds resolves less than ±0." in capsys.readouterr().out
-    assert run_study([*argv, "--margin", "5%"]) == 2
+    assert run_study([*ARGV, "--margin", "5%"]) == 2
     assert "margin is 2 % of what full gained (by loss) there and " in capsys.readouterr().err
     monkeypatch.setenv("STUB_DATA", "e2" * 6)
-    assert run_study(argv) == 2
+    assert run_study(ARGV) == 2
     changed = "rule.json: data is d1d1d1d1d1d1 there and e2e2e2e2e2e2 now"
     assert changed in capsys.readouterr().err
-    text = (stub_dir / "study" / "rule.json").read_text()
-    (stub_dir / "study" / "rule.json").write_text(text.replace('"value": 0.02', '"value": 0.03'))
+    text = (study / "rule.json").read_text()
+    (study / "rule.json").write_text(text.replace('"value": 0.02', '"value": 0.03'))
     assert run_study(["--join", "study"]) == 2
     assert "rule.json: was changed after the study began: its hash is" in capsys.readouterr().err
 
 
-DRIVER = """
+DRIVER = f"""
 import sys
-sys.path.insert(0, {launch!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_study
 from pathlib import Path
-from trainer.tools import processes
-from trainer.tools.study import search
-from trainer.tools.study import study as study_module
-from helpers.study_rules import write_stub_plan
-study_module.write_plan = write_stub_plan
-processes.TRAIN_SCRIPT = Path({stub!r}) / "train.py"
-processes.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
-import study
-sys.exit(study.main(sys.argv[1:]))
+test_study.patch_study(Path.cwd(), test_study.pytest.MonkeyPatch(), ["helpers.fake_runs", "helpers.study_rules"])
+sys.exit(test_study.run_study(sys.argv[1:]))
 """
 
 
-def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
-    code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"), preloaded=STUB_MODULES)
+def start_study(*argv: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        cwd=stub_dir,
+        [sys.executable, "-c", DRIVER, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -181,25 +198,21 @@ def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.sweep)])
-def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills):
-    rng, start = random.Random(7), partial(start_study, stub_dir)
-    argv = ["--max-steps", "8", "--workers", "1"]
+def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(finished, stub_dir, num_kills):
+    rng, argv = random.Random(7), ["--output-dir", "killed", "--max-steps", "8"]
     for _ in range(num_kills):
-        process = start("--output-dir", "killed", *argv)
+        process = start_study(*argv)
         wait_until((stub_dir / "killed" / "rule.json").exists)
         time.sleep(rng.uniform(1, 3))
         process.kill()
         process.communicate()
-    workers = [start("--output-dir", "killed", *argv), start("--join", "killed")]
+    workers = [start_study(*argv), start_study("--join", "killed")]
     outputs = [process.communicate(timeout=300)[0] for process in workers]
     assert [process.returncode for process in workers] == [0, 0], outputs
-    assert run_study(["--output-dir", "alone", *argv[:2], "--workers", "2"]) == 0
-    results = [read_results(stub_dir / name) for name in ("killed", "alone")]
-    assert results[0] == results[1]
-    sentences = [json.loads((stub_dir / name / "answer.json").read_text())["sentence"] for name in ("killed", "alone")]
-    assert sentences[0] == sentences[1]
-    ended = count_log(stub_dir, "ended")  # of both studies, whose trials have the same names
-    assert set(ended.values()) == {2}, "every trial came to its end once in each study"
+    killed, alone = stub_dir / "killed", finished[0] / "study"
+    assert read_results(killed) == read_results(alone)
+    assert read_answer(killed)["sentence"] == read_answer(alone)["sentence"]
+    assert set(count_log(stub_dir, "ended").values()) == {1}, "every trial came to its end once"
 
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
@@ -292,18 +305,17 @@ DRAWN = random.Random(23).sample(EDITS, 12)
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("edits", [DRAWN, pytest.param(EDITS, marks=pytest.mark.sweep)], ids=["drawn", "all"])
-def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answer(stub_dir, capsys, edits):
+def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answer(finished, stub_dir, capsys, edits):
     """It is answered as before, or refused in one line."""
-    assert run_study(["--output-dir", "whole", "--max-steps", "8", "--workers", "2"]) == 0
-    sentence = json.loads((stub_dir / "whole" / "answer.json").read_text())["sentence"]
+    whole = finished[0] / "study"
     for n, (name, value) in enumerate(edits):
-        study, what = Path(shutil.copytree("whole", f"study-{n}")), f"{name} as {str(value)[:20]}"
+        study, what = Path(shutil.copytree(whole, f"study-{n}")), f"{name} as {str(value)[:20]}"
         replace_file(study, name, value)
         capsys.readouterr()
         code = run_study(["--join", str(study)])
         error = capsys.readouterr().err
         if code == 0:
-            assert json.loads((study / "answer.json").read_text())["sentence"] == sentence, what
+            assert read_answer(study)["sentence"] == read_answer(whole)["sentence"], what
         else:
             assert (code in (2, 3), error.count("\n"), error[:7]) == (True, 1, "error: "), f"{what}: {code} {error}"
         shutil.rmtree(study)
@@ -311,11 +323,11 @@ def test_no_content_of_a_studys_files_ends_in_a_traceback_a_wait_or_another_answ
 
 def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_dir, capsys, monkeypatch):
     monkeypatch.setenv("STUB_DIVERGES", "103")
-    assert run_study(["--output-dir", "refused", "--max-steps", "8", "--workers", "2"]) == 3
+    assert run_study(ARGV) == 3
     error = capsys.readouterr().err
     assert "refused to rank: full at 0.0001 diverged in 1 of 3 seeds; run the study at 1e-05 (" in error
     assert error.count("\n") == 1
-    assert not (stub_dir / "refused" / "answer.json").exists()
+    assert not (stub_dir / "study" / "answer.json").exists()
 
 
 def test_a_folder_that_holds_something_else_is_refused(stub_dir):

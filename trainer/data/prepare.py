@@ -327,6 +327,8 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
         counts = metadata[split]
         if counts["examples"] < expected:
             made = f"{counts['records']} {name_records(split)} records make {counts['examples']} examples"
-            remedy = "give more, or another --block-size, --global-batch, --val-fraction or --test-fraction"
+            source = name_split(settings, split)
+            remedy = "give more, or a smaller --block-size" + " or --global-batch" * (expected > 1)
+            remedy += f", or a larger --{split}-fraction" * (split != "train" and source.startswith("--data "))
             needed = f"of {settings.block_size} tokens, and {expected:d} are needed"
-            raise UserError(f"{name_split(settings, split)}: {made} {needed}; {remedy}")
+            raise UserError(f"{source}: {made} {needed}; {remedy}")

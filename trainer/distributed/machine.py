@@ -1,5 +1,6 @@
 """This host: its devices, what torch cannot use of them, and what a process may take."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -17,6 +18,7 @@ from trainer.config.errors import UserError
 
 #: One of these sets is there where a GPU was given to this host or container; the second under WSL2.
 GPU_FILES = (("/dev/nvidiactl",), ("/dev/dxg", "/usr/lib/wsl/lib/libcuda.so.1"))
+CGROUPS = Path("/sys/fs/cgroup")  # where a container finds its own limits
 SHARED_MEMORY = Path("/dev/shm")  # through which NCCL's ranks of one host talk
 SHM_MIB_PER_RANK = 40  # of it; a container has 64 unless it is asked for more
 
@@ -74,13 +76,28 @@ def find_host_problem(environ: Mapping[str, str], *, on_gpu: bool, world_size: i
 def list_devices(*, on_gpu: bool) -> list[dict[str, Any]]:
     """What there is to compute on: `id`, `name`, `memory` in bytes, and whether it computes in bf16 itself."""
     if not on_gpu:
-        return [{"id": "", "name": "CPU", "memory": psutil.virtual_memory().total, "bf16": False}]
+        return [{"id": "", "name": "CPU", "memory": host_memory_bytes()[0], "bf16": False}]
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     has_bf16 = [bool(torch.version.hip) or gpu.major >= 8 for gpu in gpus]  # what `is_bf16_supported` asks of one
     return [
         {"id": str(gpu.uuid), "name": gpu.name, "memory": gpu.total_memory, "bf16": bf16}
         for gpu, bf16 in zip(gpus, has_bf16, strict=True)
     ]
+
+
+def host_memory_bytes() -> tuple[int, int]:
+    """(Bytes of this host's memory, how many of them are free), within the limits of this process's control groups."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    with contextlib.suppress(OSError):
+        own_path = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+        for folder in (CGROUPS / own_path, *(CGROUPS / own_path).parents):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # no such file, or no limit: "max"
+                limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+                stat = (folder / "memory.stat").read_text(encoding="utf-8")
+                used -= int(stat.partition("inactive_file ")[2].split()[0])  # which the system gives back
+                total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
 
 
 def assign_devices(hosts: Sequence[str], visible: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:

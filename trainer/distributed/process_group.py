@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -89,7 +88,7 @@ class DistContext:
 
     def free_host_bytes(self) -> float:
         """Bytes of the host's memory that are free now, for each rank on it."""
-        return float(psutil.virtual_memory().available / self.local_world_size)
+        return machine.host_memory_bytes()[1] / self.local_world_size
 
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""

@@ -75,8 +75,9 @@ def judge(args: argparse.Namespace) -> int:
                 problem = "the models have different tokenizers, so only bits per byte can be compared"
                 raise UserError(f"--margin {args.margin}: {problem}; expected 2% or 0.005bpb")
             base_facts = score(models, settings, args.eval_batch)
-        except UserError as error:  # of the loader, which calls every model --model
-            raise UserError(*(text.replace("--model ", "") for text in error.args)) from None
+        except UserError as error:  # of the loaders, which call every model --model and read the file for training
+            texts = (text.replace("--model ", "").replace(" training records", " records") for text in error.args)
+            raise UserError(*texts) from None
         groups = make_groups(models, base_facts, in_bytes, Path(folder))
         runs = [run for group in groups for run in group.runs]
         rows = [

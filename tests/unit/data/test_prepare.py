@@ -70,7 +70,7 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prep
     ("settings", "problem"),
     [
         ({"chat_template": "no.jinja"}, r"--chat-template no\.jinja: cannot be read"),
-        ({"global_batch": 5000}, r"\d+ examples of 32 tokens, and 5000 are needed; give more, or another --blo"),
+        ({"global_batch": 5000}, r"\d+ examples of 32 tokens, and 5000 are needed; give more, or a smaller --b"),
         ({"val_fraction": 1e-6}, "--data .*0 validation records make 0 examples of .*--val-fraction"),
         ({"val_data": ("a.csv", "short.csv"), "allow_leakage": True}, r"short.csv: 1 validation \(short\) records"),
         ({"retain_data": "short.csv"}, r"--retain-data short\.csv: 1 retained records make 0 examples"),

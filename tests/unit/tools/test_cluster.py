@@ -34,7 +34,9 @@ def slurm_script(folder: Path, *flags: str) -> str:
     return (folder / "job.sbatch").read_text()
 
 
-def test_the_commands_of_the_readme_are_taken(tmp_path):
+def test_the_commands_of_the_readme_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").touch()
     commands = re.findall("^python launch/cluster.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [write(tmp_path, *shlex.split(command)) for command in commands] == [0, 0]
 
@@ -145,6 +147,8 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         ([*SSH_FLAGS, "--setup", "missing"], ["--setup missing: cannot be read", "shell lines"]),
         ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
         ([*SSH_FLAGS, "--find-batch"], ["--find-batch", "launch/train.py itself"]),
+        ([*SSH_FLAGS, "--data", "missing.csv"], ["--data missing.csv: no such file or folder; expected"]),
+        ([*SLURM_FLAGS, "--ds-config", "missing.json"], ["--ds-config missing.json: cannot be read"]),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, message, tmp_path, capsys):
@@ -178,7 +182,8 @@ sleep 0.5
 
 @pytest.mark.parametrize("leaves_marker", [True, False], ids=["while it trains", "before or after"])
 def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, tmp_path):
-    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", "my events.csv")
+    (tmp_path / "my events.csv").touch()
+    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", str(tmp_path / "my events.csv"))
     rank = RANK.replace("{leaves_marker}", str(leaves_marker))
     programs = {"rank": rank, "torchrun": TORCHRUN, "pkill": SLOW_PKILL}
     job = start_job(tmp_path, script, env={"TMPDIR": str(tmp_path)}, **programs)
@@ -191,7 +196,7 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, 
     assert not list(tmp_path.glob("tmp.*"))
     first, second = sorted((tmp_path / "torchrun").read_text().splitlines())
     assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=localhost --master-port=15007 ")
-    assert "--data my events.csv --resume auto" in first
+    assert f"--data {tmp_path}/my events.csv --resume auto" in first
     assert "--node-rank=1 --master-addr=localhost" in second
 
 

@@ -14,6 +14,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
+from trainer.distributed import machine
 from trainer.distributed.process_group import simulated_context
 from trainer.tools.doctor import doctor
 
@@ -26,6 +27,18 @@ def test_doctor_counts_the_gpus_of_this_machine(ranks, level, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     assert doctor.check_gpus(ranks).level == level
+
+
+def test_the_memory_of_a_rank_is_within_the_limit_of_its_container(tmp_path, monkeypatch):
+    """What a container has read of files counts as used, and is given back."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    files = {"memory.max": 2000, "memory.current": 1500, "memory.stat": "anon 900\ninactive_file 300\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    context = simulated_context(2)
+    assert (context.free_host_bytes(), context.least_memory_bytes()) == (400, 1000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert context.free_host_bytes() > 2**20
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """launch/judge.py on folders that plain Hugging Face code wrote: the sentence, the page, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.Ca
         ([whole, adapter, "--margin", "2pt"], "--margin 2pt: expected a number above 0 and its unit, such as"),
         ([whole, adapter, "--data", str(empty)], f"--data {empty}: holds no record"),
         ([whole, adapter, "--data", str(one)], f"--data {one}: the test records are one, or share one meaning"),
+        ([whole, adapter, "--data", str(one), "--objective", "blocks"], f"--data {one}: 1 records make 0 examples of"),
         ([f"A={whole},", adapter], f"A={whole},: not here in full precision, nor on the Hub; expected"),
         ([whole, str(baseless)], f"{baseless}: adapter_config.json: base_model_name_or_path is None; expected"),
         ([whole, str(broken)], f"{broken}: the loss of "),
@@ -171,4 +173,5 @@ def test_a_mistake_is_one_line(models: Models, tmp_path: Path, capsys: pytest.Ca
         assert main([*flags, *argv]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {said}")
+        assert not re.search("--global-batch|-fraction", line), "it has no such flag"
         assert not (tmp_path / "out").exists()
