@@ -70,11 +70,13 @@ class SeenRecords:
         self.reasons = {split: [""] * len(hashes) for split, hashes in self._contents.items() if split != "train"}
         self._mark(self._contents, "equal to {} records")
         records = [key for key in self._tokens if not self.reasons[key[0]][key[1]]]
+        earlier_splits = SPLITS[: max((_number(split) for split, _ in records), default=0)]
 
         def candidates() -> Iterator[tuple[int, str, Hashes]]:
-            contents: set[int] = set()
+            contents, hashes = set[int | None](), {split: iter(values) for split, values in self._contents.items()}
             for example in examples:
-                if example.split in SPLITS[:3] and (content := _content_hash(example)) not in contents:
+                content = next(hashes[example.split], None)  # None: of a file that has grown since, which is refused
+                if example.split in earlier_splits and content not in contents:
                     contents.add(content)
                     yield _number(example.split), example.where, _hash_tokens(example)
 
@@ -119,8 +121,8 @@ def _hash_tokens(example: Example) -> Hashes:
     return np.fromiter(map(hash, tokens), dtype=np.int64, count=len(tokens)).view(np.uint64)
 
 
-def _shingles(tokens: Hashes) -> list[int]:
-    return np.correlate(tokens, FACTORS, "valid").tolist() if len(tokens) >= SHINGLE_TOKENS else []
+def _shingles(tokens: Hashes) -> Hashes:
+    return np.correlate(tokens, FACTORS, "valid") if len(tokens) >= SHINGLE_TOKENS else tokens[:0]
 
 
 def find_near_copies(
@@ -129,30 +131,38 @@ def find_near_copies(
     """{number of a record: (split, place) of the first candidate of an earlier split that it is a near copy of}, of
     records (number of the split, tokens) and candidates, which have a place, too. A shingle that more than
     `max_records` candidates of the training data (split 0) have does not count."""
-    shingles_by_record = [set(_shingles(tokens)) for _, tokens in records]
-    known = set().union(*shingles_by_record)
-    if not known:
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *(_shingles(tokens) for _, tokens in records)]))
+    if not len(known):
         return {}
-    num_train, num_all = Counter[int](), Counter[int]()  # candidates that have each shingle
-    found: list[tuple[int, str, Hashes]] = []  # split, place and known shingles of candidates
+
+    def find_known(tokens: Hashes) -> NDArray[np.int64]:  # a shingle is called by its place among the known ones
+        shingles = _shingles(tokens)
+        places = np.searchsorted(known, shingles)
+        places[places == len(known)] = 0
+        places = places[known[places] == shingles]
+        return np.unique(places) if len(places) else places
+
+    num_train, num_all = np.zeros((2, len(known)), dtype=np.int64)  # candidates that have each shingle
+    found: list[tuple[int, str, NDArray[np.int64]]] = []  # split, place and known shingles of candidates
     for split, place, tokens in candidates:
-        if shared := known.intersection(_shingles(tokens)):
-            num_all.update(shared)
-            num_train.update(shared if split == 0 else ())
-            rare = [shingle for shingle in shared if num_train[shingle] <= max_records]
-            found.append((split, place, np.array(rare, dtype=np.uint64)))  # a fifth of the memory of a set
+        if len(shared := find_known(tokens)):
+            num_all[shared] += 1
+            num_train[shared] += split == 0
+            found.append((split, place, shared[num_train[shared] <= max_records]))
 
     # Who shares so many of a record's shingles has at least one of the others and one more: the rarest are looked up.
-    least_shared, records_by_shingle = [], dict[int, list[int]]()
-    for number, shingles in enumerate(shingles_by_record):
-        shingles -= {shingle for shingle in shingles if num_train[shingle] > max_records}
+    shingles_by_record, least_shared, records_by_shingle = [], [], dict[int, list[int]]()
+    for number, (_, tokens) in enumerate(records):
+        shingles = find_known(tokens)
+        shingles = shingles[num_train[shingles] <= max_records]
+        shingles_by_record.append(shingles)
         least_shared.append(math.ceil(NEAR_COPY_SHARE * len(shingles) - 1e-9))
-        for shingle in sorted(shingles, key=num_all.__getitem__)[: len(shingles) - least_shared[-1] + 1]:
+        rarest = shingles[np.argsort(num_all[shingles])][: len(shingles) - least_shared[-1] + 1]
+        for shingle in rarest[num_all[rarest] > 0].tolist():
             records_by_shingle.setdefault(shingle, []).append(number)
     near_copies: dict[int, tuple[int, str]] = {}
-    for split, place, shared_shingles in found:
-        shared = set(shared_shingles.tolist())
-        for number in {number for shingle in shared for number in records_by_shingle.get(shingle, ())}:
-            if split < records[number][0] and len(shingles_by_record[number] & shared) >= least_shared[number]:
+    for split, place, shared in found:
+        for number in {number for shingle in shared.tolist() for number in records_by_shingle.get(shingle, ())}:
+            if split < records[number][0] and np.isin(shingles_by_record[number], shared).sum() >= least_shared[number]:
                 near_copies.setdefault(number, (split, place))
     return near_copies
