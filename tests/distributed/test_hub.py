@@ -54,6 +54,7 @@ def test_model_and_data_of_the_hub_come_once_to_a_host_as_the_variables_say_and_
     with fake_hub() as hub:
         for name, folder in (("me/tiny", Path(tiny_model)), ("me/adapter", tmp_path / "adapter")):
             hub.files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.files["me/tiny"]["consolidated.safetensors"] = b"the weights once more, as Mistral's repositories have"
         data = hub.files["datasets/me/set"] = {"README.md": f"---\nconfigs:\n{configs}---\n".encode()}
         for name in ("one", "two"):
             rows = (json.dumps({"text": f"{name} and {n}, {n} or {name}"}) + "\n" for n in range(20))

@@ -69,7 +69,9 @@ def from_sharegpt(record: Record) -> Conversation:
             expected = ", ".join(SHAREGPT_ROLES)
             where = f"message {number} of column 'conversations'"
             raise RecordError(f"{where} is from {shorten(sender)}, expected one from {expected}")
-        messages.append({"role": SHAREGPT_ROLES[sender], "content": message.get("value", message.get("content"))})
+        others = {key: value for key, value in message.items() if key not in ("from", "value")}  # weight, tool_calls
+        content = message.get("value", message.get("content"))
+        messages.append({**others, "role": SHAREGPT_ROLES[sender], "content": content})
     return _make_conversation(record, _read_messages({"conversations": messages}, "conversations"))
 
 

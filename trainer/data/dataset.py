@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Int64 = NDArray[np.int64]
-FORMAT_VERSION = 14  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION = 15  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 ABANDONED_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know

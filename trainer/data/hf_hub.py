@@ -13,15 +13,6 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  #: of a repository, beside its weights
 
 
-def import_datasets() -> Any:
-    """`datasets`, without its progress bars and log lines: we say what there is to say."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
 def is_reachable() -> bool:
     """Whether the hub answers; asked first because its libraries try for half a minute before they give up."""
     import huggingface_hub
@@ -38,8 +29,8 @@ def go_offline() -> None:
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:  # else it will take the value above
-        import_datasets().config.HF_HUB_OFFLINE = True
+    if datasets := sys.modules.get("datasets"):  # else it will take the value above
+        datasets.config.HF_HUB_OFFLINE = True
 
 
 def download_model(model: str, *, with_weights: bool, log: Callable[[str], None], revision: str | None = None) -> None:
@@ -50,8 +41,9 @@ def download_model(model: str, *, with_weights: bool, log: Callable[[str], None]
         return
     log(f"fetching {model} from the hub, where it is not here yet")
     patterns = [*MODEL_FILES, *(["*.safetensors"] if with_weights else [])]
+    others = ["*/*", "consolidated*"]  # what `from_pretrained` does not read: folders, and Mistral's second copy
     try:
-        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=others)
     except Exception as error:  # of the HTTP library, of the disk
         problem = f"cannot be downloaded from the hub ({first_line(error)})"
         raise UserError(f"--model {model}: {problem}; try again, or pass a folder") from None
@@ -103,9 +95,14 @@ def find_dataset_files(
     if not is_online:
         go_offline()
     try:
-        library = import_datasets()
-        load, names = (library.load_from_disk, (name,)) if is_saved else (library.load_dataset, (name, config_name))
-        loaded = load(*names, keep_in_memory=False)
+        import datasets
+
+        datasets.disable_progress_bars()  # we say what there is to say
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        if is_saved:
+            loaded: Any = datasets.load_from_disk(name, keep_in_memory=False)
+        else:
+            loaded = datasets.load_dataset(name, config_name, keep_in_memory=False)
         splits = loaded if isinstance(loaded, dict) else {"": loaded}
         return {split: sorted(Path(file["filename"]) for file in data.cache_files) for split, data in splits.items()}
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages

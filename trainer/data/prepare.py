@@ -21,7 +21,7 @@ from trainer.data.chat import ChatTemplate, MaskError, load_template
 from trainer.data.dataset import SPLITS, PreparedDataset, SplitWriter
 from trainer.data.formats import Example, choose_format, content_hash
 from trainer.data.readers import RecordError, list_columns, require, to_text
-from trainer.data.sources import Source, find_sources
+from trainer.data.sources import Source, find_sources, name_others
 from trainer.data.tokenizer import Row, encode, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from trainer.data.unseen import SeenRecords, name_records
 
@@ -309,9 +309,7 @@ def _encode_batch(batch: list[Example], tokenizer: Any, is_joined: bool) -> Iter
 
 def name_split(settings: DataSettings, split: str) -> str:
     """The flag that names the records of a split, and its value; --data where they are taken from there."""
-    specs = {"test": settings.test_data, "retain": settings.retain_data, **name_val_sets(settings.val_data)}
-    spec = specs.get(split)
-    return f"--{split.partition('-')[0]}-data {spec}" if spec is not None else f"--data {settings.data}"
+    return " ".join(name_others(settings).get(split, ("--data", settings.data)))
 
 
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:

@@ -77,7 +77,7 @@ class Source:
 def find_sources(settings: DataSettings) -> list[Source]:
     """The training sources, and those of the other splits that are named or stand beside them; UserError where there
     is no data. Files are taken for what they are named: nothing named test is trained on."""
-    trains, others, given = [], [], _name_others(settings)
+    trains, others, given = [], [], name_others(settings)
     for part, share in split_weights(settings.data):
         splits = find_splits(part, "--data")
         train = choose_split(splits, part, "--data")
@@ -98,11 +98,11 @@ def refuse_missing_files(settings: DataSettings) -> None:
     """UserError for data that are neither here nor a hub id, without a look at the Hub."""
     for part, _ in split_weights(settings.data):
         _parse_hub_id(part, "--data")
-    for flag, spec in _name_others(settings).values():
+    for flag, spec in name_others(settings).values():
         _parse_hub_id(spec, flag)
 
 
-def _name_others(settings: DataSettings) -> dict[str, tuple[str, str]]:
+def name_others(settings: DataSettings) -> dict[str, tuple[str, str]]:
     """{split: flag and value} of what is given beside --data."""
     given = {**name_val_sets(settings.val_data), "test": settings.test_data, "retain": settings.retain_data}
     return {split: (f"--{split.partition('-')[0]}-data", spec) for split, spec in given.items() if spec is not None}
@@ -113,8 +113,9 @@ def choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> Source:
     for name in SPLITS_BY_FLAG[flag]:
         if name in splits:
             return splits[name]
-    others = ", ".join(sorted(splits))
-    raise UserError(f"{flag} {spec}: holds no split `train`, only {others}; name the file itself to train on it")
+    names_files = all(source.names_files for source in splits.values())
+    remedy = "name the file itself to train on it" if names_files else "save one to a file, and pass that"
+    raise UserError(f"{flag} {spec}: holds no split `train`, only {', '.join(sorted(splits))}; {remedy}")
 
 
 def _describe(source: Source, split: str) -> str:

@@ -222,7 +222,9 @@ def test_keys_that_arrow_fills_with_null_are_dropped_and_lists_may_be_json_text(
         conversation = from_messages({"messages": as_column([message]), "tools": as_column([])})
         assert (conversation.messages, conversation.tools) == (kept, None)
         assert from_messages({"messages": as_column([message]), "tools": as_column(TOOLS)}).tools == TOOLS
-        assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
+        turns = [{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y", "weight": 0}]
+        assert from_sharegpt({"conversations": as_column(turns[:1])}).messages == kept
+        assert from_sharegpt({"conversations": as_column(turns)}).target_turns() == [0]
 
 
 def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):

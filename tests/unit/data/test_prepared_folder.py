@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -108,20 +106,14 @@ def test_changed_contents_tokenizer_or_settings_are_prepared_again(prepare_pairs
     assert len({*folders, prepare_pairs()[0].folder}) == 7
 
 
-KILLED_PREPARE_CODE = """
-import os, sys
-from trainer.config.settings import DataSettings
-from trainer.data.prepare import prepare
-from trainer.data.dataset import SplitWriter
-SplitWriter.close = lambda self: os.kill(os.getpid(), 9)
-settings = DataSettings(data=sys.argv[1], block_size=32, prompt="{mr}:", completion=" {ref}")
-prepare(settings, model=sys.argv[2], global_batch=2)
-"""
-
-
-def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(tmp_path, prepare_pairs, model):
-    command = [sys.executable, "-c", KILLED_PREPARE_CODE, str(tmp_path / "a.csv"), model]
-    assert subprocess.run(command, timeout=60).returncode == -9
+def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(tmp_path, prepare_pairs, monkeypatch):
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(store.SplitWriter, "close", lambda self: os.kill(os.getpid(), 9))
+        try:
+            prepare_pairs()
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 9
     (left,) = (tmp_path / "cache" / "prepared").iterdir()
     assert left.name.startswith(".")
     with pytest.raises(ValueError, match="is not prepared data"):

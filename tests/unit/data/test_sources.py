@@ -69,6 +69,9 @@ def test_data_sets_saved_by_datasets_are_read_as_their_splits_and_refused_where_
     whole = datasets.Dataset.from_list(PAIRS)
     whole.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": whole, "test": whole.select([3])}).save_to_disk(str(tmp_path / "two"))
+    datasets.DatasetDict({"train_sft": whole}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="no split `train`, only train_sft; save one to a file, and pass that"):
+        read_records(tmp_path / "other")
     assert read_records(tmp_path / "one") == read_records(tmp_path / "two") == PAIRS
     assert [record for _, record in find_source(tmp_path / "two", "--test-data").records()] == [PAIRS[3]]
     monkeypatch.chdir(tmp_path)  # files of a relative path have absolute ones there
