@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trainer.config import choices
 from trainer.config.errors import UserError, first_line
 from trainer.config.text import shorten
@@ -140,9 +142,13 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
 
         try:
             yield ask
-        finally:  # with whatever it has started
+        finally:  # with whatever it has started, in sessions of their own too
+            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             process.wait()
 
 
@@ -247,6 +253,7 @@ def main() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the run ends
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what its children leave behind becomes a child of its own
     scorer: Callable[[str, str], Any] | None = None
     process_id = os.getpid()
     with Connection(int(sys.argv[1])) as connection, contextlib.suppress(EOFError):

@@ -57,7 +57,8 @@ print("a word on stdout")
 def good(text, reference):
     os.fork()  # only this process answers
     return Decimal(len(text)) / 10
-def hangs_with_children(text, reference): subprocess.run(["sleep", "617"])
+def hangs_with_children(text, reference):
+    subprocess.run("sleep 617 & setsid -f sleep 617; setsid sleep 617", shell=True)
 def raises(text, reference): raise KeyError("no\\nkey")
 def leaves(text, reference): sys.exit(0)
 def dies(text, reference): os._exit(3)
