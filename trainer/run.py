@@ -237,8 +237,7 @@ def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainSt
             best = context.on_rank_zero(lambda: checkpoint.resolve_checkpoint(folder / "checkpoints", "best"))
             choice |= {"step": best.step, "loss": best.val_loss}
             if best.step != state.step and any(len(getattr(data, split)) for split in OTHER_SPLITS):
-                with context.watchdog.watch_work(settings.engine.hang_timeout):
-                    checkpoint.load_for_evaluation(best, engine)
+                checkpoint.load_for_evaluation(best, engine)
     with context.watchdog.watch_for_hangs(settings.engine.hang_timeout, folder):
         for event in evaluate_other_splits(plan, data, engine, state, step=choice["step"]) if choice else ():
             recorder.log(event)

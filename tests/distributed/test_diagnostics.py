@@ -212,42 +212,25 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
 Job = tuple[str, str]  # data, flags
 
 
-@pytest.fixture(scope="module")
-def diagnose_real_runs(
-    tiny_model: str, session_dir: Path
-) -> Callable[[Path, dict[str, Job]], dict[str, dict[str, int]]]:
-    """A function: {name: {code of a finding: its step}} of real runs on one rank."""
+def diagnose_real_runs(model: str, out: Path, jobs: dict[str, Job]) -> dict[str, dict[str, int]]:
+    """{name: {code of a finding: its step}} of real runs on one rank."""
     paths = {
-        name: write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=seed)
+        name: write_records(out / f"{name}.jsonl", num_records=count, seed=seed)
         for name, count, seed in (("many", 200, 3), ("few", 25, 3), ("val", 40, 4))
     }
     rng = random.Random(5)
-    pairs = [(f"w{n}", f" w{n + 1} w{n + 2}") for n in (rng.randrange(1, 90) for _ in range(200))]
-    rows = {
-        "short": [{"prompt": prompt, "completion": completion} for prompt, completion in pairs],
-        "chat": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs],
-    }
-    for name, content in rows.items():
-        paths[name] = str(session_dir / f"diagnosed-{name}.jsonl")
-        Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in content))
-    template = session_dir / "diagnosed.jinja"
-    end = "{% if m.role == 'assistant' %} w95{% endif %}"
-    template.write_text("{% for m in messages %}{{ m.content }}" + end + " {% endfor %}")
+    numbers = [rng.randrange(1, 90) for _ in range(200)]
+    rows = [{"prompt": f"w{n}", "completion": f" w{n + 1} w{n + 2}"} for n in numbers]
+    paths["short"] = str(out / "short.jsonl")
+    Path(paths["short"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = "--objective blocks --block-size 24 --eval-batch 20 --global-batch 8 --save-every never --num-samples 0"
-
-    def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, dict[str, int]]:
-        rank_jobs = []
-        for name, (data, flags) in jobs.items():
-            flags = f"{text} {flags.format(template=template)} --output-dir {out / name}"
-            argv = tiny_argv(tiny_model, (paths[data], paths[data if data in ("chat", "short") else "val"]), flags)
-            if data == "chat":
-                argv = argv[: argv.index("--prompt")]
-            rank_jobs.append(make_job(out, name, argv))
-        launch_jobs(1, rank_jobs, target=diagnose_jobs)
-        events = {name: read_events(out / name, "diagnosis") for name in jobs}
-        return {name: {row["facts"]["code"]: row["step"] for row in events[name]} for name in jobs}
-
-    return diagnose_runs
+    rank_jobs = []
+    for name, (data, flags) in jobs.items():
+        files = paths[data], paths["short" if data == "short" else "val"]
+        rank_jobs.append(make_job(out, name, tiny_argv(model, files, f"{text} {flags} --output-dir {out / name}")))
+    launch_jobs(1, rank_jobs, target=diagnose_jobs)
+    events = {name: read_events(out / name, "diagnosis") for name in jobs}
+    return {name: {row["facts"]["code"]: row["step"] for row in events[name]} for name in jobs}
 
 
 REAL_FAULTS = {
@@ -257,8 +240,8 @@ REAL_FAULTS = {
 }
 
 
-def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
-    findings = diagnose_real_runs(tmp_path, REAL_FAULTS)
+def test_real_runs_with_a_fault_are_diagnosed(tiny_model, tmp_path):
+    findings = diagnose_real_runs(tiny_model, tmp_path, REAL_FAULTS)
     for code, steps in findings.items():
         assert {code} <= set(steps) <= {code, *({"flat_loss"} if code == "diverging" else ())}, "both are true"
     assert findings["diverging"]["diverging"] <= 10, "at once"
@@ -267,7 +250,6 @@ def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
 HEALTHY_DATA = {  # data and flags: of the first two a step has eight rows
     "blocks": ("many", ""),
     "completions": ("many", "--objective completion --warmup-steps 5 --micro-batch 4"),
-    "chat": ("chat", "--objective completion --allow-leakage --chat-template {template}"),
     "short, one a step": ("short", "--objective completion --allow-leakage --global-batch 1 --init random"),
     "short, two a step": ("short", "--objective completion --allow-leakage --global-batch 2"),
 }
@@ -281,16 +263,17 @@ HEALTHY_RUNS = list(itertools.product(HEALTHY_DATA, HEALTHY_RATES, range(3)))
         [("blocks", "full", 1), ("short, one a step", "lora", 2)],
         pytest.param(HEALTHY_RUNS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)]),
     ],
-    ids=["two", "thirty"],
+    ids=["two", "all"],
 )
-def test_healthy_real_runs_give_no_diagnostic(runs, diagnose_real_runs, tmp_path):
+def test_healthy_real_runs_give_no_diagnostic(runs, tiny_model, tmp_path):
     jobs = {}
     for seed, (kind, mode, rate) in enumerate(runs):
         data, flags = HEALTHY_DATA[kind]
         steps = 60 if data == "many" else 200
         flags += f" --mode {mode} --seed {seed} --lr {HEALTHY_RATES[mode][rate]} --max-steps {steps} --eval-every epoch"
         jobs[f"{kind}-{mode}-{rate}".replace(" ", "-")] = (data, flags)
-    assert not {name: codes for name, codes in diagnose_real_runs(tmp_path, jobs).items() if codes}
+    findings = diagnose_real_runs(tiny_model, tmp_path, jobs)
+    assert not {name: codes for name, codes in findings.items() if codes}
 
 
 def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.engines import context_of_hosts, prepare_data
-from helpers.matrix import evaluate_jobs, launch_by_ranks, launch_jobs, make_job, read_job_result, train_plain_loop
+from helpers.matrix import evaluate_jobs, launch_by_ranks, make_job, train_plain_loop
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import EVAL_TOLERANCE
 
@@ -72,15 +72,3 @@ def test_an_evaluation_waits_for_the_other_ranks_at_most_every_eighth_batch(tiny
     rows = load(prepare_data(make_argv(tiny_model, data_files, "full", "completion"))).train
     assert evaluate(engine, rows, 1).row_nll == [1.0] * 25
     assert questions[:-1] == [False] * 4
-
-
-def test_evaluating_more_often_changes_no_training_step(dropout_model, data_files, tmp_path):
-    argv = make_argv(dropout_model, data_files, "full", "blocks")
-    flags = [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every"]
-    launch_jobs(1, [make_job(tmp_path, every, [*flags, every]) for every in ("1", "never")])
-    often, never = (read_job_result(tmp_path, every)[0] for every in ("1", "never"))
-    losses = [[row["loss"] for row in rows if row["kind"] == "step"] for rows in (often, never)]
-    assert losses[0] == losses[1]
-    often_losses, never_losses = ([row["loss"] for row in rows if row["kind"] == "eval"] for rows in (often, never))
-    assert (len(often_losses), len(never_losses)) == (6, 2), "at the start and at the end"
-    assert often_losses[-1] == never_losses[-1]

@@ -16,7 +16,7 @@ import torch
 from helpers.engines import joined_ranks, prepare_data
 from helpers.fake_hub import TOKEN, fake_hub
 from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, run_train_script, train
-from helpers.matrix import launch_jobs, make_job, run_job
+from helpers.matrix import make_job, run_job
 from helpers.model_cards import run_card
 from helpers.process_groups import read_events
 from helpers.tiny_inputs import tiny_argv
@@ -25,13 +25,12 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
 from trainer.distributed.state_dict import EngineState
 from trainer.export import export_cli, verify
-from trainer.export.fresh_process import export_in_fresh_process
 from trainer.export.verify import compute_logits, fixed_input_ids, verify_folder
 from trainer.training.checkpoint import Checkpoint
+from trainer.training.schedule import TrainState
 
 
 def make_argv(model: str, data_files: tuple[str, str], mode: str, flags: str = "") -> list[str]:
@@ -161,9 +160,8 @@ def test_no_exported_file_names_a_place_of_this_machine_and_the_card_has_the_hub
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (Path(tiny_model).name, None)
 
 
-def run_jobs_counting_tensors(jobs: list[dict[str, Any]]) -> int:
-    """The first under a file that gathers nothing, the second under ZeRO 3, of which one tensor may be alive at a time:
-    that and the next."""
+def run_job_counting_tensors(job: dict[str, Any]) -> int:
+    """Of the tensors that are gathered one may be alive at a time: that and the next."""
     original, peak = EngineState.iter_state_dict, 0
 
     def track(self: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -175,27 +173,22 @@ def run_jobs_counting_tensors(jobs: list[dict[str, Any]]) -> int:
             del tensor
             peak = max(peak, sum(reference() is not None for reference in references))
 
+    EngineState.iter_state_dict = track  # type: ignore[method-assign]
     with joined_ranks() as dist_context:
-        run_job(dist_context, jobs[0])
-        EngineState.iter_state_dict = track  # type: ignore[method-assign]
-        run_job(dist_context, jobs[1])
+        run_job(dist_context, job)
     assert 1 <= peak <= 2
     return 0
 
 
-def test_other_zero_stages_export_what_was_evaluated_and_hold_one_gathered_tensor_at_a_time(
+def test_zero_3_exports_what_was_evaluated_and_holds_one_gathered_tensor_at_a_time(
     tiny_model, data_files, strict_zero_files, tmp_path
 ):
-    argvs = [
-        make_argv(tiny_model, data_files, "full", f"--max-steps 2 --save-every never --ds-config {zero}")
-        for zero in ("zero2", strict_zero_files["zero3"])
-    ]
-    jobs = [make_job(tmp_path, f"job{number}", argv) for number, argv in enumerate(argvs)]
-    launch_jobs(2, jobs, target=run_jobs_counting_tensors)
-    for job in jobs:
-        result = export_cli.export_checkpoint(tmp_path / job["name"], data_folder=job["data"])
-        assert result["problems"] == []
-        assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
+    flags = f"--max-steps 2 --save-every never --ds-config {strict_zero_files['zero3']}"
+    job, log = make_job(tmp_path, "job", make_argv(tiny_model, data_files, "full", flags)), tmp_path / "log"
+    assert run_on_ranks(2, run_job_counting_tensors, job, log=log) == 0, log.read_text()
+    result = export_cli.export_checkpoint(tmp_path / "job", data_folder=job["data"])
+    assert result["problems"] == []
+    assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
 
 
 # --- launch/export.py ---
@@ -366,8 +359,8 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
     folder = shutil.copytree(full_run / "model", tmp_path / "model")
 
     def find_problems(loss: float = recorded, logits: np.ndarray = expected, is_tied: bool = True) -> str:
-        progress = {"step": 6, "val_loss": loss}
-        source = Checkpoint(folder=folder, metadata={"progress": progress, "precision": "fp32", "device": "cpu"})
+        metadata = {"precision": "fp32", "device": "cpu"}
+        source = Checkpoint(folder=folder, metadata=metadata, train_state=TrainState(step=6, val_loss=loss))
         options = {"is_tied": is_tied, "device": cpu, "val": data.val, "eval_batch": 4}
         result = verify_folder(folder, source, input_ids=ids, logits=logits, **options)
         assert result.summary.startswith("CHECK FAILED: " if result.problems else "reloaded and checked: ")
@@ -384,10 +377,3 @@ def test_verification_finds_a_damaged_folder_and_a_loss_that_is_off_by_more_than
         if not harm(weights):
             (folder / "model.safetensors").unlink()
         assert message in find_problems()
-
-
-def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path, monkeypatch):
-    request = {"run_folder": str(full_run), "checkpoint": "step-5", "output_dir": str(tmp_path / "model")}
-    with pytest.raises(TrainingError, match=r"model not written: .* whole checkpoints there"):
-        export_in_fresh_process(request, 600.0)
-    assert not (tmp_path / "model").exists()

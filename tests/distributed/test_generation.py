@@ -162,7 +162,7 @@ def score_jobs(jobs: list[dict[str, Any]]) -> int:
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.sweep)])
 def test_scores_do_not_depend_on_ranks_zero_files_packing_or_the_batch(precision, argv, tmp_path):
     """Prompts of 2 to 6 tokens, padded on the left, some of which leave less room than --score-tokens asks for."""
-    test_file = write_records(tmp_path / "test.jsonl", num_records=40, seed=5)
+    test_file = write_records(tmp_path / "test.jsonl", num_records=20, seed=5)
     flags = [*argv, "--test-data", test_file, "--score", "f1", "--score-tokens", "28", "--precision", precision]
     for ranks, zero in ((1, "zero0"), (2, "zero3"), (3, "zero2")):
         jobs = []
@@ -174,7 +174,7 @@ def test_scores_do_not_depend_on_ranks_zero_files_packing_or_the_batch(precision
     rows = [read_evaluations(tmp_path / f"{r}-{b}" / EVAL_RECORDS_FOLDER) for r in (1, 2, 3) for b in (1, 8)]
     facts = json.loads((tmp_path / "1-8" / "facts.json").read_text())
     first = rows[0]
-    assert len(set(first["text"])) > 30, "something to compare"
+    assert len(set(first["text"])) > 15, "something to compare"
     lengths = [len(text.split()) for text in first["text"]]
     assert {26, 27, 28} <= set(lengths) if precision == "fp32" else max(lengths) > 20
     for other in rows[1:]:  # where the texts are not equal, two tokens were

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.engines import joined_ranks, start_engine
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import RunDifference, launch_jobs, make_argv, make_job, read_job_result
 from helpers.process_groups import reproducible_records
@@ -48,11 +48,12 @@ def results(tiny_model, data_files, strict_zero_files, tmp_path_factory) -> Path
     out = tmp_path_factory.mktemp("stored")
     jobs = []
     models = {dtype: store(tiny_model, out / f"model-{dtype}", dtype) for dtype in ("bfloat16", "half", "float")}
+    data = prepare_data(make_argv(models["float"], data_files, "full", "completion"))
     for name, (flags, more) in MODES.items():
         for zero, dtype in [*IN_FLOAT32, *more]:
             file = "zero0" if zero == "zero0" else strict_zero_files["zero3"]
             argv = [*make_argv(models[dtype], data_files, "full", "completion"), *flags.split(), "--ds-config", file]
-            jobs.append(make_job(out, f"{name}-{zero}-{dtype}", argv))
+            jobs.append(make_job(out, f"{name}-{zero}-{dtype}", [*argv, "--max-steps", "2"], data=data))
     launch_jobs(2, jobs)
     return out
 

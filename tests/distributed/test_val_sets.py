@@ -24,7 +24,7 @@ def read_losses(folder, name) -> dict[int, tuple[float, int]]:
 def test_each_validation_set_has_its_rows_and_its_curve_and_the_first_alone_decides(tiny_model, data_files, tmp_path):
     other = write_records(tmp_path / "other.jsonl", num_records=11, seed=7, unknown_word="x")
     flags = "--mode full --global-batch 4 --block-size 16 --max-steps 6 --eval-every 2 --save-every 2 "
-    flags += f"--save-total-limit 4 --lr 0.02 --wandb offline --val-data {other} --val-data again={data_files[1]}"
+    flags += f"--save-total-limit 4 --lr 0.02 --val-data {other} --val-data again={data_files[1]}"
     out = tmp_path / "run"
     printed = train(tiny_argv(tiny_model, data_files, flags), out=out, world_size=2)
     main, others = read_losses(out, None), read_losses(out, "other")

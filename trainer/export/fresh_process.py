@@ -5,6 +5,7 @@ It exports the run's checkpoint with the code of `launch/export.py`, so the fold
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,7 +49,9 @@ def export_in_fresh_process(request: dict[str, Any], hang_timeout_seconds: float
         os.close(read_end)
         os.close(write_end)
     if process.returncode:
-        reason = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+        reason = [f"exit code {process.returncode}", *errors.strip().splitlines()][-1][:300]
+        if process.returncode < 0:  # its last line says nothing about this
+            reason = f"its process was killed by {signal.Signals(-process.returncode).name} (out of memory?)"
         raise TrainingError(f"{request['output_dir']} not written: {reason.removeprefix('error: ')}")
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
@@ -61,9 +64,9 @@ if __name__ == "__main__":
 
     silence_libraries()  # before the libraries it silences are imported
     set_library_environment()
-    from trainer.export.export_cli import export_checkpoint
-
     try:
+        from trainer.export.export_cli import export_checkpoint
+
         print(json.dumps(export_checkpoint(**json.loads(sys.argv[1]))))
     except (UserError, TrainingError) as error:
         sys.exit(report_error(error))

@@ -126,7 +126,7 @@ def add_peft_adapters(causal: PreTrainedModel, settings: LoraSettings, source: s
     trained = [p for p in module.parameters() if p.requires_grad]
     adds_floats = sum(p.numel() for p in trained) and all(p.is_floating_point() for p in trained)
     if not (can_train and adds_floats) or any(id(p) not in kept for p in own):  # or it replaces weights of the base
-        raise UserError(f"{source}: {peft_type} is not trained here; expected one that adapts layers, such as VERA")
+        raise UserError(f"{source}: {peft_type} is not supported; expected a method that adapts layers, such as VERA")
     return module, adapted
 
 

@@ -135,7 +135,7 @@ def check_loading_info(loading_info: Mapping[str, Any]) -> None:
     mismatched, left_over = sorted(loading_info["mismatched_keys"]), sorted(loading_info["unexpected_keys"])
     problems = [f"{name} has shape {[*stored]} and not {[*wanted]}" for name, stored, wanted in mismatched]
     problems += [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
-    problems += [f"{name} has no place" for name in left_over if not name.endswith(OBSOLETE_BUFFERS)]
+    problems += [f"{name} is no weight of this model" for name in left_over if not name.endswith(OBSOLETE_BUFFERS)]
     if problems := [*problems, *map(str, loading_info["error_msgs"])]:
         raise UserError(f"the weights do not fit config.json: {list_some(problems, 3)}; copy the model again")
 

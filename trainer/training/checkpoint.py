@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -79,20 +79,16 @@ class Checkpoint:
 
     folder: Path
     metadata: dict[str, Any]
+    train_state: TrainState
     skipped_reasons: tuple[str, ...] = ()  #: why newer ones were not taken
 
     @property
     def step(self) -> int:
-        return int(self.metadata["progress"]["step"])
+        return self.train_state.step
 
     @property
     def val_loss(self) -> float | None:
-        loss: float | None = self.metadata["progress"]["val_loss"]
-        return loss
-
-    @property
-    def train_state(self) -> TrainState:
-        return TypeAdapter(TrainState).validate_python(self.metadata["progress"])
+        return self.train_state.val_loss
 
     def find_damage(self) -> str | None:
         path = self.folder / STATE_FILE
@@ -122,7 +118,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
             progress = _StateJson.model_validate(metadata).progress
             is_whole = metadata.get("self") == _metadata_digest(metadata) and progress.as_dict() == metadata["progress"]
             if is_whole and progress.step == step:
-                checkpoints.append(Checkpoint(folder=path, metadata=metadata))
+                checkpoints.append(Checkpoint(folder=path, metadata=metadata, train_state=progress))
     return checkpoints
 
 

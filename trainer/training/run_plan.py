@@ -256,7 +256,7 @@ def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     stage, engine, optim = deepspeed_file.stage, settings.engine, settings.train.optim
     packed = f"--quant {settings.model.quant}" + " --adapter dora" * (settings.lora.adapter == "dora")
     rules = (  # ZeRO joins all tensors and cuts them by rank, and so the 8-bit blocks
-        (stage > 0 and optim in EIGHT_BIT_OPTIMIZERS, f"--optim {optim}: would depend on the ranks", "zero0"),
+        (stage > 0 and optim in EIGHT_BIT_OPTIMIZERS, f"--optim {optim}: would depend on the number of ranks", "zero0"),
         (stage > 0 and engine.execution == "graphs", "--execution graphs: its steps are eager", "zero0"),
         (stage == 0 and engine.precision == "fp16", "--precision fp16: has no loss scale", "zero1 to zero3"),
         (stage == 3 and _needs_whole_weights(settings), f"{packed}: needs whole weights", "zero0, zero1 or zero2"),

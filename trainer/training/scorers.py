@@ -56,7 +56,7 @@ def check_scorers(names: Sequence[str]) -> None:
         except ValueError:
             raise UserError(f"--score {name}: expected {choices.SCORERS}") from None
         if columns.count(column := score_name(name)) > 1:
-            raise UserError(f"--score {name}: of several with the column score_{column}; expected each once")
+            raise UserError(f"--score {name}: two scorers would write the column score_{column}; expected one")
         if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
             raise UserError(f"--score {name}: needs {package}, which is not installed; pip install '.[metrics]'")
         _try_scorer(name, ())

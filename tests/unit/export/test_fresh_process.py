@@ -23,8 +23,16 @@ def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):
         assert process.wait(timeout=60) == 1
 
 
-def test_a_process_that_hangs_is_ended_and_named(tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import time; time.sleep(300)", r"the export stood still for 2 s \(--hang-timeout\)"),
+        ("from trainer.config.errors import UserError; raise UserError('no room')", "no room"),
+        ("import os; os.write(2, b'a warning'); os.kill(os.getpid(), 9)", "its process was killed by SIGKILL"),
+    ],
+)
+def test_a_process_that_hangs_fails_or_is_killed_is_one_line(code, reason, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(code)
     monkeypatch.chdir(tmp_path)  # where `python -m` looks first
-    with pytest.raises(TrainingError, match=r"model not written: the export stood still for 2 s \(--hang-timeout\)"):
+    with pytest.raises(TrainingError, match=f"model not written: {reason}"):
         export_in_fresh_process({"output_dir": "model"}, 2.0)

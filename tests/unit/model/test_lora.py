@@ -95,7 +95,7 @@ def test_four_bit_layers_compute_in_one_dtype(tiny_model, monkeypatch):
         ("--quant nf4 --modules-to-save bias", 0, "--modules-to-save bias: not with --quant nf4"),
         ("--quant int8", 3, "--quant int8: needs whole weights under ZeRO 3"),
         ("--quant nf4 --adapter dora", 3, "--quant nf4 --adapter dora: needs whole weights"),
-        ("--optim adamw8bit", 1, "--optim adamw8bit: would depend on the ranks under ZeRO 1"),
+        ("--optim adamw8bit", 1, "--optim adamw8bit: would depend on the number of ranks under ZeRO 1"),
     ],
 )
 def test_flags_and_zero_stages_that_exclude_each_other_are_refused(flags, stage, message):

@@ -136,7 +136,7 @@ NOT_WHOLE = "model.safetensors: not a whole safetensors file"
     ("damage", "message"),
     [
         (lambda f: change_config(f, n_layer=3), "config.json: transformer.h.2.attn.c_attn.bias is missing, "),
-        (lambda f: change_config(f, n_layer=1), "config.json: transformer.h.1.attn.c_attn.weight has no place, "),
+        (lambda f: change_config(f, n_layer=1), "config.json: transformer.h.1.attn.c_attn.weight is no weight of "),
         (lambda f: change_config(f, n_embd=32), "transformer.h.0.attn.c_attn.bias has shape [48] and not [96]"),
         (lambda f: (f / "config.json").unlink(), "has no config.json; pass --model FOLDER"),
         (lambda f: (f / WEIGHTS).rename(f / "tf_model.h5"), "has no model.safetensors; pass --model FOLDER"),

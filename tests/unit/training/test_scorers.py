@@ -107,8 +107,8 @@ def test_a_scorer_that_fails_hangs_or_returns_no_number_gives_a_reason(file, mon
     ("names", "message"),
     [
         (["acc"], "--score acc: expected exact, contains, numeric"),
-        (["exact", "f1", "exact"], "--score exact: of several with the column score_exact; expected each once"),
-        (["regex:a+", "regex:a*"], "--score regex:a+: of several with the column score_regex_a_"),
+        (["exact", "f1", "exact"], "--score exact: two scorers would write the column score_exact; expected one"),
+        (["regex:a+", "regex:a*"], "--score regex:a+: two scorers would write the column score_regex_a_"),
         (["regex:("], "--score regex:(: is no regular expression of Python's re (missing )"),
         (["none.py:f"], "--score none.py:f: failed with FileNotFoundError"),
         (["FILE:other"], "FILE has no function other"),
