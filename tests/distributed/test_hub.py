@@ -7,35 +7,20 @@ import sys
 from pathlib import Path
 
 from helpers.fake_hub import COMMIT, TOKEN, fake_hub
-from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trainer.distributed.machine import find_free_port
-
-CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-RUN_CODE = """
-import train
-from trainer.export import export_cli, fresh_process
-fresh_process.export_in_fresh_process = lambda request, _: export_cli.export_checkpoint(**request)
-print("exit code", train.main())
+TESTS = Path(__file__).parents[1]
+#: In a fresh process, as the hub's library reads its variables when it is imported; a line of input is for each start.
+STARTS_CODE = """
+import json, sys
+from pathlib import Path
+from helpers.launch_ranks import train
+for world_size, flags in json.loads(sys.argv[1]):
+    input()
+    train(flags, out=Path(sys.argv[2]), world_size=world_size)
+    print("done", flush=True)
 """
-
-
-def train_in_fresh_process(argv: list[str], num_ranks: int = 1, **variables: str) -> str:
-    """Rank 0's output, in fresh processes: the hub's library reads its variables when it is imported."""
-    port, processes = find_free_port(), []
-    for rank in range(num_ranks):
-        places = make_environ(rank, num_ranks, port)
-        environ = {k: v for k, v in {**os.environ, **places}.items() if k not in CHANGED}
-        environ |= {name: places[name] for name in CHANGED if num_ranks > 1 and name != "HF_HUB_OFFLINE"}
-        paths = os.pathsep.join(str(path) for path in (Path(TRAIN_SCRIPT).parent, Path(TRAIN_SCRIPT).parents[1]))
-        environ |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": paths, **variables}
-        command = [sys.executable, "-c", RUN_CODE, *argv]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=environ, **options))
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    return outputs[0]
 
 
 def test_model_and_data_of_the_hub_come_once_to_a_host_as_the_variables_say_and_stay_for_a_start_without_it(
@@ -59,10 +44,17 @@ def test_model_and_data_of_the_hub_come_once_to_a_host_as_the_variables_say_and_
         for name in ("one", "two"):
             rows = (json.dumps({"text": f"{name} and {n}, {n} or {name}"}) + "\n" for n in range(20))
             data[f"{name}/train.jsonl"] = "".join(rows).encode()
-        argv += ["--output-dir", str(tmp_path / "run")]
-        output = train_in_fresh_process(argv, num_ranks=2, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, **places)
+        environ = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "NO_PROXY": "127.0.0.1", **places}
+        environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        environ.pop("HF_HUB_OFFLINE", None)
+        starts = json.dumps([(2, argv), (1, [*argv, "--dry-run"])])
+        command = [sys.executable, "-c", STARTS_CODE, starts, str(tmp_path / "run")]
+        process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert "done\n" in iter(process.stdout.readline, "")
         assert f"Bearer {TOKEN}" in hub.tokens
-    assert output.splitlines()[-1] == "exit code 0", output
+    output = (tmp_path / "run.log").read_text()
     assert "fetching me/tiny from the hub" in output
     assert TOKEN not in output
     weights = [request for request in hub.requests if request.startswith("GET") and "safetensors" in request]
@@ -74,6 +66,7 @@ def test_model_and_data_of_the_hub_come_once_to_a_host_as_the_variables_say_and_
     assert list((tmp_path / "HF_HUB_CACHE").glob("models--me--tiny/snapshots/*/config.json"))
     assert list((tmp_path / "HF_HUB_CACHE").glob("datasets--me--set/snapshots/*/one/train.jsonl"))
     assert {path.parts[-4] for path in (tmp_path / "HF_DATASETS_CACHE").rglob("*.arrow")} == {"one", "two"}
-    output = train_in_fresh_process([*argv, "--dry-run"], HF_HUB_OFFLINE="1", **places)
-    assert output.splitlines()[-1] == "exit code 0", output
-    assert "data           me/set:one: " in output
+    with process:
+        process.communicate("\n", timeout=120)
+    assert process.returncode == 0
+    assert "data           me/set:one: " in (tmp_path / "run.log").read_text().removeprefix(output)

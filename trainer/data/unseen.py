@@ -138,8 +138,7 @@ def find_near_copies(
     def find_known(tokens: Hashes) -> NDArray[np.int64]:  # a shingle is called by its place among the known ones
         shingles = _shingles(tokens)
         places = np.searchsorted(known, shingles)
-        places[places == len(known)] = 0
-        places = places[known[places] == shingles]
+        places = places[known.take(places, mode="clip") == shingles]
         return np.unique(places) if len(places) else places
 
     num_train, num_all = np.zeros((2, len(known)), dtype=np.int64)  # candidates that have each shingle

@@ -228,11 +228,9 @@ def test_the_block_size_holds_the_records_and_fits_the_model(lengths, objective,
     assert block_size_for(lengths, objective, max_positions) == expected
 
 
-def test_the_finetune_preset_takes_its_block_size_from_the_data_and_a_flag_overrides_it(tiny_model, tmp_path):
-    records = [{"prompt": f"w{n % 90} " * 70, "completion": "w2 " * 80} for n in range(1, 60)]
-    file = write_records(tmp_path / "data.jsonl", records)
-    short = write_records(tmp_path / "short.jsonl", [{"prompt": f"w{n}", "completion": "w2"} for n in range(60)])
-    flags = f"--mode full --preset finetune --model {tiny_model} --val-fraction 0.2 --data"
-    for more, expected in ((f"{file} --block-size 151", 151), (f"{short}=0.5 {file}=0.5", 256)):
-        settings = cli.parse_args(f"{flags} {more}".split()).settings.data
-        assert prepare(settings, model=tiny_model, global_batch=4).metadata["block_size"] == expected
+def test_the_finetune_preset_takes_its_block_size_from_the_data(tiny_model, tmp_path):
+    long = write_records(tmp_path / "a.jsonl", [{"prompt": f"w{n} " * 70, "completion": "w2 " * 80} for n in range(60)])
+    short = write_records(tmp_path / "b.jsonl", [{"prompt": f"w{n}", "completion": "w2"} for n in range(60)])
+    argv = f"--mode full --preset finetune --model {tiny_model} --val-fraction 0.2 --data {short}=0.5 {long}=0.5"
+    settings = cli.parse_args(argv.split()).settings.data
+    assert prepare(settings, model=tiny_model, global_batch=4).metadata["block_size"] == 256

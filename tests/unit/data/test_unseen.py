@@ -1,5 +1,6 @@
 """Evaluation records that are not new: found whatever they look like, named, left out, and many refused."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -107,6 +108,16 @@ def test_near_copies_are_those_that_share_so_many_shingles_with_one_candidate():
                 expected.setdefault(number, (earlier, place))
     assert 10 < len(expected) < 90
     assert find_near_copies(records, candidates, max_records=12) == expected
+
+
+def test_near_copies_need_some_ten_numbers_of_memory_for_each_shingle():
+    texts = np.random.default_rng(0).integers(0, 2**63, (1000, 60), dtype=np.uint64)
+    tracemalloc.start()
+    near_copies = find_near_copies([(1, text) for text in texts], [(0, "x", text) for text in texts], max_records=1)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(near_copies) == 1000
+    assert peak_bytes < 160 * 1000 * 48, "318 bytes each with sets"
 
 
 def test_records_that_are_not_new_are_named_marked_and_more_than_5_percent_refused(tmp_path, prepare_file):
