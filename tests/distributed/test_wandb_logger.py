@@ -79,8 +79,9 @@ def test_a_wandb_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, e
     (tmp_path / "other").chmod(0o600)
     environ["NETRC"] = str(tmp_path / "other")
     assert wandb_mode(None) == "online"
-    (tmp_path / "other").write_text("machine\nmachine machine")  # broken: nobody is logged in
-    assert wandb_mode(None) == "offline"
+    for broken in (b"machine\nmachine machine", b"machine \xe9"):  # nobody is logged in
+        (tmp_path / "other").write_bytes(broken)
+        assert wandb_mode(None) == "offline"
     del environ["NETRC"], environ["WANDB_BASE_URL"]
     (tmp_path / ".config" / "wandb").mkdir(parents=True)
     (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")

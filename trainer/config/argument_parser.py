@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 from trainer.config.errors import UserError, mask_credentials
 from trainer.config.fields import Accepts, PositiveInt, what_is_expected
 from trainer.config.files import expand_user_path, require_place_for_folder
-from trainer.config.spellings import FALSE, SPELLED_PARTS, read_table
+from trainer.config.spellings import FALSE, SPELLED_PARTS, is_value, read_table
 from trainer.config.text import shorten
 
 HELP_HINT = "(--help lists the flags)"
@@ -92,7 +92,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if not flag.startswith("-"):
                 strays.append(f"{flag}{has_value}{value}")
                 continue
-            if not has_value and unknown and not unknown[0].startswith("--"):
+            if not has_value and unknown and is_value(unknown[0]):
                 value = unknown.pop(0)
             problems.append(self._answer_unknown(flag, value))
         if strays:
@@ -110,15 +110,15 @@ class ArgumentParser(argparse.ArgumentParser):
                 parsed = super().parse_known_args(words, namespace)
                 break
             except argparse.ArgumentError as error:
-                is_value = ": expected " in error.message
-                problems.append(f"{error.argument_name}{' ' if is_value else ': '}{error.message}")
+                separator = " " if ": expected " in error.message else ": "
+                problems.append(f"{error.argument_name}{separator}{error.message}")
                 names = (error.argument_name or "").split("/")
                 places = [i for i, word in enumerate(words) if word.partition("=")[0] in names]
                 if not places:  # of an argument without a flag
                     raise UserError(*problems) from None
                 for i in reversed(places):
-                    takes_next = "=" not in words[i] and words[i + 1 : i + 2] and not words[i + 1].startswith("-")
-                    del words[i : i + 1 + bool(takes_next)]
+                    takes_next = "=" not in words[i] and i + 1 < len(words) and is_value(words[i + 1])
+                    del words[i : i + 1 + takes_next]
             except UserError as error:  # what is missing
                 raise UserError(*problems, *error.args) from None
         return parsed, problems

@@ -31,6 +31,11 @@ def read_table() -> dict[str, Any]:
     return table
 
 
+def is_value(word: str) -> bool:
+    """Whether a word behind a flag is its value: no flag, or a negative number."""
+    return not word.startswith("-") or re.match(r"-[\d.]", word) is not None
+
+
 def separate_values(*words: str) -> str:
     """Words like --flag=value as one types them, with a blank."""
     return " ".join(word.replace("=", " ", 1) for word in words)
@@ -86,8 +91,7 @@ def translate(argv: Sequence[str], takes_value: Mapping[str, bool], num_ranks: i
         is_switch = not takes_value[ours] if ours else part == "switches"
         values = [value] if is_joined else []
         while rest and (not values or (not is_joined and not LIST_FLAGS.isdisjoint((ours, flag)))):
-            is_value = not rest[0].startswith("-") or re.match(r"-[\d.]", rest[0])
-            if is_joined or not is_value or (is_switch and rest[0].lower() not in TRUE + FALSE):
+            if is_joined or not is_value(rest[0]) or (is_switch and rest[0].lower() not in TRUE + FALSE):
                 break
             values.append(rest.pop(0))
         is_given = bool(values)

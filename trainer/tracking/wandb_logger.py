@@ -90,7 +90,7 @@ def is_logged_in() -> bool:
     paths = [path_from_environment("NETRC", name) for name in ("~/.netrc", "~/_netrc")]
     try:
         logins = next((netrc.netrc(path).hosts for path in paths if path.exists()), {})
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
     return any(logins.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
 

@@ -237,7 +237,7 @@ def test_any_value_of_any_flag_is_taken_or_answered_in_one_line(program):
         ("study", "--seed 3", "--seed=3: the study sets it for each of its runs; expected --seeds"),
         ("doctor", "--mode full --rank 2", "--rank 2: did you mean --ranks?"),
         ("generate", "RUN --num 0", "--num 0: expected a whole number from 1 to 32"),
-        ("bench", "speed", "speed: expected steps or memory"),
+        ("bench", "--steps -1", "--steps -1: expected a whole number from 1"),
     ],
 )
 def test_every_program_answers_in_one_line_with_exit_code_2(program, argv, answer):
