@@ -8,7 +8,6 @@ from trainer.tools.program import program
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another, and with the card where that makes sense; "
@@ -35,7 +34,6 @@ def build_parser() -> ArgumentParser:
 
 @program
 def main(argv: Sequence[str]) -> int:
-    """Parse and do what was asked."""
     args = build_parser().parse_args(argv)
     from trainer.report.compare_cli import run_comparison
 

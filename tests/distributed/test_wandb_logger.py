@@ -201,24 +201,6 @@ def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None
         assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
 
 
-def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    variables = {"ENTITY": "team", "NAME": "mine", "NOTES": "a note", "TAGS": "night, second", "JOB_TYPE": "sweep"}
-    variables |= {"DIR": str(tmp_path / "elsewhere"), "RUN_ID": "other", "CONSOLE": "wrap", "SAVE_CODE": "true"}
-    environ = {f"WANDB_{name}": value for name, value in variables.items()}
-    exit_code, output = run_child(tmp_path, "offline", first_step=80, **environ)
-    assert exit_code == 0
-    assert "W&B: WANDB_RUN_ID other is ignored: --resume continues " in output
-    assert [file.parts[-4] for file in run_files(tmp_path)] == ["elsewhere"]
-    with FakeWandb() as server:
-        sync_offline_runs(server, tmp_path)
-    run = server.runs[METADATA["run_id"]]
-    names = [run.entity, *(run.fields[name] for name in ("displayName", "notes", "jobType"))]
-    assert names == ["team", "mine", "a note", "sweep"]
-    assert run.fields["tags"] == ["lora", "demo-base", "acled-demo", "night", "second"]
-    assert "output.log" in run.files, "WANDB_CONSOLE brings the console back"
-
-
 def test_an_offline_run_opens_no_connection_and_sync_sends_every_row_axes_and_config(tmp_path: Path) -> None:
     """Neither Python connects (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard
     nothing)."""
@@ -373,13 +355,25 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
 
 
 @pytest.mark.slow
-def test_a_killed_wandb_run_loses_a_second_and_its_resume_repeats_no_step(tmp_path: Path) -> None:
+def test_a_killed_wandb_run_loses_a_second_its_resume_repeats_no_step_and_wandbs_variables_reach_the_client(tmp_path):
     """Killed at step 50, its service first, as DeepSpeed's launcher does when another rank has failed. Resumed from a
     checkpoint of step 30: the rows 31 to 49 lie in the first file already."""
+    (tmp_path / "elsewhere").mkdir()
+    variables = {"ENTITY": "team", "NAME": "mine", "NOTES": "a note", "TAGS": "night, second", "JOB_TYPE": "sweep"}
+    variables |= {"DIR": str(tmp_path / "elsewhere"), "RUN_ID": "other", "CONSOLE": "wrap", "SAVE_CODE": "true"}
+    environ = {f"WANDB_{name}": value for name, value in variables.items()}
     code = "time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE
-    assert run_child(tmp_path, "offline", last_step=50, code=code)[0] == -signal.SIGKILL
+    assert run_child(tmp_path, "offline", last_step=50, code=code, **environ)[0] == -signal.SIGKILL
     time.sleep(1.1)  # run folders are named by the second
-    assert run_child(tmp_path, "offline", first_step=30)[0] == 0
+    exit_code, output = run_child(tmp_path, "offline", first_step=30, **environ)
+    assert exit_code == 0
+    assert "W&B: WANDB_RUN_ID other is ignored: --resume continues " in output
+    assert [file.parts[-4] for file in run_files(tmp_path)] == ["elsewhere", "elsewhere"]
     with FakeWandb() as server:
         sync_offline_runs(server, tmp_path)
-    assert_history(server.runs[METADATA["run_id"]].history, RECORDS)
+    run = server.runs[METADATA["run_id"]]
+    assert_history(run.history, RECORDS)
+    names = [run.entity, *(run.fields[name] for name in ("displayName", "notes", "jobType"))]
+    assert names == ["team", "mine", "a note", "sweep"]
+    assert run.fields["tags"] == ["lora", "demo-base", "acled-demo", "night", "second"]
+    assert "output.log" in run.files, "WANDB_CONSOLE brings the console back"

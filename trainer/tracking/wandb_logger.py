@@ -143,7 +143,8 @@ def upload_run(folder: Path) -> str:
             wandb_logger.log(record, is_new=False)
         has_finished = isinstance(record, EventRecord) and record.event == "finished"
         wandb_logger.close(int(not has_finished))
-        missing = "".join(f" but that of step {row.step}, which a resume sends," for row in wandb_logger.unsent[:1])
+        unsent = wandb_logger.unsent
+        missing = f" but that of step {unsent[0].step}, which a resume sends," if unsent else ""
         return f"all rows of {folder}{missing} are on W&B: {run.url}"
     except Exception as error:
         _teardown()

@@ -182,7 +182,7 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, text, answer)
 
 
 def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
-    words = "--mode lora --model org/m --lr 3e-4 --packing --lora-target-modules a,b --completion={y}=--"
+    words = "--mode lora --model org/m --lr 0.333333333333333 --packing --lora-target-modules a,b --completion={y}=--"
     first = parse(words, "--output-dir", "a b", "--prompt=-{x}").settings
     metadata = make_metadata("lora") | {"settings": first.as_dict(), "preset": first.preset}
     (tmp_path / "run.json").write_text(json.dumps(metadata))

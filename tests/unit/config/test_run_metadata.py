@@ -80,11 +80,6 @@ def test_a_file_that_is_no_run_json_is_refused(content, answer, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path}/run.json: {answer}")
 
 
-def test_a_folder_without_run_json_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no run\.json there; expected a run folder"):
-        read_run_metadata(tmp_path / "run.json")
-
-
 @many_inputs(100)
 def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs, tmp_path):
     """What is accepted can be made settings of."""

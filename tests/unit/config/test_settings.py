@@ -105,13 +105,7 @@ def test_a_run_is_named_by_mode_and_data_and_lies_under_runs_unless_told_otherwi
     assert resolve("lora", "demo", {"output": {"run_name": "a.1", "output_dir": "/x"}}).run_folder == "/x"
 
 
-# --- back from run.json, and on resume ---
-
-
-def test_settings_come_back_from_json_as_they_were():
-    overrides = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"packing": True}}
-    settings = resolve("lora", "card", overrides, ("--lr", "--packing"))
-    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
+# --- on resume ---
 
 
 def test_flags_on_resume_override_those_of_the_run_and_the_preset_does_not_come_back():
