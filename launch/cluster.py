@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser = build_parser()
     args, run_argv = parser.parse_known_args(argv)
     if args.hosts and (args.nodes or args.ranks_per_node or args.sbatch):
-        raise UserError("--nodes, --ranks-per-node and --sbatch: go with --slurm")
+        raise UserError("--nodes, --ranks-per-node and --sbatch: only with --slurm")
     if args.slurm and not (args.nodes and args.ranks_per_node):
         raise UserError("--slurm: expected --nodes N and --ranks-per-node N")
     args.sbatch, setup = dict(args.sbatch), ""

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser = build_parser()
     args, run_argv = parser.parse_known_args(argv)
     if run_argv and (args.check_run or args.upload):
-        raise UserError(f"{run_argv[0]}: does not go with --check-run and --upload")
+        raise UserError(f"{run_argv[0]}: not with --check-run or --upload")
     if args.check_run is not None:
         prepare_libraries()
         from trainer.tools.doctor.run_checks import run_check

@@ -58,7 +58,7 @@ def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
 MISTAKES = [
     ("[]", "expected an object with the key zero_optimization"),
     ('{"zero_optimization": 3}', "expected an object with the key zero_optimization"),
-    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "the key 'stage' stands twice"),
+    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "the key 'stage' occurs twice"),
     ('{"zero_optimization": ', "not JSON"),
     ('{"zero_optimization": {"reduce_bucket_size": 1e999}}', "the number 1e999 is larger than any float"),
     (zero_config(stage=1) | {"optimizer": 1}, "unknown key optimizer; batch, optimizer"),

@@ -136,7 +136,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line that answers an unknown flag with the nearest one, or with why there is none."""
         table, shown, other = read_table(), f"{flag} {value}".rstrip(), self.companion.flags() if self.companion else {}
         if flag in other:  # from a file, which the other parser does not read
-            return f"{flag}: is for the command line alone"
+            return f"{flag}: belongs on the command line only"
         flags, answers = self.flags() | other, dict[str, str]()
         if "--lr" in flags:  # a run's
             answers |= {name: f"--{name}" for part in SPELLED_PARTS for name in table[part]}

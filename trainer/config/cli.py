@@ -53,7 +53,7 @@ def parse_args(
     for flag in ("--data", "--test-data"):  # of which the last one alone would count
         if (times := flags.count(flag)) > 1:
             remedy = ", several with weights as --data A=0.7 B=0.3" * (flag == "--data")
-            problems.append(f"{flag}: stands there {times} times; expected once{remedy}")
+            problems.append(f"{flag}: given {times} times; expected once{remedy}")
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
@@ -218,9 +218,9 @@ def _yaml_to_argv(path: Path, takes_value: Mapping[str, bool], repeated_flags: C
         key = key_node.value.lstrip("-").replace("-", "_")
         flag = f"--{key.replace('_', '-')}"
         if flag in ("--config", "--help"):
-            raise UserError(f"{where}: {flag}: is for the command line alone")
+            raise UserError(f"{where}: {flag}: belongs on the command line only")
         if key in argv:
-            raise UserError(f"{where}: {key_node.value} stands there twice; expected it once")
+            raise UserError(f"{where}: {key_node.value} is given twice; expected once")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         source = " ".join(text[node.start_mark.index : node.end_mark.index].split())
         value = source  # of another program, where it is no list of values

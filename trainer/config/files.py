@@ -203,7 +203,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r:.80} stands twice in an object")
+        raise ValueError(f"the key {key!r:.80} occurs twice in an object")
     return value
 
 
@@ -218,7 +218,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse_json(text: str | bytes, *, with_nan: bool = False) -> Any:
-    """The one value of a JSON text; ValueError for anything else, also for a key that stands twice in an object, a
+    """The one value of a JSON text; ValueError for anything else, also for a key that occurs twice in an object, a
     number that no float holds, too deep a nesting, and NaN, which pandas writes for null, unless `with_nan`."""
     parse_constant = _make_number if with_nan else _refuse_constant
     try:

@@ -135,7 +135,7 @@ class DataSettings:
         None,
         card="blocks",
     )
-    unusable_records: Literal["refuse", "drop"] = option("chats with unsure or too late target tokens", "refuse")
+    unusable_records: Literal["refuse", "drop"] = option("conversations that cannot be trained on", "refuse")
     block_size: NonNegativeInt = option("most tokens a row; 0: by the data", demo=256, card=1024, gpt2=1024, finetune=0)
     packing: Switch = option("completion and chat: several examples in a row, hidden from one another", False)
 

@@ -164,7 +164,7 @@ def test_yaml_gives_the_settings_of_its_flags_which_win_over_it_as_a_second_file
         ("mode: full\nprompt: {a}", ', line 2: prompt: YAML reads {a} as a mapping; write prompt: "{a}"'),
         ("? [a, b]\n: 1", ", line 1: expected lines like `lr: 1e-4`, or a run.json"),
         ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
-        ("lr: 1\nlr: 2", ", line 2: lr stands there twice"),
+        ("lr: 1\nlr: 2", ", line 2: lr is given twice"),
         ("mode: full\nseed: !!python/object/apply:os.getpid []", None),  # no tag is looked at
     ],
 )

@@ -174,7 +174,7 @@ def test_a_yaml_file_of_trl_is_taken_as_it_is(tmp_path):
         ("--peft_use_dora False", ["--peft_use_dora False: leave it out; --adapter dora would turn it on"]),
         ("--lr_scheduler_typ polynomial", ["--lr_scheduler_typ polynomial: did you mean --schedule?"]),
         ("--learning_rate --dataset_name", ["--dataset_name: expected one argument", "--lr: expected one argument"]),
-        ("--data A=0.7 --data B=0.3", ["--data: stands there 2 times; expected once, several with w"]),
+        ("--data A=0.7 --data B=0.3", ["--data: given 2 times; expected once, several with w"]),
         ("--frobnicate 3", ["--frobnicate 3: unknown flag (--help lists the flags)"]),
         (
             '--mode lora --peft-config {"peft_type":"VERA"} --lora-rank 4 --warmup-steps 1 --warmup-ratio 0.1',

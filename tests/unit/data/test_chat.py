@@ -199,7 +199,7 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character"),
         ({"messages": [{**TURNS[1], "weight": 2}]}, "has 2 as weight, expected 0 (context) or 1"),
         ({"messages": TURNS, "tools": 3}, "column 'tools' holds 3, expected a list of tools"),
-        ({"messages": '[{"role": "user", "role": "assistant"}]'}, "is not JSON (the key 'role' stands twice in an"),
+        ({"messages": '[{"role": "user", "role": "assistant"}]'}, "is not JSON (the key 'role' occurs twice in an"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "is from 'alien', expected one from human, gpt"),
     ],
 )

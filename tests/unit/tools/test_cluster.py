@@ -139,7 +139,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         ([], ["--slurm", "--hosts"]),
         (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm: expected --nodes N and --ranks-per-node N"]),
         ([*SLURM_FLAGS, "--nodes", "5"], ["--global-batch 6: expected a multiple of 15 (micro-batch 1 x 15 ranks)"]),
-        ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch: go with --slurm"]),
+        ([*SSH_FLAGS, "--sbatch", "qos=high"], ["--sbatch: only with --slurm"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SLURM_FLAGS, "--sbatch", "nodes=3"], ["--sbatch: nodes=3", "cluster.py sets nodes itself"]),
         ([*SLURM_FLAGS, "--sbatch", "exp=NONE"], ["--sbatch: exp=NONE", "cluster.py sets exp itself"]),
