@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from trainer.report.comparable import SeedGroup
-from trainer.report.interval import SampleSize, plan_sample_size
+from trainer.report.interval import MAX_PLANNED_SEEDS, SampleSize, plan_sample_size
 from trainer.report.judge import FullVsLora, StudyContext, are_near_zero
 from trainer.report.run_data import LOSS
 
 MIN_SHRINK = 0.8  # longer training is advised where the gap fell under this share of the shorter runs' gap
 RANK_FACTOR = 4
+REPEAT_LOWER = "Repeat all seeds at that lower rate."
 
 
 def next_step(
@@ -36,11 +37,11 @@ def next_step(
     if pair.answer == "good enough":
         return "Use LoRA if its memory or its small files help you; launch/export.py publishes it."
     if pair.answer == "not ranked":
-        is_diverged = any(group.divergence for group in (pair.full, pair.lora))
-        repeat = "all seeds at that lower rate" if is_diverged else "one of them, so that only the method differs"
+        if any(group.divergence for group in (pair.full, pair.lora)):
+            return REPEAT_LOWER
         if not pair.are_records_new:
-            repeat = "both with evaluation records that training does not see"
-        return f"Repeat {repeat}."
+            return "Repeat both with evaluation records that training does not see."
+        return "Repeat one of them, so that only the method differs."
     if pair.answer == "worse":
         return _advise_worse(pair, {group.lr for group in lora_groups}, study)
     if pair.is_judged:
@@ -49,9 +50,25 @@ def next_step(
         return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
     if pair.excess is None:
         return "Compare folders of runs on equal data, with their eval_records/: single records decide."
-    if needed_sample(pair).num_seeds is not None:
+    needed = needed_sample(pair)
+    if needed.num_seeds is not None:
         return "Start a study with more --seeds." if study else "Repeat both with more seeds, and compare all at once."
+    if needed.num_units is None and needed.floor < abs((pair.contrast or pair.excess).estimate):
+        return "Choose by memory and time: the difference is too near the margin for seeds or records to tell."
     return "Give more test records (--test-data or --test-fraction), or accept a larger --margin before the runs."
+
+
+def advise_unpaired(groups: Sequence[SeedGroup]) -> str:
+    """The same where these groups have no full run and LoRA run to compare."""
+    if any(group.divergence for group in groups):
+        return REPEAT_LOWER
+    modes = {group.mode for group in groups if group.finished_runs}
+    if len(modes) == 2:
+        return "Repeat one of them on the other's data, with its split and tokenizer."
+    if modes == {group.mode for group in groups}:
+        other = "lora" if modes == {"full"} else "full"
+        return f"Train with --mode {other} too, with the other flags as they were, and compare both."
+    return "Let the runs end (--resume continues one that was stopped), and compare them again."
 
 
 def _advise_worse(pair: FullVsLora, lora_rates: set[float], study: StudyContext | None) -> str:
@@ -107,7 +124,10 @@ def describe_needed_sample(pair: FullVsLora) -> str:
     needed, unit_name = needed_sample(pair), pair.judged.unit_name if pair.judged else "validation records"
     if needed.num_seeds is not None:
         return f"at least {needed.num_seeds} seeds are needed"
-    amount = f"{needed.floor:.4f}" if pair.margin.measure == LOSS else f"{needed.floor:.1f} points"
+    if needed.floor < abs((pair.contrast or pair.excess).estimate):
+        records = f", or at least {needed.num_units:,} {unit_name}," if needed.num_units else ""
+        return f"more than {MAX_PLANNED_SEEDS} seeds{records} are needed"
+    amount = f"{needed.floor:.2g}" if pair.margin.measure == LOSS else f"{needed.floor:.1f} points"
     floor = f"with these {unit_name} no number of seeds resolves less than ±{amount}"
     number = f"at least {needed.num_units:,}" if needed.num_units and pair.excess.num_seeds > 1 else "more"
     return f"{floor}: {number} {unit_name} are needed"

@@ -2,10 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
+
+import numpy as np
 
 from trainer.config import reference
 from trainer.config.files import name_data
@@ -44,8 +46,9 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "data.source": name_data,
     "model.name": lambda value: PurePosixPath(value).name,
     "settings.lora.adapter": str,
-    "settings.lora.peft_config": lambda value: json.loads(value)["peft_type"] if value else "by our flags",
-    "settings.model.quant": str,
+    "settings.lora.peft_config": lambda value: _describe_peft_config(json.loads(value)),
+    "settings.model.quant": "on {} weights".format,
+    "settings.model.quant_double": lambda is_double: f"scales in {8 if is_double else 32} bits",
     "settings.train.optim": str,
     "resolved.lr": "lr {:.3g}".format,
     "settings.lora.rank": "rank {}".format,
@@ -70,6 +73,7 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "resolved.ds_config": str,
 }
 _ADAPTER_DEFAULTS = {f"settings.lora.{name}": value for name, value in vars(LoraSettings()).items()}
+_ADAPTER_DEFAULTS |= {"settings.model.quant": None, "settings.model.quant_double": False}
 Item = TypeVar("Item")
 
 
@@ -89,6 +93,7 @@ def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
     if full.is_judged:
         return []
     facts, other_facts = _ranking_facts(full), _ranking_facts(lora)
+    depend_on_the_end = ("tokens seen", "judged weights")
     is_early_stop_of_one_plan = bool(full.summary.get("early_stop") or lora.summary.get("early_stop")) and (
         full.get("resolved.total_steps") == lora.get("resolved.total_steps") is not None
     )
@@ -98,7 +103,7 @@ def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
             continue  # two folders of the same weights
         if value is None or other_facts[name] is None:
             reasons.append(f"{name} unknown")
-        elif value != other_facts[name] and not (name == "tokens seen" and is_early_stop_of_one_plan):
+        elif value != other_facts[name] and not (name in depend_on_the_end and is_early_stop_of_one_plan):
             reasons.append(f"other {name} ({_shorten(other_facts[name])} against {_shorten(value)})")
     return reasons
 
@@ -108,7 +113,13 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
     seed, init = run.get("settings.train.seed"), run.get("settings.model.init")
     ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
     tokens = max((end for end in ends if end == end), default=None)
-    train = run.get("settings.train") or {}
+    train, output = run.get("settings.train") or {}, run.get("settings.output") or {}
+    patience, early_stop = train.get("early_stop"), "none"
+    if patience:
+        early_stop = f"after {patience} evaluations, every {output.get('eval_every')}"
+    judged = f"best of {np.sum(run.evals['step'] > 0)} evaluated"
+    if run.get("data.test.records") and output.get("export") == "last":
+        judged = "last"
     optimizer = str(train.get("optim")).removesuffix("_fused")
     return {
         "base model": PurePosixPath(run.get("model.name")).name,
@@ -116,7 +127,8 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "base weights": f"random, seed {seed}" if init == "random" else run.get("model.fingerprint"),
         "tokens seen": None if tokens is None else f"{tokens:,.0f}",
         "batch": run.get("resolved.global_batch"),
-        "data order": f"seed {seed}" + (", packed" if run.get("settings.data.packing") else ""),
+        "data order": f"seed {seed}",
+        "packing": "several examples a row" if run.get("settings.data.packing") else "one example a row",
         "precision": run.get("resolved.precision"),
         "schedule": f"{train.get('schedule')} to {train.get('min_lr')}",
         "warm-up": f"{run.get('resolved.warmup_steps')} steps",
@@ -125,6 +137,8 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
         "dropout": run.get("resolved.dropout"),
         "label smoothing": train.get("label_smoothing"),
+        "early stop": early_stop,
+        "judged weights": judged,
     }
 
 
@@ -147,7 +161,7 @@ def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -
 
 def _shorten(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
+    return text if len(text) <= 40 else text[:12] + "..."  # a hash
 
 
 @dataclass(frozen=True)
@@ -212,16 +226,25 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
         runs_by_key.setdefault(repr((settings, [run.get(path) for path in _GROUPING_PATHS])), []).append(run)
     groups = sorted(runs_by_key.values(), key=lambda members: members[0].mode)
     labels = []
-    for run, *_ in groups:  # its mode, with what tells it apart from others of the mode, and unusual adapter settings
-        peers = [other for other, *_ in groups if other.mode == run.mode]
-        parts = []
-        for path, format_value in _LABEL_FORMATS.items():
-            value = tuple(value) if isinstance(value := run.get(path), list) else value
-            is_unusual = run.mode == "lora" and value != _ADAPTER_DEFAULTS.get(path, value)
-            if value is not None and (is_unusual or len({repr(peer.get(path)) for peer in peers}) > 1):
-                parts.append(format_value(value))
+    for run, *_ in groups:
+        parts = label_parts(run, [other for other, *_ in groups if other.mode == run.mode])
         labels.append(MODE_NAMES[run.mode] + (f" ({', '.join(parts)})" if parts else ""))
     return [
         SeedGroup(label if labels.count(label) == 1 else f"{label}: {members[0].name}", members[0].mode, tuple(members))
         for label, members in zip(labels, groups, strict=True)
     ]
+
+
+def label_parts(run: RunData, peers: Sequence[RunData] = ()) -> list[str]:
+    """What tells a run apart from others of its mode, and its unusual adapter settings."""
+    parts = []
+    for path, format_value in _LABEL_FORMATS.items():
+        value = tuple(value) if isinstance(value := run.get(path), list) else value
+        is_unusual = run.mode == "lora" and value != _ADAPTER_DEFAULTS.get(path, value)
+        if value is not None and (is_unusual or len({repr(peer.get(path)) for peer in peers}) > 1):
+            parts.append(format_value(value))
+    return parts
+
+
+def _describe_peft_config(config: Mapping[str, Any]) -> str:
+    return f"{config['peft_type']}" + (f" of rank {config['r']}" if config.get("r") else "")

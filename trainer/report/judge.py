@@ -247,6 +247,9 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin, study: Stud
             ", ".join(str(run.get("settings.train.seed")) for run in group.finished_runs) for group in (lora, full)
         ]
         reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
+    if margin.measure != LOSS:
+        limits = [group.runs[0].get("settings.output.score_tokens") for group in (lora, full)]
+        reasons += [f"other length of scored texts ({limits[0]} against {limits[1]})"] * (limits[0] != limits[1])
     reasons += [group.divergence for group in (full, lora) if group.divergence]
     trainable = [group.runs[0].get("model.trainable") for group in (full, lora)]
     # runs' own clocks hold whatever else the machine did: 0.98 and 1.14 of equals

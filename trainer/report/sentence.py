@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from trainer.config.text import capitalize, format_bytes, format_percent, join_words, shorten
-from trainer.report.advice import describe_needed_sample, next_step
+from trainer.report.advice import advise_unpaired, describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
 from trainer.report.judge import FullVsLora, Margin, StudyContext, compare_sets
-from trainer.report.run_data import LOSS, SPLIT_NAMES, UNIT
+from trainer.report.run_data import LOSS, UNIT
 
 INTERVAL_RULE = (
     f"[a, b] is a {100 * LEVEL:.3g} % interval over seeds and evaluation records taken as crossed random effects, from "
@@ -97,7 +97,7 @@ def build_verdict(groups: Sequence[SeedGroup], margin: Margin, study: StudyConte
         answer=comparisons[0].answer if comparisons else "not ranked" if is_refused else None,
         sentence=" ".join(sentences),
         statement=statements[0],
-        next_step=next_step(*sets[0], study) if sets else "",
+        next_step=next_step(*sets[0], study) if sets else advise_unpaired(groups),
         headlines=_build_headlines(comparisons[0]) if comparisons else (),
         details=tuple(details),
         comparisons=tuple(comparisons),
@@ -213,9 +213,9 @@ def _describe_scope(
         alone = sorted({str(run.get("settings.train.seed")) for run in group.finished_runs} - set(seeds))
         if alone:
             scope += f"; of {group.name} without a partner: seeds {', '.join(alone)}"
+        if num_again := len(group.finished_runs) - len({run.get("settings.train.seed") for run in group.finished_runs}):
+            scope += f"; runs of {group.name} left out, as another has their seed: {num_again}"
     full_run, lora_run = pair.full.runs[0], pair.lora.runs[0]
-    if quant := lora_run.get("settings.model.quant"):
-        scope += f"; LoRA on {quant} weights"
     sizes = [f"{run.get('resolved.micro_batch')} on {run.get('resolved.ranks')}" for run in (lora_run, full_run)]
     if sizes[0] != sizes[1] and (full_run.get("resolved.dropout") or lora_run.get("settings.lora.dropout")):
         scope += f"; dropout drew other masks (micro-batch {sizes[0]} against {sizes[1]} ranks)"
@@ -259,7 +259,7 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         return ()
     judged, base = pair.judged, pair.base_loss
     unit, full, lora = pair.losses.unit if pair.losses else UNIT, pair.full.name, pair.lora.name
-    where = f"{unit} on {SPLIT_NAMES[pair.losses.split if pair.losses else 'val']} records"
+    where = f"{unit} on {pair.losses.unit_name if pair.losses else 'validation records'}"
     before = "" if base is None else f"{base:.4f} → "
     headlines = [Headline("Loss", f"{before}{pair.full_loss:.4f} ({full}), {pair.lora_loss:.4f} ({lora})", where)]
     if judged is not None and judged.measure != LOSS:

@@ -97,7 +97,7 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read_and_told_ap
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval_records/step-000090-val.parquet"])
 def test_what_is_no_plain_file_in_a_run_folder_is_one_line_and_never_waited_for(tmp_path: Path, make, name) -> None:
-    folder = make_run_folder(tmp_path / "run", "lora")
+    folder = make_run_folder(tmp_path / "run", "lora", losses={0: 4.0, 3: 2.0})
     good = make_run_folder(tmp_path / "good", losses={0: 4.0, 3: 2.0})
     write_eval_records(good, {90: [2.0] * 9}, targets=[5] * 9)
     write_eval_records(folder, {0: [4.0] * 9}, targets=[5] * 9)

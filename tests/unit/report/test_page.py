@@ -98,6 +98,7 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
         assert not differences & set(re.findall(r"(?<!\d)\d\.\d{4}", files[name])), name
     page = files["report.html"]
     assert "not comparable with one another (other data)" in page
+    assert "Repeat one of them on the other&#39;s data" in page
     assert "unknown of the card" in page.lower()
     assert "0123456789ab…" in page
     assert "0123456789abc" not in page, "a fingerprint is short"

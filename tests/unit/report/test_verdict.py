@@ -71,6 +71,7 @@ BYTES = worse(bytes_per_target=3)  # 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 
         ({**FEW, "excess": 0.01}, "2%", "good enough", "within the margin of 2 % of what full gained (0.0"),
         (BY_SEEDS, "2%", "cannot tell", "seeds are needed"),
         (BY_RECORDS, "1e-4nats", "cannot tell", "validation blocks no number of seeds resolves less than ±0."),
+        ({**BY_SEEDS, "excess": 0.043, "seed_sd": 0.01, "unit_sd": 0.0}, "2%", "cannot tell", "more than 64 seeds are"),
         ({"num_seeds": 2, "excess": 0.2}, "2%", "worse", "Provisionally, with 2 seeds, LoRA"),
         (BYTES, "0.24bpb", "good enough", "within the margin of 0.24 bits per byte"),
         (BYTES, "0.048bpb", "worse", "more than the margin of 0.048 bits per byte"),
@@ -143,6 +144,9 @@ def test_other_records_edited_ones_or_those_of_one_meaning_give_no_interval(make
         ({"settings__train__weight_decay": 0.3}, "other weight decay (0.3 against 0.0)"),
         ({"settings__train__optim": "adamw8bit"}, "other optimizer (adamw8bit 0"),
         ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
+        ({"settings__data__packing": True}, "other packing (several examples a row against one example a row)"),
+        ({"settings__train__early_stop": 3}, "other early stop (after 3 evaluations, every epoch against none)"),
+        ({"data__test": {"records": 9}}, "other judged weights (last against best of 1 evaluated)"),
         ({"seed": 43}, "other data order (seeds 43 against 42)"),
         ({"losses": [4.0, 3.0, 2.5]}, "other tokens seen (122,880 against 61,440)"),
         ({"data__num_seen": {"val": 90}}, "90 of 100 validation records are not new"),
@@ -160,9 +164,10 @@ def test_runs_that_started_or_saw_something_else_are_not_ranked(
 
 def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: MakeRun) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.02)
-    more = [make_run("full", [4.0, 2.0], seed=seed) for seed in (7, 8)]
+    more = [make_run("full", [4.0, 2.0], seed=seed) for seed in (7, 8, 8)]
     verdict = judge_runs(*runs, *more)
-    assert "; of full without a partner: seeds 7, 8; one rate" in verdict.sentence
+    said = "; of full without a partner: seeds 7, 8; runs of full left out, as another has their seed: 1; one rate"
+    assert said in verdict.sentence
     table = build_epoch_table(group_by_seed([*runs, *more]), False, verdict.primary)
     assert table.headings[2:5] == ["full, n = 3", "LoRA, n = 3", "LoRA − full"], "paired ones alone"
     long = make_run("full", [4.0, 2.0])
@@ -189,6 +194,7 @@ def test_a_seed_that_diverged_or_has_no_partner_is_in_the_sentence(make_run: Mak
 def test_the_sentence_names_what_adapters_masks_and_margin_have_of_their_own(make_run: MakeRun) -> None:
     adapter = {"adapter": "dora", "alpha": 8.0, "dropout": 0.1, "target_modules": ["mlp"]}
     other = {f"settings__lora__{name}": value for name, value in adapter.items()}
+    other |= {"settings__model__quant": "nf4", "settings__model__quant_double": True}
     records = [
         make_run(
             mode, [4.0, 2.0], record_losses={30: losses}, record_options={"targets": TARGETS.tolist()}, **overrides
@@ -200,7 +206,7 @@ def test_the_sentence_names_what_adapters_masks_and_margin_have_of_their_own(mak
     ]
     sentence = judge_runs(*records, margin=parse_margin("1nats")).sentence
     for said in (
-        "LoRA (dora, alpha 8, LoRA dropout 0.1, on mlp, rank 8, lr 0.005) is good enough",
+        "LoRA (dora, on nf4 weights, scales in 8 bits, alpha 8, LoRA dropout 0.1, on mlp, rank 8, lr 0.005) is good",
         "; dropout drew other masks (micro-batch 2 on 1 against 8 on 1 ranks)",
         "; the margin was chosen after the runs; one rate of full was tried",
     ):
@@ -266,9 +272,12 @@ def test_unfinished_runs_are_left_out_and_one_killed_after_its_last_evaluation_c
     make_run: MakeRun,
 ) -> None:
     alone = "LoRA: validation loss 4.5000 at best; there is no finished full run to compare with."
-    assert judge_runs(make_run("lora", [4.0, 4.5])).sentence == alone
+    verdict = judge_runs(make_run("lora", [4.0, 4.5]))
+    assert (verdict.sentence, verdict.next_step[:28]) == (alone, "Train with --mode full too, ")
     going = make_run("lora", [4.0, 3.0, 2.5], how={"finished": False})
-    assert judge_runs(going).sentence == "No run is finished and evaluated, so there is nothing to compare yet."
+    verdict = judge_runs(going)
+    assert verdict.sentence == "No run is finished and evaluated, so there is nothing to compare yet."
+    assert verdict.next_step.startswith("Let the runs end (--resume ")
     sentence = judge_runs(make_run("full", [4.0, 2.0]), going).sentence
     assert sentence.endswith(" Not counted, as without an end or an evaluation: 1.")
     full, lora = make_study(make_run, num_seeds=1, excess=0.2)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from trainer.config.errors import UserError
 from trainer.config.text import capitalize
-from trainer.report.comparable import SeedGroup
+from trainer.report.comparable import SeedGroup, label_parts
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.interval import (
     LEVEL,
@@ -61,8 +61,7 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[Candidat
     for candidate, members in runs.items():
         label, get = "full", members[0].get
         if candidate.method == "lora":
-            kind = "" if get("settings.lora.adapter") in ("lora", None) else f"{get('settings.lora.adapter')}, "
-            label = f"LoRA ({kind}rank {candidate.lora_rank})"
+            label = f"LoRA ({', '.join(dict.fromkeys([*label_parts(members[0]), f'rank {candidate.lora_rank}']))})"
             if config := get("settings.lora.peft_config"):
                 label = f"LoRA's place: {json.loads(config)['peft_type']}, --peft-config"
         groups[candidate] = SeedGroup(label, members[0].mode, tuple(members))
