@@ -47,7 +47,7 @@ def next_step(
     if pair.is_judged:
         return "Give more records, or more seeds of each (NAME=MODEL,MODEL), and judge again."
     if pair.doubt:
-        return "Read the records that decide (below), and give more test records: --test-data or --test-fraction."
+        return "Read the records that decide (the report names them), and give more: --test-data or --test-fraction."
     if pair.excess is None:
         return "Compare folders of runs on equal data, with their eval_records/: single records decide."
     needed = needed_sample(pair)

@@ -276,6 +276,9 @@ def _build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         headlines.append(Headline("Memory", f"{memory.ratio:.2f}x", values))
     if pair.parameters is not None:
         headlines.append(Headline("Trained weights", format_percent(pair.parameters), "LoRA's, of full's"))
+    if judged is not None and judged.measure == LOSS and pair.excess is not None:
+        note = f"of {len(judged.units):,} {judged.unit_name}; a tenth has {pair.excess.top_tenth:.0%} of the spread"
+        headlines.append(Headline("Effective records", f"{pair.excess.effective_units:,.0f}", note))
     return tuple(headlines)
 
 
@@ -304,11 +307,7 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
         )
     if judged.measure == LOSS:
         records = ", ".join(f"{shorten(name, 24)} ({excess:+.4f})" for name, excess in pair.decisive)
-        lines.append(
-            f"{len(judged.units):,} {judged.unit_name} count for {pair.excess.effective_units:,.0f} equal ones, "
-            f"a tenth of them has {pair.excess.top_tenth:.0%} of the spread; {pair.lora.name}'s excess ({unit}) where "
-            f"it counts most: {records}."
-        )
+        lines.append(f"{pair.lora.name}'s excess ({unit}) where it counts most: {records}.")
     return lines
 
 
