@@ -1,5 +1,6 @@
 """The comparison as a W&B Report, with the card as a run, and real runs there, by the real client in processes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from helpers import launch_ranks
 from helpers.fake_runs import make_run_folder
 from helpers.fake_wandb import ENTITY, FakeWandb, child_env
 from helpers.tiny_inputs import tiny_argv
+from transformers.integrations.integration_utils import rewrite_logs
 
 from trainer.config import reference
 from trainer.report.run_data import read_folder
@@ -47,15 +49,18 @@ def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(ser
 
 
 LOG_CODE = """
-import sys, wandb
-from transformers.integrations.integration_utils import rewrite_logs
-run = wandb.init(project="p", id=sys.argv[1])
-logs = [{"loss": 4 - n / 9, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": n / 9, "step": 10 * n} for n in (1, 9)]
-for log in [*logs, {"eval_loss": 2.25, "eval_runtime": 1.0, "epoch": 1.0, "step": 90}]:
-    row = rewrite_logs({key: value for key, value in log.items() if key != "step"})
-    old = {"val/loss": 1.0} if sys.argv[1] == "old" else {}
-    run.log({**row, **old, "train/global_step": log["step"]})
-run.finish()
+import json, sys, wandb
+for name, old in (("theirs", {}), ("old", {"val/loss": 1.0})):
+    run = wandb.init(project="p", id=name)
+    for row in json.loads(sys.argv[1]):
+        run.log(row | old)
+    run.finish()
+"""
+#: several comparisons in one process, which takes seconds to start; each argument is a command line
+COMPARE_CODE = """
+import runpy, sys
+main = runpy.run_path(sys.argv[1])["main"]
+print([main(line.split()) for line in sys.argv[2:]])
 """
 
 
@@ -64,16 +69,17 @@ def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_
 ) -> None:
     for mode in ("full", "lora"):
         make_run_folder(tmp_path / mode, mode)
-    for name in ("theirs", "old"):
-        process = run_python(tmp_path, "-c", LOG_CODE, name, server=server)
-        assert process.returncode == 0, process.stderr
-    for name, message in (("old", "has keys of an older version (val/loss)"), ("gone", "W&B does not give it: ")):
-        process = run_python(tmp_path, SCRIPT, "full", f"{ENTITY}/p/{name}", server=server)
-        assert process.returncode == 2
-        assert f"error: {ENTITY}/p/{name}: {message}" in process.stderr
-        assert "Traceback" not in process.stderr
-    process = run_python(tmp_path, SCRIPT, "full", "lora", f"{ENTITY}/p/theirs", server=server)
+    logs = [{"loss": 4 - n / 9, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": n / 9} for n in (1, 9)]
+    logs.append({"eval_loss": 2.25, "eval_runtime": 1.0, "epoch": 1.0})
+    rows = [rewrite_logs(log) | {"train/global_step": step} for step, log in zip((10, 90, 90), logs, strict=True)]
+    process = run_python(tmp_path, "-c", LOG_CODE, json.dumps(rows), server=server)
     assert process.returncode == 0, process.stderr
+    lines = [f"full {ENTITY}/p/old", f"full {ENTITY}/p/gone", f"full lora {ENTITY}/p/theirs"]
+    process = run_python(tmp_path, "-c", COMPARE_CODE, SCRIPT, *lines, server=server)
+    assert process.stdout.endswith("\n[2, 2, 0]\n"), process.stderr
+    old, gone = process.stderr.splitlines()
+    assert old.startswith(f"error: {ENTITY}/p/old: has keys of an older version (val/loss)")
+    assert gone.startswith(f"error: {ENTITY}/p/gone: W&B does not give it: ")
     name = server.runs["theirs"].fields.get("displayName", "theirs")
     assert f"{name} is a run of Hugging Face's Trainer: plotted, never ranked." in process.stdout
     page = (tmp_path / "comparison" / "report.html").read_text()
