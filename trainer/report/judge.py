@@ -16,13 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
-from trainer.report.comparable import (
-    MODE_NAMES,
-    SeedGroup,
-    comparable_sets,
-    comparison_blockers,
-    ranking_blockers,
-)
+from trainer.report.comparable import MODE_NAMES, SeedGroup, comparable_sets, comparison_blockers, ranking_blockers
 from trainer.report.interval import (
     MIN_UNITS,
     Matrix,

@@ -30,14 +30,12 @@ from trainer.report.sentence import Verdict, build_verdict
 from trainer.report.tables import (
     REFERENCE_LABEL,
     Table,
-    build_diagnostics_table,
     build_epoch_table,
     build_run_tables,
     build_samples,
     build_settings_tables,
 )
 
-SAMPLES_NOTE = "Completed greedily, the likeliest token each time; base: before the first step."
 #: by answer: class, mark and words of the first line
 JUDGEMENTS = {
     "better": ("good", "✓", "{} was better"),
@@ -111,7 +109,11 @@ def compare(
         by_epoch=models or build_epoch_table(groups, with_reference, verdict.primary),
         by_run=() if models else build_run_tables(runs),
         settings=build_settings_tables(groups, with_reference),
-        diagnosis=build_diagnostics_table(runs),
+        diagnosis=Table(
+            title="Diagnosis",
+            headings=["run", "at step", "what it noticed, the likely cause, and what to try"],
+            rows=[(run.name, f"{step:,.0f}", line) for run in runs for step, line in run.diagnostics],
+        ),
         samples=build_samples(groups),
     )
 
@@ -206,7 +208,6 @@ def render_html(comparison: Comparison) -> str:
         tiles=verdict.headlines[1:],
         claim=capitalize(verdict.statement.claim),
         others=verdict.sentence.removeprefix(str(verdict.statement)),
-        samples_note=SAMPLES_NOTE,
         pictures=pictures,
         plots=other_plots,
         modes=modes | {REFERENCE_LABEL: "card"},

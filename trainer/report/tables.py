@@ -161,12 +161,6 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
     return tables
 
 
-def build_diagnostics_table(runs: Sequence[RunData]) -> Table:
-    headings = ["run", "at step", "what it noticed, the likely cause, and what to try"]
-    rows = [[run.name, f"{step:,.0f}", line] for run in runs for step, line in run.diagnostics]
-    return Table(title="Diagnosis", headings=headings, rows=rows)
-
-
 def build_samples(groups: Sequence[SeedGroup]) -> dict[str, dict[str, str]]:
     """{validation prompt: {name: text}}: its reference, and what each base and the first run of each group, at its last
     evaluation, made of it."""
