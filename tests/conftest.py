@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from helpers.gpu_visibility import hide_gpus
 gc.disable()  # until all is imported, which makes many objects and no garbage
 hide_gpus()  # before anything is imported that counts them, and before the server that ranks are forked from
 from trainer.distributed.launch_environment import set_library_environment, without_launcher  # noqa: E402
+from trainer.tracking.silence import silence_libraries  # noqa: E402
 
 set_library_environment()  # as each program does
+silence_libraries()  # before they are imported, here and by the server
 from helpers.tiny_inputs import make_tiny_gpt2, write_records  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +28,13 @@ def pytest_xdist_auto_num_workers() -> Iterator[int]:
     """One more than there are cores: while a test waits for what it has stopped, frozen or killed, another goes on."""
     count = yield
     return count if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else count + 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where most tests need ranks, the server of this worker is forked before there are threads and filters."""
+    is_worker = hasattr(config, "workerinput") or not config.getoption("numprocesses")
+    if is_worker and not all("unit" in Path(name).parts for name in config.args):
+        import_module("helpers.launch_ranks").fork_server()
 
 
 def pytest_collection_finish() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers.launch_ranks import _run_worker, make_process, run_train_script
+from helpers.launch_ranks import _run_worker, make_process, run_train_script, session_environ
 from helpers.process_groups import Ranks, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ class Hosts:
             if with_srun
             else {"WORLD_SIZE": size, "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500"}
         )
-        shared = {**launch, **ENVIRON}
+        shared = {**launch, **ENVIRON, **session_environ()}
         logs_of_ranks = [logs / f"rank-{rank}" for rank in range(len(ranks))]
         processes = [
             make_process(target=_enter_host, args=(self.pids[name], {**shared, rank_name: str(rank)}, str(log), flags))

@@ -3,12 +3,15 @@ They are forked from a server that has imported the heavy packages once, so a ru
 under the real `deepspeed` command in distributed/test_launch.py."""
 
 import contextlib
+import importlib
+import itertools
 import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,27 @@ def make_process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProce
     return MP_CONTEXT.Process(target=target, args=args)
 
 
+def fork_server() -> None:
+    """Start the server as a fork of this process, which needs the same imports: they take eight seconds."""
+    importlib.import_module("helpers.preload")
+
+    def fork(_: Any, args: list[Any], descriptors: list[int]) -> int:
+        if pid := os.fork():
+            return pid
+        try:
+            for before, after in itertools.pairwise([2, *sorted(descriptors), 2**16]):
+                os.closerange(before + 1, after)
+            importlib.reload(warnings)  # Python's own filters in place of pytest's
+            exec(args[-1])
+        finally:
+            os._exit(0)
+
+    resource_tracker.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(util, "spawnv_passfds", fork)
+        forkserver.ensure_running()
+
+
 def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
@@ -47,7 +71,13 @@ def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
+        **session_environ(),
     }
+
+
+def session_environ() -> dict[str, str]:
+    """What came after the server."""
+    return {name: os.environ[name] for name in ("TRAINER_CACHE",) if name in os.environ}
 
 
 def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -3,11 +3,13 @@
 import gc
 import importlib
 import os
+from pathlib import Path
 
-_, _, path = os.environ["PYTHONPATH"].partition(os.pathsep)  # the server alone has the tests' folder in front
-os.environ["PYTHONPATH"] = path
-if not path:
-    del os.environ["PYTHONPATH"]
+first, _, path = os.environ.get("PYTHONPATH", "").partition(os.pathsep)
+if first == str(Path(__file__).parents[1]):  # the server alone has the tests' folder in front
+    os.environ["PYTHONPATH"] = path
+    if not path:
+        del os.environ["PYTHONPATH"]
 
 gc.disable()  # what is imported stays; and a rank that looked through it would copy its pages
 MODULES = [
