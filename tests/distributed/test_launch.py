@@ -3,31 +3,12 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, run_train_script, train
+from helpers.launch_ranks import run_on_ranks, run_train_script, train
+from helpers.process_groups import LaunchedRun
 from helpers.tiny_inputs import tiny_argv
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_launcher(launcher: list[str], *flags: str, cwd: Path, timeout_seconds: int = 240) -> tuple[int, str]:
-    """(exit code, output) of a launcher on launch/train.py; whatever hangs is killed with all that it started."""
-    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{environ['PATH']}"}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [*launcher, TRAIN_SCRIPT, *flags]
-    process = subprocess.Popen(command, cwd=cwd, env=environ, text=True, start_new_session=True, **streams)
-    try:
-        output, _ = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"no end after {timeout_seconds} s:\n{process.communicate()[0]}")
-    return process.returncode, output
 
 
 def run_without_login(cwd: str, argv: list[str]) -> int:
@@ -43,10 +24,6 @@ def run_forked(argv: list[str], cwd: Path) -> tuple[int, str]:
     """(exit code, output) of launch/train.py in a forked process: a fresh one takes seconds to import."""
     code = run_on_ranks(1, run_without_login, str(cwd), argv, log=cwd / "log")
     return code, (cwd / "log").read_text()
-
-
-def deepspeed_argv(num_ranks: int) -> list[str]:
-    return [str(BIN_DIR / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(find_free_port())]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +43,10 @@ def read_losses(out: Path) -> list[float]:
 )
 def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, num_ranks, argv, tmp_path):
     """`deepspeed` starts two ranks in faults/test_kills.py, torchrun some over ssh in faults/test_hosts.py."""
-    torchrun = [str(BIN_DIR / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", str(find_free_port())]
-    command = {"deepspeed": deepspeed_argv(num_ranks), "torchrun": torchrun, "python": [sys.executable]}[launcher]
     flags = ["--mode", "lora", *argv, "--export", "none"]
-    code, output = run_launcher(command, *flags, "--output-dir", "run", cwd=tmp_path)
-    assert code == 0, output
+    run = LaunchedRun(launcher, flags, out=tmp_path / "run", num_ranks=num_ranks)
+    assert run.wait(240) == [0], run.output
+    output = run.output
     assert output.count("done    3 steps in ") == 1, "one voice, whatever the number of ranks"
     assert output.index("Loading PyTorch") < output.index("What is trained") < output.index("next ")
     assert "Traceback" not in output
@@ -83,12 +59,12 @@ def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, num_ra
 
 @pytest.mark.slow
 def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tmp_path):
-    code, output = run_launcher(deepspeed_argv(2), "--mode", "full", *argv, "--lr", "-1", cwd=tmp_path)
-    assert code == 2, output
-    assert output.count("error: ") == 1
-    assert "--lr -1" in output
-    assert "Traceback" not in output
-    assert not (tmp_path / "runs").exists(), "nothing was begun"
+    run = LaunchedRun("deepspeed", ["--mode", "full", *argv, "--lr", "-1"], out=tmp_path / "run")
+    assert run.wait(240) == [2], run.output
+    assert run.output.count("error: ") == 1
+    assert "--lr -1" in run.output
+    assert "Traceback" not in run.output
+    assert not run.out.exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers.hosts import ROOT, SSHD, Hosts, RanksOnHosts, run_tool, started_hosts
+from helpers.launch_ranks import train
 from helpers.process_groups import last_logged_step, read_events, read_records, read_reproducible_records, wait_until
 from helpers.tiny_inputs import tiny_argv, write_records
 
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.training.checkpoint import resolve_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -102,6 +104,18 @@ def test_only_rank_0s_host_needs_the_run_folder(flags, hosts, private, tmp_path)
     assert run.wait() == [2, 2]
     place = f"the run in {private}/run is on h2, and rank 0 on h1 has none there"
     assert run.error_line.endswith(f"{place}; name its host first, or another --output-dir")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("zero", DS_CONFIG_NAMES)
+def test_ranks_on_any_hosts_have_the_same_numbers(zero, flags, hosts, tmp_path):
+    argv = [*flags, "--ds-config", zero, "--max-steps", "3", "--export", "none"]
+    train(argv, out=tmp_path / "here", world_size=3)
+    for ranks in (("h1", "h2", "h3"), ("h1", "h1", "h2")):
+        out = tmp_path / "-".join(ranks)
+        run = hosts.train([*argv, "--output-dir", str(out)], tmp_path / f"logs-{ranks[-1]}", ranks=ranks)
+        assert run.wait() == [0] * 3, run.output
+        assert read_reproducible_records(out) == read_reproducible_records(tmp_path / "here")
 
 
 def power_off(hosts: Hosts, run: RanksOnHosts) -> None:

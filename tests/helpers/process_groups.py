@@ -132,14 +132,16 @@ def run_to_error(flags: list[str], *, out: Path, fault: Fault | None = None, exi
 
 
 class LaunchedRun:
-    """`train.py` with these flags under the `deepspeed` command or torchrun, in a session of its own."""
+    """`train.py` with these flags under the `deepspeed` command, torchrun or plain Python, in a session of its own."""
 
     def __init__(
         self, launcher: str, argv: list[str], *, out: Path, num_ranks: int = 2, env: Mapping[str, str] | None = None
     ):
         self.out, self.log = out, out.with_suffix(".log")
-        num_ranks_flag = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
-        command = [str(BIN_DIR / launcher), num_ranks_flag, str(num_ranks), "--master_port", str(find_free_port())]
+        command = [str(BIN_DIR / launcher)]
+        if launcher != "python":
+            num_ranks_flag = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
+            command += [num_ranks_flag, str(num_ranks), "--master_port", str(find_free_port())]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
