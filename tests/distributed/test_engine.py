@@ -103,7 +103,7 @@ CONTENTS = (
 )
 
 
-@many_inputs(150)
+@many_inputs(100)
 def test_any_content_of_a_zero_file_is_taken_or_refused_in_one_line(num_inputs, tmp_path):
     path = tmp_path / "any.json"
 

@@ -54,7 +54,8 @@ def fork_server() -> None:
             os._exit(0)
 
     resource_tracker.ensure_running()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from Python 3.12 on a fork beside threads has one, and xdist has a thread
         patch.setattr(util, "spawnv_passfds", fork)
         forkserver.ensure_running()
 
