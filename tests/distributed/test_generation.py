@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,13 +42,9 @@ def prepare_settings(text: str, *flags: str) -> tuple[Settings, PreparedDataset]
     return settings, prepare(settings.data, model=settings.model.model, global_batch=2)
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_the_opening_of_a_text_without_a_prompt_is_a_prompt_for_a_sample(tiny_model, tmp_path):
-    path = write_rows(tmp_path / "plain.jsonl", ({"text": f"w{n} w{n + 1} " * 9} for n in range(1, 60)))
+    path = tmp_path / "plain.txt"
+    path.write_text("".join(f"w{n} w{n + 1} " * 9 + "\n" for n in range(1, 60)))
     _, data = prepare_settings(f"--model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3")
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert prompts

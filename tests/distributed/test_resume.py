@@ -212,12 +212,6 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder)
     assert events[-1]["facts"]["changed"] == change, "still another rate than the run began with"
 
 
-def edit_settings(folder: Path, group: str, name: str, value: object) -> None:
-    metadata = read_metadata(folder)
-    metadata["settings"][group][name] = value
-    (folder / "run.json").write_text(json.dumps(metadata))
-
-
 REFUSED: list[tuple[str, tuple[Any, ...], str]] = [  # flags, an edit of run.json, what is said
     ("--lr 1", (), "lr is 1.0 and was 0.003 in this run; restore it, or pass --allow-change lr as well"),
     ("--data OTHER", (), "data is "),
@@ -248,7 +242,9 @@ def test_a_resume_that_would_give_other_numbers_is_refused_in_one_line(finished_
     for number, (flags, edit, _) in enumerate(REFUSED):
         folder = Path(shutil.copytree(finished_run, tmp_path / str(number), symlinks=True))
         if edit:
-            edit_settings(folder, *edit)
+            (group, name, value), metadata = edit, read_metadata(folder)
+            metadata["settings"][group][name] = value
+            (folder / "run.json").write_text(json.dumps(metadata))
         argvs.append([*flags.replace("OTHER", other_data).split(), "--output-dir", str(folder)])
     before = read_contents(tmp_path)
     assert run_on_ranks(1, resume_each, argvs, log=log) == 2, log.read_text()

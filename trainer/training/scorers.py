@@ -147,7 +147,7 @@ def _started(on_wait: Callable[[], None]) -> Iterator[Callable[[Sequence[str | N
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     child.kill()
             process.wait()
 

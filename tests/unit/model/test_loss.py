@@ -2,6 +2,7 @@
 whose head is a layer."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -64,14 +65,6 @@ def hugging_face_gradients(causal: Any, ids: Any, labels: Any) -> list[torch.Ten
     return [p.grad.clone() for p in causal.parameters()]
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[torch.Tensor]:
-    """The first argument of every call of a function, which goes on to do its work."""
-    seen: list[torch.Tensor] = []
-    original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda first, *args, **kw: seen.append(first) or original(first, *args, **kw))
-    return seen
-
-
 # --- in pieces ---
 
 
@@ -92,9 +85,10 @@ def test_the_loss_sum_and_its_gradients_in_chunks_of_any_size_are_those_of_huggi
     module, expected = CausalLMLoss(causal, None), hugging_face_gradients(causal, ids, labels)
     if head == "divided":
         causal.lm_head.weight.ds_id = 0
-    calls = spy(monkeypatch, *((functional, "cross_entropy") if head == "divided" else (torch, "log_softmax")))
+    owner, name = (functional, "cross_entropy") if head == "divided" else (torch, "log_softmax")
+    monkeypatch.setattr(owner, name, spy := Mock(wraps=getattr(owner, name)))
     sums, grads = compute_gradients(module, ids, labels)
-    num_rows = [len(logits) for logits in calls]
+    num_rows = [len(call.args[0]) for call in spy.call_args_list]
     assert max(num_rows) <= positions, "never more logits at one time"
     assert sum(num_rows) == 3 * WIDTH * (2 if head == "divided" else 1)
     assert sums.dtype == torch.float32

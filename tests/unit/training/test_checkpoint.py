@@ -77,13 +77,9 @@ def test_no_edit_of_state_json_ends_in_a_traceback(folder):
     assert num_refused > 100, "most of these values are of another type"
 
 
-def rename(tensors: dict[str, Tensor]) -> None:
-    tensors["exp_avg/v"] = tensors.pop("exp_avg/w")
-
-
 EDITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "exp_avg/w is missing": lambda tensors: tensors.pop("exp_avg/w"),
-    "exp_avg/v is torch.float32 [3]": rename,
+    "exp_avg/v is torch.float32 [3]": lambda tensors: tensors.update({"exp_avg/v": tensors.pop("exp_avg/w")}),
     "exp_avg_sq/w is torch.float32 [3, 1]": lambda tensors: tensors.update({"exp_avg_sq/w": torch.ones(3, 1)}),
     "weight/w is BF16 [3]": lambda tensors: tensors.update({"weight/w": torch.ones(3, dtype=torch.bfloat16)}),
     "exp_avg.absmax/w is missing": lambda tensors: tensors.update({"exp_avg/w": torch.ones(3, dtype=torch.uint8)}),
