@@ -58,7 +58,7 @@ class SeenRecords:
         split, group = example.split, example.group
         if example.conversation is not None and self._split_by is None:
             group = example.conversation.text(example.conversation.target_turns()[0])
-        self._contents[split].append(_content_hash(example))
+        self._contents[split].append(content_hash(normalise(example.text())))
         self._groups[split].append(content_hash(normalise(group)) if group and split != "retain" else 0)
         if split != "train":
             if len(tokens := _hash_tokens(example)) >= SHINGLE_TOKENS:
@@ -110,10 +110,6 @@ class SeenRecords:
 
 def _number(split: str) -> int:
     return SPLITS.index(split.partition("-")[0])
-
-
-def _content_hash(example: Example) -> int:
-    return content_hash(normalise(example.text()))
 
 
 def _hash_tokens(example: Example) -> Hashes:
