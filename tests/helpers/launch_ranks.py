@@ -136,7 +136,7 @@ def run_train_script(argv: list[str]) -> int:
     if not set(FRESH_EXPORT) <= set(os.environ):
         fresh_process.export_in_fresh_process = lambda request, _: export_cli.export_checkpoint(**request)
     sys.argv = ["train.py", *argv]
-    return entry.main()
+    return entry.main(argv)
 
 
 def train(

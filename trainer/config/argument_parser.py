@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -69,16 +68,16 @@ class ArgumentParser(argparse.ArgumentParser):
         """Raise what argparse found wrong."""
         raise UserError(f"{message} {HELP_HINT}")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """argparse's own; UserError for all values that a flag does not take, and for keys, tokens and logins."""
-        parsed, problems = self._parse(sys.argv[1:] if args is None else args, namespace)
+        parsed, problems = self._parse(args, namespace)
         if problems:
             raise UserError(*problems)
         return parsed
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """The parsed arguments; UserError also for flags that are not known, with the ones that were meant."""
-        parsed, problems = self.parse_all(sys.argv[1:] if args is None else args, namespace)
+        parsed, problems = self.parse_all(args, namespace)
         if problems:
             raise UserError(*problems)
         return parsed

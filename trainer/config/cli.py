@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import shutil
-import sys
 import typing
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,14 +37,11 @@ class CliArgs:
     notes: tuple[str, ...] = ()  #: what spellings of other programs were taken for
 
 
-def parse_args(
-    argv: Sequence[str] | None = None, *, companion: ArgumentParser | None = None, num_ranks: int = 1
-) -> CliArgs:
+def parse_args(argv: Sequence[str], *, companion: ArgumentParser | None = None, num_ranks: int = 1) -> CliArgs:
     """What a command line asks for; UserError with all mistakes, SystemExit(0) after --help. `companion`: the parser
     that has taken its own flags from the line before. `num_ranks`: processes of the run, by which a batch per device is
     multiplied."""
     parser = build_parser(companion)
-    argv = sys.argv[1:] if argv is None else argv
     translation = translate(expand_config(argv, parser), parser.flags(), num_ranks)
     parsed, problems = parser.parse_all(translation.words)
     problems, args = [*translation.problems, *problems], vars(parsed)

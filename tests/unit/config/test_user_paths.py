@@ -58,10 +58,9 @@ def test_a_home_folder_is_put_for_a_tilde_in_each_path_of_a_run(flag, from_file,
         ("study", "--join"),
     ],
 )
-def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", [program, *argv.split(), NOBODY])
+def test_a_tilde_of_nobody_is_one_line_in_every_program(program, argv, capsys):
     main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
-    assert (main() if program == "train" else main([*argv.split(), NOBODY])) == 2
+    assert main([*argv.split(), NOBODY]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {argv.split()[-1] if argv else ''}")
     assert "~no-such-user/x: there is no home folder of ~no-such-user" in line
@@ -95,9 +94,8 @@ def test_a_place_where_no_folder_can_be_is_refused_by_every_program(program, arg
     (home / "FILE").touch()
     (home / "CLOSED").mkdir()
     argv = [*argv.split(), str(home / place)]
-    monkeypatch.setattr("sys.argv", [program, *argv])
     main = runpy.run_path(str(ROOT / "launch" / f"{program}.py"))["main"]
-    assert (main() if program == "train" else main(argv)) == 2
+    assert main(argv) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     problem = "is read-only for this user" if "CLOSED" in place else "is not a folder"
     assert re.match(rf"error: {argv[-2]}:? {re.escape(argv[-1])}: .*{problem}", line)
