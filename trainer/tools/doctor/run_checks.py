@@ -1,7 +1,7 @@
 """`launch/doctor.py --check-run RUN`: a run folder read whole, what is damaged in it, and what it is still good for."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.run_metadata import read_run_metadata
@@ -13,23 +13,19 @@ from trainer.tracking.run_lock import LOCK_FILE, FolderInUseError, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
 from trainer.training.run_folder import find_changed_records, find_edited_settings, find_resume_source
 
-
-class Inspection(NamedTuple):
-    """What a run folder holds."""
-
-    checks: list[Check]
-    uses: list[Check]  #: whether it can be resumed, exported and compared
+USES = ("resume", "export", "compare")  #: what may not be possible though nothing is damaged
 
 
-def inspect_run(folder: Path) -> Inspection:
-    """Read everything in a run folder; UserError where there is no such folder. Nothing is changed."""
+def inspect_run(folder: Path) -> list[Check]:
+    """Read everything in a run folder; the last checks say which of the USES are possible.
+    UserError where there is no such folder. Nothing is changed."""
     if not folder.is_dir():
         raise UserError(f"--check-run {folder}: no such folder; expected a run folder, for instance runs/<run name>")
-    found, running = Inspection([], []), ""
+    checks, running = list[Check](), ""
 
     def add(name: str, problem: str | None, message: str = "", level: str = ERROR) -> bool:
         """One thing that was looked at: `problem`, or none and what there is to say of it. Whether there is none."""
-        found.checks.append(Check(level, name, problem) if problem else Check(OK, name, message))
+        checks.append(Check(level, name, problem) if problem else Check(OK, name, message))
         return not problem
 
     if (folder / LOCK_FILE).exists():
@@ -87,13 +83,12 @@ def inspect_run(folder: Path) -> Inspection:
 
     no_resume, origin = _check_resume(folder, metadata)
     no_metadata = "" if metadata else "run.json cannot be read"
-    for use, blocker, message in (
-        ("resume", running or no_resume, f"from {origin}"),
-        ("export", no_metadata or ("" if newest else "no whole checkpoint"), f"of {newest and newest.folder.name}"),
-        ("compare", no_metadata or no_rows, "yes"),
-    ):
-        found.uses.append(Check(ERROR, use, f"not possible: {blocker}") if blocker else Check(OK, use, message))
-    return found
+    no_export = no_metadata or ("" if newest else "no whole checkpoint")
+    blockers = (running or no_resume, no_export, no_metadata or no_rows)
+    messages = (f"from {origin}", f"of {newest and newest.folder.name}", "yes")
+    for use, blocker, message in zip(USES, blockers, messages, strict=True):
+        add(use, blocker and f"not possible: {blocker}", message)
+    return checks
 
 
 def _check_resume(folder: Path, metadata: dict[str, Any]) -> tuple[str, str]:
@@ -112,7 +107,7 @@ def _check_resume(folder: Path, metadata: dict[str, Any]) -> tuple[str, str]:
 
 def run_check(folder: Path) -> int:
     """Print what a run folder holds and is good for; 0, or 1 where something in it is damaged."""
-    found = inspect_run(folder)
-    for check in (*found.checks, *found.uses):
+    checks = inspect_run(folder)
+    for check in checks:
         print(escape_controls(f"{check.level:<8} {check.name:<20} {check.message}"))
-    return int(any(check.level == ERROR for check in found.checks))
+    return int(any(check.level == ERROR for check in checks if check.name not in USES))
