@@ -51,7 +51,8 @@ def export_in_fresh_process(request: dict[str, Any], hang_timeout_seconds: float
     if process.returncode:
         reason = [f"exit code {process.returncode}", *errors.strip().splitlines()][-1][:300]
         if process.returncode < 0:  # its last line says nothing about this
-            reason = f"its process was killed by {signal.Signals(-process.returncode).name} (out of memory?)"
+            name = signal.Signals(-process.returncode).name
+            reason = f"its process was killed by {name}{' (out of memory?)' * (name == 'SIGKILL')}"
         raise TrainingError(f"{request['output_dir']} not written: {reason.removeprefix('error: ')}")
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result

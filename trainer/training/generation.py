@@ -102,10 +102,10 @@ class GenerationEvaluator:
         seconds = time.perf_counter() - start_time
         if record.step == 0:
             self.base_texts = {prompt.text: text for prompt, text in zip(self.prompts, texts, strict=True)}
-        examples: list[dict[str, Any]] = []
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            example = {"prompt": prompt.text, "reference": prompt.references[0], "completion": text}
-            examples.append({**example, "base": self.base_texts.get(prompt.text)})
+        examples = [
+            {"prompt": p.text, "reference": p.references[0], "completion": text, "base": self.base_texts.get(p.text)}
+            for p, text in zip(self.prompts, texts, strict=True)
+        ]
         facts: dict[str, Any] = {name: getattr(record, name) for name in ("epoch", "samples", "tokens")}
         facts |= {"seconds": seconds, "texts": examples}
         return EventRecord(event="samples", step=record.step, message="", time=record.time + seconds, facts=facts)
