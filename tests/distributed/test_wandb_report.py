@@ -50,11 +50,10 @@ def test_a_server_that_is_gone_is_one_line_and_the_report_on_disk_is_written(ser
 
 LOG_CODE = """
 import json, sys, wandb
-for name, old in (("theirs", {}), ("old", {"val/loss": 1.0})):
-    run = wandb.init(project="p", id=name)
-    for row in json.loads(sys.argv[1]):
-        run.log(row | old)
-    run.finish()
+run = wandb.init(project="p", id="theirs")
+for row in json.loads(sys.argv[1]):
+    run.log(row)
+run.finish()
 """
 #: several comparisons in one process, which takes seconds to start; each argument is a command line
 COMPARE_CODE = """
@@ -64,7 +63,7 @@ print([main(line.split()) for line in sys.argv[2:]])
 """
 
 
-def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_is_a_line(
+def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_that_is_gone_is_a_line(
     server: FakeWandb, tmp_path: Path
 ) -> None:
     for mode in ("full", "lora"):
@@ -74,11 +73,10 @@ def test_a_run_of_the_trainer_on_wandb_is_plotted_and_one_of_older_keys_or_gone_
     rows = [rewrite_logs(log) | {"train/global_step": step} for step, log in zip((10, 90, 90), logs, strict=True)]
     process = run_python(tmp_path, "-c", LOG_CODE, json.dumps(rows), server=server)
     assert process.returncode == 0, process.stderr
-    lines = [f"full {ENTITY}/p/old", f"full {ENTITY}/p/gone", f"full lora {ENTITY}/p/theirs"]
+    lines = [f"full {ENTITY}/p/gone", f"full lora {ENTITY}/p/theirs"]
     process = run_python(tmp_path, "-c", COMPARE_CODE, SCRIPT, *lines, server=server)
-    assert process.stdout.endswith("\n[2, 2, 0]\n"), process.stderr
-    old, gone = process.stderr.splitlines()
-    assert old.startswith(f"error: {ENTITY}/p/old: has keys of an older version (val/loss)")
+    assert process.stdout.endswith("\n[2, 0]\n"), process.stderr
+    (gone,) = process.stderr.splitlines()
     assert gone.startswith(f"error: {ENTITY}/p/gone: W&B does not give it: ")
     name = server.runs["theirs"].fields.get("displayName", "theirs")
     assert f"{name} is a run of Hugging Face's Trainer: plotted, never ranked." in process.stdout

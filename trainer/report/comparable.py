@@ -114,12 +114,7 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
     ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
     tokens = max((end for end in ends if end == end), default=None)
     train, output = run.get("settings.train") or {}, run.get("settings.output") or {}
-    patience, early_stop = train.get("early_stop"), "none"
-    if patience:
-        early_stop = f"after {patience} evaluations, every {output.get('eval_every')}"
-    judged = f"best of {np.sum(run.evals['step'] > 0)} evaluated"
-    if run.get("data.test.records") and output.get("export") == "last":
-        judged = "last"
+    patience, is_last = train.get("early_stop"), run.get("data.test.records") and output.get("export") == "last"
     optimizer = str(train.get("optim")).removesuffix("_fused")
     return {
         "base model": PurePosixPath(run.get("model.name")).name,
@@ -137,8 +132,8 @@ def _ranking_facts(run: RunData) -> dict[str, Any]:
         "optimizer": f"{optimizer} {train.get('beta1')}, {train.get('beta2')}, {train.get('epsilon')}",
         "dropout": run.get("resolved.dropout"),
         "label smoothing": train.get("label_smoothing"),
-        "early stop": early_stop,
-        "judged weights": judged,
+        "early stop": f"after {patience} evaluations, every {output.get('eval_every')}" if patience else "none",
+        "judged weights": "last" if is_last else f"best of {np.sum(run.evals['step'] > 0)} evaluated",
     }
 
 

@@ -22,7 +22,7 @@ from trainer.report.sentence import Verdict
 from trainer.report.tables import Table
 
 REFUSED_EXIT_CODE = 3
-MAX_CONSOLE_ROWS, MAX_CONSOLE_COLUMNS = 40, 7
+MAX_CONSOLE_COLUMNS = 7
 
 
 def run_comparison(args: argparse.Namespace) -> int:
@@ -62,9 +62,6 @@ def refuse_foreign_answer(output_dir: Path) -> list[Path]:
 
 def print_epochs(table: Table) -> None:
     """The table by epoch, without its training losses where they would not fit beside the others."""
-    if len(table.rows) > MAX_CONSOLE_ROWS:
-        print(f"{len(table.rows)} rows by epoch: see the report")
-        return
     is_wide = len(table.headings) > MAX_CONSOLE_COLUMNS
     columns = [i for i, name in enumerate(table.headings) if not (is_wide and name.endswith(", train"))]
     rows = [[row[i] for i in columns] for row in table.rows]

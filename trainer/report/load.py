@@ -83,8 +83,6 @@ def read_run(source: str) -> RunData:
         history = list(run.scan_history())
     except Exception as error:  # whatever the client raises: this run cannot be had, others may
         raise UserError(f"W&B does not give it: {shorten(str(error), 200)}") from error
-    if any("val/loss" in row for row in history):
-        raise UserError("has keys of an older version (val/loss); expected those of Hugging Face's Trainer (eval/loss)")
     names = {"train/global_step": "step", "eval/loss": "eval_loss"}
     rows = [{names.get(key, key.removeprefix("train/")): value for key, value in row.items()} for row in history]
     return _trainer_run(source, run.name, rows)

@@ -197,7 +197,6 @@ def render_html(comparison: Comparison) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
     return environment.get_template("page.html.j2").render(
         comparison=comparison,

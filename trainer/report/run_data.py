@@ -145,10 +145,8 @@ class RunRows:
             self.val_sets.setdefault(escape_controls(str(row["val_set"])), RunRows()).add(EvalRecord, row)
             return
         for name in COLUMN_NAMES[kind]:
-            try:
-                self._rows[kind].append(float(row.get(name)))  # type: ignore[arg-type]
-            except (TypeError, ValueError, OverflowError):
-                self._rows[kind].append(np.nan)
+            value = row.get(name)
+            self._rows[kind].append(value if is_number(value) else np.nan)
 
     def series(self, kind: Any) -> Series:
         """The columns of the rows, without those that a later row steps back behind: done again after a resume."""
