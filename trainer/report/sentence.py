@@ -321,11 +321,12 @@ def judge_ranks(comparisons: Sequence[FullVsLora]) -> list[RankResult]:
     for pair in comparisons:
         run = pair.lora.runs[0]
         kinds.append([run.get(f"settings.{name}") for name in ("lora.adapter", "lora.peft_config", "model.quant")])
-        if kinds[-1] == kinds[0] and pair.excess is not None and pair.contrast is not None:
+        rank = run.get("settings.lora.rank")  # None of a model that launch/judge.py was given
+        if rank and kinds[-1] == kinds[0] and pair.excess is not None and pair.contrast is not None:
             p = pair.contrast.p_value / 2
             p = p if pair.contrast.estimate < 0 else 1 - p
             can_be = "good enough" not in pair.doubts
-            ranked.append(RankResult(int(run.get("settings.lora.rank")), pair.excess, p, can_be))
+            ranked.append(RankResult(rank, pair.excess, p, can_be))
     if len({result.rank for result in ranked}) < 2:
         return []
     raised = zip(ranked, holm([result.p_value for result in ranked]), strict=True)
