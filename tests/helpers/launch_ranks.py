@@ -3,6 +3,7 @@ They are forked from a server that has imported the heavy packages once, so a ru
 under the real `deepspeed` command in distributed/test_launch.py."""
 
 import contextlib
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -18,8 +19,11 @@ from typing import Any
 
 import pytest
 
-from helpers.gpu_visibility import gpu_environ
-from trainer.distributed.machine import find_free_port
+from trainer.tracking.silence import silence_libraries
+
+silence_libraries()  # before torch is imported, whose store says on stderr that a killed rank is gone
+from helpers.gpu_visibility import gpu_environ  # noqa: E402
+from trainer.distributed.machine import find_free_port  # noqa: E402
 
 MP_CONTEXT = multiprocessing.get_context("forkserver")
 MP_CONTEXT.set_forkserver_preload(["helpers.preload"])
@@ -31,15 +35,14 @@ TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10
 
 
 def make_process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProcess:
-    """A process that the server will fork, which is started here with the tests' folder on its path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        forkserver.ensure_running()
+    """A process that the server will fork."""
+    fork_server()
     return MP_CONTEXT.Process(target=target, args=args)
 
 
 def fork_server() -> None:
-    """Start the server as a fork of this process, which needs the same imports: they take eight seconds."""
+    """Start the server, unless it runs, as a fork of this process, which needs the same imports: they take eight
+    seconds."""
     importlib.import_module("helpers.preload")
 
     def fork(_: Any, args: list[Any], descriptors: list[int]) -> int:
@@ -48,6 +51,8 @@ def fork_server() -> None:
         try:
             for before, after in itertools.pairwise([2, *sorted(descriptors), 2**16]):
                 os.closerange(before + 1, after)
+            gc.freeze()  # what is imported stays; and a rank that looked through it would copy its pages
+            gc.enable()
             importlib.reload(warnings)  # Python's own filters in place of pytest's
             exec(args[-1])
         finally:

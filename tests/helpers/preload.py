@@ -1,17 +1,7 @@
 """What the server has behind it that ranks are forked from: imports, and what transformers computes once a process."""
 
-import gc
 import importlib
-import os
-from pathlib import Path
 
-first, _, path = os.environ.get("PYTHONPATH", "").partition(os.pathsep)
-if first == str(Path(__file__).parents[1]):  # the server alone has the tests' folder in front
-    os.environ["PYTHONPATH"] = path
-    if not path:
-        del os.environ["PYTHONPATH"]
-
-gc.disable()  # what is imported stays; and a rank that looked through it would copy its pages
 MODULES = [
     "trainer.run",
     "trainer.export.export_cli",
@@ -31,5 +21,3 @@ for name in MODULES:
     importlib.import_module(name)
 importlib.import_module("trainer.config.cli").parse_args(["--mode", "full", "--preset", "demo"])  # reads tables
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
-gc.freeze()
-gc.enable()

@@ -25,9 +25,7 @@ from helpers.launch_ranks import (
     run_train_script,
     train,
 )
-from trainer.tracking.silence import silence_libraries
 
-silence_libraries()  # before the ranks' server imports torch: its store says on stderr that a killed rank is gone
 EXIT_TIMEOUT_SECONDS = 60.0  # after which a run that lost a rank must be gone
 FORWARD = "trainer.distributed.engine:Engine.forward_backward"  # the function in which most faults happen
 
