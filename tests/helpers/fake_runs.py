@@ -157,6 +157,7 @@ def write_eval_records(
         "targets": targets,
         "bytes": [bytes_per_target * n for n in targets],
         "is_seen": [i < num_seen for i in range(len(targets))],
+        "excerpt": [f"text {i:04d}" for i in range(len(targets))],
     }
     for step, losses in losses_by_step.items():
         nll, place = np.asarray(losses, np.float64) * np.asarray(targets), folder / EVAL_RECORDS_FOLDER

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.files import new_folder, open_plain_file, path_from_environment, read_json_object, require_utf8_path
+from trainer.config.text import shorten
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.formats import Example, content_hash
 from trainer.data.tokenizer import Row, TokenIds, count_target_bytes, mark_targets
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Int64 = NDArray[np.int64]
 FORMAT_VERSION = 15  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
+EXCERPT_TOKENS = 24  # of a record, by which people know it
 ABANDONED_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SPLITS = ("train", "val", "test", "retain")  # the last: what the base model should still know
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
@@ -98,7 +100,8 @@ class PreparedDataset:
 
         id: hash of the record's text, or of a block's token ids; occurrence: equal rows before it; group: hash of what
         keeps rows together (--split-by, else the prompt) or None; targets: target tokens; bytes: UTF-8 bytes of their
-        text; is_seen: whether the record was seen before (`trainer.data.unseen`), or a part of the block.
+        text; is_seen: whether the record was seen before (`trainer.data.unseen`), or a part of the block; excerpt: a
+        line of it, where its target tokens begin.
         """
         import pandas as pd
 
@@ -354,6 +357,9 @@ class SplitWriter:
         frame = pd.DataFrame(rows, columns=["id", "group", "is_seen"])
         frame["occurrence"] = frame.groupby("id").cumcount()
         frame["targets"], frame["bytes"] = dataset.num_target_tokens, count_target_bytes(self.tokenizer, dataset)
+        starts = (max(0, int(dataset.is_target(i).argmax()) - EXCERPT_TOKENS // 2) for i in range(len(dataset)))
+        ids = (dataset.row(i)[start : start + EXCERPT_TOKENS] for i, start in enumerate(starts))
+        frame["excerpt"] = [shorten(self.tokenizer.decode(some, skip_special_tokens=True), 60) for some in ids]
         frame.to_parquet(self.folder / f"{self.split}.rows.parquet", compression="zstd")
         units = {group or row_id for row_id, group, is_seen in rows if not is_seen}  # which an interval tells apart
         return {"target_bytes": int(frame["bytes"].sum()), "units": len(units)}

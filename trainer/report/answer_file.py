@@ -82,7 +82,7 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
         "forgetting": asdict(pair.forgetting) if pair.forgetting else None,
         "forgetting_points": asdict(pair.forgetting_points) if pair.forgetting_points else None,
         "doubt": pair.doubt,
-        "decisive_records": [{"id": unit, "excess": excess} for unit, excess in pair.decisive],
+        "decisive_records": [{"record": name, "excess": excess} for name, excess in pair.decisive],
         "is_margin_under_floor": pair.is_margin_under_floor,
         "parameters": pair.parameters,
         "time": asdict(pair.time),

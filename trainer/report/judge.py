@@ -181,7 +181,7 @@ class FullVsLora:
     forgetting_points: PairedInterval | None = None  #: likewise of a score that decides, where there is one
     #: why these records do not let an answer be given that its interval would, by answer
     doubts: Mapping[str, str] = field(default_factory=dict)
-    decisive: Sequence[tuple[str, float]] = ()  #: (unit, LoRA's excess in nats per token) that move the interval most
+    decisive: Sequence[tuple[str, float]] = ()  #: (excerpt or id of a unit, LoRA's excess) that move the interval most
     parameters: float | None  #: trainable ones, LoRA's / full's
     time: CostRatio
     memory: CostRatio
@@ -302,7 +302,8 @@ def judge_records(pair: FullVsLora, judged: MatchedRecords) -> None:
     if not is_loss and len(differences) == 1 and judged.is_of_right_answers:
         pair.mcnemar = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
     means = differences.mean(axis=0) / weights
-    pair.decisive = [(str(judged.units[i]), float(means[i])) for i in most_influential(values, weights, interval)]
+    names = [judged.excerpts.get(unit, str(unit)) for unit in judged.units]
+    pair.decisive = [(names[i], float(means[i])) for i in most_influential(values, weights, interval)]
 
 
 def are_near_zero(judged: MatchedRecords) -> bool:

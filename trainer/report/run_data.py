@@ -286,6 +286,7 @@ class MatchedRecords:
     num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
     num_records: int
     num_seen: int  #: further records, left out because they were seen before
+    excerpts: Mapping[str, str]  #: {unit: a line of one of its records}, where the base was evaluated
     has_clusters: bool  #: whether units are clusters of records that share a meaning
     are_blocks: bool  #: whether a row is a block of joined texts, not a record
 
@@ -352,6 +353,7 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
     runs = [run for pair in pairs for run in pair]
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]
+    before = base[0]
     column = "nll" if measure == LOSS else SCORE_PREFIX + score_name(measure.partition(":")[2])
     if measure != LOSS:
         for run, frame in zip(runs, trained, strict=True):
@@ -383,6 +385,7 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
         return sum_by_unit(values if measure == LOSS else 100 * (1 - values), units)
 
     weights = first["targets"].to_numpy(np.float64) if measure == LOSS else np.ones(len(first))
+    excerpts = before["excerpt"].reindex(first.index) if "excerpt" in before else ()
     return MatchedRecords(
         measure=measure,
         unit=(runs[0].get("judged.unit") or UNIT) if measure == LOSS else "points",
@@ -395,6 +398,9 @@ def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, meas
         num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
         num_records=len(first),
         num_seen=num_seen,
+        excerpts={
+            unit: escape_controls(text) for unit, text in zip(units, excerpts, strict=False) if isinstance(text, str)
+        },
         has_clusters=bool(has_group.any()),
         are_blocks=split == "retain" or runs[0].get("data.objective") == "blocks",
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trainer.config.text import capitalize, format_bytes, format_percent, join_words, shorten
+from trainer.config.text import capitalize, format_bytes, format_percent, join_words
 from trainer.report.advice import advise_unpaired, describe_needed_sample, next_step
 from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import LEVEL, MIN_SEEDS, PairedInterval, holm
@@ -306,7 +306,7 @@ def describe_numbers(pair: FullVsLora, primary: FullVsLora) -> list[str]:
             "too narrow, and --objective completion keeps records apart."
         )
     if judged.measure == LOSS:
-        records = ", ".join(f"{shorten(name, 24)} ({excess:+.4f})" for name, excess in pair.decisive)
+        records = ", ".join(f"“{name}” ({excess:+.4f})" for name, excess in pair.decisive)
         lines.append(f"{pair.lora.name}'s excess ({unit}) where it counts most: {records}.")
     return lines
 

@@ -1,7 +1,8 @@
 """eval_records/: the loss of every record at every evaluation, for paired comparisons of runs.
 
 One Parquet file per evaluation, `step-000120-val.parquet`, about 20 bytes a record. Each file carries a SHA-256 of its
-rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of the bytes of all files so far. With
+rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of the bytes of all files so far. The files
+of step 0 have an `excerpt` of each record. With
 --score the file of the test records at a run's end also has the generated `text` of each, and its `score_<name>` from 0
 to 1 for each scorer (`score_name`), null where the record has no reference.
 """
@@ -31,6 +32,7 @@ COLUMNS = {
 }
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name == "group") for name, kind in COLUMNS.items()])
 SCORE_PREFIX = "score_"
+_TEXTS = ("excerpt", "text")
 _FILE_NAME = re.compile(r"step-(\d{6,9})-(val|test|retain)\.parquet")
 _CHECKSUM = b"sha256_of_rows"
 
@@ -58,6 +60,8 @@ def write_evaluation(
     {`score_name` of a scorer: the score of each}.
     """
     table = pa.Table.from_pandas(rows.assign(step=step, split=split, nll=nll), schema=SCHEMA, preserve_index=False)
+    if step == 0 and "excerpt" in rows:
+        table = table.append_column("excerpt", pa.array(rows["excerpt"], pa.string()))
     if texts is not None:
         table = table.append_column("text", pa.array(texts, pa.string()))
     for name, values in (scores or {}).items():
@@ -144,8 +148,8 @@ def _read_file(path: Path) -> pa.Table:
     try:
         with open_plain_file(path) as file:
             table = pq.ParquetFile(file).read()
-        scored = [name for name in table.schema.names if name == "text" or name.startswith(SCORE_PREFIX)]
-        more = [pa.field(name, pa.string() if name == "text" else pa.float64()) for name in scored]
+        names = [name for name in table.schema.names if name in _TEXTS or name.startswith(SCORE_PREFIX)]
+        more = [pa.field(name, pa.string() if name in _TEXTS else pa.float64()) for name in names]
         if not table.schema.equals(pa.schema([*SCHEMA, *more])):
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if (table.schema.metadata or {}).get(_CHECKSUM) != _hash_rows(table):

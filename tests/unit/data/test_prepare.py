@@ -199,6 +199,7 @@ def test_the_bytes_of_the_targets_are_those_of_the_text(tmp_path, prepare_file, 
     if objective == "completion":
         texts = [f" {p['ref']}" for p in pairs if split_of(f"{p['mr']}:", 0.4) == "val"]
         assert info["bytes"].tolist() == [len(text.encode()) for text in texts]
+        assert all(text[1:5] in excerpt for text, excerpt in zip(texts, info["excerpt"], strict=True))
     else:  # blocks end within characters, so only the sum over all tokens is a text's
         for i in range(len(prepared.val)):
             pieces = [tokenizer.convert_ids_to_tokens(int(t)) for t in prepared.val.row(i)[1:] if t != EOS_ID]

@@ -240,7 +240,7 @@ def test_a_few_records_that_decide_are_named_and_do_not_make_lora_good_enough_or
         assert (verdict.primary.answer, verdict.primary.contrast.upper < 0) == (answer, True), verdict.sentence
         assert (verdict.primary.excess.high < 0) == (answer == "good enough"), "better, if it were not for the few"
         assert (said in verdict.sentence) == (answer == "cannot tell")
-        assert any("record0000 (-" in line for line in verdict.details)
+        assert any("“text 0000” (-" in line for line in verdict.details)
         (records,) = (str(headline) for headline in verdict.headlines if headline.label == "Effective records")
         effective = verdict.primary.excess.effective_units
         assert records.startswith(f"Effective records: {effective:.0f} (of 120 validation blocks; a tenth has ")
