@@ -198,8 +198,9 @@ def _train_and_export(
             identity=plan.checkpoint_identity(),
             record_digests=recorder.digests,
         )
-        recorder.begin(state, source)
-        base_nll = context.on_rank_zero(lambda: read_base_evaluations(metadata, data))
+        with context.watchdog.watch_work(settings.engine.hang_timeout):
+            recorder.begin(state, source)
+            base_nll = context.on_rank_zero(lambda: read_base_evaluations(metadata, data))
         with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(settings.engine.hang_timeout, folder):
             if not state.step and state.eval_pending and settings.output.export != "none":
                 for event in evaluate_other_splits(plan, data, engine, state, step=0, base_nll=base_nll):
@@ -225,8 +226,7 @@ def _train_and_export(
 
 
 def _finish(plan: RunPlan, data: PreparedDataset, engine: Engine, state: TrainState, recorder: Recorder) -> None:
-    """Export the last or the best checkpoint and log what the run took. TrainingError where the export is not what was
-    evaluated."""
+    """Export a checkpoint and log what the run took. TrainingError where the export is not what was evaluated."""
     start_time = time.perf_counter()
     context, settings, folder = plan.dist_context, plan.settings, Path(plan.settings.run_folder)
     choice: dict[str, Any] | None = None

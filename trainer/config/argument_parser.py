@@ -65,7 +65,6 @@ class ArgumentParser(argparse.ArgumentParser):
         self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse found wrong."""
         raise UserError(f"{message} {HELP_HINT}")
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
@@ -83,7 +82,6 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def parse_all(self, argv: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
-        """(the parsed arguments, the mistakes)."""
         (parsed, unknown), problems = self._parse(argv, namespace)
         strays = []
         while unknown:
@@ -152,8 +150,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _refuse_words(argv: Sequence[str]) -> None:
-    """UserError for a word that holds a key, a token or a login (run.json would keep it), for an empty list, and for a
-    folder that is gone."""
+    """UserError for a word with a key, token or login (run.json would keep it), an empty list or a gone folder."""
     try:
         os.getcwd()
     except OSError:  # which libraries do not expect

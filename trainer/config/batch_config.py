@@ -29,7 +29,6 @@ class BatchConfig:
 
     @property
     def global_batch(self) -> int:
-        """Examples per optimizer step."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __str__(self) -> str:

@@ -16,7 +16,6 @@ MASK = "***"
 class _OneLineError(Exception):
     @property
     def lines(self) -> list[str]:
-        """A line for each argument."""
         return [escape_controls(mask_credentials(str(text))) for text in self.args]  # names of files and runs are data
 
     def __str__(self) -> str:

@@ -20,8 +20,7 @@ T = TypeVar("T")
 
 
 class Accepts:
-    """In an Annotated type: pydantic's constraints, or a check that returns the value or raises ValueError, and the
-    words for the values that pass."""
+    """In an Annotated type: what passes, in words, by pydantic's constraints or a check that may raise ValueError."""
 
     def __init__(self, words: str, check: Callable[[Any], Any] | None = None, **constraints: Any) -> None:
         self.words, self.check, self.constraints = words, check, {"strict": True, **constraints}
@@ -124,7 +123,6 @@ class Problem(NamedTuple):
 
 
 def find_problems(error: ValidationError) -> Iterator[Problem]:
-    """What pydantic found wrong."""
     kinds = {"missing": "what a run writes", "unexpected_keyword_argument": "no setting of this name"}
     kinds |= dict.fromkeys(("dict_type", "model_type", "dataclass_type"), "an object")
     kinds |= dict.fromkeys(("list_type", "tuple_type"), "a list") | {"too_short": "a list of at least one"}

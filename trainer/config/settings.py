@@ -97,7 +97,6 @@ class LoraSettings:
 
     @property
     def kind(self) -> str:
-        """The method's name: one of ours, or peft's."""
         peft_type = json.loads(self.peft_config)["peft_type"].lower() if self.peft_config else "lora"
         return self.adapter if peft_type == "lora" else str(peft_type)
 

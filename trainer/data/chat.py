@@ -213,8 +213,7 @@ class ChatTemplate:
         return start, start + len(text[start:end].rstrip()) or end
 
     def _locate_end(self, text: str, through: str, start: int, content: str) -> int | None:
-        """Where a turn that begins at `start` ends, None where that is not sure; `through`: the text with it as the
-        last turn."""
+        """Where a turn that begins at `start` ends, None if unsure; `through`: the text with it as the last turn."""
         if text.startswith(through):
             return len(through)
         for i in range(start, len(through)):  # the template leaves the beginning out: an earlier turn's thinking

@@ -258,8 +258,7 @@ class SplitWriter:
         self._files["offsets"].write(bytes(8))
 
     def add(self, example: Example, row: Row | MaskError) -> None:
-        """A record as a row, or joined to the text that is cut into blocks. A pair that is longer than a block is left
-        out, a conversation cut."""
+        """A record as a row, or joined to what is cut in blocks. A pair longer than one is left out, a chat cut."""
         is_seen = next(self._is_seen, False)
         if isinstance(row, MaskError):
             self._add_problem("unusable", f"{example.where}: {row}")

@@ -56,8 +56,8 @@ def find_model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def find_adapter_folder(model: str) -> Path | None:
-    """The folder of the adapter that a folder or hub id holds, downloaded first; None where it holds none. UserError
-    where the download breaks off."""
+    """The folder of the adapter that a folder or hub id holds; None where it holds none, UserError where its download
+    breaks off."""
     import huggingface_hub
 
     if Path(model).is_dir():

@@ -82,8 +82,8 @@ class Engine:
         self._loss_module = CausalLMLoss(model.causal, self._autocast_dtype, train_settings.label_smoothing)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        params, embeddings = self.trainable_params.values(), model.embedding_weights
-        adamw = optimizer.build_optimizer(params, train_settings, embeddings=embeddings)
+        embeddings = [layer.weight for layer in model.causal.modules() if isinstance(layer, nn.Embedding)]
+        adamw = optimizer.build_optimizer(self.trainable_params.values(), train_settings, embeddings=embeddings)
         self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]

@@ -121,8 +121,7 @@ def cast_frozen_weights(model: TrainableModel) -> list[nn.Module]:
 
 
 def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
-    """Layers with a frozen weight, but the output layer, whose weight may be the embedding's, and those of DoRA,
-    which takes its norms."""
+    """Layers with a frozen weight, without the output layer (maybe a tied one) and those of DoRA (it takes norms)."""
     layers: list[Any] = list(model.module.modules())
     excluded = {layer.base_layer for layer in layers if len(getattr(layer, "lora_magnitude_vector", None) or ())}
     excluded.add(model.causal.get_output_embeddings())

@@ -79,8 +79,7 @@ class DistContext:
         return f"{self.hosts[rank]} (rank {rank})" if self.num_nodes > 1 else f"rank {rank}"
 
     def least_memory_bytes(self) -> int | None:
-        """Of the devices of all ranks, a CPU rank's share of its host's; None for one rank on a CPU, where memory does
-        not decide."""
+        """Of all ranks' devices, a CPU rank's share of its host's; None for one CPU rank, where it does not decide."""
         if self.device.type != "cuda" and self.world_size == 1:
             return None
         shares = [1 if self.device.type == "cuda" else self.hosts.count(host) for host in self.hosts]

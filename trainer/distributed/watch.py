@@ -320,8 +320,7 @@ class Watchdog:
             path.write_text(f"Timeout: no progress for {self._hang_timeout_seconds:g} s\n{memory.read()}", "utf-8")
 
     def _report_hang(self) -> bool:
-        """One rank names those that hang; the others wait until it has: a launcher ends all after the first. False
-        where no rank hangs."""
+        """One rank names those that hang before the others end: a launcher then ends all. False where none hangs."""
         ranks, states = range(self.world_size), self._states
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
         silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]

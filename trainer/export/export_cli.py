@@ -78,7 +78,8 @@ def export_checkpoint(
     base = find_base(metadata["model"], run_folder, names_place=is_own_export) if is_adapter else None
 
     model = load_model_at_checkpoint(run_folder, settings, source, metadata, dequantize=merge)
-    module, is_tied = model.module, model.has_tied_embeddings
+    module, output_layer = model.module, model.causal.get_output_embeddings()
+    is_tied = output_layer is not None and output_layer.weight is model.causal.get_input_embeddings().weight
     device = next(module.parameters()).device
     data, loss_missing_reason = _find_data(settings, source, data_folder)
     input_ids = verify.fixed_input_ids(data, model.causal.config)

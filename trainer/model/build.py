@@ -37,15 +37,6 @@ class TrainableModel:
     initial_adapter: dict[str, Tensor] = field(default_factory=dict)  #: of pissa: the adapters before the first step
     quant_settings: ModelSettings | None = None  #: the settings by which its base was quantised
 
-    @property
-    def embedding_weights(self) -> list[nn.Parameter]:
-        return [layer.weight for layer in self.causal.modules() if isinstance(layer, nn.Embedding)]
-
-    @property
-    def has_tied_embeddings(self) -> bool:
-        output_layer = self.causal.get_output_embeddings()
-        return output_layer is not None and output_layer.weight is self.causal.get_input_embeddings().weight
-
 
 def build_model(
     settings: Settings,

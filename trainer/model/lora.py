@@ -159,8 +159,7 @@ def adapter_state_dict(module: Any, trained: Mapping[str, Tensor]) -> dict[str, 
 
 
 def adopt_adapter(settings: Settings) -> Settings:
-    """The settings with the shape of the adapter that --model names; unchanged where it names a whole model. UserError
-    for settings that contradict it."""
+    """The settings with the shape of an adapter that --model names; UserError where other settings contradict it."""
     name, folder = settings.model.model, find_model(settings.model.model).adapter
     if folder is None:
         return settings

@@ -70,7 +70,7 @@ def _describe_comparison(pair: FullVsLora) -> dict[str, Any]:
         "num_seeds": num_seeds,
         "split": judged.split if judged else None,
         "records": judged.num_records if judged else None,
-        "effective_records": pair.excess.effective_units if pair.excess else None,
+        "effective_records": pair.excess.effective_units if pair.excess and pair.unit != "points" else None,
         "no_records_because": pair.no_losses,
         "base_loss": pair.base_loss if is_ranked else None,
         "full": describe_mode(pair.full, pair.full_loss),

@@ -71,8 +71,7 @@ def print_epochs(table: Table) -> None:
 
 
 def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:
-    """Print the sentence, what to do next, the numbers and what follows: broken at words on a terminal, else a line
-    each."""
+    """Print the sentence, what to do next, the numbers and `lines`: broken at words on a terminal, else a line each."""
     console = Console(highlight=False)
     advice = [f"Next: {verdict.next_step}"] if verdict.next_step else []
     for n, line in enumerate([verdict.sentence, *advice, *map(str, verdict.headlines), *lines]):

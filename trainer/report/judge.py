@@ -188,12 +188,10 @@ class FullVsLora:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the two are models that others trained."""
         return self.full.runs[0].is_judged
 
     @property
     def unit(self) -> str:
-        """Of what it is judged by."""
         return self.judged.unit if self.judged else UNIT if self.margin.measure == LOSS else "points"
 
     @property

@@ -292,7 +292,6 @@ class MatchedRecords:
 
     @property
     def unit_name(self) -> str:
-        """What the sentence calls the units."""
         split_name = SPLIT_NAMES[self.split]
         if self.has_clusters:
             return f"clusters of {split_name} records"

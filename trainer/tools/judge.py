@@ -210,8 +210,7 @@ def score(models: Sequence[Model], settings: Settings, batch: int) -> dict[str, 
 
 
 def make_groups(models: Sequence[Model], base_facts: dict[str, Any], in_bytes: bool, folder: Path) -> list[SeedGroup]:
-    """A group of runs for each contestant, as if each model were a run of one step; records that not all models have
-    whole are left out."""
+    """A group of runs for each contestant, each model as a run of one step, on records that all models take whole."""
     base, *contestants = models
     common = functools.reduce(lambda index, model: index.intersection(model.records.index), models, base.records.index)
     if not len(common):

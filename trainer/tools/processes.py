@@ -124,8 +124,7 @@ def _run_script(slot: Slot, script: Path, argv: Sequence[str]) -> None:
 
 
 def acquire_when_free(folder: Path, should_stop: threading.Event | None = None) -> RunLock | None:
-    """The lock of `folder`, once no other process has it; None where `should_stop` was set before. It is held unless
-    the file system has no locks."""
+    """The lock of `folder` once it is free (held unless the file system has none); None where `should_stop` was set."""
     lock, should_stop = RunLock(folder), should_stop or threading.Event()
     while not should_stop.is_set():
         try:

@@ -62,7 +62,6 @@ class ProgressBar:
             self._bar.start()
 
     def log(self, record: Record) -> None:
-        """Show one record."""
         if isinstance(record, StepRecord):
             self._show_step(record)
         elif isinstance(record, EvalRecord | OtherEvalRecord):
@@ -122,12 +121,10 @@ class LogLines(logging.Handler):
         self._logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
         is_warning = record.levelno >= logging.WARNING
         self._progress_bar.print_line(mask_credentials(record.getMessage()), is_warning=is_warning)
 
     def close(self) -> None:
-        """Let go of the logging."""
         self._logger.removeHandler(self)
         self._logger.propagate = True
         super().close()
@@ -135,8 +132,7 @@ class LogLines(logging.Handler):
 
 def show_summary(records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool) -> None:
     """Print a table of every evaluation and of every epoch's train loss, and which evaluation is the best.
-    `with_reference`: beside the curve of the reference run, and with `reasons` why the run is not comparable with
-    it."""
+    `with_reference`: beside the curve of the reference run, and `reasons` why they are not comparable."""
     headings = HEADINGS if with_reference else HEADINGS[:-2]
     columns: dict[str, dict[int, str]] = {heading: {} for heading in headings}  # {heading: {step: cell}}
     references = {float(row.epoch): row for row in reference.CURVE} if with_reference else {}

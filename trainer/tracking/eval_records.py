@@ -113,8 +113,7 @@ def rewind_evaluations(folder: Path, step: int, *, eval_pending: bool = False) -
 def find_changed_evaluations(
     folder: Path, expected: Mapping[str, Any], step: int, *, eval_pending: bool = False
 ) -> str | None:
-    """How the evaluations differ from when the checkpoint of `step` kept their digest, in half a sentence; None where
-    they do not."""
+    """How the evaluations differ from `expected`, of the checkpoint of `step`, in half a sentence; None: not at all."""
     paths = [path for path, n, split in _list_evaluations(folder) if not _comes_again(n, split, step, eval_pending)]
     if len(paths) != expected["num_evaluations"]:
         return f"it has {len(paths)} evaluations where {expected['num_evaluations']} were written"

@@ -67,8 +67,7 @@ class _Evaluation(_Axes):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord(_Evaluation):
-    """Of the validation set by which a run is judged. `row_nll`: the rows' sums, in their order, on the way to
-    eval_records/; not in the line."""
+    """Of the validation set by which a run is judged. `row_nll`: each row's sum, for eval_records/; not in the line."""
 
     row_nll: SkipValidation[Sequence[float] | None] = field(default=None, repr=False, compare=False)
 

@@ -55,8 +55,7 @@ class RunLock:
 
 
 def lock_identity(folder: Path) -> tuple[int, int] | None:
-    """What is equal on all hosts that see one run folder, of its lock file; this is not opened, as closing it would let
-    go of this process's lock."""
+    """What all hosts that see one lock file have equal; it is not opened, as closing it would let go of its lock."""
     with contextlib.suppress(OSError):
         status = (folder / LOCK_FILE).stat()
         return status.st_ino, status.st_mtime_ns

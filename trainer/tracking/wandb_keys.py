@@ -22,8 +22,7 @@ STEP_COLUMNS = {
 
 
 def wandb_row(record: Record) -> dict[str, float]:
-    """The history row of a record, without its step; {} for an event, which goes to the summary instead, but for the
-    axes of samples."""
+    """The history row of a record, without its step; {} for an event, which goes to the summary, but for samples."""
     if isinstance(record, EventRecord):
         facts = {"step": record.step, **record.facts}
         return {axis: facts[name] for axis, name in AXES.items()} if record.event == "samples" else {}

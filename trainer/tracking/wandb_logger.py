@@ -268,7 +268,6 @@ class WandbLogger:
             self.unsent.append(record)
 
     def close(self, exit_code: int) -> None:
-        """Finish the run within the finish timeout."""
         if any(isinstance(record, EpochRecord) for record in self.unsent):  # behind the evaluations of its step
             self._send_row()
         self._log_extra("the console", self._log_console)

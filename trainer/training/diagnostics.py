@@ -90,7 +90,6 @@ class DiagnosticsMonitor:
     evaluations, and a window of the rest."""
 
     def __init__(self, metadata: Mapping[str, Any]):
-        """`metadata`: the content of the run's run.json."""
         self.metadata, self.settings = metadata, metadata.get("resumed", metadata)["settings"]
         self.lr = self.settings["train"]["lr"]
         self.reported_codes: set[str] = set()

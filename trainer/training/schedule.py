@@ -57,7 +57,6 @@ class TrainState:
         )
 
     def after_evaluation(self, loss: float, *, epoch: float) -> "TrainState":
-        """The state with one more validation loss."""
         best, num_stale = self.best, self.evals_without_improvement + 1
         if best is None or loss < best.loss:
             best, num_stale = BestCheckpoint(step=self.step, epoch=epoch, loss=loss), 0

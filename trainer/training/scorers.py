@@ -205,7 +205,6 @@ EXTRACTORS: dict[str, Callable[[str], object]] = {"exact": str.strip, "numeric":
 
 
 def score_text(name: str, text: str, reference: str) -> float:
-    """The score by one of `choices.SCORER_NAMES`, in this process."""
     if extract := EXTRACTORS.get(name):
         return float(extract(text) == extract(reference))
     if name == "contains":

@@ -18,14 +18,7 @@ from trainer.config.errors import UserError
 from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup, label_parts
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
-from trainer.report.interval import (
-    LEVEL,
-    MIN_UNITS,
-    ONE_SIDED,
-    VarianceComponents,
-    paired_interval,
-    predict_half_width,
-)
+from trainer.report.interval import LEVEL, MIN_UNITS, ONE_SIDED, VarianceComponents, paired_interval, predict_half_width
 from trainer.report.judge import FullVsLora, RateCurve, StudyContext, compare_groups
 from trainer.report.page import Comparison, compare
 from trainer.report.run_data import LOSS, MatchedRecords, MatchError, RunData, match_records, read_folder, read_records
@@ -200,8 +193,7 @@ def describe_power(rule: Rule, num_records: int, losses: MatchedRecords | None =
 def read_search_losses(
     study_folder: Path, searches: Sequence[MethodSearch], stage: int = -1
 ) -> tuple[MatchedRecords, int] | None:
-    """(Validation losses of full's and LoRA's best settings at a stage, with all its seeds; number of test records).
-    None where they are not known."""
+    """(Losses of each mode's best setting at a stage, with all its seeds; number of test records); None: unknown."""
     try:
         runs = []
         for search in searches:
