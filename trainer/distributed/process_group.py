@@ -321,7 +321,6 @@ def short_digest(content: bytes) -> str:
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:
