@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ def type_on_second_host(rank: int, flags: str) -> None:
         from trainer.config import cli
 
         parse_args = cli.parse_args
-        cli.parse_args = lambda **context: parse_args([*sys.argv[1:], *flags.split()], **context)
+        cli.parse_args = lambda argv, **context: parse_args([*argv, *flags.split()], **context)
 
 
 def other_flags_and_files(rank: int) -> None:

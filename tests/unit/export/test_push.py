@@ -22,10 +22,10 @@ def test_a_push_that_cannot_work_is_one_line_without_the_token(monkeypatch, tmp_
             check_push("me/small")
         with pytest.raises(TrainingError, match="the checked folder is") as failed:
             push_folder(tmp_path, "me/small", is_private=False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(UserError, match="HF_HUB_OFFLINE") as offline:
-            check_push("me/small")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        with monkeypatch.context() as patch:  # else the tests after this one would ask the real hub
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(UserError, match="HF_HUB_OFFLINE") as offline:
+                check_push("me/small")
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
         with pytest.raises(UserError, match="not logged in; expected HF_TOKEN") as anonymous:
