@@ -296,10 +296,13 @@ class Watchdog:
                 self._wake_tick = self._ticks
                 self._stacks_due_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
             self._last_tick_time = time.monotonic()
+            still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
+            is_still = self._is_watching and self._states and still_seconds > self._hang_timeout_seconds
+            if is_still and self._stacks_due_tick < math.inf and not self._was_frozen():
+                self._stacks_due_tick = 0.0  # this rank may have moved later than it was heard of, and is to end now
             if self._stacks_path is not None and self._ticks > self._stacks_due_tick:
                 self._stacks_due_tick = math.inf
                 call_with_timeout(2.0, partial(self._write_stacks, self._stacks_path))
-            still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
             if self._failure_tick is not None:
                 if (self._ticks - self._failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
                     continue
@@ -307,7 +310,6 @@ class Watchdog:
                 if not is_said and self.rank == self._deputy:
                     print_error(self.describe_lost_peer(ConnectionError()))
                 os._exit(1)
-            is_still = self._is_watching and self._states and still_seconds > self._hang_timeout_seconds
             if is_still and self._report_hang():
                 os._exit(1)
 

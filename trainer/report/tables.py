@@ -162,8 +162,7 @@ def build_run_tables(runs: Sequence[RunData]) -> list[Table]:
 
 
 def build_samples(groups: Sequence[SeedGroup]) -> dict[str, dict[str, str]]:
-    """{validation prompt: {name: text}}: its reference, and what each base and the first run of each group, at its last
-    evaluation, made of it."""
+    """{validation prompt: {name: text}}: its reference, and what each base and each group's first run made of it."""
     before: dict[str, dict[str, str]] = {}  # by prompt
     after: dict[str, dict[str, str]] = {}
     for group in groups:

@@ -1,7 +1,6 @@
 """The steps and the evaluations of one run, as a stream of records.
 
-Knows no mode, no rank, no file and no logger: it hands global batches to the engine, divides sums by counts once, and
-yields what happened.
+Knows no mode, rank, file or logger: hands global batches to the engine, divides sums by counts, yields what happened.
 """
 
 import math
