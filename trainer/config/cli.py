@@ -39,8 +39,7 @@ class CliArgs:
 
 def parse_args(argv: Sequence[str], *, companion: ArgumentParser | None = None, num_ranks: int = 1) -> CliArgs:
     """What a command line asks for; UserError with all mistakes, SystemExit(0) after --help. `companion`: the parser
-    that has taken its own flags from the line before. `num_ranks`: processes of the run, by which a batch per device is
-    multiplied."""
+    that has taken its own flags from the line before. `num_ranks`: by which a batch per device is multiplied."""
     parser = build_parser(companion)
     translation = translate(expand_config(argv, parser), parser.flags(), num_ranks)
     parsed, problems = parser.parse_all(translation.words)

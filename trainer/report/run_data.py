@@ -347,8 +347,7 @@ def read_records(pairs: Pairs) -> list[pd.DataFrame]:
 
 def match_records(pairs: Pairs, frames: Sequence[pd.DataFrame], split: str, measure: str = LOSS) -> MatchedRecords:
     """The records of `split` that all runs evaluated at their chosen checkpoints; `frames`: of `read_records`.
-    MatchError where records or their targets differ, or too many were seen before; UserError where a run has no such
-    score."""
+    MatchError where records or their targets differ, or too many were seen; UserError where a run has no such score."""
     runs = [run for pair in pairs for run in pair]
     trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
     base = [_select(frame, split) for frame in frames[::2]]

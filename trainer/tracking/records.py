@@ -236,8 +236,7 @@ class JsonlLogger:
 
 def find_changed_rows(path: Path, expected: Mapping[str, Any], step: int, *, eval_pending: bool = False) -> str | None:
     """How the rows differ from when the checkpoint of `step` kept their digest, in half a sentence; None where they do
-    not. Behind those rows there can be events, rows of later steps and, with `eval_pending`, what is due after this
-    one."""
+    not. Behind those rows there can be events, rows of later steps and, with `eval_pending`, what is due next."""
     num_rows, rows_hash = 0, hashlib.sha256()
     try:
         for line in islice(iter_lines(path), expected["num_rows"]):
