@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Accepts:
-    """In an Annotated type: what passes, in words, by pydantic's constraints or a check that may raise ValueError."""
+    """In an Annotated type: what passes, in words; by pydantic's constraints, or a check that raises ValueError."""
 
     def __init__(self, words: str, check: Callable[[Any], Any] | None = None, **constraints: Any) -> None:
         self.words, self.check, self.constraints = words, check, {"strict": True, **constraints}

@@ -29,7 +29,7 @@ UNSUPPORTED_TYPES = ("ADALORA", "XLORA", "POLY")
 
 def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
     """The layers to adapt, as peft takes them: names, or the ends of names, of Conv1D and Linear layers. Without
-    `settings.target_modules`, or with `all` in it: all but the output layer. UserError: one matches nothing."""
+    `settings.target_modules`, or with `all` in it: all but the output layer. UserError for a name without a layer."""
     output_layer = causal.get_output_embeddings()
     names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})

@@ -2,9 +2,9 @@
 
 One Parquet file per evaluation, `step-000120-val.parquet`, about 20 bytes a record. Each file carries a SHA-256 of its
 rows, which is checked whenever they are read; a checkpoint keeps a SHA-256 of the bytes of all files so far. The files
-of step 0 have an `excerpt` of each record. With
---score the file of the test records at a run's end also has the generated `text` of each, and its `score_<name>` from 0
-to 1 for each scorer (`score_name`), null where the record has no reference.
+of step 0 also have an `excerpt` of each record. With --score the file of the test records at a run's end also has the
+generated `text` of each, and its `score_<name>` from 0 to 1 for each scorer (`score_name`), null where a record has no
+reference.
 """
 
 import hashlib

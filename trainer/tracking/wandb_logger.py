@@ -128,9 +128,8 @@ def start_wandb(
 
 
 def upload_run(folder: Path) -> str:
-    """Log the rows of metrics.jsonl that the run on W&B's server does not have; which it has now, with its address.
-    UserError where nobody is logged in or a process writes into the folder, TrainingError where W&B does not take
-    them."""
+    """Log the rows of metrics.jsonl that W&B's server lacks; returns one line on what is there now. UserError where
+    nobody is logged in or a process writes into the folder, TrainingError where W&B does not take the rows."""
     metadata = read_run_metadata(folder / "run.json")
     if not is_logged_in():
         raise UserError(f"--upload {folder}: not logged in to W&B; run `wandb login` or set WANDB_API_KEY")

@@ -243,7 +243,7 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
         raise UserError("--precision fp16: not supported on a CPU; use fp32 or bf16")
     if engine.ds_config is not None:
         validate_stage(settings, read_deepspeed_file(engine.ds_config))
-    if not Path(find_model(settings.model.model).path).exists():  # of the Hub, and maybe chosen for these data
+    if not Path(find_model(settings.model.model).path).exists():  # a missing file is said before the Hub is asked
         refuse_missing_files(settings.data)
     block_size, max_positions = settings.data.block_size, get_max_positions(load_config(settings.model))
     if max_positions is not None and block_size > max_positions:
